@@ -1,0 +1,535 @@
+"""The typed schema of a run and the checks between its fields.
+
+YAML under `configs/` fills these dataclasses; code never supplies a fall-back value. Imports no
+tensor library, so that a run is composed, printed and refused in well under a second.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING
+
+from marco_train.architecture import (
+    ArchitectureConfig,
+    check_expert_parallel,
+    require,
+    require_positive,
+)
+
+
+class StageKind(Enum):
+    """What a run does."""
+
+    sft = "sft"
+    opd = "opd"
+    evaluate = "evaluate"
+
+
+class SourceKind(Enum):
+    """Where the rows of a source lie."""
+
+    jsonl = "jsonl"
+    parquet = "parquet"
+    hub = "hub"
+
+
+class LossTokens(Enum):
+    """Which tokens of a conversation the SFT loss covers."""
+
+    assistant = "assistant"
+    all = "all"
+
+
+class Objective(Enum):
+    """How the reverse KL of an OPD step is estimated; see `losses/distillation.py`."""
+
+    sampled = "sampled"
+    full = "full"
+
+
+class Schedule(Enum):
+    """Shape of the learning rate after warm-up."""
+
+    cosine = "cosine"
+    constant = "constant"
+
+
+class DType(Enum):
+    """Type of the weights that compute; masters and reductions are float32."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class SamplerBackend(Enum):
+    """Who makes the rollouts."""
+
+    hf = "hf"
+
+
+class TeacherBackend(Enum):
+    """Who scores the rollouts."""
+
+    hf = "hf"
+
+
+class ChatTemplate(Enum):
+    """Which template renders a conversation."""
+
+    tokenizer = "tokenizer"
+    chatml = "chatml"
+
+
+class LoggingBackend(Enum):
+    """Where metrics go beside the console and `metrics.jsonl`."""
+
+    none = "none"
+    wandb = "wandb"
+
+
+class WandbMode(Enum):
+    """`offline` needs neither account nor network."""
+
+    online = "online"
+    offline = "offline"
+
+
+@dataclass(kw_only=True)
+class ModelConfig:
+    """The student: which weights to start from."""
+
+    path: str | None = MISSING
+    """Hugging Face directory to start from. None: random weights of `architecture`."""
+    tokenizer: str = MISSING
+    """Hugging Face directory of the tokenizer and its chat template."""
+    chat_template: ChatTemplate = MISSING
+    """tokenizer: the tokenizer's own, which has to mark the assistant's tokens; chatml: ours, for
+    tokenizers that do not (`data/chat_template.jinja`). Exports carry the one in use."""
+    architecture: ArchitectureConfig | None = None
+    """What config.json under `path` has to say, or the shape to initialise at random.
+    None: whatever config.json says."""
+    dtype: DType = MISSING
+
+    def __post_init__(self) -> None:
+        require(
+            self.path is not None or self.architecture is not None,
+            "model.path and model.architecture are both null: give weights to start from, or a "
+            "shape to initialise at random",
+        )
+
+
+@dataclass(kw_only=True)
+class SourceConfig:
+    """One dataset of a mixture."""
+
+    kind: SourceKind = MISSING
+    path: str = MISSING
+    """A file, or a repository of the hub."""
+    subset: str | None = None
+    """Configuration of a hub dataset. None: its default."""
+    split: str = "train"
+    """Split of a hub dataset."""
+    category: str = MISSING
+    weight: float = MISSING
+    """Share of the mixture's samples; the weights of a mixture sum to 1."""
+    unique_prompts: bool = False
+    """Keep the first row of each distinct prompt."""
+
+    def __post_init__(self) -> None:
+        require_positive("data.sources.*", weight=self.weight)
+
+
+@dataclass(kw_only=True)
+class DataConfig:
+    """Which rows a run sees."""
+
+    sources: dict[str, SourceConfig] = MISSING
+    held_out: dict[str, SourceConfig] | None = None
+    """Rows for held-out loss or evaluation. None: no held-out measure."""
+    num_rows: int | None = None
+    """Budget of rows (labels, in SFT): each source keeps its first weight * num_rows.
+    None: all rows."""
+    max_tokens_per_microbatch: int = MISSING
+    """Tokens of one packed forward pass on one rank."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "data",
+            num_rows=self.num_rows,
+            max_tokens_per_microbatch=self.max_tokens_per_microbatch,
+        )
+        for name, mixture in (("sources", self.sources), ("held_out", self.held_out)):
+            if mixture is None:
+                continue
+            total = sum(source.weight for source in mixture.values())
+            require(
+                abs(total - 1) < 1e-6,
+                f"the weights of data.{name} sum to {total:.6g}, and must sum to 1",
+            )
+
+
+@dataclass(kw_only=True)
+class StageConfig:
+    """What both training stages and the evaluation share."""
+
+    kind: StageKind = MISSING
+    max_steps: int | None = None
+    """Cap on the steps of an SFT run and of each phase of a cascade, for trials.
+    None: no cap."""
+
+    def __post_init__(self) -> None:
+        require_positive("stage", max_steps=self.max_steps)
+
+    def capped(self, num_steps: int) -> int:
+        """Steps to take of `num_steps`."""
+        return num_steps if self.max_steps is None else min(num_steps, self.max_steps)
+
+
+@dataclass(kw_only=True)
+class SFTConfig(StageConfig):
+    """Supervised fine-tuning on conversations."""
+
+    num_steps: int = MISSING
+    global_batch_size: int = MISSING
+    """Conversations of one update, over all ranks."""
+    max_length: int = MISSING
+    """Tokens of one conversation; longer ones are dropped and counted."""
+    loss_tokens: LossTokens = MISSING
+    eval_every: int | None = MISSING
+    """Steps between two measures of the held-out loss. None: off."""
+    num_eval_examples: int = MISSING
+    """Held-out conversations of one measure."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(
+            "stage",
+            num_steps=self.num_steps,
+            global_batch_size=self.global_batch_size,
+            max_length=self.max_length,
+            eval_every=self.eval_every,
+            num_eval_examples=self.num_eval_examples,
+        )
+
+
+@dataclass(kw_only=True)
+class RolloutConfig:
+    """How responses are sampled."""
+
+    backend: SamplerBackend = MISSING
+    batch_size: int = MISSING
+    """Responses decoded together on one rank."""
+    temperature: float = MISSING
+    canary_tolerance: float = MISSING
+    """Largest difference of a log-probability between policy and sampler after a sync, in nats."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "stage.rollout",
+            batch_size=self.batch_size,
+            temperature=self.temperature,
+            canary_tolerance=self.canary_tolerance,
+        )
+
+
+@dataclass(kw_only=True)
+class TeacherConfig:
+    """A frozen model that scores tokens."""
+
+    backend: TeacherBackend = MISSING
+    path: str = MISSING
+    dtype: DType = MISSING
+    max_tokens_per_batch: int = MISSING
+    """Padded tokens of one forward pass of the teacher on one rank."""
+
+
+@dataclass(kw_only=True)
+class PhaseConfig:
+    """One teacher of a cascade and how long it teaches."""
+
+    teacher: TeacherConfig = MISSING
+    num_steps: int = MISSING
+
+    def __post_init__(self) -> None:
+        require_positive("stage.cascade.*", num_steps=self.num_steps)
+
+
+@dataclass(kw_only=True)
+class OPDConfig(StageConfig):
+    """On-policy distillation from a cascade of teachers."""
+
+    objective: Objective = MISSING
+    max_importance_ratio: float | None = MISSING
+    """Truncation of policy/sampler in the `sampled` objective. None: no truncation."""
+    global_batch_size: int = MISSING
+    """Prompts of one update, over all ranks."""
+    responses_per_prompt: int = MISSING
+    max_prompt_length: int = MISSING
+    """Tokens; longer prompts are dropped and counted."""
+    max_response_length: int = MISSING
+    """Tokens; a longer response is cut and counted."""
+    rollout: RolloutConfig = MISSING
+    cascade: dict[str, PhaseConfig] = MISSING
+    """Phases in their order, by name."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(
+            "stage",
+            max_importance_ratio=self.max_importance_ratio,
+            global_batch_size=self.global_batch_size,
+            responses_per_prompt=self.responses_per_prompt,
+            max_prompt_length=self.max_prompt_length,
+            max_response_length=self.max_response_length,
+        )
+        require(len(self.cascade) > 0, "stage.cascade has no phase: name at least one teacher")
+        require(
+            self.objective is not Objective.sampled or self.rollout.temperature == 1.0,
+            f"stage.rollout.temperature is {self.rollout.temperature}; the sampled-token "
+            "objective is an unbiased estimate of the reverse KL at temperature 1.0 only: set it "
+            "to 1.0",
+        )
+        require(
+            self.rollout.temperature == 1.0,
+            f"stage.rollout.temperature is {self.rollout.temperature}; at any other value than "
+            "1.0 the responses are not the policy's own and the KL is of another distribution: "
+            "set it to 1.0",
+        )
+
+
+@dataclass(kw_only=True)
+class EvaluateConfig(StageConfig):
+    """Sampled accuracy and reverse KL of exported models on held-out prompts."""
+
+    models: dict[str, str] = MISSING
+    """Hugging Face directories of students, by name: accuracy and KL to each teacher."""
+    teachers: dict[str, TeacherConfig] = MISSING
+    """Accuracy only, and the yardsticks of the KL."""
+    num_prompts: int = MISSING
+    """Held-out prompts, shared among the categories by the mixture's weights."""
+    responses_per_prompt: int = MISSING
+    max_prompt_length: int = MISSING
+    max_response_length: int = MISSING
+    num_kl_responses: int = MISSING
+    """How many of a prompt's responses the teachers score for the KL."""
+    num_shown: int = MISSING
+    """Prompts whose answers are written out for a reader."""
+    rollout: RolloutConfig = MISSING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(
+            "stage",
+            num_prompts=self.num_prompts,
+            responses_per_prompt=self.responses_per_prompt,
+            max_prompt_length=self.max_prompt_length,
+            max_response_length=self.max_response_length,
+        )
+        require(
+            0 < self.num_kl_responses <= self.responses_per_prompt,
+            f"stage.num_kl_responses is {self.num_kl_responses}, and must lie between 1 and "
+            f"stage.responses_per_prompt {self.responses_per_prompt}",
+        )
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = MISSING
+    min_learning_rate: float = MISSING
+    """Where the cosine ends; equal to `learning_rate` in the constant schedule."""
+    schedule: Schedule = MISSING
+    warmup_steps: int = MISSING
+    beta1: float = MISSING
+    beta2: float = MISSING
+    eps: float = MISSING
+    weight_decay: float = MISSING
+    """On matrices; norms are not decayed."""
+    clip_norm: float = MISSING
+    """Bound on the global gradient norm."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "optim", learning_rate=self.learning_rate, eps=self.eps, clip_norm=self.clip_norm
+        )
+        require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}, below 0")
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            require(0 <= beta < 1, f"optim.{name} is {beta}, and must lie in [0, 1)")
+        require(
+            0 <= self.min_learning_rate <= self.learning_rate,
+            f"optim.min_learning_rate {self.min_learning_rate} is above optim.learning_rate "
+            f"{self.learning_rate}",
+        )
+        require(
+            self.schedule is not Schedule.constant or self.min_learning_rate == self.learning_rate,
+            "optim.schedule is constant, so optim.min_learning_rate "
+            f"{self.min_learning_rate} must equal optim.learning_rate {self.learning_rate}",
+        )
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How the model and its optimizer are spread over the ranks."""
+
+    expert_parallel_size: int = MISSING
+    """Ranks that share the experts of a layer. 1: every rank holds all of them."""
+    zero_stage: int = MISSING
+    """1: optimizer state sharded over ranks; 2: gradients as well."""
+
+    def __post_init__(self) -> None:
+        require_positive("parallel", expert_parallel_size=self.expert_parallel_size)
+        require(
+            self.zero_stage in {1, 2},
+            f"parallel.zero_stage is {self.zero_stage}, and must be 1 or 2",
+        )
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    """What a person sees."""
+
+    backend: LoggingBackend = MISSING
+    console_every: int = MISSING
+    """Steps between two printed lines; `metrics.jsonl` has every step."""
+    project: str = MISSING
+    mode: WandbMode = MISSING
+
+    def __post_init__(self) -> None:
+        require_positive("logging", console_every=self.console_every)
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When a run saves the state it can be resumed from."""
+
+    save_every: int | None = MISSING
+    """Steps. None: never."""
+    keep_last: int = MISSING
+    """Complete checkpoints kept; older ones are deleted after a new one is complete."""
+
+    def __post_init__(self) -> None:
+        require_positive("checkpoint", save_every=self.save_every, keep_last=self.keep_last)
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """One run."""
+
+    name: str = MISSING
+    seed: int = MISSING
+    root: str = MISSING
+    """Directory under which the runs of a recipe lie; experiments build their paths on it."""
+    output_dir: str = MISSING
+    resume: str = MISSING
+    """auto: the newest complete checkpoint of output_dir, if any; never: from the start;
+    otherwise the path of a checkpoint."""
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    # The stage is one of StageConfig's subclasses, chosen by the config group `stage`.
+    stage: Any = MISSING
+    optim: OptimConfig = MISSING
+    parallel: ParallelConfig = MISSING
+    logging: LoggingConfig = MISSING
+    checkpoint: CheckpointConfig = MISSING
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.seed < 2**31, f"seed is {self.seed}, and must lie between 0 and {2**31 - 1}"
+        )
+        require(
+            isinstance(self.stage, StageConfig),
+            "no stage was chosen: add experiment=<name>, or stage=sft|opd|evaluate",
+        )
+        architecture = self.model.architecture
+        if architecture is not None:
+            check_expert_parallel(architecture, self.parallel.expert_parallel_size)
+        longest = longest_sequence(self.stage)
+        require(
+            longest <= self.data.max_tokens_per_microbatch,
+            f"data.max_tokens_per_microbatch is {self.data.max_tokens_per_microbatch}, below the "
+            f"longest sequence the stage allows, {longest} tokens",
+        )
+
+
+def longest_sequence(stage: StageConfig) -> int:
+    """Tokens of the longest sequence that a stage lets through."""
+    match stage:
+        case SFTConfig():
+            return stage.max_length
+        case OPDConfig() | EvaluateConfig():
+            return stage.max_prompt_length + stage.max_response_length
+    raise TypeError(f"no such stage: {type(stage).__name__}")
+
+
+def register_schemas() -> None:
+    """Make the dataclasses known to Hydra, in groups of their own under `schema/`."""
+    store = ConfigStore.instance()
+    store.store(name="run", group="schema", node=TrainConfig)
+    for kind, node in (("sft", SFTConfig), ("opd", OPDConfig), ("evaluate", EvaluateConfig)):
+        store.store(name=kind, group="schema/stage", node=node)
+
+
+def field_difference(old: Any, new: Any, where: str = "") -> list[str]:
+    """Name the leaves in which two nested dictionaries differ, as `a.b: old -> new`."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(old.keys() | new.keys(), key=str):
+            path = f"{where}.{key}" if where else str(key)
+            found += field_difference(old.get(key), new.get(key), path)
+        return found
+    return [] if old == new else [f"{where}: {old} -> {new}"]
+
+
+FINISHED = "finished.json"
+"""The note in a run's directory by which a second launch knows that nothing is left to do."""
+# What may differ between a run and its resumption without changing what is learnt from whom.
+FREE_TO_CHANGE = ("resume", "root", "output_dir", "logging", "checkpoint")
+LENGTHS = ("num_steps", "max_steps", "eval_every", "num_eval_examples")
+
+
+def plain_config(cfg: TrainConfig) -> dict[str, Any]:
+    """Turn the config into JSON values."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {str(key): plain(item) for key, item in value.items()}
+        return value.value if isinstance(value, Enum) else value
+
+    return dict(plain(asdict(cfg)))
+
+
+def identity(config: dict[str, Any]) -> dict[str, Any]:
+    """Keep the part that a resumption may not change: not lengths, logs and places."""
+
+    def without_lengths(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {key: without_lengths(item) for key, item in value.items() if key not in LENGTHS}
+
+    kept = {key: value for key, value in config.items() if key not in FREE_TO_CHANGE}
+    return dict(without_lengths(kept))
+
+
+def is_finished(cfg: TrainConfig) -> bool:
+    """Whether this very run was finished before.
+
+    Raises:
+        InputError: The directory holds a finished run of another config.
+    """
+    note = Path(cfg.output_dir) / FINISHED
+    if cfg.resume == "never" or not note.is_file():
+        return False
+    now = {k: v for k, v in plain_config(cfg).items() if k not in FREE_TO_CHANGE}
+    then = {k: v for k, v in json.loads(note.read_text())["config"].items() if k in now}
+    changed = field_difference(then, now)
+    require(
+        not changed,
+        f"{cfg.output_dir} holds a finished run of another config (then -> now): "
+        f"{'; '.join(changed[:5])}; choose another output_dir, or resume=never to replace it",
+    )
+    return True
