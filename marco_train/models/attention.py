@@ -1,0 +1,141 @@
+"""Causal attention over packed sequences, and over a key-value cache while sampling.
+
+Legend: T packed tokens, B sequences, L longest sequence of a group, H query heads, G key-value
+heads, d head width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Sequences up to this length share one padded group; above it, groups double in length, so that
+# padding costs less than a factor of two in rows and four in scores.
+SHORTEST_GROUP = 64
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Sequences of similar length, padded to one rectangle of num_rows x length."""
+
+    tokens: Tensor  # [n] int64, positions of the group's tokens in the packed sequence
+    cells: Tensor  # [n] int64, where each lies in the flattened rectangle
+    num_rows: int
+    length: int
+
+
+class PackedSequences:
+    """Packed tokens that attend causally within their own sequence and never across."""
+
+    def __init__(self, position_ids: Tensor) -> None:
+        """Read the sequences off their positions, [1, T], which restart at 0."""
+        positions = position_ids[0]
+        starts = (positions == 0).nonzero()[:, 0]
+        sequence_of_token = (positions == 0).cumsum(0) - 1
+        self.lengths: Tensor = torch.diff(
+            starts, append=starts.new_full((1,), positions.shape[0])
+        )  # [B]
+        self._groups: list[_Group] = []
+        lengths = self.lengths.tolist()
+        sizes = [SHORTEST_GROUP << max(0, (n - 1) // SHORTEST_GROUP).bit_length() for n in lengths]
+        for size in sorted(set(sizes)):
+            members = [row for row, s in enumerate(sizes) if s == size]
+            length = max(lengths[row] for row in members)
+            row_of_sequence = torch.full_like(starts, -1)
+            row_of_sequence[members] = torch.arange(len(members), device=starts.device)
+            row_of_token = row_of_sequence[sequence_of_token]
+            tokens = (row_of_token >= 0).nonzero()[:, 0]
+            cells = row_of_token[tokens] * length + positions[tokens]
+            self._groups.append(_Group(tokens, cells, len(members), length))
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend; q [T, H, d], k and v [T, G, d] -> [T, H, d]."""
+        if len(self._groups) == 1:
+            return self._attend_group(self._groups[0], q, k, v)
+        out = torch.empty_like(q)
+        for group in self._groups:
+            part = (x.index_select(0, group.tokens) for x in (q, k, v))
+            out = out.index_copy(0, group.tokens, self._attend_group(group, *part))
+        return out
+
+    @staticmethod
+    def _attend_group(group: _Group, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def pad(x: Tensor) -> Tensor:  # [n, heads, d] -> [B, heads, L, d]
+            cells = x.new_zeros(group.num_rows * group.length, *x.shape[1:])
+            cells = cells.index_copy(0, group.cells, x)
+            return cells.view(group.num_rows, group.length, *x.shape[1:]).transpose(1, 2)
+
+        # Padding stands to the right, so a causal mask alone hides it from every real token.
+        out = F.scaled_dot_product_attention(
+            pad(q), pad(k), pad(v), is_causal=True, enable_gqa=q.shape[1] != k.shape[1]
+        )
+        return out.transpose(1, 2).flatten(0, 1).index_select(0, group.cells)
+
+
+class KVCache:
+    """Keys and values of a batch that is being sampled.
+
+    The first forward pass takes the packed prompts; each later one takes one new token of every
+    sequence.
+    """
+
+    def __init__(self, num_layers: int, max_new_tokens: int) -> None:
+        self._max_new_tokens = max_new_tokens
+        self._prompts: PackedSequences | None = None
+        self._keys: list[Tensor | None] = [None] * num_layers  # each [B, G, L, d]
+        self._values: list[Tensor | None] = [None] * num_layers
+        self.lengths = torch.zeros(0, dtype=torch.int64)  # [B]
+
+    def start(self, position_ids: Tensor) -> None:
+        """Announce the packed prompts' positions, [1, T]."""
+        self._prompts = PackedSequences(position_ids)
+        self.lengths = self._prompts.lengths
+
+    def advance(self) -> Tensor:
+        """Announce one new token of every sequence and return their positions, [1, B]."""
+        self._prompts = None
+        positions = self.lengths
+        self.lengths = self.lengths + 1
+        return positions[None]
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all sequences but these."""
+        self.lengths = self.lengths[rows]
+        self._keys = [None if k is None else k[rows] for k in self._keys]
+        self._values = [None if v is None else v[rows] for v in self._values]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store k and v, then attend; shapes as in `PackedSequences.attend`."""
+        if self._prompts is not None:
+            self._keys[layer] = self._fill(k)
+            self._values[layer] = self._fill(v)
+            return self._prompts.attend(layer, q, k, v)
+        keys, values = self._keys[layer], self._values[layer]
+        assert keys is not None and values is not None
+        rows = torch.arange(q.shape[0], device=q.device)
+        keys[rows, :, self.lengths - 1] = k
+        values[rows, :, self.lengths - 1] = v
+        longest = int(self.lengths.max())
+        visible = torch.arange(longest, device=q.device)[None] < self.lengths[:, None]  # [B, L]
+        out = F.scaled_dot_product_attention(
+            q[:, :, None],
+            keys[:, :, :longest],
+            values[:, :, :longest],
+            attn_mask=visible[:, None, None],
+            enable_gqa=q.shape[1] != k.shape[1],
+        )
+        return out[:, :, 0]
+
+    def _fill(self, x: Tensor) -> Tensor:
+        """Spread packed [T, G, d] over a fresh [B, G, L, d] with room for new tokens."""
+        assert self._prompts is not None
+        capacity = int(self.lengths.max()) + self._max_new_tokens
+        ends = self.lengths.cumsum(0)
+        rows = torch.repeat_interleave(
+            torch.arange(len(self.lengths), device=x.device), self.lengths
+        )
+        columns = torch.arange(x.shape[0], device=x.device) - (ends - self.lengths)[rows]
+        cells = x.new_zeros(len(self.lengths), x.shape[1], capacity, x.shape[2])
+        cells[rows, :, columns] = x
+        return cells

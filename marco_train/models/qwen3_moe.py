@@ -1,0 +1,183 @@
+"""The decoder of Qwen3-MoE and dense Qwen3, with the parameter names of transformers v5.
+
+Legend: T packed tokens, D width, H query heads, G key-value heads, d head width, V vocabulary.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from marco_train.architecture import ArchitectureConfig, check_expert_parallel
+from marco_train.models.attention import KVCache, PackedSequences
+from marco_train.models.moe import SparseMLP
+
+
+class Attend(Protocol):
+    """How tokens see each other: packed sequences, or a key-value cache."""
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend; q [T, H, d], k and v [T, G, d] -> [T, H, d]."""
+
+
+class RMSNorm(nn.Module):
+    """Scale to unit root mean square."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise the last dimension."""
+        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def rotary_angles(position_ids: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles of positions [1, T], each [T, 1, d] float32."""
+    exponents = torch.arange(0, head_dim, 2, device=position_ids.device).float() / head_dim
+    angles = position_ids[0, :, None].float() * theta**-exponents  # [T, d/2]
+    angles = torch.cat([angles, angles], -1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply rotary positions to heads [T, heads, d]."""
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat([-second, first], -1) * sin).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with normalised queries and keys."""
+
+    def __init__(self, cfg: ArchitectureConfig, layer: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head_dim = cfg.head_dim
+        width, heads, kv_heads = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads
+        self.q_proj = nn.Linear(width, heads * cfg.head_dim, bias=False)
+        self.k_proj = nn.Linear(width, kv_heads * cfg.head_dim, bias=False)
+        self.v_proj = nn.Linear(width, kv_heads * cfg.head_dim, bias=False)
+        self.o_proj = nn.Linear(heads * cfg.head_dim, width, bias=False)
+        self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+        self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """Map [T, D] to [T, D]."""
+        heads = (hidden.shape[0], -1, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(hidden).view(heads)), *rope)
+        k = rotate(self.k_norm(self.k_proj(hidden).view(heads)), *rope)
+        v = self.v_proj(hidden).view(heads)
+        out: Tensor = self.o_proj(attend.attend(self.layer, q, k, v).flatten(1))
+        return out
+
+
+class DenseMLP(nn.Module):
+    """SwiGLU MLP."""
+
+    def __init__(self, width: int, inner_width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(width, inner_width, bias=False)
+        self.up_proj = nn.Linear(width, inner_width, bias=False)
+        self.down_proj = nn.Linear(inner_width, width, bias=False)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Map [T, D] to [T, D]."""
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(hidden)) * self.up_proj(hidden))
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each behind a norm and added to its input."""
+
+    def __init__(
+        self, cfg: ArchitectureConfig, layer: int, ep_group: dist.ProcessGroup | None
+    ) -> None:
+        super().__init__()
+        self.self_attn = Attention(cfg, layer)
+        self.mlp: nn.Module
+        if cfg.num_experts is None:
+            self.mlp = DenseMLP(cfg.hidden_size, cfg.intermediate_size)
+        else:
+            assert cfg.moe_intermediate_size is not None and cfg.num_experts_per_tok is not None
+            self.mlp = SparseMLP(
+                cfg.hidden_size,
+                cfg.moe_intermediate_size,
+                cfg.num_experts,
+                cfg.num_experts_per_tok,
+                cfg.norm_topk_prob,
+                ep_group,
+            )
+        self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+
+    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        """Map [T, D] to [T, D]."""
+        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, attend)
+        out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+        return out
+
+
+class Decoder(nn.Module):
+    """Embeddings, layers and the final norm."""
+
+    def __init__(self, cfg: ArchitectureConfig, ep_group: dist.ProcessGroup | None) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.layers = nn.ModuleList(
+            DecoderLayer(cfg, layer, ep_group) for layer in range(cfg.num_hidden_layers)
+        )
+        self.norm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
+
+
+class Qwen3Moe(nn.Module):
+    """Qwen3-MoE, or dense Qwen3 where the architecture names no experts.
+
+    With an expert-parallel group this rank holds its share of every layer's experts, and every
+    forward and backward pass is one of the whole group's.
+    """
+
+    def __init__(
+        self, architecture: ArchitectureConfig, ep_group: dist.ProcessGroup | None = None
+    ) -> None:
+        super().__init__()
+        check_expert_parallel(architecture, 1 if ep_group is None else ep_group.size())
+        self.architecture = architecture
+        self.ep_group = ep_group
+        self.model = Decoder(architecture, ep_group)
+        self.lm_head: nn.Linear | None = None
+        if not architecture.tie_word_embeddings:
+            self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
+
+    @property
+    def head(self) -> Tensor:
+        """Weights of the output head, [V, D]."""
+        return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+
+    def forward(
+        self, input_ids: Tensor, position_ids: Tensor, cache: KVCache | None = None
+    ) -> Tensor:
+        """Compute the last hidden states of packed sequences.
+
+        Args:
+            input_ids: [1, T] int64.
+            position_ids: [1, T] int64, restarts at 0 with every sequence.
+            cache: Where sampling keeps keys and values. None: T is whole sequences.
+
+        Returns:
+            [T, D], after the final norm.
+        """
+        attend: Attend = PackedSequences(position_ids) if cache is None else cache
+        cfg = self.architecture
+        rope = rotary_angles(position_ids, cfg.head_dim, cfg.rope_theta)
+        hidden = self.model.embed_tokens(input_ids[0])
+        for layer in self.model.layers:
+            hidden = layer(hidden, rope, attend)
+        out: Tensor = self.model.norm(hidden)
+        return out
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [T, V] of hidden states [T, D], whole: for small inputs and for sampling."""
+        return F.linear(hidden, self.head)

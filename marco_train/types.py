@@ -1,0 +1,159 @@
+"""The values that flow through a run; each station takes one and returns the next.
+
+    SFT  Conversation -> Example -> Microbatch
+    OPD  Conversation -> Prompt -> Rollout -> ScoredRollout -> SampledMicrobatch | FullMicrobatch
+
+Legend: T packed tokens, R tokens of a response, V vocabulary, D width of the teacher.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from enum import Enum
+from typing import Any, Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A chat as its dataset gives it."""
+
+    messages: tuple[Message, ...]
+    source: str
+    category: str
+    language: str
+    verifier: Mapping[str, Any]
+    """How an answer is checked; see `evaluation/verifiers.py`. Empty: it is not."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A rendered conversation: `loss_mask[i]` says whether token i is learnt."""
+
+    input_ids: list[int]
+    loss_mask: list[bool]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids that await a response."""
+
+    index: int
+    """Position in the run's stream of prompts: the same on any number of ranks."""
+    input_ids: list[int]
+    source: str
+    category: str
+    language: str
+
+
+class FinishReason(Enum):
+    """Why a response ended."""
+
+    stop = "stop"
+    length = "length"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response."""
+
+    prompt: Prompt
+    sample_index: int
+    response_ids: list[int]
+    """Includes the stop token, where the response ended with one."""
+    sampler_logprobs: list[float]
+    """Log-probability of each response token when it was sampled, in nats."""
+    finish_reason: FinishReason
+    weight_version: int
+    """The policy's step whose weights sampled it."""
+
+    @property
+    def input_ids(self) -> list[int]:
+        """Prompt and response as one sequence."""
+        return self.prompt.input_ids + self.response_ids
+
+
+@dataclass(frozen=True)
+class TokenScores:
+    """The teacher's log-probability of each response token."""
+
+    teacher_logprobs: Tensor  # [R] float32
+
+
+@dataclass(frozen=True)
+class HiddenScores:
+    """The teacher's last hidden states, after its final norm, where it predicts the response."""
+
+    teacher_hidden: Tensor  # [R, D]
+
+
+@dataclass(frozen=True)
+class ScoredRollout:
+    """A rollout with the teacher's view of it."""
+
+    rollout: Rollout
+    scores: TokenScores | HiddenScores
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """The packed tensors of one forward pass."""
+
+    input_ids: Tensor  # [1, T] int64
+    position_ids: Tensor  # [1, T] int64, restarts with every sequence
+    targets: Tensor  # [T] int64, the next token of the same sequence
+    loss_mask: Tensor  # [T] bool, whether the target is learnt
+    num_loss_tokens: int
+
+    def to(self, device: torch.device) -> Self:
+        """Move the tensors to a device."""
+        tensors = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **tensors)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class SampledMicrobatch(Microbatch):
+    """For the sampled-token objective."""
+
+    sampler_logprobs: Tensor  # [T] float32, of the targets
+    teacher_logprobs: Tensor  # [T] float32, of the targets
+
+
+@dataclass(frozen=True)
+class FullMicrobatch(Microbatch):
+    """For the full-vocabulary objective."""
+
+    sampler_logprobs: Tensor  # [T] float32, of the targets
+    teacher_hidden: Tensor  # [N, D], at the N loss tokens, in order
+
+
+@dataclass(frozen=True)
+class PolicyOutput:
+    """What a loss needs of a forward pass."""
+
+    hidden: Tensor  # [T, D]
+    head: Tensor  # [V, D], the weights of the output head
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """A loss and its diagnostics, all sums over the loss tokens of a microbatch."""
+
+    loss: Tensor  # scalar float32
+    sums: dict[str, Tensor]  # metric name -> scalar
+
+
+LossFn = Callable[[PolicyOutput, Any], LossOutput]

@@ -1,0 +1,49 @@
+"""Make a sparse mixture from a dense Qwen3: `python scripts/upcycle.py --help`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from marco_train.architecture import InputError
+from marco_train.models.upcycle import Scaling, UpcycleConfig, upcycle
+
+
+def main() -> None:
+    """Read the command line, upcycle, report."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--dense", type=Path, required=True, help="Hugging Face directory")
+    parser.add_argument("--out", type=Path, required=True, help="where the mixture goes")
+    parser.add_argument("--num-experts", type=int, required=True)
+    parser.add_argument("--expert-width", type=int, required=True)
+    parser.add_argument("--top-k", type=int, required=True)
+    parser.add_argument("--drop-ratio", type=float, default=0.5, help="drawn anew of each expert")
+    parser.add_argument("--scaling", choices=[s.value for s in Scaling], default="paper")
+    parser.add_argument("--router-std", type=float, default=0.0, help="0: the paper's")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    cfg = UpcycleConfig(
+        num_experts=args.num_experts,
+        expert_width=args.expert_width,
+        top_k=args.top_k,
+        drop_ratio=args.drop_ratio,
+        scaling=Scaling(args.scaling),
+        router_std=args.router_std,
+        seed=args.seed,
+    )
+    tokenizer = args.dense if (args.dense / "tokenizer.json").is_file() else None
+
+    def show(done: int, total: int) -> None:
+        print(f"layer {done}/{total}", flush=True)
+
+    try:
+        architecture = upcycle(args.dense, args.out, cfg, tokenizer, show)
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    print(
+        f"{args.out}: {architecture.num_experts} experts of width "
+        f"{architecture.moe_intermediate_size}, top-{architecture.num_experts_per_tok}"
+    )
+
+
+if __name__ == "__main__":
+    main()
