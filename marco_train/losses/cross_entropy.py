@@ -1,0 +1,12 @@
+"""The SFT loss."""
+
+from marco_train.losses.logprobs import token_logprobs
+from marco_train.types import LossOutput, Microbatch, PolicyOutput
+
+
+def cross_entropy(output: PolicyOutput, microbatch: Microbatch) -> LossOutput:
+    """Sum -log p(target) over the tokens with loss; the caller divides by their global number."""
+    mask = microbatch.loss_mask
+    logprobs, entropy = token_logprobs(output.hidden[mask], output.head, microbatch.targets[mask])
+    loss = -logprobs.sum()
+    return LossOutput(loss, {"loss/cross_entropy": loss.detach(), "loss/entropy": entropy.sum()})
