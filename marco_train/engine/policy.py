@@ -1,0 +1,204 @@
+"""The model being trained: weights, optimizer and schedule in a DeepSpeed engine."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from marco_train.architecture import InputError, check_expert_parallel, read_architecture
+from marco_train.config import ModelConfig, OptimConfig, ParallelConfig
+from marco_train.distributed import (
+    device,
+    expert_parallel_group,
+    reduce_sums,
+    world_size,
+)
+from marco_train.engine.expert_groups import mark_experts
+from marco_train.engine.optim import LearningRate, build_schedule, parameter_groups
+from marco_train.engine.zero import deepspeed_config
+from marco_train.losses.logprobs import token_logprobs
+from marco_train.metrics import Metrics, MetricSums
+from marco_train.models.hf_io import (
+    check_architecture,
+    load_model,
+    named_weights,
+    random_model,
+    save_model,
+)
+from marco_train.models.qwen3_moe import Qwen3Moe
+from marco_train.types import LossFn, Microbatch, PolicyOutput
+
+
+class Policy:
+    """A model, its optimizer and its schedule; `train_step` makes one update."""
+
+    def __init__(
+        self,
+        model: Qwen3Moe,
+        model_cfg: ModelConfig,
+        optim: OptimConfig,
+        parallel: ParallelConfig,
+        num_steps: int,
+    ) -> None:
+        self._tokenizer_dir = model_cfg.tokenizer
+        self._learning_rate: LearningRate = build_schedule(optim, num_steps)
+        self.num_updates = 0
+        mark_experts(model, parallel.expert_parallel_size)
+        adamw = torch.optim.AdamW(
+            parameter_groups(model, optim.weight_decay, parallel.expert_parallel_size),
+            lr=optim.learning_rate,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+        )
+        with redirect_stdout(StringIO()):  # every rank would print which kernels were built
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=adamw,
+                config=deepspeed_config(optim, parallel, model_cfg.dtype),
+            )
+        self.model: Qwen3Moe = self._engine.module
+
+    @property
+    def learning_rate(self) -> float:
+        """Rate of the coming update."""
+        return self._learning_rate(self.num_updates)
+
+    def forward(self, microbatch: Microbatch) -> PolicyOutput:
+        """Compute hidden states [T, D] of a microbatch on this rank's device."""
+        hidden = self._engine(microbatch.input_ids, microbatch.position_ids)
+        return PolicyOutput(hidden=hidden, head=self.model.head)
+
+    def train_step(self, microbatches: Sequence[Microbatch], loss_fn: LossFn) -> Metrics:
+        """Make one update from this rank's microbatches of the global batch.
+
+        Every rank passes the same number of microbatches, empty ones included.
+
+        Raises:
+            InputError: No token of the global batch is to be learnt.
+            FloatingPointError: The loss is not finite; the weights are left as they were.
+        """
+        self._engine.train()
+        # Every loss token of the global batch weighs the same, whichever rank or microbatch
+        # holds it.
+        (num_tokens,) = reduce_sums([sum(mb.num_loss_tokens for mb in microbatches)])
+        if num_tokens == 0:
+            raise InputError(
+                f"update {self.num_updates}: no token of the global batch is to be learnt; look "
+                "at the data/dropped_* metrics and at the loss mask"
+            )
+        totals = MetricSums()
+        for microbatch in microbatches:
+            on_device = microbatch.to(device())
+            output = loss_fn(self.forward(on_device), on_device)
+            # DeepSpeed averages gradients over ranks; undo that, then divide by the token count.
+            self._engine.backward(output.loss * (world_size() / num_tokens), scale_wrt_gas=False)
+            totals.add(output)
+        metrics = totals.mean(num_tokens)
+        self._refuse_non_finite(metrics)
+        metrics |= {"optim/lr": self.learning_rate, "data/num_loss_tokens": num_tokens}
+        metrics["optim/grad_norm"] = self._update()
+        return metrics
+
+    def _refuse_non_finite(self, metrics: Metrics) -> None:
+        # The reduced sums are the same on every rank, and so is this decision.
+        bad = [name for name, value in metrics.items() if not abs(value) < float("inf")]
+        if bad:
+            raise FloatingPointError(
+                f"update {self.num_updates}: {', '.join(bad)} not finite; weights and the last "
+                "checkpoint are intact"
+            )
+
+    def _update(self) -> float:
+        """Clip, step, zero the gradients; returns the global gradient norm before clipping."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self._engine.step()
+        self.num_updates += 1
+        return float(self._engine.get_global_grad_norm())
+
+    @torch.no_grad()
+    def measure(self, microbatches: Sequence[Microbatch], loss_fn: LossFn) -> Metrics:
+        """Mean of a loss's metrics over held-out microbatches, without an update."""
+        self._engine.eval()
+        (num_tokens,) = reduce_sums([sum(mb.num_loss_tokens for mb in microbatches)])
+        totals = MetricSums()
+        for microbatch in microbatches:
+            on_device = microbatch.to(device())
+            totals.add(loss_fn(self.forward(on_device), on_device))
+        return totals.mean(max(1.0, num_tokens))
+
+    @torch.no_grad()
+    def score(self, input_ids: list[int]) -> Tensor:
+        """Log-probability of each token of one sequence given those before it, [T - 1] float32.
+
+        All ranks take part; a probe for what a sampler makes of the same weights.
+        """
+        self._engine.eval()
+        ids = torch.tensor([input_ids], device=device())
+        positions = torch.arange(len(input_ids), device=device())[None]
+        hidden = self._engine(ids, positions)
+        return token_logprobs(hidden[:-1], self.model.head, ids[0, 1:])[0]
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Stream all weights under their checkpoint names; all ranks take part."""
+        return named_weights(self.model)
+
+    def export(self, path: Path) -> None:
+        """Write a Hugging Face directory with the tokenizer; all ranks take part."""
+        save_model(self.model, path, self._tokenizer_dir)
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything of this rank that an exact resume needs, except the number of updates.
+
+        `weights.*` are this rank's weights, `masters.*` its float32 partition of each parameter
+        group, and `adam.*` the moments of that partition.
+        """
+        tensors = {f"weights.{name}": p.detach() for name, p in self.model.named_parameters()}
+        for group, master in enumerate(self._optimizer.single_partition_of_fp32_groups):
+            tensors[f"masters.{group}"] = master.detach()
+            for name, value in self._optimizer.optimizer.state[master].items():
+                tensors[f"adam.{group}.{name}"] = value
+        return tensors
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor], num_updates: int) -> None:
+        """Put back what `state_tensors` gave on the same ranks."""
+        for name, parameter in self.model.named_parameters():
+            parameter.copy_(tensors[f"weights.{name}"])
+        for group, master in enumerate(self._optimizer.single_partition_of_fp32_groups):
+            master.copy_(tensors[f"masters.{group}"])
+            prefix = f"adam.{group}."
+            self._optimizer.optimizer.state[master] = {
+                name.removeprefix(prefix): tensor.to(
+                    "cpu" if name.endswith(".step") else device(), copy=True
+                )
+                for name, tensor in tensors.items()
+                if name.startswith(prefix)
+            }
+        self.num_updates = num_updates
+
+
+def build_policy(
+    model_cfg: ModelConfig, optim: OptimConfig, parallel: ParallelConfig, num_steps: int, seed: int
+) -> Policy:
+    """Load or initialise the student and give it an optimizer.
+
+    Raises:
+        InputError: The weights are not those the config describes, or cannot be shared over
+            the ranks; before the model is built.
+    """
+    dtype = getattr(torch, model_cfg.dtype.value)
+    ep_size = parallel.expert_parallel_size
+    if model_cfg.path is None:
+        assert model_cfg.architecture is not None
+        model = random_model(model_cfg.architecture, dtype, seed, expert_parallel_group(ep_size))
+    else:
+        check_expert_parallel(read_architecture(model_cfg.path), ep_size)
+        if model_cfg.architecture is not None:
+            check_architecture(model_cfg.path, model_cfg.architecture)
+        model = load_model(model_cfg.path, dtype, expert_parallel_group(ep_size))
+    return Policy(model, model_cfg, optim, parallel, num_steps)
