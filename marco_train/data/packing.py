@@ -1,0 +1,119 @@
+"""Sequences to packed microbatches under a token budget, the same number on every rank.
+
+Prompt and response are joined here, once, and inputs and targets are shifted here, once.
+Legend: T packed tokens, N tokens with loss, R tokens of a response, D width of the teacher.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from marco_train.config import Objective
+from marco_train.distributed import reduce_max
+from marco_train.types import (
+    Example,
+    FullMicrobatch,
+    HiddenScores,
+    Microbatch,
+    Rollout,
+    SampledMicrobatch,
+    ScoredRollout,
+    TokenScores,
+)
+
+
+def pack_examples(examples: Sequence[Example], max_tokens: int) -> list[Microbatch]:
+    """Pack this rank's examples of a global batch."""
+    bins = _equal_bins([len(example.input_ids) for example in examples], max_tokens)
+    return [_join([examples[i] for i in members]) for members in bins]
+
+
+def pack_rollouts(
+    scored: Sequence[ScoredRollout], objective: Objective, max_tokens: int
+) -> Sequence[Microbatch]:
+    """Pack this rank's scored rollouts of a global batch; every response token has loss."""
+    bins = _equal_bins([len(s.rollout.input_ids) for s in scored], max_tokens)
+    packed = [[scored[i] for i in members] for members in bins]
+    if objective is Objective.sampled:
+        return [_sampled_microbatch(members) for members in packed]
+    return [_full_microbatch(members) for members in packed]
+
+
+def _sampled_microbatch(scored: Sequence[ScoredRollout]) -> SampledMicrobatch:
+    scores = [s.scores.teacher_logprobs for s in scored if isinstance(s.scores, TokenScores)]
+    assert len(scores) == len(scored), "the teacher did not score tokens"
+    joined = _join([_as_example(s.rollout) for s in scored])
+    return SampledMicrobatch(
+        **vars(joined),
+        sampler_logprobs=_spread(joined, _sampler_logprobs(scored)),
+        teacher_logprobs=_spread(joined, torch.cat([torch.zeros(0), *scores])),
+    )
+
+
+def _full_microbatch(scored: Sequence[ScoredRollout]) -> FullMicrobatch:
+    scores = [s.scores.teacher_hidden for s in scored if isinstance(s.scores, HiddenScores)]
+    assert len(scores) == len(scored), "the teacher did not give hidden states"
+    joined = _join([_as_example(s.rollout) for s in scored])
+    return FullMicrobatch(
+        **vars(joined),
+        sampler_logprobs=_spread(joined, _sampler_logprobs(scored)),
+        teacher_hidden=torch.cat(scores) if scores else torch.zeros(0, 0),
+    )
+
+
+def _as_example(rollout: Rollout) -> Example:
+    num_prompt, num_response = len(rollout.prompt.input_ids), len(rollout.response_ids)
+    return Example(rollout.input_ids, [False] * num_prompt + [True] * num_response)
+
+
+def _sampler_logprobs(scored: Sequence[ScoredRollout]) -> Tensor:
+    return torch.tensor([x for s in scored for x in s.rollout.sampler_logprobs])
+
+
+def _spread(microbatch: Microbatch, values: Tensor) -> Tensor:
+    """Put one value at each token with loss, [N] -> [T]; zero elsewhere."""
+    spread = torch.zeros(len(microbatch.targets))
+    return spread.masked_scatter(microbatch.loss_mask, values)
+
+
+def _join(examples: Sequence[Example]) -> Microbatch:
+    """Lay sequences end to end; each loses its last input and its first target."""
+    input_ids: list[int] = []
+    positions: list[int] = []
+    targets: list[int] = []
+    loss_mask: list[bool] = []
+    for example in examples:
+        input_ids += example.input_ids[:-1]
+        positions += range(len(example.input_ids) - 1)
+        targets += example.input_ids[1:]
+        loss_mask += example.loss_mask[1:]
+    if not input_ids:
+        # This rank has nothing left, and joins the others' passes with one token without loss.
+        input_ids, positions, targets, loss_mask = [0], [0], [0], [False]
+    return Microbatch(
+        input_ids=torch.tensor([input_ids]),
+        position_ids=torch.tensor([positions]),
+        targets=torch.tensor(targets),
+        loss_mask=torch.tensor(loss_mask),
+        num_loss_tokens=sum(loss_mask),
+    )
+
+
+def _equal_bins(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Fill bins, longest first, each sequence into the first with room; as many on every rank."""
+    bins: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        needed = lengths[index] - 1  # the last token is only ever a target
+        for number, left in enumerate(room):
+            if needed <= left:
+                bins[number].append(index)
+                room[number] -= needed
+                break
+        else:
+            assert needed <= max_tokens, f"{needed} tokens do not fit {max_tokens}"
+            bins.append([index])
+            room.append(max_tokens - needed)
+    num_bins = max(1, reduce_max(len(bins)))
+    return bins + [[] for _ in range(num_bins - len(bins))]
