@@ -1,0 +1,176 @@
+"""The sampler that needs no server: a copy of the model and a key-value cache, batched.
+
+Legend: B responses decoded together, V vocabulary, L new tokens at most.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from marco_train.architecture import ArchitectureConfig
+from marco_train.config import RolloutConfig
+from marco_train.distributed import device
+from marco_train.losses.logprobs import token_logprobs
+from marco_train.models.attention import KVCache
+from marco_train.models.hf_io import empty_model, named_weights, receive_weights
+from marco_train.models.qwen3_moe import Qwen3Moe
+from marco_train.rollout.base import response_seed
+from marco_train.rollout.sync import checksum
+from marco_train.types import FinishReason, Prompt, Rollout
+
+
+class HFSampler:
+    """Samples on this rank, alone: every rank holds all experts and its own prompts."""
+
+    def __init__(
+        self,
+        cfg: RolloutConfig,
+        model: Qwen3Moe,
+        stop_ids: Sequence[int],
+        max_response_length: int,
+        seed: int,
+        weight_version: int | None = None,
+    ) -> None:
+        """Sample from `model`; its weights count as loaded if they have a version."""
+        self._model = model.eval()
+        self._batch_size = cfg.batch_size
+        self._stop_ids = frozenset(stop_ids)
+        self._max_response_length = max_response_length
+        self._seed = seed
+        self._weight_version = weight_version
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take a complete stream of named weights.
+
+        Raises:
+            ValueError: A weight is missing, doubled, unknown or misshapen.
+        """
+        self._weight_version = None
+        receive_weights(self._model, weights)
+        self._weight_version = version
+
+    def checksums(self) -> dict[str, int]:
+        """Digest every weight that this sampler holds."""
+        return {name: checksum(weight) for name, weight in named_weights(self._model)}
+
+    @torch.inference_mode()
+    def score(self, input_ids: list[int]) -> Tensor:
+        """Log-probability of each token of one sequence given those before it, [T - 1] float32."""
+        ids = torch.tensor([input_ids], device=device())
+        positions = torch.arange(len(input_ids), device=device())[None]
+        hidden = self._model(ids, positions)
+        return token_logprobs(hidden[:-1], self._model.head, ids[0, 1:])[0]
+
+    def sample(self, prompts: Sequence[Prompt], num_responses: int) -> list[Rollout]:
+        """Sample responses of each prompt at temperature 1, in the order of prompts.
+
+        Raises:
+            RuntimeError: No weights were loaded.
+        """
+        if self._weight_version is None:
+            raise RuntimeError("the sampler has no complete weights: load_weights comes first")
+        requests = [(prompt, n) for prompt in prompts for n in range(num_responses)]
+        # Neighbours of similar length waste little of the cache.
+        by_length = sorted(range(len(requests)), key=lambda i: len(requests[i][0].input_ids))
+        rollouts: dict[int, Rollout] = {}
+        for start in range(0, len(by_length), self._batch_size):
+            members = by_length[start : start + self._batch_size]
+            found = self._sample_batch([requests[i] for i in members], self._weight_version)
+            rollouts |= dict(zip(members, found, strict=True))
+        return [rollouts[i] for i in range(len(requests))]
+
+    @torch.inference_mode()
+    def _sample_batch(
+        self, requests: Sequence[tuple[Prompt, int]], weight_version: int
+    ) -> list[Rollout]:
+        cache = KVCache(self._model.architecture.num_hidden_layers, self._max_response_length)
+        uniforms = self._uniforms(requests)  # [B, L]
+        response_ids: list[list[int]] = [[] for _ in requests]
+        logprobs: list[list[float]] = [[] for _ in requests]
+        logits = self._prefill([prompt.input_ids for prompt, _ in requests], cache)  # [B, V]
+        active = list(range(len(requests)))
+        for place in range(self._max_response_length):
+            tokens, token_lps = draw_tokens(logits, uniforms[active, place])
+            running = []
+            rows = zip(active, tokens.tolist(), token_lps.tolist(), strict=True)
+            for row, (request, token, lp) in enumerate(rows):
+                response_ids[request].append(token)
+                logprobs[request].append(lp)
+                if token not in self._stop_ids:
+                    running.append(row)
+            if not running or place + 1 == self._max_response_length:
+                break
+            if len(running) < len(active):
+                kept = torch.tensor(running, device=tokens.device)
+                cache.keep(kept)
+                tokens = tokens[kept]
+                active = [active[row] for row in running]
+            hidden = self._model(tokens[None], cache.advance(), cache)
+            logits = self._model.logits(hidden)
+        return [
+            Rollout(
+                prompt=prompt,
+                sample_index=sample_index,
+                response_ids=ids,
+                sampler_logprobs=lps,
+                finish_reason=(
+                    FinishReason.stop if ids[-1] in self._stop_ids else FinishReason.length
+                ),
+                weight_version=weight_version,
+            )
+            for (prompt, sample_index), ids, lps in zip(
+                requests, response_ids, logprobs, strict=True
+            )
+        ]
+
+    def _prefill(self, prompts: Sequence[list[int]], cache: KVCache) -> Tensor:
+        """Run the packed prompts; logits [B, V] of each one's last token."""
+        lengths = torch.tensor([len(ids) for ids in prompts])
+        input_ids = torch.tensor([[token for ids in prompts for token in ids]], device=device())
+        positions = torch.cat([torch.arange(n) for n in lengths.tolist()])[None].to(device())
+        cache.start(positions)
+        hidden = self._model(input_ids, positions, cache)
+        return self._model.logits(hidden[(lengths.cumsum(0) - 1).to(device())])
+
+    def _uniforms(self, requests: Sequence[tuple[Prompt, int]]) -> Tensor:
+        """One number for each place of each response, [B, L] float64, from its own seed."""
+        rows = []
+        for prompt, sample_index in requests:
+            seed = response_seed(self._seed, prompt.index, sample_index)
+            generator = torch.Generator().manual_seed(seed)
+            rows.append(
+                torch.rand(self._max_response_length, generator=generator, dtype=torch.float64)
+            )
+        return torch.stack(rows).to(device())
+
+
+def draw_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Invert the cumulative distribution of each row at its uniform number.
+
+    Args:
+        logits: [B, V].
+        uniforms: [B] float64 in [0, 1).
+
+    Returns:
+        Token ids [B] int64 and their log-probabilities [B] float32.
+    """
+    logprobs = logits.float().log_softmax(-1)
+    cumulative = logprobs.double().exp().cumsum(-1)
+    # Scaled by the total, so that rounding cannot push a draw past the last token.
+    drawn = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)
+    tokens = drawn.clamp(max=logits.shape[1] - 1)
+    return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
+
+
+def build_sampler(
+    cfg: RolloutConfig,
+    architecture: ArchitectureConfig,
+    dtype: torch.dtype,
+    stop_ids: Sequence[int],
+    max_response_length: int,
+    seed: int,
+) -> HFSampler:
+    """Make the sampler of a run, without weights yet; `hf` is the only backend."""
+    model = empty_model(architecture, dtype, ep_group=None)
+    return HFSampler(cfg, model, stop_ids, max_response_length, seed)

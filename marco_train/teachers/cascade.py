@@ -1,0 +1,98 @@
+"""The order of teachers: one run, one optimizer, and a teacher that changes at a known step."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from marco_train.architecture import InputError
+from marco_train.config import OPDConfig, PhaseConfig
+from marco_train.metrics import Metrics
+from marco_train.teachers.base import Teacher
+from marco_train.teachers.hf import build_teacher
+from marco_train.teachers.vocab import check_head_rows, check_vocabulary
+
+
+@dataclass(frozen=True)
+class Phase:
+    """The steps in which one teacher teaches: first <= step < end."""
+
+    name: str
+    index: int
+    first: int
+    end: int
+    cfg: PhaseConfig
+
+
+class Cascade:
+    """Opens each teacher when its phase begins; only one occupies memory."""
+
+    name = "cascade"
+
+    def __init__(self, cfg: OPDConfig, student_tokenizer: str, vocab_size: int) -> None:
+        """Plan the phases and check every teacher's files; no model is loaded.
+
+        Raises:
+            InputError: A teacher is missing or has another vocabulary.
+        """
+        self._objective = cfg.objective
+        self.phases: list[Phase] = []
+        first = 0
+        for index, (name, phase) in enumerate(cfg.cascade.items()):
+            path = phase.teacher.path
+            if not (Path(path) / "config.json").is_file():
+                raise InputError(
+                    f"stage.cascade.{name}.teacher.path: there is no model at {path!r}"
+                )
+            check_vocabulary(student_tokenizer, path, name)
+            check_head_rows(vocab_size, path, name)
+            end = first + cfg.capped(phase.num_steps)
+            self.phases.append(Phase(name, index, first, end, phase))
+            first = end
+        self._open: tuple[str, Teacher] | None = None
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of all phases."""
+        return self.phases[-1].end
+
+    def phase_at(self, step: int) -> Phase:
+        """Find the phase of a step, from 0."""
+        return next(phase for phase in self.phases if step < phase.end)
+
+    def teacher_at(self, step: int) -> Teacher:
+        """Return the teacher of a step; opens it where its phase begins or a run resumes."""
+        phase = self.phase_at(step)
+        if self._open is None or self._open[0] != phase.name:
+            self._open = None  # let go of the former before the next takes memory
+            self._open = phase.name, build_teacher(phase.cfg.teacher, self._objective)
+        return self._open[1]
+
+    def ends_at(self, step: int) -> bool:
+        """Whether a step is the last of its phase."""
+        return step + 1 == self.phase_at(step).end
+
+    def metrics(self, step: int) -> Metrics:
+        """Say which phase a step belongs to."""
+        return {"cascade/phase": self.phase_at(step).index}
+
+    def state_at(self, step: int) -> dict[str, Any]:
+        """What a checkpoint keeps before a step is made: the coming phase and those behind it."""
+        done = [p for p in self.phases if p.end <= step]
+        running = [p for p in self.phases if p.first <= step < p.end]
+        return {
+            "phase": running[0].name if running else None,
+            "finished": {p.name: p.end for p in done},
+        }
+
+    def resume(self, step: int, state: dict[str, Any]) -> None:
+        """Go on at a step.
+
+        Raises:
+            InputError: The phases before this step are not those of the checkpoint.
+        """
+        expected = self.state_at(step)
+        if state != expected:
+            raise InputError(
+                f"the cascade changed since the checkpoint was saved ({state} -> {expected}); "
+                "keep the phases up to this step as they were, or start with resume=never"
+            )

@@ -1,0 +1,108 @@
+"""A teacher in this process: any causal language model of transformers, frozen.
+
+Legend: B rollouts of a batch, L longest of them, R tokens of a response, V vocabulary, D width.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from marco_train.architecture import InputError
+from marco_train.config import Objective, TeacherConfig
+from marco_train.distributed import device
+from marco_train.losses.logprobs import token_logprobs
+from marco_train.types import HiddenScores, Rollout, ScoredRollout, TokenScores
+
+# Nats by which hidden states times head may miss the model's own log-probabilities.
+HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
+
+
+class HFTeacher:
+    """Scores this rank's rollouts with a whole copy of the teacher."""
+
+    def __init__(self, cfg: TeacherConfig, objective: Objective) -> None:
+        # Seconds to import.
+        from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        dtype = getattr(torch, cfg.dtype.value)
+        model = AutoModelForCausalLM.from_pretrained(cfg.path, dtype=dtype)
+        self._model = model.to(device()).eval().requires_grad_(False)
+        self._objective = objective
+        self._max_tokens = cfg.max_tokens_per_batch
+        self.head: Tensor = self._model.get_output_embeddings().weight
+        self._check_head(cfg.path, HEAD_TOLERANCE[dtype])
+
+    @torch.inference_mode()
+    def _check_head(self, path: str, tolerance: float) -> None:
+        """Refuse a model whose logits are more than hidden states times head."""
+        vocab_size = self.head.shape[0]
+        probe = torch.arange(1, 17, device=device())[None] * 7919 % vocab_size
+        theirs = self._model(input_ids=probe).logits[0].float().log_softmax(-1)
+        ours = (self._hidden(probe, torch.ones_like(probe))[0] @ self.head.T).float()
+        difference = float((ours.log_softmax(-1) - theirs).abs().max())
+        if not difference <= tolerance:
+            raise InputError(
+                f"teacher {path}: hidden states times head differ from the model's own "
+                f"log-probabilities by {difference:.3g} nats (bound {tolerance}); its head has a "
+                "bias or its logits are transformed, which is not supported"
+            )
+
+    def _hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Last hidden states [B, L, D] after the final norm."""
+        decoder = self._model.base_model
+        found: Tensor = decoder(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        return found
+
+    @torch.inference_mode()
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        """Score this rank's rollouts, in their order."""
+        scored: dict[int, ScoredRollout] = {}
+        for members in self._batches(rollouts):
+            batch = [rollouts[i] for i in members]
+            for i, hidden in zip(members, self._predicting_states(batch), strict=True):
+                scored[i] = self._scores(rollouts[i], hidden)
+        return [scored[i] for i in range(len(rollouts))]
+
+    def _batches(self, rollouts: Sequence[Rollout]) -> Iterator[list[int]]:
+        """Group rollouts of similar length under the budget of padded tokens."""
+        members: list[int] = []
+        for i in sorted(range(len(rollouts)), key=lambda i: len(rollouts[i].input_ids)):
+            longest = len(rollouts[i].input_ids)
+            if members and longest * (len(members) + 1) > self._max_tokens:
+                yield members
+                members = []
+            members.append(i)
+        if members:
+            yield members
+
+    def _predicting_states(self, batch: Sequence[Rollout]) -> Iterator[Tensor]:
+        """Yield the hidden states [R, D] that predict each response."""
+        longest = max(len(r.input_ids) for r in batch)
+        input_ids = torch.zeros(len(batch), longest, dtype=torch.int64)
+        mask = torch.zeros_like(input_ids)
+        for row, rollout in enumerate(batch):
+            ids = rollout.input_ids
+            input_ids[row, : len(ids)] = torch.tensor(ids)
+            mask[row, : len(ids)] = 1
+        hidden = self._hidden(input_ids.to(device()), mask.to(device()))
+        for row, rollout in enumerate(batch):
+            # The state at a token predicts the next one.
+            first = len(rollout.prompt.input_ids) - 1
+            yield hidden[row, first : first + len(rollout.response_ids)]
+
+    def _scores(self, rollout: Rollout, hidden: Tensor) -> ScoredRollout:
+        if self._objective is Objective.full:
+            return ScoredRollout(rollout, HiddenScores(hidden.cpu().clone()))
+        targets = torch.tensor(rollout.response_ids, device=device())
+        logprobs, _ = token_logprobs(hidden, self.head, targets)
+        return ScoredRollout(rollout, TokenScores(logprobs.cpu().clone()))
+
+
+def build_teacher(cfg: TeacherConfig, objective: Objective) -> HFTeacher:
+    """Open the teacher of a phase; `hf` is the only backend."""
+    return HFTeacher(cfg, objective)
