@@ -1,0 +1,162 @@
+"""What a run can be resumed from: a directory that appears when it is complete.
+
+    checkpoints/step_000300/
+        rank_000.safetensors   this rank's weights, masters, moments and generators
+        state.json             updates made, data cursor, phase of the cascade, the run's config
+        manifest.json          size and SHA-256 of every file; written last
+
+safetensors and JSON only. A checkpoint resumes on as many ranks as saved it.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from marco_train.architecture import InputError
+from marco_train.distributed import barrier, gather_objects, is_main, rank, world_size
+
+STEP_NAME = re.compile(r"step_(\d{6,})$")
+MANIFEST = "manifest.json"
+
+
+def save_checkpoint(
+    directory: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep_last: int
+) -> None:
+    """Write a checkpoint of `step` updates; all ranks take part.
+
+    Args:
+        directory: Holds the checkpoints of a run.
+        step: Updates made.
+        tensors: This rank's.
+        state: The same on every rank; JSON.
+        keep_last: Complete checkpoints to keep, this one included.
+    """
+    final = directory / f"step_{step:06d}"
+    partial = directory / f".partial_{step:06d}"
+    if is_main():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    barrier()
+    shard = partial / f"rank_{rank():03d}.safetensors"
+    save_file(
+        {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, shard
+    )
+    entries: dict[str, dict[str, Any]] = dict(gather_objects((shard.name, _entry(shard))))
+    if is_main():
+        state_file = partial / "state.json"
+        state_file.write_text(json.dumps(state, indent=2, sort_keys=True))
+        entries[state_file.name] = _entry(state_file)
+        manifest = {"step": step, "world_size": world_size(), "files": entries}
+        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
+        _sync_to_disk(partial / MANIFEST)
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync_to_disk(directory)
+        for old in complete_checkpoints(directory)[keep_last:]:
+            shutil.rmtree(old)
+    barrier()
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """List the complete checkpoints of a run, newest first."""
+    found = [p for p in directory.glob("step_*") if STEP_NAME.match(p.name)]
+    return sorted((p for p in found if (p / MANIFEST).is_file()), reverse=True)
+
+
+def find_checkpoint(directory: Path, resume: str) -> Path | None:
+    """Choose where to resume from: `auto`, `never`, or the path of a checkpoint.
+
+    Raises:
+        InputError: The path is no complete checkpoint.
+    """
+    if resume == "never":
+        return None
+    newest = complete_checkpoints(directory)
+    if resume == "auto":
+        return newest[0] if newest else None
+    path = Path(resume)
+    if not (path / MANIFEST).is_file():
+        near = complete_checkpoints(path.parent) if path.parent.is_dir() else []
+        known = ", ".join(map(str, [*near, *newest])) or "none"
+        raise InputError(
+            f"resume={resume} is no complete checkpoint (nor auto or never); complete ones: {known}"
+        )
+    return path
+
+
+def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read this rank's tensors and the state, after checking every file's size and digest.
+
+    Raises:
+        InputError: Another number of ranks saved it, or a file is not what was written.
+    """
+    manifest = json.loads((path / MANIFEST).read_text())
+    if manifest["world_size"] != world_size():
+        raise InputError(
+            f"{path} was saved by {manifest['world_size']} ranks and this launch has "
+            f"{world_size()}; launch with --nproc_per_node={manifest['world_size']}"
+        )
+    mine = f"rank_{rank():03d}.safetensors"
+    for name in (mine, "state.json"):
+        _verify(path / name, manifest["files"][name])
+    return load_file(path / mine), json.loads((path / "state.json").read_text())
+
+
+def _verify(file: Path, expected: dict[str, Any]) -> None:
+    found: dict[str, Any] = {"bytes": 0, "sha256": "absent"}
+    if file.is_file():
+        found = _entry(file)
+    if found != expected:
+        raise InputError(
+            f"{file} is damaged: {found['bytes']} bytes, digest {found['sha256'][:12]}, where "
+            f"{expected['bytes']} bytes, digest {expected['sha256'][:12]} were written; resume "
+            "from another checkpoint with resume=<path>"
+        )
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    _sync_to_disk(file)
+    with file.open("rb") as content:
+        digest = sha256()
+        while chunk := content.read(2**24):
+            digest.update(chunk)
+    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _sync_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def generator_tensors() -> dict[str, Tensor]:
+    """State of this process's random generators."""
+    version, words, gauss = random.getstate()
+    python = json.dumps([version, list(words), gauss]).encode()
+    tensors = {
+        "generator.torch": torch.get_rng_state(),
+        "generator.python": torch.frombuffer(bytearray(python), dtype=torch.uint8),
+    }
+    if torch.cuda.is_available():
+        tensors["generator.cuda"] = torch.cuda.get_rng_state()
+    return tensors
+
+
+def load_generators(tensors: dict[str, Tensor]) -> None:
+    """Put back what `generator_tensors` gave."""
+    torch.set_rng_state(tensors["generator.torch"])
+    version, words, gauss = json.loads(bytes(tensors["generator.python"].tolist()))
+    random.setstate((version, tuple(words), gauss))
+    if "generator.cuda" in tensors and torch.cuda.is_available():
+        torch.cuda.set_rng_state(tensors["generator.cuda"])

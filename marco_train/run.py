@@ -1,0 +1,173 @@
+"""One execution of a stage: its directory, tracker, checkpoints and timers."""
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from marco_train.architecture import InputError
+from marco_train.checkpoint import (
+    find_checkpoint,
+    generator_tensors,
+    load_checkpoint,
+    load_generators,
+    save_checkpoint,
+)
+from marco_train.config import FINISHED, TrainConfig, field_difference, identity, plain_config
+from marco_train.distributed import barrier, is_main, rank, seed_everything
+from marco_train.metrics import Metrics
+from marco_train.tracking import Tracker, say
+
+
+class Trainable(Protocol):
+    """The part of a policy that a run needs."""
+
+    num_updates: int
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Everything of this rank that an exact resume needs."""
+
+    def load_state(self, tensors: dict[str, Tensor], num_updates: int) -> None:
+        """Put it back."""
+
+    def export(self, path: Path) -> None:
+        """Write a Hugging Face directory; all ranks take part."""
+
+
+class Resumable(Protocol):
+    """A part whose state at a step goes into the checkpoint."""
+
+    name: str
+
+    def state_at(self, step: int) -> dict[str, Any]:
+        """What a checkpoint of `step` updates keeps; JSON."""
+
+    def resume(self, step: int, state: dict[str, Any]) -> None:
+        """Go on at a step, or refuse."""
+
+
+class Run:
+    """Tracker, checkpoints and timers of one execution."""
+
+    def __init__(self, cfg: TrainConfig, policy: Trainable, parts: Sequence[Resumable]) -> None:
+        self._cfg = cfg
+        self._policy = policy
+        self._parts = parts
+        self._directory = Path(cfg.output_dir)
+        self._checkpoints = self._directory / "checkpoints"
+        self._timers: dict[str, float] = {}
+        self._until = 0
+        self._started = time.perf_counter()
+        self._step_started = self._started
+        self._first = 0
+        self._tracker: Tracker | None = None
+        if is_main():
+            self._directory.mkdir(parents=True, exist_ok=True)
+            self._tracker = Tracker(cfg.logging, self._directory, cfg.name, plain_config(cfg))
+
+    @classmethod
+    def open(cls, cfg: TrainConfig, policy: Trainable, *parts: Resumable) -> "Run":
+        """Start afresh, or where the chosen checkpoint stands.
+
+        Raises:
+            InputError: The checkpoint is damaged, or is another run's.
+        """
+        run = cls(cfg, policy, parts)
+        # Drawn from by nothing that is trained, but part of the state all the same.
+        seed_everything(cfg.seed + rank())
+        found = find_checkpoint(run._checkpoints, cfg.resume)
+        if found is None:
+            run._set_old_checkpoints_aside()
+        else:
+            run._resume(found)
+        return run
+
+    def _resume(self, path: Path) -> None:
+        tensors, state = load_checkpoint(path)
+        changed = field_difference(identity(state["config"]), identity(plain_config(self._cfg)))
+        if changed:
+            raise InputError(
+                f"{path} is of a run with another config (then -> now): {'; '.join(changed[:10])}; "
+                "choose another output_dir, or resume=never"
+            )
+        step = state["num_updates"]
+        for part in self._parts:
+            part.resume(step, state[part.name])
+        self._policy.load_state(tensors, step)
+        load_generators(tensors)
+        if is_main():
+            say(f"resumed from {path}")
+
+    def _set_old_checkpoints_aside(self) -> None:
+        """Keep what `resume=never` would otherwise mix with the new run's checkpoints."""
+        if is_main() and any(self._checkpoints.glob("step_*")):
+            number = len(list(self._directory.glob("checkpoints.old-*")))
+            self._checkpoints.rename(self._directory / f"checkpoints.old-{number}")
+        barrier()
+
+    def steps(self, until: int) -> Iterator[int]:
+        """Yield the steps still to make, counted from 0."""
+        self._until, self._first = until, self._policy.num_updates
+        if self._tracker is not None:
+            self._tracker.start(self._first, until)
+        self._started = time.perf_counter()
+        for step in range(self._first, until):
+            self._timers = {}
+            self._step_started = time.perf_counter()
+            yield step
+
+    @contextmanager
+    def timer(self, name: str) -> Iterator[None]:
+        """Add the time of a block to this step's `time/<name>`, in seconds."""
+        start = time.perf_counter()
+        yield
+        self._timers[name] = self._timers.get(name, 0.0) + time.perf_counter() - start
+
+    def log(self, step: int, metrics: Metrics, phase: str | None = None) -> None:
+        """Record what a step measured, with its times."""
+        now = time.perf_counter()
+        seconds = now - self._step_started
+        timed = {f"time/{name}": spent for name, spent in self._timers.items()}
+        metrics = metrics | timed | {"time/step": seconds}
+        if "data/num_loss_tokens" in metrics:
+            metrics["perf/tokens_per_second"] = metrics["data/num_loss_tokens"] / seconds
+        made = step + 1 - self._first
+        eta = (now - self._started) / made * (self._until - step - 1)
+        if self._tracker is not None:
+            self._tracker.log(step + 1, self._until, phase, metrics, eta)
+
+    def save_if_due(self, step: int) -> None:
+        """Save a checkpoint every `checkpoint.save_every` updates; all ranks take part."""
+        if not due(step, self._cfg.checkpoint.save_every):
+            return
+        num_updates = step + 1
+        state: dict[str, Any] = {part.name: part.state_at(num_updates) for part in self._parts}
+        state |= {"num_updates": num_updates, "config": plain_config(self._cfg)}
+        tensors = self._policy.state_tensors() | generator_tensors()
+        save_checkpoint(
+            self._checkpoints, num_updates, tensors, state, self._cfg.checkpoint.keep_last
+        )
+
+    def export(self, name: str) -> None:
+        """Write the policy as a Hugging Face directory under the run's; all ranks take part."""
+        self._policy.export(self._directory / name)
+
+    def finish(self) -> None:
+        """Export the policy and mark the run as finished."""
+        self.export("export")
+        if self._tracker is not None:
+            self._tracker.close()
+            (self._directory / FINISHED).write_text(
+                json.dumps({"config": plain_config(self._cfg)}, indent=2, sort_keys=True)
+            )
+            say(f"{self._cfg.name}: finished, {self._directory / 'export'}")
+        barrier()
+
+
+def due(step: int, every: int | None) -> bool:
+    """Whether something done every so many updates is due after a step; None is never."""
+    return every is not None and (step + 1) % every == 0

@@ -1,0 +1,134 @@
+"""Sampled accuracy of exported models, and their reverse KL to each teacher."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from marco_train.config import FINISHED, EvaluateConfig, Objective, TrainConfig, plain_config
+from marco_train.data.chat import Tokenizer, load_tokenizer
+from marco_train.data.loader import Question, held_out_questions
+from marco_train.data.packing import pack_rollouts
+from marco_train.distributed import barrier, device, is_main, rank, reduce_sums, world_size
+from marco_train.evaluation.accuracy import accuracy_by_category
+from marco_train.evaluation.verifiers import verify
+from marco_train.losses.distillation import FullReverseKL
+from marco_train.models import Qwen3Moe, load_model
+from marco_train.models.hf_io import stop_token_ids
+from marco_train.rollout.hf import HFSampler
+from marco_train.teachers.base import Teacher
+from marco_train.teachers.hf import build_teacher
+from marco_train.teachers.vocab import check_vocabulary
+from marco_train.tracking import format_seconds, say
+from marco_train.types import PolicyOutput, Rollout
+
+Answers = list[tuple[Question, Rollout, str]]
+
+
+def run_evaluate(cfg: TrainConfig) -> None:
+    """Sample answers of every model at temperature 1, check them, and let the teachers score them.
+
+    Writes evaluation.json: per cent of accepted answers by category (`avg_at_n`), reverse KL to
+    each teacher in nats a token, and some answers to read.
+    """
+    stage: EvaluateConfig = cfg.stage
+    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    for name, path in (stage.models | {n: t.path for n, t in stage.teachers.items()}).items():
+        check_vocabulary(cfg.model.tokenizer, path, name)
+    assert cfg.data.held_out is not None, "an evaluation needs data.held_out"
+    questions = held_out_questions(
+        cfg.data.held_out, stage.num_prompts, stage.max_prompt_length, tokenizer
+    )
+    mine = questions[rank() :: world_size()]
+    teachers = {name: build_teacher(t, Objective.full) for name, t in stage.teachers.items()}
+    report: dict[str, Any] = {"models": {}, "teachers": {}, "answers": {}}
+
+    for kind, name, path in [
+        *(("models", name, path) for name, path in stage.models.items()),
+        *(("teachers", name, teacher.path) for name, teacher in stage.teachers.items()),
+    ]:
+        start = time.perf_counter()
+        model = load_model(path, getattr(torch, cfg.model.dtype.value))
+        answers = sample_answers(cfg, model, mine, tokenizer)
+        grades = [(q.prompt.category, verify(a, q.reference, q.verifier)) for q, _, a in answers]
+        found: dict[str, Any] = {"avg_at_n": accuracy_by_category(grades)}
+        if kind == "models":
+            scored = [r for _, r, _ in answers if r.sample_index < stage.num_kl_responses]
+            found["reverse_kl"] = {
+                teacher: mean_reverse_kl(cfg, model, scored, teachers[teacher])
+                for teacher in teachers
+            }
+        report[kind][name] = found
+        if is_main():
+            report["answers"][name] = shown_answers(answers, stage.num_shown)
+            spent = format_seconds(time.perf_counter() - start)
+            accuracy = found["avg_at_n"]["all"]
+            say(f"{name}: avg@{stage.responses_per_prompt} {accuracy:.1f} %, {spent}")
+
+    if is_main():
+        directory = Path(cfg.output_dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(report, indent=2, ensure_ascii=False)
+        (directory / "evaluation.json").write_text(text, encoding="utf-8")
+        (directory / FINISHED).write_text(json.dumps({"config": plain_config(cfg)}, indent=2))
+    barrier()
+
+
+def sample_answers(
+    cfg: TrainConfig, model: Qwen3Moe, questions: Sequence[Question], tokenizer: Tokenizer
+) -> Answers:
+    """Sample every question's responses; the text ends before the stop token."""
+    stage: EvaluateConfig = cfg.stage
+    stop_ids = stop_token_ids(cfg.model.tokenizer)
+    sampler = HFSampler(
+        stage.rollout, model, stop_ids, stage.max_response_length, cfg.seed, weight_version=0
+    )
+    rollouts = sampler.sample([q.prompt for q in questions], stage.responses_per_prompt)
+    by_index = {q.prompt.index: q for q in questions}
+    return [
+        (by_index[r.prompt.index], r, tokenizer.decode(r.response_ids, skip_special_tokens=True))
+        for r in rollouts
+    ]
+
+
+@torch.no_grad()
+def mean_reverse_kl(
+    cfg: TrainConfig, model: Qwen3Moe, rollouts: Sequence[Rollout], teacher: Teacher
+) -> float:
+    """Exact reverse KL over the vocabulary, mean over the sampled tokens of all ranks."""
+    objective = FullReverseKL(teacher.head)
+    total, num_tokens = 0.0, 0
+    scored = teacher.score(rollouts)
+    for packed in pack_rollouts(scored, Objective.full, cfg.data.max_tokens_per_microbatch):
+        microbatch = packed.to(device())
+        hidden = model(microbatch.input_ids, microbatch.position_ids)
+        output = objective(PolicyOutput(hidden, model.head), microbatch)  # type: ignore[arg-type]
+        total += float(output.sums["kl/reverse"])
+        num_tokens += microbatch.num_loss_tokens
+    all_kl, all_tokens = reduce_sums([total, num_tokens])
+    return all_kl / all_tokens
+
+
+def shown_answers(answers: Answers, count: int) -> list[dict[str, Any]]:
+    """Answers to read: one question of each category, then a second one, until there are enough."""
+    turn_of_category: Counter[str] = Counter()
+    turns: list[tuple[int, Question, str]] = []
+    for question, rollout, answer in answers:
+        if rollout.sample_index == 0:
+            turns.append((turn_of_category[question.prompt.category], question, answer))
+            turn_of_category[question.prompt.category] += 1
+    return [
+        {
+            "category": question.prompt.category,
+            "language": question.prompt.language,
+            "prompt": question.text,
+            "reference": question.reference,
+            "answer": answer,
+            "accepted": verify(answer, question.reference, question.verifier),
+        }
+        for _, question, answer in sorted(turns, key=lambda turn: turn[0])[:count]
+    ]

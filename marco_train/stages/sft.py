@@ -1,0 +1,28 @@
+"""Supervised fine-tuning."""
+
+from marco_train.config import TrainConfig
+from marco_train.data.chat import load_tokenizer
+from marco_train.data.loader import SFTLoader
+from marco_train.engine.policy import build_policy
+from marco_train.evaluation.held_out import evaluate
+from marco_train.losses.cross_entropy import cross_entropy
+from marco_train.run import Run, due
+
+
+def run_sft(cfg: TrainConfig) -> None:
+    """Fine-tune on conversations: packed sequences, loss on assistant tokens only."""
+    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    train_data = SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
+    held_out = train_data.held_out()
+    policy = build_policy(cfg.model, cfg.optim, cfg.parallel, train_data.num_steps, cfg.seed)
+    run = Run.open(cfg, policy, train_data)  # a fresh run, or the last checkpoint's
+
+    for step in run.steps(until=train_data.num_steps):
+        microbatches = next(train_data)  # this rank's share of the global batch
+        metrics = policy.train_step(microbatches, cross_entropy)
+        if due(step, cfg.stage.eval_every):
+            metrics |= evaluate(policy, held_out, cross_entropy)
+        run.log(step, metrics | train_data.metrics())
+        run.save_if_due(step)
+
+    run.finish()  # exports Hugging Face weights with the tokenizer
