@@ -1,0 +1,30 @@
+# Sourced by every recipe: `launch <experiment> [overrides]` runs one stage on all processes.
+#
+#   NPROC        processes on this node; default: its GPUs, or 1
+#   NNODES       default 1          NODE_RANK    default 0
+#   MASTER_ADDR  needed with more than one node
+#   MASTER_PORT  default 29500; a single node picks a free one
+#   DRY_RUN=1    print the command and do nothing
+
+recipe_home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+cd "$recipe_home"
+if [ -x .venv/bin/python ]; then PATH="$recipe_home/.venv/bin:$PATH"; fi
+
+count_gpus() { nvidia-smi --list-gpus 2>/dev/null | wc -l; }
+
+launch() {
+  local experiment=$1; shift
+  local processes=${NPROC:-$(count_gpus)}
+  [ "$processes" -gt 0 ] || processes=1
+  local rendezvous=(--standalone)
+  if [ "${NNODES:-1}" -gt 1 ]; then
+    rendezvous=(--nnodes "$NNODES" --node_rank "${NODE_RANK:-0}"
+      --master_addr "${MASTER_ADDR:?more than one node needs MASTER_ADDR}"
+      --master_port "${MASTER_PORT:-29500}")
+  fi
+  local command=(torchrun "${rendezvous[@]}" --nproc_per_node "$processes"
+    -m marco_train.train "experiment=$experiment" "$@")
+  if [ "${DRY_RUN:-0}" = 1 ]; then echo "${command[*]}"; return; fi
+  # One thread a rank on a CPU: ranks that share cores would slow each other many times over.
+  OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "${command[@]}"
+}

@@ -1,0 +1,5 @@
+#!/usr/bin/env bash
+# recipes/marco_nano/opd.sh model.path=<Hugging Face directory> [overrides]; see README.md.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
+launch marco_nano_opd "$@"
