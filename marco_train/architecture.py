@@ -116,7 +116,12 @@ def read_architecture(path: str | Path) -> ArchitectureConfig:
         f"{file} describes {architecture}; supported are Qwen3ForCausalLM and Qwen3MoeForCausalLM",
     )
     is_moe = architecture == "Qwen3MoeForCausalLM"
+    require(
+        found.get("hidden_act", "silu") == "silu",
+        f"{file} asks for the activation {found.get('hidden_act')}; supported is silu",
+    )
     rope = found.get("rope_parameters") or {"rope_theta": found.get("rope_theta")}
+    require(rope.get("rope_theta") is not None, f"{file} does not give rope_theta")
     require(
         rope.get("rope_type", "default") == "default" and found.get("rope_scaling") is None,
         f"{file} asks for scaled rotary embeddings, which are not supported",

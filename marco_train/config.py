@@ -5,16 +5,17 @@ tensor library, so that a run is composed, printed and refused in well under a s
 """
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from marco_train.architecture import (
     ArchitectureConfig,
+    InputError,
     check_expert_parallel,
     require,
     require_positive,
@@ -330,6 +331,11 @@ class EvaluateConfig(StageConfig):
             max_response_length=self.max_response_length,
         )
         require(
+            self.rollout.temperature == 1.0,
+            f"stage.rollout.temperature is {self.rollout.temperature}; avg@n is measured at "
+            "temperature 1.0 (Marco-MoE section 4.3): set it to 1.0",
+        )
+        require(
             0 < self.num_kl_responses <= self.responses_per_prompt,
             f"stage.num_kl_responses is {self.num_kl_responses}, and must lie between 1 and "
             f"stage.responses_per_prompt {self.responses_per_prompt}",
@@ -446,9 +452,14 @@ class TrainConfig:
             "no stage was chosen: add experiment=<name>, or stage=sft|opd|evaluate",
         )
         architecture = self.model.architecture
+        longest = longest_sequence(self.stage)
         if architecture is not None:
             check_expert_parallel(architecture, self.parallel.expert_parallel_size)
-        longest = longest_sequence(self.stage)
+            require(
+                longest <= architecture.max_position_embeddings,
+                f"the stage allows sequences of {longest} tokens, and the model has "
+                f"{architecture.max_position_embeddings} positions",
+            )
         require(
             longest <= self.data.max_tokens_per_microbatch,
             f"data.max_tokens_per_microbatch is {self.data.max_tokens_per_microbatch}, below the "
@@ -474,6 +485,32 @@ def register_schemas() -> None:
         store.store(name=kind, group="schema/stage", node=node)
 
 
+def to_run(composed: DictConfig) -> TrainConfig:
+    """Make the typed config of what Hydra composed; every check between fields runs here.
+
+    Raises:
+        InputError: A value is out of its bounds, or a key is unknown.
+        MissingMandatoryValue: A value that only the user can give was not given.
+    """
+    cfg = OmegaConf.to_object(composed)
+    assert isinstance(cfg, TrainConfig)
+    refuse_unknown_keys(cfg, "")
+    return cfg
+
+
+def refuse_unknown_keys(value: Any, where: str) -> None:
+    """Refuse what `+key=value` added beside the schema: OmegaConf would carry it along unread."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            refuse_unknown_keys(item, f"{where}{key}.")
+    if not is_dataclass(value):
+        return
+    known = [field.name for field in fields(value)]
+    for name, item in vars(value).items():
+        require(name in known, f"there is no {where}{name}; known are {', '.join(known)}")
+        refuse_unknown_keys(item, f"{where}{name}.")
+
+
 def field_difference(old: Any, new: Any, where: str = "") -> list[str]:
     """Name the leaves in which two nested dictionaries differ, as `a.b: old -> new`."""
     if isinstance(old, dict) and isinstance(new, dict):
@@ -485,6 +522,8 @@ def field_difference(old: Any, new: Any, where: str = "") -> list[str]:
     return [] if old == new else [f"{where}: {old} -> {new}"]
 
 
+MANIFEST = "manifest.json"
+"""Written last into a checkpoint's directory: with it, the checkpoint is complete."""
 FINISHED = "finished.json"
 """The note in a run's directory by which a second launch knows that nothing is left to do."""
 # What may differ between a run and its resumption without changing what is learnt from whom.
@@ -515,21 +554,56 @@ def identity(config: dict[str, Any]) -> dict[str, Any]:
     return dict(without_lengths(kept))
 
 
+def check_resume(cfg: TrainConfig) -> None:
+    """Refuse a `resume` that is neither auto, never nor a complete checkpoint.
+
+    Raises:
+        InputError: Lists the complete checkpoints of the run.
+    """
+    if cfg.resume in {"auto", "never"} or (Path(cfg.resume) / MANIFEST).is_file():
+        return
+    complete = sorted(str(p.parent) for p in Path(cfg.output_dir).glob(f"checkpoints/*/{MANIFEST}"))
+    raise InputError(
+        f"resume={cfg.resume} is no complete checkpoint, nor auto or never; complete ones: "
+        f"{', '.join(complete) or 'none'}"
+    )
+
+
+def input_models(cfg: TrainConfig) -> list[Path]:
+    """Directories of the models that a run starts from, learns from or measures."""
+    paths = [] if cfg.model.path is None else [cfg.model.path]
+    match cfg.stage:
+        case OPDConfig():
+            paths += [phase.teacher.path for phase in cfg.stage.cascade.values()]
+        case EvaluateConfig():
+            paths += [*cfg.stage.models.values(), *(t.path for t in cfg.stage.teachers.values())]
+    return [Path(path) for path in paths]
+
+
 def is_finished(cfg: TrainConfig) -> bool:
     """Whether this very run was finished before.
 
     Raises:
-        InputError: The directory holds a finished run of another config.
+        InputError: The directory holds a finished run of another config, or of models that were
+            made anew since.
     """
     note = Path(cfg.output_dir) / FINISHED
-    if cfg.resume == "never" or not note.is_file():
+    if cfg.resume != "auto" or not note.is_file():
         return False
+    for path in input_models(cfg):
+        config = path / "config.json"
+        require(
+            not config.is_file() or config.stat().st_mtime <= note.stat().st_mtime,
+            f"{cfg.output_dir} was finished before {path} was made anew; choose another root or "
+            "output_dir, or resume=never to replace it",
+        )
     now = {k: v for k, v in plain_config(cfg).items() if k not in FREE_TO_CHANGE}
     then = {k: v for k, v in json.loads(note.read_text())["config"].items() if k in now}
     changed = field_difference(then, now)
     require(
         not changed,
         f"{cfg.output_dir} holds a finished run of another config (then -> now): "
-        f"{'; '.join(changed[:5])}; choose another output_dir, or resume=never to replace it",
+        f"{'; '.join(changed[:5])}; choose another root or output_dir, or resume=never to "
+        "replace it",
     )
     return True

@@ -5,10 +5,17 @@ import sys
 from pathlib import Path
 
 import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, MissingMandatoryValue
 
 from marco_train.architecture import InputError
-from marco_train.config import StageKind, TrainConfig, is_finished, register_schemas
+from marco_train.config import (
+    StageKind,
+    TrainConfig,
+    check_resume,
+    is_finished,
+    register_schemas,
+    to_run,
+)
 
 PACKAGE = Path(__file__).resolve().parent
 # Beside the package in a checkout, inside it in a wheel; absolute, so that the console script
@@ -22,14 +29,33 @@ register_schemas()
 def main(composed: DictConfig) -> None:
     """Run one stage; see `configs/experiment/`."""
     try:
-        cfg: TrainConfig = OmegaConf.to_object(composed)  # type: ignore[assignment]
-        if is_finished(cfg):
-            if os.environ.get("RANK", "0") == "0":
-                print(f"{cfg.name}: already finished in {cfg.output_dir}", flush=True)
-            return
+        cfg = to_run(composed)
+        check_resume(cfg)
+        finished = is_finished(cfg)
+    except (InputError, MissingMandatoryValue) as error:
+        # The same on every rank of a launch; one says it.
+        sys.exit(f"error: {in_one_line(error)}" if is_first_rank() else 1)
+    if finished:
+        if is_first_rank():
+            print(f"{cfg.name}: already finished in {cfg.output_dir}", flush=True)
+        return
+    try:
         run_stage(cfg)
     except InputError as error:
         sys.exit(f"error: {error}")
+
+
+def is_first_rank() -> bool:
+    """Whether this process speaks for a launch; known before the ranks have met."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def in_one_line(error: Exception) -> str:
+    """Say what is wrong without OmegaConf's trail of keys."""
+    if isinstance(error, MissingMandatoryValue):
+        key = error.full_key or "name"
+        return f"{key} has no value: choose a run with experiment=<name>, or give {key}=<value>"
+    return str(error)
 
 
 def run_stage(cfg: TrainConfig) -> None:
