@@ -1,12 +1,12 @@
 """The model being trained: weights, optimizer and schedule in a DeepSpeed engine."""
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import redirect_stdout
-from io import StringIO
 from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
 from marco_train.architecture import InputError, check_expert_parallel, read_architecture
@@ -43,8 +43,10 @@ class Policy:
         optim: OptimConfig,
         parallel: ParallelConfig,
         num_steps: int,
+        chat_template: str,
     ) -> None:
         self._tokenizer_dir = model_cfg.tokenizer
+        self._chat_template = chat_template
         self._learning_rate: LearningRate = build_schedule(optim, num_steps)
         self.num_updates = 0
         mark_experts(model, parallel.expert_parallel_size)
@@ -54,12 +56,11 @@ class Policy:
             betas=(optim.beta1, optim.beta2),
             eps=optim.eps,
         )
-        with redirect_stdout(StringIO()):  # every rank would print which kernels were built
-            self._engine, self._optimizer, _, _ = deepspeed.initialize(
-                model=model,
-                optimizer=adamw,
-                config=deepspeed_config(optim, parallel, model_cfg.dtype),
-            )
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=adamw,
+            config=deepspeed_config(optim, parallel, model_cfg.dtype),
+        )
         self.model: Qwen3Moe = self._engine.module
 
     @property
@@ -84,7 +85,12 @@ class Policy:
         self._engine.train()
         # Every loss token of the global batch weighs the same, whichever rank or microbatch
         # holds it.
-        (num_tokens,) = reduce_sums([sum(mb.num_loss_tokens for mb in microbatches)])
+        num_tokens, num_inputs = reduce_sums(
+            [
+                sum(mb.num_loss_tokens for mb in microbatches),
+                sum(mb.input_ids.shape[1] for mb in microbatches),
+            ]
+        )
         if num_tokens == 0:
             raise InputError(
                 f"update {self.num_updates}: no token of the global batch is to be learnt; look "
@@ -99,7 +105,8 @@ class Policy:
             totals.add(output)
         metrics = totals.mean(num_tokens)
         self._refuse_non_finite(metrics)
-        metrics |= {"optim/lr": self.learning_rate, "data/num_loss_tokens": num_tokens}
+        metrics |= {"data/num_loss_tokens": num_tokens, "data/num_tokens": num_inputs}
+        metrics["optim/lr"] = self.learning_rate
         metrics["optim/grad_norm"] = self._update()
         return metrics
 
@@ -117,8 +124,14 @@ class Policy:
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate
         self._engine.step()
+        grad_norm = float(self._engine.get_global_grad_norm())
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(
+                f"update {self.num_updates}: the gradient norm is {grad_norm}; the update was not "
+                "made, and the last checkpoint is intact"
+            )
         self.num_updates += 1
-        return float(self._engine.get_global_grad_norm())
+        return grad_norm
 
     @torch.no_grad()
     def measure(self, microbatches: Sequence[Microbatch], loss_fn: LossFn) -> Metrics:
@@ -149,7 +162,17 @@ class Policy:
 
     def export(self, path: Path) -> None:
         """Write a Hugging Face directory with the tokenizer; all ranks take part."""
-        save_model(self.model, path, self._tokenizer_dir)
+        save_model(self.model, path, self._tokenizer_dir, self._chat_template)
+
+    def _masters(self) -> list[Tensor]:
+        """This rank's float32 partition of each parameter group, which the optimizer updates."""
+        # DeepSpeed has a class of its own for bfloat16 weights in stage 1.
+        masters: list[Tensor] = (
+            self._optimizer.fp32_groups_flat_partition
+            if isinstance(self._optimizer, BF16_Optimizer)
+            else self._optimizer.single_partition_of_fp32_groups
+        )
+        return masters
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything of this rank that an exact resume needs, except the number of updates.
@@ -158,7 +181,7 @@ class Policy:
         group, and `adam.*` the moments of that partition.
         """
         tensors = {f"weights.{name}": p.detach() for name, p in self.model.named_parameters()}
-        for group, master in enumerate(self._optimizer.single_partition_of_fp32_groups):
+        for group, master in enumerate(self._masters()):
             tensors[f"masters.{group}"] = master.detach()
             for name, value in self._optimizer.optimizer.state[master].items():
                 tensors[f"adam.{group}.{name}"] = value
@@ -169,7 +192,7 @@ class Policy:
         """Put back what `state_tensors` gave on the same ranks."""
         for name, parameter in self.model.named_parameters():
             parameter.copy_(tensors[f"weights.{name}"])
-        for group, master in enumerate(self._optimizer.single_partition_of_fp32_groups):
+        for group, master in enumerate(self._masters()):
             master.copy_(tensors[f"masters.{group}"])
             prefix = f"adam.{group}."
             self._optimizer.optimizer.state[master] = {
@@ -183,9 +206,22 @@ class Policy:
 
 
 def build_policy(
-    model_cfg: ModelConfig, optim: OptimConfig, parallel: ParallelConfig, num_steps: int, seed: int
+    model_cfg: ModelConfig,
+    optim: OptimConfig,
+    parallel: ParallelConfig,
+    num_steps: int,
+    seed: int,
+    chat_template: str,
 ) -> Policy:
     """Load or initialise the student and give it an optimizer.
+
+    Args:
+        model_cfg: Which weights.
+        optim: How they are updated.
+        parallel: How they are spread over the ranks.
+        num_steps: Updates of the whole run, which the schedule spans.
+        seed: Draws random weights, where none are loaded.
+        chat_template: What the run renders conversations with; exports carry it.
 
     Raises:
         InputError: The weights are not those the config describes, or cannot be shared over
@@ -201,4 +237,4 @@ def build_policy(
         if model_cfg.architecture is not None:
             check_architecture(model_cfg.path, model_cfg.architecture)
         model = load_model(model_cfg.path, dtype, expert_parallel_group(ep_size))
-    return Policy(model, model_cfg, optim, parallel, num_steps)
+    return Policy(model, model_cfg, optim, parallel, num_steps, chat_template)

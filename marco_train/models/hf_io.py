@@ -320,6 +320,7 @@ def write_directory(
     dtype: torch.dtype,
     weights: Iterable[tuple[str, Tensor]],
     tokenizer_dir: Path | None,
+    chat_template: str | None = None,
 ) -> None:
     """Write a complete Hugging Face directory; an interrupted write leaves none under `path`."""
     partial = path.with_name(f".{path.name}.partial")
@@ -334,11 +335,22 @@ def write_directory(
         for name in TOKENIZER_FILES:
             if (tokenizer_dir / name).is_file():
                 shutil.copyfile(tokenizer_dir / name, partial / name)
+        if chat_template is not None:
+            _replace_chat_template(partial, chat_template)
         generation = _generation_config(tokenizer_dir)
         (partial / "generation_config.json").write_text(json.dumps(generation, indent=2))
     if path.exists():
         shutil.rmtree(path)
     partial.rename(path)
+
+
+def _replace_chat_template(directory: Path, chat_template: str) -> None:
+    (directory / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
+    file = directory / "tokenizer_config.json"
+    if file.is_file():
+        config = json.loads(file.read_text(encoding="utf-8"))
+        if config.pop("chat_template", None) is not None:
+            file.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
 def stop_token_ids(tokenizer_dir: str | Path) -> list[int]:
@@ -369,13 +381,25 @@ def _generation_config(tokenizer_dir: Path) -> dict[str, Any]:
     }
 
 
-def save_model(model: Qwen3Moe, path: str | Path, tokenizer_dir: str | Path | None = None) -> None:
-    """Write a Hugging Face directory, with the tokenizer's files if given; all ranks take part."""
+def save_model(
+    model: Qwen3Moe,
+    path: str | Path,
+    tokenizer_dir: str | Path | None = None,
+    chat_template: str | None = None,
+) -> None:
+    """Write a Hugging Face directory; all ranks take part.
+
+    Args:
+        model: Its weights, gathered over the expert-parallel group.
+        path: Where; replaced if it exists, once the new one is complete.
+        tokenizer_dir: Where tokenizer files are copied from. None: there will be none.
+        chat_template: Replaces the tokenizer's. None: its own.
+    """
     weights = named_weights(model)
     if is_main():
         tokenizer = None if tokenizer_dir is None else Path(tokenizer_dir)
         dtype = next(model.parameters()).dtype
-        write_directory(Path(path), model.architecture, dtype, weights, tokenizer)
+        write_directory(Path(path), model.architecture, dtype, weights, tokenizer, chat_template)
     else:
         for _ in weights:
             pass

@@ -22,6 +22,30 @@ class Attend(Protocol):
         """Attend; q [T, H, d], k and v [T, G, d] -> [T, H, d]."""
 
 
+class Linear(nn.Module):
+    """A matrix, uninitialised: weights are loaded, or drawn by `hf_io.random_model`."""
+
+    def __init__(self, num_inputs: int, num_outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(num_outputs, num_inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply the last dimension."""
+        return F.linear(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """One vector for each token, uninitialised."""
+
+    def __init__(self, vocab_size: int, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width))
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        """Map ids [T] to [T, D]."""
+        return F.embedding(input_ids, self.weight)
+
+
 class RMSNorm(nn.Module):
     """Scale to unit root mean square."""
 
@@ -57,10 +81,10 @@ class Attention(nn.Module):
         self.layer = layer
         self.head_dim = cfg.head_dim
         width, heads, kv_heads = cfg.hidden_size, cfg.num_attention_heads, cfg.num_key_value_heads
-        self.q_proj = nn.Linear(width, heads * cfg.head_dim, bias=False)
-        self.k_proj = nn.Linear(width, kv_heads * cfg.head_dim, bias=False)
-        self.v_proj = nn.Linear(width, kv_heads * cfg.head_dim, bias=False)
-        self.o_proj = nn.Linear(heads * cfg.head_dim, width, bias=False)
+        self.q_proj = Linear(width, heads * cfg.head_dim)
+        self.k_proj = Linear(width, kv_heads * cfg.head_dim)
+        self.v_proj = Linear(width, kv_heads * cfg.head_dim)
+        self.o_proj = Linear(heads * cfg.head_dim, width)
         self.q_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
         self.k_norm = RMSNorm(cfg.head_dim, cfg.rms_norm_eps)
 
@@ -79,9 +103,9 @@ class DenseMLP(nn.Module):
 
     def __init__(self, width: int, inner_width: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(width, inner_width, bias=False)
-        self.up_proj = nn.Linear(width, inner_width, bias=False)
-        self.down_proj = nn.Linear(inner_width, width, bias=False)
+        self.gate_proj = Linear(width, inner_width)
+        self.up_proj = Linear(width, inner_width)
+        self.down_proj = Linear(inner_width, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map [T, D] to [T, D]."""
@@ -125,7 +149,7 @@ class Decoder(nn.Module):
 
     def __init__(self, cfg: ArchitectureConfig, ep_group: dist.ProcessGroup | None) -> None:
         super().__init__()
-        self.embed_tokens = nn.Embedding(cfg.vocab_size, cfg.hidden_size)
+        self.embed_tokens = Embedding(cfg.vocab_size, cfg.hidden_size)
         self.layers = nn.ModuleList(
             DecoderLayer(cfg, layer, ep_group) for layer in range(cfg.num_hidden_layers)
         )
@@ -147,9 +171,9 @@ class Qwen3Moe(nn.Module):
         self.architecture = architecture
         self.ep_group = ep_group
         self.model = Decoder(architecture, ep_group)
-        self.lm_head: nn.Linear | None = None
+        self.lm_head: Linear | None = None
         if not architecture.tie_word_embeddings:
-            self.lm_head = nn.Linear(architecture.hidden_size, architecture.vocab_size, bias=False)
+            self.lm_head = Linear(architecture.hidden_size, architecture.vocab_size)
 
     @property
     def head(self) -> Tensor:
