@@ -22,10 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from marco_train.architecture import InputError
+from marco_train.config import MANIFEST
 from marco_train.distributed import barrier, gather_objects, is_main, rank, world_size
 
 STEP_NAME = re.compile(r"step_(\d{6,})$")
-MANIFEST = "manifest.json"
 
 
 def save_checkpoint(
@@ -75,22 +75,28 @@ def complete_checkpoints(directory: Path) -> list[Path]:
 def find_checkpoint(directory: Path, resume: str) -> Path | None:
     """Choose where to resume from: `auto`, `never`, or the path of a checkpoint.
 
-    Raises:
-        InputError: The path is no complete checkpoint.
+    That a path is a complete checkpoint was checked with the config.
     """
     if resume == "never":
         return None
-    newest = complete_checkpoints(directory)
     if resume == "auto":
+        newest = complete_checkpoints(directory)
         return newest[0] if newest else None
-    path = Path(resume)
-    if not (path / MANIFEST).is_file():
-        near = complete_checkpoints(path.parent) if path.parent.is_dir() else []
-        known = ", ".join(map(str, [*near, *newest])) or "none"
-        raise InputError(
-            f"resume={resume} is no complete checkpoint (nor auto or never); complete ones: {known}"
-        )
-    return path
+    return Path(resume)
+
+
+def set_aside_newer(directory: Path, step: int) -> None:
+    """Move complete checkpoints of more than `step` updates out of the way, and keep them.
+
+    They are of a course that this run does not take, and `auto` would choose them.
+    """
+    newer = [p for p in complete_checkpoints(directory) if int(p.name.split("_")[1]) > step]
+    if newer:
+        number = len(list(directory.parent.glob("checkpoints.old-*")))
+        aside = directory.parent / f"checkpoints.old-{number}"
+        aside.mkdir()
+        for path in newer:
+            path.rename(aside / path.name)
 
 
 def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

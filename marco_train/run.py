@@ -16,6 +16,7 @@ from marco_train.checkpoint import (
     load_checkpoint,
     load_generators,
     save_checkpoint,
+    set_aside_newer,
 )
 from marco_train.config import FINISHED, TrainConfig, field_difference, identity, plain_config
 from marco_train.distributed import barrier, is_main, rank, seed_everything
@@ -53,12 +54,13 @@ class Resumable(Protocol):
 class Run:
     """Tracker, checkpoints and timers of one execution."""
 
-    def __init__(self, cfg: TrainConfig, policy: Trainable, parts: Sequence[Resumable]) -> None:
+    def __init__(
+        self, cfg: TrainConfig, policy: Trainable, parts: Sequence[Resumable], resumed: bool
+    ) -> None:
         self._cfg = cfg
         self._policy = policy
         self._parts = parts
         self._directory = Path(cfg.output_dir)
-        self._checkpoints = self._directory / "checkpoints"
         self._timers: dict[str, float] = {}
         self._until = 0
         self._started = time.perf_counter()
@@ -66,8 +68,8 @@ class Run:
         self._first = 0
         self._tracker: Tracker | None = None
         if is_main():
-            self._directory.mkdir(parents=True, exist_ok=True)
-            self._tracker = Tracker(cfg.logging, self._directory, cfg.name, plain_config(cfg))
+            plain = plain_config(cfg)
+            self._tracker = Tracker(cfg.logging, self._directory, cfg.name, plain, resumed)
 
     @classmethod
     def open(cls, cfg: TrainConfig, policy: Trainable, *parts: Resumable) -> "Run":
@@ -76,38 +78,16 @@ class Run:
         Raises:
             InputError: The checkpoint is damaged, or is another run's.
         """
-        run = cls(cfg, policy, parts)
         # Drawn from by nothing that is trained, but part of the state all the same.
         seed_everything(cfg.seed + rank())
-        found = find_checkpoint(run._checkpoints, cfg.resume)
-        if found is None:
-            run._set_old_checkpoints_aside()
-        else:
-            run._resume(found)
-        return run
-
-    def _resume(self, path: Path) -> None:
-        tensors, state = load_checkpoint(path)
-        changed = field_difference(identity(state["config"]), identity(plain_config(self._cfg)))
-        if changed:
-            raise InputError(
-                f"{path} is of a run with another config (then -> now): {'; '.join(changed[:10])}; "
-                "choose another output_dir, or resume=never"
-            )
-        step = state["num_updates"]
-        for part in self._parts:
-            part.resume(step, state[part.name])
-        self._policy.load_state(tensors, step)
-        load_generators(tensors)
+        checkpoint = find_checkpoint(checkpoints_of(cfg), cfg.resume)
+        if checkpoint is not None:
+            resume_from(checkpoint, cfg, policy, parts)
         if is_main():
-            say(f"resumed from {path}")
-
-    def _set_old_checkpoints_aside(self) -> None:
-        """Keep what `resume=never` would otherwise mix with the new run's checkpoints."""
-        if is_main() and any(self._checkpoints.glob("step_*")):
-            number = len(list(self._directory.glob("checkpoints.old-*")))
-            self._checkpoints.rename(self._directory / f"checkpoints.old-{number}")
+            begin(cfg)
+            set_aside_newer(checkpoints_of(cfg), policy.num_updates)
         barrier()
+        return cls(cfg, policy, parts, resumed=checkpoint is not None)
 
     def steps(self, until: int) -> Iterator[int]:
         """Yield the steps still to make, counted from 0."""
@@ -133,8 +113,7 @@ class Run:
         seconds = now - self._step_started
         timed = {f"time/{name}": spent for name, spent in self._timers.items()}
         metrics = metrics | timed | {"time/step": seconds}
-        if "data/num_loss_tokens" in metrics:
-            metrics["perf/tokens_per_second"] = metrics["data/num_loss_tokens"] / seconds
+        metrics["perf/tokens_per_second"] = metrics["data/num_tokens"] / seconds
         made = step + 1 - self._first
         eta = (now - self._started) / made * (self._until - step - 1)
         if self._tracker is not None:
@@ -149,7 +128,7 @@ class Run:
         state |= {"num_updates": num_updates, "config": plain_config(self._cfg)}
         tensors = self._policy.state_tensors() | generator_tensors()
         save_checkpoint(
-            self._checkpoints, num_updates, tensors, state, self._cfg.checkpoint.keep_last
+            checkpoints_of(self._cfg), num_updates, tensors, state, self._cfg.checkpoint.keep_last
         )
 
     def export(self, name: str) -> None:
@@ -161,9 +140,7 @@ class Run:
         self.export("export")
         if self._tracker is not None:
             self._tracker.close()
-            (self._directory / FINISHED).write_text(
-                json.dumps({"config": plain_config(self._cfg)}, indent=2, sort_keys=True)
-            )
+            mark_finished(self._cfg)
             say(f"{self._cfg.name}: finished, {self._directory / 'export'}")
         barrier()
 
@@ -171,3 +148,48 @@ class Run:
 def due(step: int, every: int | None) -> bool:
     """Whether something done every so many updates is due after a step; None is never."""
     return every is not None and (step + 1) % every == 0
+
+
+def checkpoints_of(cfg: TrainConfig) -> Path:
+    """Where the checkpoints of a run lie."""
+    return Path(cfg.output_dir) / "checkpoints"
+
+
+def resume_from(
+    path: Path, cfg: TrainConfig, policy: Trainable, parts: Sequence[Resumable]
+) -> None:
+    """Put policy, data, cascade and generators where a checkpoint left them.
+
+    Raises:
+        InputError: The checkpoint is damaged, or is another run's.
+    """
+    tensors, state = load_checkpoint(path)
+    changed = field_difference(identity(state["config"]), identity(plain_config(cfg)))
+    if changed:
+        raise InputError(
+            f"{path} is of a run with another config (then -> now): {'; '.join(changed[:10])}; "
+            "choose another output_dir, or resume=never"
+        )
+    step = state["num_updates"]
+    for part in parts:
+        part.resume(step, state[part.name])
+    policy.load_state(tensors, step)
+    load_generators(tensors)
+    if is_main():
+        say(f"resumed from {path}")
+
+
+def begin(cfg: TrainConfig) -> None:
+    """Write down what runs, and take back that it was finished."""
+    directory = Path(cfg.output_dir)
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / FINISHED).unlink(missing_ok=True)
+    (directory / "config.json").write_text(json.dumps(plain_config(cfg), indent=2))
+
+
+def mark_finished(cfg: TrainConfig) -> None:
+    """Leave the note that `is_finished` reads; complete or not there."""
+    note = Path(cfg.output_dir) / FINISHED
+    partial = note.with_suffix(".partial")
+    partial.write_text(json.dumps({"config": plain_config(cfg)}, indent=2, sort_keys=True))
+    partial.replace(note)

@@ -3,9 +3,9 @@
 import json
 import sys
 from collections.abc import Mapping
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, TextIO
+from uuid import uuid4
 
 from tqdm import tqdm
 
@@ -23,7 +23,12 @@ class Tracker:
     """Writes what a run measures."""
 
     def __init__(
-        self, cfg: LoggingConfig, directory: Path, name: str, run_config: Mapping[str, Any]
+        self,
+        cfg: LoggingConfig,
+        directory: Path,
+        name: str,
+        run_config: Mapping[str, Any],
+        resumed: bool = False,
     ) -> None:
         self._every = cfg.console_every
         self._jsonl = directory / "metrics.jsonl"
@@ -40,19 +45,30 @@ class Tracker:
                 config=dict(run_config),
                 mode=cfg.mode.value,
                 resume="allow",
-                id=f"{name}-{sha256(str(directory.absolute()).encode()).hexdigest()[:12]}",
+                id=_wandb_id(directory, resumed),
             )
+            # Steps made again after a crash replace nothing: W&B orders by this, not by arrival.
+            self._wandb.define_metric("*", step_metric="step")
 
     def start(self, first: int, until: int) -> None:
         """Announce the steps to come; lines of `metrics.jsonl` past `first` are from a lost run."""
-        kept = []
-        if self._jsonl.is_file():
-            lines = self._jsonl.read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= first]
-        self._file = self._jsonl.open("w")
-        self._file.writelines(line + "\n" for line in kept)
+        rewritten = self._jsonl.with_suffix(".partial")
+        rewritten.write_text("".join(line + "\n" for line in self._lines_until(first)))
+        rewritten.replace(self._jsonl)
+        self._file = self._jsonl.open("a")
         if sys.stderr.isatty():
             self._bar = tqdm(total=until, initial=first, unit="step", dynamic_ncols=True)
+
+    def _lines_until(self, step: int) -> list[str]:
+        """Lines of an earlier launch up to a step; what a power cut tore is left out."""
+        kept = []
+        for line in self._jsonl.read_text().splitlines() if self._jsonl.is_file() else []:
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+            except json.JSONDecodeError:
+                say(f"{self._jsonl}: left out a torn line")
+        return kept
 
     def log(self, step: int, until: int, phase: str | None, metrics: Metrics, eta: float) -> None:
         """Record the metrics of the update that made `step` updates complete."""
@@ -61,7 +77,7 @@ class Tracker:
         self._file.write(json.dumps({"step": step} | metrics) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log(metrics, step=step)
+            self._wandb.log(metrics | {"step": step})
         if self._bar is not None:
             self._bar.update(1)
         if step % self._every == 0 or step == until:
@@ -75,6 +91,14 @@ class Tracker:
             self._bar.close()
         if self._wandb is not None:
             self._wandb.finish()
+
+
+def _wandb_id(directory: Path, resumed: bool) -> str:
+    """One id for a run and its resumptions, another for a run that starts over."""
+    file = directory / "wandb_id"
+    if not (resumed and file.is_file()):
+        file.write_text(uuid4().hex[:12])
+    return file.read_text()
 
 
 def step_line(step: int, until: int, phase: str | None, metrics: Metrics, eta: float) -> str:

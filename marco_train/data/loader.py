@@ -18,6 +18,7 @@ from marco_train.data.packing import pack_examples
 from marco_train.data.sources import Source
 from marco_train.distributed import rank, reduce_sums, world_size
 from marco_train.metrics import Metrics
+from marco_train.tracking import say
 from marco_train.types import Conversation, Example, Microbatch, Prompt
 
 T = TypeVar("T", Example, Prompt)
@@ -52,8 +53,8 @@ class ConversationStream:
     def fingerprint(self) -> str:
         """Digest of what the samples are a function of, beside the seed."""
         sizes = {name: len(source) for name, source in self._sources.items()}
-        first = [self[index] for index in range(16)]
-        return sha256(repr((sizes, self._mixture.quotas, first)).encode()).hexdigest()[:16]
+        contents = {name: source.fingerprint for name, source in self._sources.items()}
+        return sha256(repr((sizes, self._mixture.quotas, contents)).encode()).hexdigest()[:16]
 
 
 class _Loader:
@@ -132,6 +133,8 @@ class SFTLoader(_Loader):
         share = range(rank(), self._stage.num_eval_examples, world_size())
         rendered = [self._render(index, stream[index]) for index in share]
         examples = [item for item in rendered if not isinstance(item, str)]
+        if len(examples) < len(rendered):
+            say(f"held-out: dropped {len(rendered) - len(examples)} of {len(rendered)} rows")
         return pack_examples(examples, self._data.max_tokens_per_microbatch)
 
     def _render(self, index: int, conversation: Conversation) -> Example | str:
@@ -162,6 +165,8 @@ class PromptLoader(_Loader):
     def _render(self, index: int, conversation: Conversation) -> Prompt | str:
         if holds_control_tokens(self._tokenizer, conversation):
             return "data/dropped_special"
+        if conversation.messages[0].role == "assistant":
+            return "data/dropped_no_loss"
         prompt = make_prompt(self._tokenizer, index, conversation)
         if len(prompt.input_ids) > self._max_prompt_length:
             return "data/dropped_too_long"
@@ -181,22 +186,32 @@ class Question:
 def held_out_questions(
     sources: dict[str, SourceConfig], count: int, max_prompt_length: int, tokenizer: Tokenizer
 ) -> list[Question]:
-    """The same questions on every rank; overlong prompts are left out.
+    """Render the same questions on every rank; rows at fault are left out.
 
     Raises:
-        InputError: A row has no assistant turn to check an answer against.
+        InputError: A row has no question or no answer, or every prompt is over the limit.
     """
     stream = ConversationStream(sources, None, seed=0)
     questions = []
     for index in range(count):
         conversation = stream[index]
-        if conversation.messages[-1].role != "assistant":
-            raise InputError(f"source {conversation.source!r} has a row without an answer")
+        asked, answer = conversation.messages[:-1], conversation.messages[-1]
+        if answer.role != "assistant" or not asked:
+            raise InputError(
+                f"source {conversation.source!r} has a row that is no question with its answer"
+            )
+        if holds_control_tokens(tokenizer, conversation):
+            continue
         prompt = make_prompt(tokenizer, index, conversation)
         if len(prompt.input_ids) <= max_prompt_length:
-            text = conversation.messages[-2].content
-            reference = conversation.messages[-1].content
-            questions.append(Question(prompt, text, reference, conversation.verifier))
+            questions.append(
+                Question(prompt, asked[-1].content, answer.content, conversation.verifier)
+            )
+    if not questions:
+        raise InputError(
+            f"none of {count} held-out prompts is within stage.max_prompt_length "
+            f"{max_prompt_length} tokens"
+        )
     return questions
 
 

@@ -41,9 +41,14 @@ class Mixture:
         return block * self.quotas[source] + draw_in_block
 
     def _shuffled_block(self, block: int) -> list[tuple[str, int]]:
-        draws = [(source, n) for source, quota in self.quotas.items() for n in range(quota)]
-        random.Random(f"{self._seed}/block/{block}").shuffle(draws)
-        return draws
+        order = [source for source, quota in self.quotas.items() for _ in range(quota)]
+        random.Random(f"{self._seed}/block/{block}").shuffle(order)
+        drawn = dict.fromkeys(self.quotas, -1)
+        slots = []
+        for source in order:
+            drawn[source] += 1
+            slots.append((source, drawn[source]))
+        return slots
 
     def _shuffled_rows(self, source: str, epoch: int) -> list[int]:
         number = random.Random(f"{self._seed}/rows/{source}/{epoch}").getrandbits(63)

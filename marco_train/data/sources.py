@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ class Source:
     def __init__(self, name: str, cfg: SourceConfig, num_rows: int | None) -> None:
         self.name = name
         self._category = cfg.category
-        self._rows = _open_rows(name, cfg)
+        self._rows, self.fingerprint = _open_rows(name, cfg)
         self._kept: Sequence[int] = range(len(self._rows))
         if cfg.unique_prompts:
             first_of_prompt: dict[tuple[Message, ...], int] = {}
@@ -86,28 +87,35 @@ def read_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
     return tuple(Message(turn["role"], turn["content"]) for turn in turns)
 
 
-def _open_rows(name: str, cfg: SourceConfig) -> Sequence[Mapping[str, Any]]:
+def _open_rows(name: str, cfg: SourceConfig) -> tuple[Sequence[Mapping[str, Any]], str]:
+    """Open the rows of a source; the digest changes when they do."""
     if cfg.kind is not SourceKind.hub and not Path(cfg.path).is_file():
-        raise InputError(f"data.sources.{name}.path: there is no file {cfg.path!r}")
-    match cfg.kind:
-        case SourceKind.jsonl:
-            return _read_jsonl(Path(cfg.path))
-        case SourceKind.parquet:
-            import datasets
+        raise InputError(f"source {name!r}: there is no file {cfg.path!r}")
+    if cfg.kind is SourceKind.jsonl:
+        return _read_jsonl(Path(cfg.path))
+    import datasets  # seconds to import
 
-            return datasets.load_dataset("parquet", data_files=cfg.path, split="train")  # type: ignore[no-any-return]
-        case SourceKind.hub:
-            import datasets
+    try:
+        rows = (
+            datasets.load_dataset("parquet", data_files=cfg.path, split="train")
+            if cfg.kind is SourceKind.parquet
+            else datasets.load_dataset(cfg.path, cfg.subset, split=cfg.split)
+        )
+    # No such dataset, subset or split; no network; not a parquet file.
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        said = str(error).splitlines()[0]
+        raise InputError(f"source {name!r}: {cfg.path!r} cannot be opened: {said}") from error
+    return rows, rows._fingerprint
 
-            return datasets.load_dataset(cfg.path, cfg.subset, split=cfg.split)  # type: ignore[no-any-return]
 
-
-def _read_jsonl(path: Path) -> list[Mapping[str, Any]]:
+def _read_jsonl(path: Path) -> tuple[list[Mapping[str, Any]], str]:
+    content = path.read_bytes()
     rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as error:
-                raise InputError(f"{path}, line {number}: not JSON ({error})") from error
-    return rows
+    for number, line in enumerate(content.decode("utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise InputError(f"{path}, line {number}: not JSON ({error})") from error
+    return rows, sha256(content).hexdigest()

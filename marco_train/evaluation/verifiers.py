@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
+from marco_train.architecture import require
+
 KNOWN = ("exact", "json_schema", "reasoning_gym")
 
 
@@ -38,6 +40,19 @@ def verify(answer: str, reference: str, verifier: Mapping[str, object]) -> bool:
             return score(answer.strip(), verifier["entry"]) == 1.0
         case name:
             raise ValueError(f"unknown verifier {name!r}; known are {', '.join(KNOWN)}")
+
+
+def check_verifier(verifier: Mapping[str, object]) -> None:
+    """Refuse a verifier that `verify` would not know, before anything is sampled.
+
+    Raises:
+        InputError: Its name is unknown.
+    """
+    name = verifier.get("name")
+    require(
+        name in KNOWN,
+        f"a held-out row names the verifier {name!r}; known are {', '.join(KNOWN)}",
+    )
 
 
 def _satisfies_schema(answer: str, reference: str, schema: object) -> bool:

@@ -6,6 +6,7 @@ log-probabilities of a fixed sequence.
 """
 
 from collections.abc import Iterator
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -17,6 +18,7 @@ from marco_train.rollout.base import Sampler
 CANARY_TOKENS = 32
 # Positions are weighed, so that a transposed or shifted weight changes its checksum.
 POSITION_PERIOD = 65_521
+CHECKSUM_CHUNK = 2**22  # elements multiplied at once
 
 
 class WeightSyncError(RuntimeError):
@@ -36,9 +38,16 @@ class SyncSource(Protocol):
 def checksum(weight: Tensor) -> int:
     """Digest the bits and the order of a weight on its device, modulo 2**64."""
     bits = {2: torch.int16, 4: torch.int32}[weight.element_size()]
-    words = weight.detach().contiguous().view(bits).flatten().long()
-    places = torch.arange(len(words), device=words.device) % POSITION_PERIOD + 1
-    return int((words * places).sum())
+    words = weight.detach().contiguous().view(bits).flatten()
+    places = _places(words.device)
+    starts = range(0, len(words), CHECKSUM_CHUNK)
+    parts = [words[start : start + CHECKSUM_CHUNK] for start in starts]
+    return int(torch.stack([(part * places[: len(part)]).sum() for part in parts]).sum())
+
+
+@cache
+def _places(device: torch.device) -> Tensor:
+    return torch.arange(CHECKSUM_CHUNK, device=device) % POSITION_PERIOD + 1
 
 
 def canary_ids(vocab_size: int) -> list[int]:

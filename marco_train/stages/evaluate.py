@@ -9,20 +9,22 @@ from typing import Any
 
 import torch
 
-from marco_train.config import FINISHED, EvaluateConfig, Objective, TrainConfig, plain_config
+from marco_train.architecture import InputError, read_architecture
+from marco_train.config import EvaluateConfig, Objective, TrainConfig
 from marco_train.data.chat import Tokenizer, load_tokenizer
 from marco_train.data.loader import Question, held_out_questions
 from marco_train.data.packing import pack_rollouts
 from marco_train.distributed import barrier, device, is_main, rank, reduce_sums, world_size
 from marco_train.evaluation.accuracy import accuracy_by_category
-from marco_train.evaluation.verifiers import verify
+from marco_train.evaluation.verifiers import check_verifier, verify
 from marco_train.losses.distillation import FullReverseKL
 from marco_train.models import Qwen3Moe, load_model
 from marco_train.models.hf_io import stop_token_ids
 from marco_train.rollout.hf import HFSampler
+from marco_train.run import begin, mark_finished
 from marco_train.teachers.base import Teacher
 from marco_train.teachers.hf import build_teacher
-from marco_train.teachers.vocab import check_vocabulary
+from marco_train.teachers.vocab import check_head_rows, check_vocabulary
 from marco_train.tracking import format_seconds, say
 from marco_train.types import PolicyOutput, Rollout
 
@@ -37,20 +39,34 @@ def run_evaluate(cfg: TrainConfig) -> None:
     """
     stage: EvaluateConfig = cfg.stage
     tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
-    for name, path in (stage.models | {n: t.path for n, t in stage.teachers.items()}).items():
+    measured = [
+        *(("models", name, path) for name, path in stage.models.items()),
+        *(("teachers", name, teacher.path) for name, teacher in stage.teachers.items()),
+    ]
+    vocab_size = read_architecture(measured[0][2]).vocab_size
+    for _, name, path in measured:
         check_vocabulary(cfg.model.tokenizer, path, name)
-    assert cfg.data.held_out is not None, "an evaluation needs data.held_out"
+        check_head_rows(vocab_size, path, name)
+    if cfg.data.held_out is None:
+        raise InputError("an evaluation asks held-out prompts: set data.held_out")
     questions = held_out_questions(
         cfg.data.held_out, stage.num_prompts, stage.max_prompt_length, tokenizer
     )
+    for question in questions:
+        check_verifier(question.verifier)
     mine = questions[rank() :: world_size()]
+    if is_main():
+        begin(cfg)
     teachers = {name: build_teacher(t, Objective.full) for name, t in stage.teachers.items()}
-    report: dict[str, Any] = {"models": {}, "teachers": {}, "answers": {}}
+    report: dict[str, Any] = {
+        "num_questions": len(questions),
+        "num_dropped": stage.num_prompts - len(questions),  # over the limit, or control tokens
+        "models": {},
+        "teachers": {},
+        "answers": {},
+    }
 
-    for kind, name, path in [
-        *(("models", name, path) for name, path in stage.models.items()),
-        *(("teachers", name, teacher.path) for name, teacher in stage.teachers.items()),
-    ]:
+    for kind, name, path in measured:
         start = time.perf_counter()
         model = load_model(path, getattr(torch, cfg.model.dtype.value))
         answers = sample_answers(cfg, model, mine, tokenizer)
@@ -70,11 +86,9 @@ def run_evaluate(cfg: TrainConfig) -> None:
             say(f"{name}: avg@{stage.responses_per_prompt} {accuracy:.1f} %, {spent}")
 
     if is_main():
-        directory = Path(cfg.output_dir)
-        directory.mkdir(parents=True, exist_ok=True)
         text = json.dumps(report, indent=2, ensure_ascii=False)
-        (directory / "evaluation.json").write_text(text, encoding="utf-8")
-        (directory / FINISHED).write_text(json.dumps({"config": plain_config(cfg)}, indent=2))
+        (Path(cfg.output_dir) / "evaluation.json").write_text(text, encoding="utf-8")
+        mark_finished(cfg)
     barrier()
 
 

@@ -15,6 +15,7 @@ from marco_train.rollout.hf import build_sampler
 from marco_train.rollout.sync import sync_weights
 from marco_train.run import Run
 from marco_train.teachers.cascade import Cascade
+from marco_train.teachers.vocab import check_student_vocabulary
 
 
 def run_opd(cfg: TrainConfig) -> None:
@@ -24,10 +25,13 @@ def run_opd(cfg: TrainConfig) -> None:
     token, and lowers the reverse KL  E_{x~policy}[log policy(x) - log teacher(x)].
     """
     opd, student = cfg.stage, student_architecture(cfg)
+    check_student_vocabulary(cfg.model)
     tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
     prompts = PromptLoader(cfg.data, opd, tokenizer, cfg.seed)
     cascade = Cascade(opd, cfg.model.tokenizer, student.vocab_size)  # refuses a foreign vocabulary
-    policy = build_policy(cfg.model, cfg.optim, cfg.parallel, cascade.num_steps, cfg.seed)
+    policy = build_policy(
+        cfg.model, cfg.optim, cfg.parallel, cascade.num_steps, cfg.seed, tokenizer.chat_template
+    )
     sampler = build_sampler(
         opd.rollout,
         student,
@@ -55,9 +59,9 @@ def run_opd(cfg: TrainConfig) -> None:
         metrics |= summarize(rollouts) | prompts.metrics() | cascade.metrics(step)
         phase = cascade.phase_at(step).name
         run.log(step, metrics, phase)
-        run.save_if_due(step)
         if cascade.ends_at(step):
             run.export(f"export-{phase}")
+        run.save_if_due(step)
 
     run.finish()
 

@@ -7,14 +7,23 @@ from marco_train.engine.policy import build_policy
 from marco_train.evaluation.held_out import evaluate
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.run import Run, due
+from marco_train.teachers.vocab import check_student_vocabulary
 
 
 def run_sft(cfg: TrainConfig) -> None:
     """Fine-tune on conversations: packed sequences, loss on assistant tokens only."""
+    check_student_vocabulary(cfg.model)
     tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
     train_data = SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
     held_out = train_data.held_out()
-    policy = build_policy(cfg.model, cfg.optim, cfg.parallel, train_data.num_steps, cfg.seed)
+    policy = build_policy(
+        cfg.model,
+        cfg.optim,
+        cfg.parallel,
+        train_data.num_steps,
+        cfg.seed,
+        tokenizer.chat_template,
+    )
     run = Run.open(cfg, policy, train_data)  # a fresh run, or the last checkpoint's
 
     for step in run.steps(until=train_data.num_steps):

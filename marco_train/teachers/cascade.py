@@ -43,8 +43,8 @@ class Cascade:
                 raise InputError(
                     f"stage.cascade.{name}.teacher.path: there is no model at {path!r}"
                 )
-            check_vocabulary(student_tokenizer, path, name)
-            check_head_rows(vocab_size, path, name)
+            check_vocabulary(student_tokenizer, path, f"teacher {name!r}")
+            check_head_rows(vocab_size, path, f"teacher {name!r}")
             end = first + cfg.capped(phase.num_steps)
             self.phases.append(Phase(name, index, first, end, phase))
             first = end

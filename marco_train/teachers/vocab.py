@@ -9,47 +9,56 @@ from pathlib import Path
 from typing import Any
 
 from marco_train.architecture import InputError
-from marco_train.config import field_difference
+from marco_train.config import ModelConfig, field_difference
 
 # What turns text into ids; the rest of tokenizer.json is padding and truncation.
 MEANING = ["added_tokens", "normalizer", "pre_tokenizer", "model"]
 SHOWN = 5
 
 
-def check_vocabulary(student_tokenizer: str, teacher: str, name: str) -> None:
-    """Refuse a teacher whose tokenizer gives other ids than the student's.
+def check_student_vocabulary(cfg: ModelConfig) -> None:
+    """Refuse weights to start from that were trained with other ids than the run's tokenizer gives.
+
+    Raises:
+        InputError: Names the first differences.
+    """
+    if cfg.path is not None and (Path(cfg.path) / "tokenizer.json").is_file():
+        check_vocabulary(cfg.tokenizer, cfg.path, "model.path")
+
+
+def check_vocabulary(student_tokenizer: str, other: str, name: str) -> None:
+    """Refuse a model whose tokenizer gives other ids than the student's.
 
     Args:
         student_tokenizer: Directory of the student's tokenizer.
-        teacher: Directory of the teacher.
-        name: The teacher's name, for the message.
+        other: Directory of the model, most often a teacher.
+        name: What the message calls it.
 
     Raises:
         InputError: A tokenizer is missing, or names the first differences.
     """
     student_side = _read_tokenizer(student_tokenizer, "the student")
-    teacher_side = _read_tokenizer(teacher, f"teacher {name!r}")
-    if _digest(student_side) == _digest(teacher_side):
+    other_side = _read_tokenizer(other, name)
+    if _digest(student_side) == _digest(other_side):
         return
-    found = field_difference(_meaning(student_side), _meaning(teacher_side))
+    found = field_difference(_meaning(student_side), _meaning(other_side))
     raise InputError(
-        f"the tokenizer of teacher {name!r} ({teacher}) is not the student's "
-        f"({student_tokenizer}); {len(found)} differences (student -> teacher), the first: "
-        + "; ".join(found[:SHOWN])
+        f"the tokenizer of {name} ({other}) is not the student's ({student_tokenizer}); "
+        f"{len(found)} differences (student -> {name}), the first: " + "; ".join(found[:SHOWN])
     )
 
 
-def check_head_rows(student_vocab_size: int, teacher: str, name: str) -> None:
-    """Refuse a teacher whose output head has another number of rows.
+def check_head_rows(vocab_size: int, other: str, name: str) -> None:
+    """Refuse a model whose output head has another number of rows than the student's.
 
     Raises:
         InputError: Gives both numbers.
     """
-    rows = json.loads((Path(teacher) / "config.json").read_text()).get("vocab_size")
-    if rows != student_vocab_size:
+    rows = json.loads((Path(other) / "config.json").read_text()).get("vocab_size")
+    if rows != vocab_size:
         raise InputError(
-            f"teacher {name!r} ({teacher}) has {rows} output rows and the student "
-            f"{student_vocab_size}: the distributions cannot be compared"
+            f"{name} ({other}) has {rows} output rows and the student {vocab_size}: the "
+            "distributions cannot be compared"
         )
 
 
