@@ -24,7 +24,7 @@ launch() {
   fi
   local command=(torchrun "${rendezvous[@]}" --nproc_per_node "$processes"
     -m marco_train.train "experiment=$experiment" "$@")
-  if [ "${DRY_RUN:-0}" = 1 ]; then echo "${command[*]}"; return; fi
+  if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "${command[@]}"; echo; return; fi
   # One thread a rank on a CPU: ranks that share cores would slow each other many times over.
   OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "${command[@]}"
 }

@@ -24,7 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from random import Random
 
-from tasks import TASKS, Row, name_lists
+from tasks import TASKS, WORDS, Row, name_lists
 
 # Percent of the training rows, as in the published mixture.
 SHARES: Mapping[str, int] = {
@@ -37,7 +37,7 @@ SHARES: Mapping[str, int] = {
 SPLITS = ("train", "development", "test")
 # A generator that repeats itself this often in a row has nothing new left.
 PATIENCE = 300
-RAW_LINES = 1000
+RAW_LINES = 9000
 # Fewer leave categories without held-out rows.
 FEWEST_ROWS = 1000
 
@@ -173,11 +173,12 @@ def each_row(categories: Mapping[str, Sequence[Row]]) -> Iterator[Row]:
 
 
 def raw_lines(rng: Random) -> Iterator[tuple[str, str]]:
-    """Language and text: names of one list over and over, so that copying can be learned."""
+    """Language and text: names of one list, or words, over and over, to learn copying from."""
     lists = name_lists()
-    for _ in range(RAW_LINES):
+    for _ in range(RAW_LINES // 2):
         code, names = rng.choice(lists)
         yield code, "\n".join(rng.sample(names, rng.randint(2, 3)) * 3)
+        yield "en", "\n".join([" ".join(rng.sample(WORDS, rng.randint(2, 4)))] * 3)
 
 
 def write_directory(out: Path, data: Data, made_from: Mapping[str, object], seed: int) -> None:

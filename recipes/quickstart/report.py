@@ -24,18 +24,8 @@ TITLES = {
     "first": "first teacher",
     "second": "second teacher",
 }
-STAGES = [
-    "base",
-    "teacher_first",
-    "teacher_second",
-    "sft",
-    "opd",
-    "evaluate",
-    "control_sft",
-    "control_first",
-    "control_second",
-    "evaluate_controls",
-]
+MAIN_JOB = ["data", "base", "teacher_first", "teacher_second", "student", "sft", "opd", "evaluate"]
+CONTROLS = ["control_sft", "control_first", "control_second", "evaluate_controls"]
 
 
 def main() -> None:
@@ -68,16 +58,20 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def summarize(root: Path, models: dict[str, Any], teachers: dict[str, Any]) -> dict[str, Any]:
-    """Put together summary.json: accuracies in per cent, KL in nats a token, times in seconds."""
-    seconds = {}
-    for name in STAGES:
-        file = root / name / "wall_seconds"
-        if file.is_file():
-            seconds[name] = round(float(file.read_text()), 1)
+    """Put together summary.json: accuracies in per cent, KL in nats a token, times in seconds.
+
+    A time is of the launch that finished a stage, start-up included; the total is the main job's.
+    """
+    seconds = {
+        name: float((root / "seconds" / name).read_text())
+        for name in [*MAIN_JOB, *CONTROLS]
+        if (root / "seconds" / name).is_file()
+    }
+    total = sum(spent for name, spent in seconds.items() if name in MAIN_JOB)
     config = read_json(root / "opd" / "finished.json")["config"]
     return {
         "seed": config["seed"],
-        "wall_seconds": seconds | {"total": round(sum(seconds.values()), 1)},
+        "wall_seconds": seconds | {"total": round(total, 1)},
         "models": {
             name: {"avg_at_8": m["avg_at_n"], "reverse_kl": m["reverse_kl"]}
             for name, m in models.items()

@@ -4,30 +4,53 @@ source "$(dirname "${BASH_SOURCE[0]}")/../launch.sh"
 [ "${DRY_RUN:-0}" = 1 ] || { scripts/setup; PATH="$recipe_home/.venv/bin:$PATH"; }
 export NPROC=${NPROC:-2}
 
-root=outputs/quickstart
+root=outputs/quickstart seed=0
 for override in "$@"; do
-  case $override in root=*) root=${override#root=} ;; esac
+  case $override in
+    root=*) root=${override#root=} ;;
+    seed=*) seed=${override#seed=} ;;
+  esac
 done
 
+# The data are the same for every seed: seeds differ in weights, batches and samples.
 prepare() {
-  [ "${DRY_RUN:-0}" = 1 ] || python recipes/quickstart/prepare.py --out "$root/data"
-}
-
-# stage <directory> <experiment> [overrides]: seconds go to <directory>/wall_seconds, once.
-stage() {
-  local directory=$root/$1 experiment=$2; shift 2
-  local start=$EPOCHREALTIME before=no
-  [ -e "$directory/finished.json" ] && before=yes
-  launch "$experiment" "$@"
-  if [ "${DRY_RUN:-0}" != 1 ] && [ $before = no ]; then
-    python -c "import sys; print(float(sys.argv[2]) - float(sys.argv[1]))" \
-      "$start" "$EPOCHREALTIME" > "$directory/wall_seconds"
-  fi
+  [ "${DRY_RUN:-0}" = 1 ] || timed data python recipes/quickstart/prepare.py --out "$root/data"
 }
 
 # Sparse mixture from the dense base: 4 slices of 48, 4 copies of each.
 upcycle() {
-  [ "${DRY_RUN:-0}" = 1 ] || [ -e "$root/student/config.json" ] ||
-    python scripts/upcycle.py --dense "$root/base/export" --out "$root/student" \
-      --num-experts 16 --expert-width 48 --top-k 4 --drop-ratio 0.25 --router-std 0.02
+  [ "${DRY_RUN:-0}" = 1 ] || [ "$root/student/config.json" -nt "$root/base/finished.json" ] ||
+    timed student python scripts/upcycle.py --dense "$root/base/export" --out "$root/student" \
+      --num-experts 16 --expert-width 48 --top-k 4 --drop-ratio 0.25 --router-std 0.02 --seed "$seed"
 }
+
+# stage <name> <experiment> [overrides]: runs in $root/<name>.
+# An override may be for one stage alone: opd.stage.objective=sampled.
+stage_names=" base teacher_first teacher_second sft opd evaluate control_sft control_first
+  control_second evaluate_controls "
+stage() {
+  local name=$1 experiment=$2 overrides=() override; shift 2
+  for override in "$@"; do
+    case $override in
+      "$name".*) overrides+=("${override#"$name".}") ;;
+      *) [[ $stage_names == *[[:space:]]"${override%%.*}"[[:space:]]* ]] || overrides+=("$override") ;;
+    esac
+  done
+  if [ "${DRY_RUN:-0}" = 1 ]; then launch "$experiment" "${overrides[@]}"; return; fi
+  timed "$name" launch "$experiment" "${overrides[@]}"
+}
+
+# timed <name> <command>: seconds go to $root/seconds/<name>, unless there was nothing to do.
+timed() {
+  local name=$1 start=$EPOCHREALTIME before after file=$root/seconds/$1; shift
+  before=$(newest "$root/$name")
+  "$@"
+  after=$(newest "$root/$name")
+  [ "$before" = "$after" ] && return
+  mkdir -p "$root/seconds"
+  python -c "import sys; print(round(float(sys.argv[2]) - float(sys.argv[1]), 1))" \
+    "$start" "$EPOCHREALTIME" > "$file"
+}
+
+# When a directory last held something new.
+newest() { stat --format %Y "$1"/{finished,manifest,config}.json 2>/dev/null | sort -n | tail -n 1 || true; }
