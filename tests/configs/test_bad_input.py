@@ -1,0 +1,313 @@
+"""What a user can get wrong is refused in a sentence that names it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from marco_train.architecture import InputError
+from marco_train.config import ChatTemplate, Objective, SourceConfig, SourceKind
+from marco_train.data.chat import load_tokenizer
+from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions
+from marco_train.evaluation.verifiers import check_verifier
+from marco_train.models.hf_io import random_model, save_model
+from marco_train.teachers.cascade import Cascade
+from marco_train.teachers.vocab import check_student_vocabulary
+from tests.conftest import DENSE, World, architecture, compose_config, make_tokenizer
+
+REFUSED = [
+    ("quickstart_sft", "optim.learnin_rate=1", "learnin_rate"),
+    ("quickstart_sft", "+optim.momentum=0.9", "momentum"),
+    ("quickstart_sft", "optim.learning_rate=fast", "fast"),
+    ("quickstart_sft", "stage.num_steps=1.5", "1.5"),
+    ("quickstart_sft", "stage.num_steps=0", "num_steps is 0"),
+    ("quickstart_sft", "stage.max_length=-4", "max_length is -4"),
+    ("quickstart_sft", "optim.warmup_steps=-1", "warmup_steps is -1"),
+    ("quickstart_sft", "optim.min_learning_rate=1.0", "min_learning_rate 1.0 is above"),
+    ("quickstart_sft", "optim.beta2=1.0", "beta2 is 1.0"),
+    ("quickstart_sft", "seed=-3", "seed is -3"),
+    ("quickstart_sft", "parallel.zero_stage=3", "zero_stage is 3"),
+    ("quickstart_sft", "data.sources.math.weight=0.5", "sum to 1.4"),
+    ("quickstart_sft", "data.sources.math.weight=0", "weight is 0"),
+    ("quickstart_sft", "data.sources.math.kind=csv", "csv"),
+    ("quickstart_sft", "data.max_tokens_per_microbatch=50", "max_tokens_per_microbatch is 50"),
+    ("quickstart_sft", "stage.loss_tokens=user", "user"),
+    ("quickstart_sft", "model=large_one", "large_one"),
+    ("quickstart_base", "parallel.expert_parallel_size=2", "is dense"),
+    ("marco_nano_sft", "parallel.expert_parallel_size=16", "16 does not divide the 232 experts"),
+    ("marco_nano_sft", "model.architecture.num_experts_per_tok=300", "300, more than the 232"),
+    ("quickstart_opd", "stage.objective=forward", "forward"),
+    ("quickstart_opd", "stage.rollout.temperature=0.7", "temperature is 0.7"),
+    ("quickstart_opd", "teacher@stage.cascade.first.teacher=oracle", "oracle"),
+    ("quickstart_opd", "stage.cascade.first.teacher.backend=api", "api"),
+    ("quickstart_evaluate", "stage.num_kl_responses=9", "num_kl_responses is 9"),
+    ("quickstart_evaluate", "stage.rollout.temperature=0.5", "temperature is 0.5"),
+    ("quickstart_base", "stage.max_length=300", "sequences of 300 tokens, and the model has 256"),
+    ("quickstart_opd", "experiment=quickstart_dpo", "quickstart_dpo"),
+]
+
+
+@pytest.mark.parametrize(("experiment", "override", "names"), REFUSED)
+def test_a_wrong_override_is_refused_by_name(experiment: str, override: str, names: str) -> None:
+    given = ["model.path=weights"] if experiment.startswith("marco") else []
+    with pytest.raises((InputError, HydraException, OmegaConfBaseException)) as refusal:
+        compose_config(experiment, *given, override)
+    # Hydra chains what OmegaConf said.
+    said = f"{refusal.value} {refusal.value.__cause__}"
+    assert names in said
+
+
+def test_the_sampled_objective_says_why_temperature_one() -> None:
+    with pytest.raises(InputError, match=r"sampled-token objective .* temperature 1.0 only"):
+        compose_config("quickstart_opd", "stage.objective=sampled", "stage.rollout.temperature=1.2")
+
+
+def launch(*overrides: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "marco_train.train", *overrides],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[2],
+        env={k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE"}},
+    )
+
+
+def test_the_command_line_fails_in_one_sentence_without_a_traceback(tmp_path: Path) -> None:
+    done = launch("experiment=quickstart_sft", f"root={tmp_path}", "optim.clip_norm=0")
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: optim.clip_norm is 0.0, and must be greater than 0"
+
+
+def test_a_missing_path_is_named_before_a_model_is_built(tmp_path: Path) -> None:
+    done = launch(
+        "experiment=quickstart_sft", f"root={tmp_path}", "parallel.expert_parallel_size=1"
+    )
+    assert done.returncode == 1
+    assert "error: model.tokenizer: no tokenizer.json in" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_an_unknown_dataset_is_named(world: World) -> None:
+    cfg = compose_config(
+        "quickstart_sft", f"root={world.root}", "data.sources.math.path=nowhere.jsonl"
+    )
+    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    with pytest.raises(InputError, match=r"source 'math': there is no file 'nowhere"):
+        SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
+
+
+def test_a_line_that_is_not_json_is_named(world: World, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"messages": []\n')
+    cfg = compose_config("quickstart_sft", f"root={world.root}", f"data.sources.math.path={broken}")
+    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    with pytest.raises(InputError, match=r"broken.jsonl, line 1: not JSON"):
+        SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
+
+
+def draw_three(loader: SFTLoader) -> None:
+    for _ in range(3):
+        next(loader)
+
+
+ROWS = {
+    "no chat": ({"text": "hello"}, "no column messages"),
+    "empty chat": ({"messages": []}, "not a list of turns"),
+    "unknown role": ({"messages": [{"role": "robot", "content": "x"}]}, "no role among"),
+    "null content": ({"messages": [{"role": "user", "content": None}]}, "is not text"),
+}
+
+
+@pytest.mark.parametrize(("row", "names"), ROWS.values(), ids=ROWS.keys())
+def test_a_row_that_is_no_chat_is_named(
+    row: dict[str, object], names: str, world: World, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    cfg = compose_config("quickstart_sft", f"root={world.root}", f"data.sources.math.path={file}")
+    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    with pytest.raises(InputError, match=names):
+        draw_three(SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed))
+
+
+def test_a_teacher_that_is_missing_is_named(world: World) -> None:
+    cfg = compose_config(
+        "quickstart_opd", f"root={world.root}", "stage.cascade.second.teacher.path=nobody"
+    )
+    with pytest.raises(InputError, match=r"cascade.second.teacher.path: there is no model at"):
+        Cascade(cfg.stage, cfg.model.tokenizer, 320)
+
+
+def foreign_teacher(world: World, path: Path, corpus: list[str]) -> None:
+    make_tokenizer(path / "tokenizer", corpus)
+    model = random_model(architecture(**DENSE), torch.float32, seed=0)
+    save_model(model, path / "model", path / "tokenizer")
+
+
+def test_a_teacher_with_another_vocabulary_is_refused_with_the_difference(
+    world: World, tmp_path: Path
+) -> None:
+    foreign_teacher(world, tmp_path, ["quite other words about nothing at all"] * 3)
+    cfg = compose_config(
+        "quickstart_opd",
+        f"root={world.root}",
+        f"stage.cascade.first.teacher.path={tmp_path / 'model'}",
+    )
+    with pytest.raises(InputError, match=r"tokenizer of teacher 'first' .* differences"):
+        Cascade(cfg.stage, cfg.model.tokenizer, 320)
+
+
+def test_two_ids_swapped_in_a_teachers_vocabulary_are_enough_to_refuse_it(
+    world: World, tmp_path: Path
+) -> None:
+    shutil.copytree(world.path("teacher_first", "export"), tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer.json"
+    content = json.loads(file.read_text())
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(content))
+    cfg = compose_config(
+        "quickstart_opd",
+        f"root={world.root}",
+        f"stage.cascade.first.teacher.path={tmp_path / 'model'}",
+    )
+    with pytest.raises(InputError, match=r"2 differences .*model\.vocab\.a: \d+ -> \d+"):
+        Cascade(cfg.stage, cfg.model.tokenizer, 320)
+
+
+def test_a_teacher_with_more_output_rows_is_refused(world: World) -> None:
+    cfg = compose_config("quickstart_opd", f"root={world.root}")
+    with pytest.raises(InputError, match="has 320 output rows and the student 328"):
+        Cascade(cfg.stage, cfg.model.tokenizer, 328)
+
+
+def test_a_tokenizer_whose_template_marks_nothing_is_refused(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.path("data", "tokenizer"), tmp_path / "tokenizer")
+    template = tmp_path / "tokenizer" / "chat_template.jinja"
+    template.write_text(
+        template.read_text()
+        .replace("{% generation %}", "")
+        .replace("{% endgeneration %}", "")
+        .replace("{%- generation %}", "")
+        .replace("{%- endgeneration %}", "")
+    )
+    cfg = compose_config(
+        "quickstart_sft", f"root={world.root}", f"model.tokenizer={tmp_path / 'tokenizer'}"
+    )
+    with pytest.raises(InputError, match=r"does not mark .* set model.chat_template=chatml"):
+        load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+
+
+def test_a_hub_dataset_that_is_not_there_is_named(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "rows.parquet"
+    broken.write_bytes(b"not a parquet file")
+    tokenizer = load_tokenizer(world.path("data", "tokenizer"), ChatTemplate.tokenizer)
+    # Read from the environment at import; without it the hub would be asked again and again.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    for kind, path in (("parquet", str(broken)), ("hub", "nobody/nothing-at-all")):
+        cfg = compose_config(
+            "quickstart_sft",
+            f"root={world.root}",
+            f"data.sources.math.kind={kind}",
+            f"data.sources.math.path={path}",
+        )
+        with pytest.raises(InputError, match=f"source 'math': '{path}' cannot be opened"):
+            SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
+
+
+def test_weights_of_another_tokenizer_are_refused_as_a_student(
+    world: World, tmp_path: Path
+) -> None:
+    foreign_teacher(world, tmp_path, ["quite other words about nothing at all"] * 3)
+    cfg = compose_config("quickstart_opd", f"root={world.root}", f"model.path={tmp_path / 'model'}")
+    with pytest.raises(InputError, match=r"tokenizer of model\.path"):
+        check_student_vocabulary(cfg.model)
+
+
+def test_a_missing_value_is_asked_for_in_one_sentence() -> None:
+    done = launch("experiment=marco_mini_sft")
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith("error: model.path has no value")
+    nothing = launch()
+    assert nothing.returncode == 1
+    assert nothing.stderr.startswith("error: ")
+    assert "experiment=<name>" in nothing.stderr
+    assert "Traceback" not in done.stderr + nothing.stderr
+
+
+def test_a_held_out_row_that_cannot_be_checked_is_refused(world: World, tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(world.path("data", "tokenizer"), ChatTemplate.tokenizer)
+    file = tmp_path / "rows.jsonl"
+    source = SourceConfig(
+        kind=SourceKind.jsonl, path=str(file), category="math", weight=1.0, subset=None
+    )
+    file.write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
+    with pytest.raises(InputError, match="no question with its answer"):
+        held_out_questions({"rows": source}, 3, 64, tokenizer)
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    file.write_text(json.dumps({"messages": turns}) + "\n")
+    with pytest.raises(InputError, match="none of 3 held-out prompts is within"):
+        held_out_questions({"rows": source}, 3, 2, tokenizer)
+    (question, *_) = held_out_questions({"rows": source}, 3, 64, tokenizer)
+    with pytest.raises(InputError, match="names the verifier None; known are exact"):
+        check_verifier(question.verifier)
+
+
+def rows_of(world: World, tmp_path: Path, *contents: tuple[str, str | None]) -> list[str]:
+    """One source with these prompts and answers."""
+    file = tmp_path / "rows.jsonl"
+    rows = []
+    for prompt, answer in contents:
+        messages = [{"role": "user", "content": prompt}]
+        if answer is not None:
+            messages.append({"role": "assistant", "content": answer})
+        rows.append({"messages": messages})
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return [
+        f"root={world.root}",
+        "data=quickstart_text",
+        f"data.sources.text.path={file}",
+    ]
+
+
+def test_rows_at_fault_are_dropped_and_counted(world: World, tmp_path: Path) -> None:
+    overrides = rows_of(
+        world,
+        tmp_path,
+        ("a fine prompt", "yes"),
+        ("no answer here", None),
+        ("too long " * 60, "no"),
+        ("ends <|im_end|> early", "no"),
+    )
+    cfg = compose_config("quickstart_sft", *overrides, "stage.global_batch_size=4")
+    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    loader = SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
+    (batch,) = next(loader)
+    assert batch.num_loss_tokens > 0
+    found = loader.metrics()
+    assert found["data/num_sequences"] == 1
+    assert found["data/dropped_no_loss"] == 1
+    assert found["data/dropped_too_long"] == 1
+    assert found["data/dropped_special"] == 1
+
+
+def test_a_prompt_over_the_limit_is_dropped_and_counted(world: World, tmp_path: Path) -> None:
+    overrides = rows_of(world, tmp_path, ("short", "x"), ("far too long " * 60, "x"))
+    cfg = compose_config("quickstart_opd", *overrides, "stage.global_batch_size=2")
+    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    loader = PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
+    (prompt,) = next(loader)
+    assert "short" in tokenizer.decode(prompt.input_ids)
+    assert loader.metrics()["data/dropped_too_long"] == 1
+    assert cfg.stage.objective is Objective.full

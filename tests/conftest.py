@@ -1,0 +1,149 @@
+"""A small world on disk: tokenizer, conversations, and models of the family with random weights."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from marco_train.architecture import ArchitectureConfig
+from marco_train.config import TrainConfig, to_run
+from marco_train.data.chat import CHATML
+from marco_train.models.hf_io import random_model, save_model
+from marco_train.train import CONFIG_DIR
+
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+torch.set_num_threads(1)
+
+CATEGORIES = ["instruction_following", "knowledge_reasoning", "alignment", "math", "multilingual"]
+VOCAB_SIZE = 320
+
+
+def architecture(**changes: Any) -> ArchitectureConfig:
+    """A mixture of two layers and eight experts, or what the changes make of it."""
+    fields: dict[str, Any] = {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 64,
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e4,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+    }
+    return ArchitectureConfig(**fields | changes)
+
+
+DENSE = {"num_experts": None, "num_experts_per_tok": None, "moe_intermediate_size": None}
+
+
+def make_tokenizer(path: Path, corpus: list[str], vocab_size: int = VOCAB_SIZE) -> None:
+    """Train a byte-level tokenizer with the ChatML template."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(r"\d| ?[^\s\d]+|\s+"), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    specials = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=specials,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
+    fast.chat_template = CHATML.read_text()
+    fast.save_pretrained(path)
+
+
+@dataclass(frozen=True)
+class World:
+    """Where everything lies."""
+
+    root: Path
+
+    def path(self, *parts: str) -> str:
+        """A path under the root."""
+        return str(self.root.joinpath(*parts))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    root = tmp_path_factory.mktemp("world")
+    numbers = ["one", "two", "three", "vier", "cinq", "seis"]
+    for split in ("train", "development", "test"):
+        (root / "data" / split).mkdir(parents=True)
+        for category in CATEGORIES:
+            rows = [
+                {
+                    "messages": [
+                        {"role": "user", "content": f"{split} {category} {n}?"},
+                        {"role": "assistant", "content": f"{word} {n}"},
+                    ],
+                    "category": category,
+                    "language": "en",
+                    "verifier": {"name": "exact"},
+                }
+                for n in range(12)
+                for word in [numbers[n % len(numbers)]]
+            ]
+            file = root / "data" / split / f"{category}.jsonl"
+            file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    corpus = [
+        f"{split} {c} {w}" for split in ("train", "test") for c in CATEGORIES for w in numbers
+    ]
+    tokenizer = root / "data" / "tokenizer"
+    make_tokenizer(tokenizer, corpus)
+    shapes = {
+        "student": architecture(),
+        "sft/export": architecture(),
+        "teacher_first/export": architecture(**DENSE),
+        "teacher_second/export": architecture(**DENSE, hidden_size=48, head_dim=16),
+    }
+    for seed, (name, shape) in enumerate(shapes.items()):
+        save_model(random_model(shape, torch.float32, seed), root / name, tokenizer)
+    return World(root)
+
+
+Compose = Callable[..., TrainConfig]
+
+
+def compose_config(experiment: str, *overrides: str) -> TrainConfig:
+    """Compose and check a config as the command line does."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+        composed = compose("train", overrides=[f"experiment={experiment}", *overrides])
+    return to_run(composed)
+
+
+# What makes AdamW plain gradient descent with rate 1: Adam's own scaling would hide a gradient
+# that is wrong by a factor. m = g, v = g^2, and g / (|g| + eps) * eps = g for a large eps.
+GRADIENT_DESCENT = [
+    "optim.learning_rate=1e6",
+    "optim.min_learning_rate=1e6",
+    "optim.schedule=constant",
+    "optim.warmup_steps=0",
+    "optim.eps=1e6",
+    "optim.beta1=0.0",
+    "optim.beta2=0.0",
+    "optim.weight_decay=0.0",
+    "optim.clip_norm=1e9",
+]

@@ -1,0 +1,170 @@
+"""The recipes as a newcomer runs them, in a fresh clone."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from marco_train.models import load_model
+
+REPOSITORY = Path(__file__).parents[2]
+RECIPES = sorted(
+    p.relative_to(REPOSITORY) for p in REPOSITORY.glob("recipes/*/*.sh") if os.access(p, os.X_OK)
+)
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A clone of what is committed, with this environment in the place of a new one."""
+    path = tmp_path_factory.mktemp("clone") / "marco_train"
+    subprocess.run(["git", "clone", "--quiet", REPOSITORY, path], check=True)
+    (path / ".venv").symlink_to(Path(sys.prefix))
+    # With another pyproject.toml committed than installed, the clone's scripts/setup would install
+    # the clone into this environment.
+    wanted = subprocess.run(
+        "sha256sum pyproject.toml scripts/setup | sha256sum | cut -c1-16",
+        shell=True,
+        cwd=path,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    assert (path / ".venv" / f"installed-{wanted}").exists(), (
+        "commit pyproject.toml and scripts/setup, and run scripts/setup, before this test"
+    )
+    return path
+
+
+def run(directory: Path, *command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    kept = {"PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": os.environ.get("HOME", "/")}
+    # The environment is this checkout's: the clone's own package has to come first.
+    kept["PYTHONPATH"] = str(directory)
+    return subprocess.run(
+        command,
+        cwd=directory,
+        env=kept | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        stdin=subprocess.DEVNULL,
+    )
+
+
+def commands_of_the_readme() -> list[str]:
+    text = (REPOSITORY / "README.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    return [line.split("#")[0].strip() for line in blocks[0].splitlines() if line.strip()]
+
+
+def test_the_readme_opens_with_the_two_commands() -> None:
+    assert commands_of_the_readme() == ["recipes/quickstart/run.sh", "scripts/test"]
+
+
+def test_the_main_job_runs_in_a_fresh_clone(clone: Path) -> None:
+    out = clone / "outputs" / "trial"
+    command, tests = commands_of_the_readme()
+    tiny = [f"root={out}", "stage.max_steps=2", "evaluate.stage.num_prompts=20", "seed=3"]
+    done = run(clone, command, *tiny)
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["seed"] == 3
+    stages = "data base teacher_first teacher_second student sft opd evaluate total"
+    assert list(summary["wall_seconds"]) == stages.split(" ")
+    assert all(seconds > 0 for seconds in summary["wall_seconds"].values())
+    assert list(summary["models"]) == ["sft", "opd_first", "opd_second"]
+    categories = {
+        *("all", "alignment", "instruction_following"),
+        *("knowledge_reasoning", "math", "multilingual"),
+    }
+    for found in summary["models"].values():
+        assert set(found["avg_at_8"]) == categories
+        assert all(0 <= value <= 100 for value in found["avg_at_8"].values())
+        assert set(found["reverse_kl"]) == {"first", "second"}
+        assert all(value > 0 for value in found["reverse_kl"].values())
+    assert {set(t["avg_at_8"]) == categories for t in summary["teachers"].values()} == {True}
+    assert (out / "summary.png").read_bytes().startswith(b"\x89PNG")
+    assert "OPD, second teacher" in done.stdout
+    assert done.stdout.count("expected  ") == 5
+
+    export = clone / summary["export"]
+    check_export(export)
+
+    again = run(clone, command, *tiny)
+    assert again.returncode == 0, again.stdout + again.stderr
+    assert again.stdout.count("already finished in") == 6
+    assert json.loads((out / "summary.json").read_text()) == summary
+    other = run(clone, command, *tiny[:-1], "seed=4")
+    assert other.returncode != 0
+    assert "holds a finished run of another config (then -> now): seed: 3 -> 4" in other.stderr
+
+    for stage in ("sft", "opd"):
+        alone = run(clone, f"recipes/quickstart/{stage}.sh", *tiny)
+        assert alone.returncode == 0, alone.stdout + alone.stderr
+        assert f"quickstart_{stage}: already finished" in alone.stdout
+
+    # One process, with torchrun and without, where a run allows it.
+    single = ["experiment=quickstart_teacher_first", f"root={out}", "stage.max_steps=2"]
+    plain = run(
+        clone, sys.executable, "-m", "marco_train.train", *single, f"output_dir={out / 'plain'}"
+    )
+    assert "step 2/2 | loss" in plain.stdout, plain.stderr
+    torchrun = str(Path(sys.executable).with_name("torchrun"))
+    alone = [torchrun, "--standalone", "--nproc_per_node=1", "-m", "marco_train.train", *single]
+    launched = run(clone, *alone, f"output_dir={out / 'launched'}")
+    assert launched.returncode == 0, launched.stderr
+    weights = [
+        (out / name / "export" / "model.safetensors").read_bytes() for name in ("plain", "launched")
+    ]
+    assert weights[0] == weights[1]
+
+    own = run(clone, tests, "tests/unit/test_mixture.py")
+    assert own.returncode == 0, own.stdout + own.stderr
+    assert "passed" in own.stdout
+
+
+def check_export(path: Path) -> None:
+    """The export is what transformers and we agree on."""
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    rendered = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Translate to Urdu: April"}], add_generation_prompt=True
+    )
+    ids = torch.tensor([rendered["input_ids"]])
+    theirs = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    ours = load_model(path, torch.float32)
+    with torch.no_grad():
+        expected = theirs(ids).logits[0]
+        found = ours.logits(ours(ids, torch.arange(ids.shape[1])[None]))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+def test_every_recipe_prints_its_launches_without_a_gpu(recipe: Path) -> None:
+    done = run(REPOSITORY, str(recipe), "seed=5", DRY_RUN="1", NPROC="2", MASTER_ADDR="10.0.0.1")
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert lines
+    for line in lines:
+        assert line.startswith("torchrun --standalone --nproc_per_node 2 -m marco_train.train ")
+        assert line.endswith("seed=5")
+
+
+def test_two_nodes_meet_at_a_master() -> None:
+    done = run(
+        REPOSITORY,
+        "recipes/marco_mini/opd.sh",
+        DRY_RUN="1",
+        NPROC="8",
+        NNODES="2",
+        NODE_RANK="1",
+        MASTER_ADDR="10.0.0.1",
+    )
+    assert done.stdout.strip() == (
+        "torchrun --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 29500 "
+        "--nproc_per_node 8 -m marco_train.train experiment=marco_mini_opd"
+    )

@@ -1,0 +1,161 @@
+"""The objectives against references written out in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from marco_train.losses.cross_entropy import cross_entropy
+from marco_train.losses.distillation import FullReverseKL, SampledReverseKL, full_reverse_kl
+from marco_train.losses.logprobs import token_logprobs
+from marco_train.types import FullMicrobatch, Microbatch, PolicyOutput, SampledMicrobatch
+
+TOKENS, WIDTH, TEACHER_WIDTH, VOCAB = 11, 6, 5, 9
+
+
+def setting(dtype: torch.dtype) -> dict[str, Tensor]:
+    g = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g, dtype=torch.float64).to(dtype)
+
+    return {
+        "hidden": draw(TOKENS, WIDTH).requires_grad_(),
+        "head": draw(VOCAB, WIDTH).requires_grad_(),
+        "teacher_hidden": draw(TOKENS, TEACHER_WIDTH),
+        "teacher_head": draw(VOCAB, TEACHER_WIDTH),
+        "targets": torch.randint(0, VOCAB, (TOKENS,), generator=g),
+    }
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+def test_chunked_logprobs_equal_the_plain_ones_with_their_gradients(chunk: int) -> None:
+    ours, plain = setting(torch.float32), setting(torch.float64)
+    weights = torch.arange(1.0, TOKENS + 1)
+    found, entropy = token_logprobs(ours["hidden"], ours["head"], ours["targets"], chunk)
+    logprobs = F.linear(plain["hidden"], plain["head"]).log_softmax(-1)
+    wanted = logprobs[torch.arange(TOKENS), plain["targets"]]
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    expected_entropy = -(logprobs.exp() * logprobs).sum(-1)
+    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-5, atol=1e-5)
+    (found * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    for name in ("hidden", "head"):
+        assert ours[name].grad is not None
+        torch.testing.assert_close(ours[name].grad.double(), plain[name].grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 64])
+def test_full_reverse_kl_equals_the_plain_sum_with_its_gradients(chunk: int) -> None:
+    ours, plain = setting(torch.float32), setting(torch.float64)
+    weights = torch.arange(1.0, TOKENS + 1)
+    found, _, _ = full_reverse_kl(**ours, chunk=chunk)
+    logp = F.linear(plain["hidden"], plain["head"]).log_softmax(-1)
+    logq = F.linear(plain["teacher_hidden"], plain["teacher_head"]).log_softmax(-1)
+    wanted = (logp.exp() * (logp - logq)).sum(-1)
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    (found * weights).sum().backward()
+    (wanted * weights).sum().backward()
+    for name in ("hidden", "head"):
+        assert ours[name].grad is not None
+        torch.testing.assert_close(ours[name].grad.double(), plain[name].grad, rtol=1e-4, atol=1e-5)
+
+
+def microbatch(targets: Tensor, mask: Tensor) -> Microbatch:
+    return Microbatch(
+        input_ids=torch.zeros(1, len(targets), dtype=torch.int64),
+        position_ids=torch.arange(len(targets))[None],
+        targets=targets,
+        loss_mask=mask,
+        num_loss_tokens=int(mask.sum()),
+    )
+
+
+def test_the_expected_sampled_gradient_is_the_gradient_of_the_reverse_kl() -> None:
+    # By enumeration: every token v at every place, weighted with the policy's probability of v.
+    s = setting(torch.float32)
+    logits = F.linear(s["hidden"], s["head"])
+    logp = logits.log_softmax(-1).detach()
+    logq = F.linear(s["teacher_hidden"], s["teacher_head"]).log_softmax(-1)
+    objective = SampledReverseKL(max_importance_ratio=None)
+    expected = {"hidden": torch.zeros(TOKENS, WIDTH), "head": torch.zeros(VOCAB, WIDTH)}
+    for place in range(TOKENS):
+        for v in range(VOCAB):
+            targets = torch.full((TOKENS,), v)
+            batch = SampledMicrobatch(
+                **vars(microbatch(targets, torch.arange(TOKENS) == place)),
+                sampler_logprobs=logp[:, v],
+                teacher_logprobs=logq[:, v],
+            )
+            output = objective(PolicyOutput(s["hidden"], s["head"]), batch)
+            gradients = torch.autograd.grad(output.loss, [s["hidden"], s["head"]])
+            for name, gradient in zip(("hidden", "head"), gradients, strict=True):
+                expected[name] += logp[place, v].exp() * gradient
+
+    kl, _, _ = full_reverse_kl(**s)
+    analytic = torch.autograd.grad(kl.sum(), [s["hidden"], s["head"]])
+    for name, wanted in zip(("hidden", "head"), analytic, strict=True):
+        torch.testing.assert_close(expected[name], wanted, rtol=1e-4, atol=1e-5)
+        assert wanted.abs().max() > 0.01
+
+
+def test_a_teacher_that_is_the_policy_gives_zero_loss_and_zero_gradient() -> None:
+    s = setting(torch.float32)
+    targets, mask = s["targets"], torch.ones(TOKENS, dtype=torch.bool)
+    logprobs, _ = token_logprobs(s["hidden"], s["head"], targets)
+    output = PolicyOutput(s["hidden"], s["head"])
+    plain = vars(microbatch(targets, mask))
+    sampled = SampledMicrobatch(
+        **plain, sampler_logprobs=logprobs.detach(), teacher_logprobs=logprobs.detach()
+    )
+    full = FullMicrobatch(
+        **plain, sampler_logprobs=logprobs.detach(), teacher_hidden=s["hidden"].detach()
+    )
+    losses = [
+        SampledReverseKL(2.0)(output, sampled),
+        FullReverseKL(s["head"].detach().clone())(output, full),
+    ]
+    for found in losses:
+        gradients = torch.autograd.grad(found.loss, [s["hidden"], s["head"]])
+        assert abs(found.loss.item()) < 1e-5
+        assert abs(float(found.sums["kl/reverse"])) < 1e-5
+        assert all(gradient.abs().max() < 1e-6 for gradient in gradients)
+
+
+def test_a_stale_sampler_is_weighed_by_a_truncated_ratio() -> None:
+    s = setting(torch.float32)
+    targets, mask = s["targets"], torch.ones(TOKENS, dtype=torch.bool)
+    logprobs, _ = token_logprobs(s["hidden"], s["head"], targets)
+    # The policy finds its first token 3 times, and its second half, as likely as the sampler did.
+    log_ratio = torch.zeros(TOKENS)
+    log_ratio[0], log_ratio[1] = torch.tensor([3.0, 0.5]).log()
+    batch = SampledMicrobatch(
+        **vars(microbatch(targets, mask)),
+        sampler_logprobs=logprobs.detach() - log_ratio,
+        teacher_logprobs=logprobs.detach() - log_ratio + 1.0,  # an advantage of 1 everywhere
+    )
+    output = PolicyOutput(s["hidden"], s["head"])
+    found = SampledReverseKL(2.0)(output, batch)
+    (gradient,) = torch.autograd.grad(found.loss, s["hidden"], retain_graph=True)
+    (plain,) = torch.autograd.grad(-logprobs.sum(), s["hidden"])
+    ratios = torch.ones(TOKENS, 1)
+    ratios[0], ratios[1] = 0.0, 0.5  # a truncated ratio is a constant, and moves nothing
+    torch.testing.assert_close(gradient, ratios * plain, rtol=1e-4, atol=1e-5)
+    assert found.loss.item() == pytest.approx(-(2.0 + 0.5 + TOKENS - 2), abs=1e-4)
+
+
+def test_a_microbatch_without_loss_tokens_has_zero_loss_and_a_whole_graph() -> None:
+    s = setting(torch.float32)
+    empty = microbatch(s["targets"], torch.zeros(TOKENS, dtype=torch.bool))
+    output = PolicyOutput(s["hidden"], s["head"])
+    zeros = torch.zeros(TOKENS)
+    full = FullMicrobatch(**vars(empty), sampler_logprobs=zeros, teacher_hidden=torch.zeros(0, 0))
+    sampled = SampledMicrobatch(**vars(empty), sampler_logprobs=zeros, teacher_logprobs=zeros)
+    for found in (
+        cross_entropy(output, empty),
+        FullReverseKL(s["teacher_head"])(output, full),
+        SampledReverseKL(None)(output, sampled),
+    ):
+        gradients = torch.autograd.grad(found.loss, [s["hidden"], s["head"]])
+        assert found.loss.item() == 0.0
+        assert all(torch.count_nonzero(gradient) == 0 for gradient in gradients)

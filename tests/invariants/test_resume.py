@@ -1,0 +1,237 @@
+"""Three updates, a crash, a resumption and three more are six, bit for bit."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from marco_train.architecture import InputError
+from marco_train.checkpoint import complete_checkpoints
+from marco_train.config import TrainConfig, check_resume, is_finished
+from marco_train.engine.policy import Policy
+from marco_train.run import mark_finished
+from marco_train.stages.opd import run_opd
+from marco_train.stages.sft import run_sft
+from tests.conftest import World, compose_config
+from tests.ranks import run_on_ranks
+
+STAGES = {"sft": run_sft, "opd": run_opd}
+
+
+def overrides(stage: str, world: World, out: Path, experts_over: int) -> list[str]:
+    common = [
+        f"root={world.root}",
+        f"output_dir={out}",
+        "stage.global_batch_size=6",
+        "data.max_tokens_per_microbatch=128",
+        "checkpoint.save_every=3",
+        "checkpoint.keep_last=5",
+        "optim.warmup_steps=2",
+        f"parallel.expert_parallel_size={experts_over}",
+        "logging.console_every=100",
+    ]
+    if stage == "sft":
+        return [*common, "stage.num_steps=6", "stage.eval_every=2", "stage.num_eval_examples=8"]
+    # The cascade switches at update 4: after the resumption, in its second phase by the end.
+    return [
+        *common,
+        "stage.cascade.first.num_steps=4",
+        "stage.cascade.second.num_steps=2",
+        "stage.max_response_length=8",
+    ]
+
+
+class PowerCutError(Exception):
+    """What ends a run in the middle."""
+
+
+def run(cfg: TrainConfig, stage: str, crash_at: int | None) -> None:
+    plain = Policy.train_step
+
+    def train_step(self: Policy, *args: Any) -> Any:
+        if self.num_updates == crash_at:
+            raise PowerCutError
+        return plain(self, *args)
+
+    Policy.train_step = train_step  # type: ignore[method-assign]
+    try:
+        STAGES[stage](cfg)
+    except PowerCutError:
+        assert crash_at is not None
+
+
+def losses(out: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "perf/"))} for line in lines
+    ]
+
+
+BFLOAT16 = ["model.dtype=bfloat16", "stage.rollout.canary_tolerance=0.2"]
+CASES = {
+    "sft, one rank": ("sft", 1, []),
+    "sft, experts over two ranks": ("sft", 2, []),
+    "sft, experts over two ranks, ZeRO 2": ("sft", 2, ["parallel.zero_stage=2"]),
+    "sft, experts over two ranks, bfloat16": ("sft", 2, BFLOAT16[:1]),
+    "opd, one rank": ("opd", 1, []),
+    "opd, experts over two ranks": ("opd", 2, []),
+    "opd, experts over two ranks, bfloat16": ("opd", 2, BFLOAT16),
+    "opd, one rank, sampled": ("opd", 1, ["stage.objective=sampled"]),
+}
+
+
+@pytest.mark.parametrize(("stage", "num_ranks", "more"), CASES.values(), ids=CASES.keys())
+def test_three_a_crash_and_three_more_are_six_updates(
+    stage: str, num_ranks: int, more: list[str], world: World, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    given = [*overrides(stage, world, whole, num_ranks), *more]
+    cfg = compose_config(f"quickstart_{stage}", *given)
+    run_on_ranks(num_ranks, run, cfg, stage, None)
+
+    given = [*overrides(stage, world, parts, num_ranks), *more]
+    cfg = compose_config(f"quickstart_{stage}", *given)
+    run_on_ranks(num_ranks, run, cfg, stage, 5)
+    assert sorted(p.name for p in (parts / "checkpoints").iterdir()) == ["step_000003"]
+    assert not (parts / "finished.json").exists()
+    run_on_ranks(num_ranks, run, cfg, stage, None)
+
+    for rank in range(num_ranks):
+        shard = f"checkpoints/step_000006/rank_{rank:03d}.safetensors"
+        one, other = load_file(whole / shard), load_file(parts / shard)
+        assert one.keys() == other.keys()
+        assert any(name.startswith("masters.") for name in one)
+        assert any(name.endswith("exp_avg_sq") for name in one)
+        for name, tensor in one.items():
+            assert torch.equal(tensor, other[name]), name
+    assert losses(whole) == losses(parts)
+    assert [line["step"] for line in losses(parts)] == [1, 2, 3, 4, 5, 6]
+    for export in ("export", *(("export-first", "export-second") if stage == "opd" else ())):
+        files = [(path / export / "model.safetensors").read_bytes() for path in (whole, parts)]
+        assert files[0] == files[1]
+
+
+def test_two_ranks_distil_as_one(world: World, tmp_path: Path) -> None:
+    found = []
+    for name, num_ranks in (("one", 1), ("two", 2)):
+        out = tmp_path / name
+        cfg = compose_config("quickstart_opd", *overrides("opd", world, out, num_ranks))
+        run_on_ranks(num_ranks, run, cfg, "opd", None)
+        found.append((losses(out), load_file(out / "export" / "model.safetensors")))
+    (one_metrics, one_weights), (two_metrics, two_weights) = found
+    for one, two in zip(one_metrics, two_metrics, strict=True):
+        # How far sampler and policy round apart differs; it is bounded by the canary.
+        assert one.pop("kl/sampler_mismatch") < 1e-5
+        assert two.pop("kl/sampler_mismatch") < 1e-5
+        assert two == pytest.approx(one, rel=1e-4, abs=1e-5)
+    for name, weight in one_weights.items():
+        torch.testing.assert_close(two_weights[name], weight, rtol=1e-3, atol=1e-4, msg=name)
+
+
+@pytest.fixture
+def crashed(world: World, tmp_path: Path) -> tuple[list[str], Path]:
+    out = tmp_path / "run"
+    given = overrides("sft", world, out, 1)
+    run_on_ranks(1, run, compose_config("quickstart_sft", *given), "sft", 4)
+    return given, out
+
+
+def refusal(given: list[str], num_ranks: int = 1) -> str:
+    with pytest.raises(AssertionError) as failure:
+        run_on_ranks(num_ranks, run, compose_config("quickstart_sft", *given), "sft", None)
+    assert InputError.__name__ in str(failure.value)
+    return str(failure.value)
+
+
+def test_a_checkpoint_is_refused_where_it_does_not_belong(
+    crashed: tuple[list[str], Path], world: World, tmp_path: Path
+) -> None:
+    given, out = crashed
+    wrong = compose_config("quickstart_sft", *given, "resume=/no/such/step_000003")
+    with pytest.raises(InputError, match=r"resume=/no/such/step_000003 is no .*/step_000003$"):
+        check_resume(wrong)
+    assert "seed: 0 -> 1" in refusal([*given, "seed=1"])
+    assert "learning_rate: 0.004 -> 0.002" in refusal([*given, "optim.learning_rate=2e-3"])
+    assert "was saved by 1 ranks and this launch has 2" in refusal(given, num_ranks=2)
+    shard = out / "checkpoints" / "step_000003" / "rank_000.safetensors"
+    content = bytearray(shard.read_bytes())
+    content[-5] ^= 1
+    shard.write_bytes(content)
+    assert "rank_000.safetensors is damaged" in refusal(given)
+
+
+def test_resume_never_starts_over_and_keeps_the_old_checkpoints(
+    crashed: tuple[list[str], Path],
+) -> None:
+    given, out = crashed
+    cfg = compose_config("quickstart_sft", *given, "resume=never", "stage.max_steps=2")
+    run_on_ranks(1, run, cfg, "sft", None)
+    assert [line["step"] for line in losses(out)] == [1, 2]
+    assert (out / "checkpoints.old-0" / "step_000003" / "manifest.json").is_file()
+
+
+def test_an_older_checkpoint_is_taken_up_and_newer_ones_are_kept_aside(
+    world: World, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    given = [*overrides("sft", world, out, 1), "checkpoint.save_every=1", "checkpoint.keep_last=3"]
+    run_on_ranks(1, run, compose_config("quickstart_sft", *given), "sft", None)
+    final = (out / "export" / "model.safetensors").read_bytes()
+    old = out / "checkpoints" / "step_000004"
+    again = compose_config("quickstart_sft", *given, f"resume={old}")
+    assert not is_finished(again)
+    run_on_ranks(1, run, again, "sft", 5)
+    assert not (out / "finished.json").exists()
+    assert [p.name for p in complete_checkpoints(out / "checkpoints")] == [
+        "step_000005",
+        "step_000004",
+    ]
+    assert len(list((out / "checkpoints.old-0").iterdir())) == 2
+    run_on_ranks(1, run, compose_config("quickstart_sft", *given), "sft", None)
+    assert (out / "export" / "model.safetensors").read_bytes() == final
+
+
+def test_a_finished_run_is_stale_once_its_model_is_made_anew(world: World, tmp_path: Path) -> None:
+    cfg = compose_config("quickstart_sft", f"root={world.root}", f"output_dir={tmp_path}")
+    assert not is_finished(cfg)
+    mark_finished(cfg)
+    assert is_finished(cfg)
+    later = tmp_path.stat().st_mtime + 60
+    os.utime(world.path("student", "config.json"), (later, later))
+    with pytest.raises(InputError, match=r"was finished before .*student was made anew"):
+        is_finished(cfg)
+    os.utime(world.path("student", "config.json"), (0, 0))
+
+
+def test_a_torn_line_of_metrics_does_not_stop_a_resumption(
+    crashed: tuple[list[str], Path],
+) -> None:
+    given, out = crashed
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "loss/cr')
+    run_on_ranks(1, run, compose_config("quickstart_sft", *given), "sft", None)
+    assert [line["step"] for line in losses(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_changed_data_are_refused(crashed: tuple[list[str], Path], world: World) -> None:
+    given, _ = crashed
+    file = Path(world.path("data", "train", "math.jsonl"))
+    before = file.read_text()
+    try:
+        file.write_text(before.replace("vier", "five"))  # as many rows, another answer
+        assert "the data changed since the checkpoint was saved" in refusal(given)
+    finally:
+        file.write_text(before)
+
+
+def test_only_complete_checkpoints_count_and_old_ones_go(world: World, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    given = [*overrides("sft", world, out, 1), "checkpoint.save_every=1", "checkpoint.keep_last=2"]
+    (out / "checkpoints" / "step_000099").mkdir(parents=True)  # no manifest
+    run_on_ranks(1, run, compose_config("quickstart_sft", *given), "sft", None)
+    kept = sorted(p.name for p in (out / "checkpoints").iterdir())
+    assert kept == ["step_000005", "step_000006", "step_000099"]

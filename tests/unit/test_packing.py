@@ -1,0 +1,93 @@
+"""Sequences end to end, shifted once."""
+
+import torch
+
+from marco_train.config import Objective
+from marco_train.data.packing import pack_examples, pack_rollouts
+from marco_train.types import (
+    Example,
+    FinishReason,
+    FullMicrobatch,
+    HiddenScores,
+    Prompt,
+    Rollout,
+    SampledMicrobatch,
+    ScoredRollout,
+    TokenScores,
+)
+from tests.ranks import run_on_ranks
+
+
+def test_two_examples_are_joined_and_shifted_within_themselves() -> None:
+    examples = [
+        Example([1, 2, 3], [False, True, True]),
+        Example([4, 5, 6, 7], [False, False, False, True]),
+    ]
+    (batch,) = pack_examples(examples, max_tokens=16)
+    # The longest comes first.
+    assert batch.input_ids.tolist() == [[4, 5, 6, 1, 2]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
+    assert batch.targets.tolist() == [5, 6, 7, 2, 3]
+    assert batch.loss_mask.tolist() == [False, False, True, True, True]
+    assert batch.num_loss_tokens == 3
+
+
+def test_the_budget_bounds_each_microbatch_and_loses_nothing() -> None:
+    lengths = [9, 3, 8, 2, 5, 5, 7, 4]
+    examples = [Example(list(range(n)), [True] * n) for n in lengths]
+    batches = pack_examples(examples, max_tokens=10)
+    assert all(batch.input_ids.shape[1] <= 10 for batch in batches)
+    assert sum(batch.num_loss_tokens for batch in batches) == sum(n - 1 for n in lengths)
+    assert len(batches) == 4  # 35 inputs, ten at a time
+
+
+def pack_uneven() -> list[tuple[list[list[int]], int]]:
+    import torch.distributed as dist
+
+    count = [3, 0][dist.get_rank()]
+    batches = pack_examples([Example([1, 2, 3], [True] * 3)] * count, max_tokens=2)
+    return [(batch.input_ids.tolist(), batch.num_loss_tokens) for batch in batches]
+
+
+def test_every_rank_gets_as_many_microbatches_the_empty_ones_without_loss() -> None:
+    full, empty = run_on_ranks(2, pack_uneven)
+    assert full == [([[1, 2]], 2)] * 3
+    assert empty == [([[0]], 0)] * 3
+
+
+def rollout(prompt: list[int], response: list[int], logprobs: list[float]) -> Rollout:
+    asked = Prompt(0, prompt, "s", "c", "en")
+    return Rollout(asked, 0, response, logprobs, FinishReason.stop, 0)
+
+
+def test_scores_stand_at_the_tokens_they_belong_to() -> None:
+    scored = [
+        ScoredRollout(
+            rollout([1, 2], [3, 4], [-0.5, -0.25]), TokenScores(torch.tensor([-1.0, -2.0]))
+        ),
+        ScoredRollout(rollout([5, 6, 7], [8], [-0.125]), TokenScores(torch.tensor([-3.0]))),
+    ]
+    (batch,) = pack_rollouts(scored, Objective.sampled, max_tokens=16)
+    assert isinstance(batch, SampledMicrobatch)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 5, 6, 7]]
+    assert batch.targets.tolist() == [2, 3, 4, 6, 7, 8]
+    assert batch.loss_mask.tolist() == [False, True, True, False, False, True]
+    assert batch.sampler_logprobs.tolist() == [0, -0.5, -0.25, 0, 0, -0.125]
+    assert batch.teacher_logprobs.tolist() == [0, -1, -2, 0, 0, -3]
+
+
+def test_hidden_states_lie_in_the_order_of_the_loss_tokens() -> None:
+    scored = [
+        ScoredRollout(rollout([1], [2], [-1.0]), HiddenScores(torch.full((1, 4), 1.0))),
+        ScoredRollout(rollout([3], [4, 5], [-1.0, -2.0]), HiddenScores(torch.full((2, 4), 2.0))),
+    ]
+    (batch,) = pack_rollouts(scored, Objective.full, max_tokens=16)
+    assert isinstance(batch, FullMicrobatch)
+    assert batch.targets[batch.loss_mask].tolist() == [4, 5, 2]
+    assert batch.teacher_hidden[:, 0].tolist() == [2, 2, 1]
+
+
+def test_no_rollouts_at_all_still_make_a_microbatch() -> None:
+    for objective in Objective:
+        (batch,) = pack_rollouts([], objective, max_tokens=16)
+        assert batch.num_loss_tokens == 0

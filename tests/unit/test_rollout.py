@@ -1,0 +1,213 @@
+"""The sampler samples the model's distribution, by seed, and holds the policy's weights."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from marco_train.config import RolloutConfig, SamplerBackend
+from marco_train.losses.logprobs import token_logprobs
+from marco_train.models import Qwen3Moe
+from marco_train.models.hf_io import named_weights, random_model
+from marco_train.rollout.base import response_seed, summarize
+from marco_train.rollout.hf import HFSampler, build_sampler, draw_tokens
+from marco_train.rollout.sync import WeightSyncError, checksum, sync_weights
+from marco_train.types import FinishReason, Prompt, Rollout
+from tests.conftest import architecture
+
+STOP_IDS = [2, 0]
+LIMIT = 12
+
+
+def config(batch_size: int = 64) -> RolloutConfig:
+    return RolloutConfig(
+        backend=SamplerBackend.hf, batch_size=batch_size, temperature=1.0, canary_tolerance=1e-4
+    )
+
+
+def spread_model(seed: int = 0) -> Qwen3Moe:
+    """A random model whose next token is far from certain and far from uniform."""
+    model = random_model(architecture(vocab_size=16), torch.float32, seed)
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(3.0)
+    return model
+
+
+def prompts() -> list[Prompt]:
+    generator = torch.Generator().manual_seed(1)
+    lengths = [3, 9, 1, 5, 9, 2]
+    return [
+        Prompt(10 + i, torch.randint(3, 16, (n,), generator=generator).tolist(), "s", "c", "en")
+        for i, n in enumerate(lengths)
+    ]
+
+
+def sampler(model: Qwen3Moe, batch_size: int = 64, seed: int = 7) -> HFSampler:
+    return HFSampler(config(batch_size), model, STOP_IDS, LIMIT, seed, weight_version=3)
+
+
+def test_the_logprobs_with_a_cache_are_those_of_a_full_forward_pass() -> None:
+    model = spread_model()
+    rollouts = sampler(model).sample(prompts(), 12)
+    assert len({len(r.response_ids) for r in rollouts}) > 2, "lengths should differ"
+    for r in rollouts:
+        ids = torch.tensor([r.input_ids])
+        hidden = model(ids, torch.arange(ids.shape[1])[None])
+        every, _ = token_logprobs(hidden[:-1], model.head, ids[0, 1:])
+        wanted = every[len(r.prompt.input_ids) - 1 :]
+        torch.testing.assert_close(torch.tensor(r.sampler_logprobs), wanted, rtol=0, atol=1e-5)
+
+
+def test_a_response_ends_at_its_first_stop_token_or_at_the_limit() -> None:
+    rollouts = sampler(spread_model()).sample(prompts(), 8)
+    for r in rollouts:
+        assert not set(r.response_ids[:-1]) & set(STOP_IDS)
+        if r.finish_reason is FinishReason.stop:
+            assert r.response_ids[-1] in STOP_IDS
+        else:
+            assert len(r.response_ids) == LIMIT
+            assert r.response_ids[-1] not in STOP_IDS
+        assert r.weight_version == 3
+    assert {r.finish_reason for r in rollouts} == set(FinishReason)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_samples_depend_on_prompt_and_seed_and_not_on_the_batch(batch_size: int) -> None:
+    model = spread_model()
+    wanted = sampler(model).sample(prompts(), 3)
+    shuffled = sampler(model, batch_size).sample(prompts()[::-1], 3)
+    found = {(r.prompt.index, r.sample_index): r.response_ids for r in shuffled}
+    assert found == {(r.prompt.index, r.sample_index): r.response_ids for r in wanted}
+
+
+def test_another_seed_and_another_sample_index_give_other_responses() -> None:
+    model = spread_model()
+    one, other = sampler(model).sample(prompts(), 2), sampler(model, seed=8).sample(prompts(), 2)
+    assert [r.response_ids for r in one] != [r.response_ids for r in other]
+    assert one[0].response_ids != one[1].response_ids or one[2].response_ids != one[3].response_ids
+    assert len({response_seed(0, p, n) for p in range(50) for n in range(4)}) == 200
+
+
+def test_drawn_tokens_follow_the_distribution() -> None:
+    logits = torch.tensor([0.0, 1.0, -2.0, 3.0, -30.0]).repeat(20_000, 1)
+    uniforms = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    tokens, logprobs = draw_tokens(logits, uniforms)
+    p = logits[0].softmax(0)
+    counts = torch.bincount(tokens, minlength=5).double()
+    # Chi-square with 3 degrees of freedom (the last token never comes): 16.3 at 99.9 %.
+    wanted = p[:4].double() * 20_000
+    assert counts[4] == 0
+    assert float(((counts[:4] - wanted) ** 2 / wanted).sum()) < 16.3
+    torch.testing.assert_close(logprobs, p.log()[tokens], rtol=1e-5, atol=1e-5)
+
+
+def test_the_ends_of_the_unit_interval_draw_tokens_of_positive_probability() -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]] * 2)
+    tokens, _ = draw_tokens(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
+    assert tokens.tolist() == [1, 2]
+
+
+class FakePolicy:
+    """Hands over a model's weights, after a fault has had them."""
+
+    def __init__(self, model: Qwen3Moe) -> None:
+        self.model = model
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        yield from named_weights(self.model)
+
+    @torch.no_grad()
+    def score(self, input_ids: list[int]) -> Tensor:
+        ids = torch.tensor([input_ids])
+        hidden = self.model(ids, torch.arange(len(input_ids))[None])
+        return token_logprobs(hidden[:-1], self.model.head, ids[0, 1:])[0]
+
+
+def fresh_sampler() -> HFSampler:
+    return build_sampler(
+        config(), architecture(vocab_size=16), torch.float32, STOP_IDS, LIMIT, seed=7
+    )
+
+
+def test_a_sync_makes_the_sampler_the_policy() -> None:
+    policy, target = FakePolicy(spread_model(seed=4)), fresh_sampler()
+    sync_weights(policy, target, version=5, vocab_size=16, tolerance=1e-4)
+    found = target.sample(prompts(), 1)
+    assert [r.response_ids for r in found] == [
+        r.response_ids for r in sampler(policy.model).sample(prompts(), 1)
+    ]
+    assert all(r.weight_version == 5 for r in found)
+
+
+def test_nothing_is_sampled_before_the_first_sync() -> None:
+    with pytest.raises(RuntimeError, match="no complete weights"):
+        fresh_sampler().sample(prompts(), 1)
+
+
+class LossyPolicy(FakePolicy):
+    """Streams all but one weight."""
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return (pair for pair in super().named_weights() if "experts.3.up_proj" not in pair[0])
+
+
+def test_a_weight_that_is_missing_stops_the_sync() -> None:
+    target = fresh_sampler()
+    with pytest.raises(ValueError, match=r"2 weights are missing: .*experts\.3\.up_proj"):
+        sync_weights(LossyPolicy(spread_model()), target, 0, 16, 1e-4)
+    with pytest.raises(RuntimeError, match="no complete weights"):
+        target.sample(prompts(), 1)
+
+
+class DeafSampler(HFSampler):
+    """Takes every weight and keeps one of them as it was, as a stale kernel would."""
+
+    def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:  # type: ignore[override]
+        kept = self._model.model.layers[1].mlp.experts.down_proj.detach().clone()
+        super().load_weights(weights, version)
+        with torch.no_grad():
+            self._model.model.layers[1].mlp.experts.down_proj.copy_(kept)
+
+
+def test_a_weight_that_did_not_arrive_is_named() -> None:
+    deaf = DeafSampler(config(), spread_model(seed=1), STOP_IDS, LIMIT, seed=7)
+    with pytest.raises(WeightSyncError, match=r"8 of \d+ weights .*layers.1.mlp.experts.0.down"):
+        sync_weights(FakePolicy(spread_model(seed=2)), deaf, 0, 16, 1e-4)
+
+
+class Miscalculating(HFSampler):
+    """Holds the right weights and computes with others, as a packed expert kernel can."""
+
+    def score(self, input_ids: list[int]) -> Tensor:
+        return super().score(input_ids) + 0.01
+
+
+def test_a_sampler_that_computes_something_else_is_caught_by_the_canary() -> None:
+    wrong = Miscalculating(config(), spread_model(seed=1), STOP_IDS, LIMIT, seed=7)
+    with pytest.raises(WeightSyncError, match=r"canary's log-probabilities differ by 0.01"):
+        sync_weights(FakePolicy(spread_model(seed=2)), wrong, 0, 16, 1e-4)
+
+
+def test_the_checksum_sees_bits_and_places() -> None:
+    weight = torch.arange(12.0).view(3, 4)
+    flipped = weight.clone()
+    flipped.view(torch.int32)[1, 2] ^= 1
+    assert checksum(weight) == checksum(weight.clone())
+    assert checksum(weight) != checksum(flipped)
+    assert checksum(weight) != checksum(weight.T)
+    assert checksum(weight.bfloat16()) != checksum(weight.bfloat16().flip(0))
+
+
+def test_the_summary_counts_lengths_cuts_and_empty_answers() -> None:
+    asked = prompts()[0]
+    rollouts = [
+        Rollout(asked, 0, [2], [-0.1], FinishReason.stop, 0),
+        Rollout(asked, 1, [5, 6, 7], [-0.1] * 3, FinishReason.length, 0),
+    ]
+    assert summarize(rollouts) == {
+        "rollout/response_length": 2.0,
+        "rollout/truncated": 0.5,
+        "rollout/empty": 0.5,
+    }
+    assert set(summarize([]).values()) == {0.0}

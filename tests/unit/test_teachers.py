@@ -1,0 +1,170 @@
+"""The teacher scores the tokens it is asked about, and changes where the cascade says."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from marco_train.architecture import InputError
+from marco_train.config import DType, Objective, TeacherBackend, TeacherConfig, TrainConfig
+from marco_train.data.chat import load_tokenizer
+from marco_train.data.loader import PromptLoader
+from marco_train.data.packing import pack_rollouts
+from marco_train.engine.policy import build_policy
+from marco_train.losses.distillation import build_reverse_kl
+from marco_train.models import load_model
+from marco_train.models.hf_io import stop_token_ids
+from marco_train.rollout.hf import HFSampler
+from marco_train.teachers import cascade
+from marco_train.teachers.cascade import Cascade
+from marco_train.teachers.hf import HFTeacher
+from marco_train.types import FinishReason, HiddenScores, Prompt, Rollout, TokenScores
+from tests.conftest import GRADIENT_DESCENT, World, compose_config
+from tests.ranks import run_on_ranks
+
+
+def config(path: str, max_tokens: int = 4096) -> TeacherConfig:
+    return TeacherConfig(
+        backend=TeacherBackend.hf,
+        path=path,
+        dtype=DType.float32,
+        max_tokens_per_batch=max_tokens,
+    )
+
+
+def rollouts() -> list[Rollout]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(3, 1), (17, 9), (1, 4), (30, 2), (8, 12)]  # tokens of prompt and response
+    made = []
+    for index, (num_prompt, num_response) in enumerate(shapes):
+        ids = torch.randint(3, 320, (num_prompt + num_response,), generator=generator).tolist()
+        prompt = Prompt(index, ids[:num_prompt], "s", "c", "en")
+        response = ids[num_prompt:]
+        made.append(Rollout(prompt, 0, response, [-1.0] * num_response, FinishReason.length, 0))
+    return made
+
+
+@pytest.mark.parametrize("max_tokens", [1, 40, 4096])
+@pytest.mark.parametrize("name", ["teacher_first", "teacher_second", "sft"])
+def test_the_scores_are_those_of_each_sequence_alone(
+    name: str, max_tokens: int, world: World
+) -> None:
+    path = world.path(name, "export")
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    by_token = HFTeacher(config(path, max_tokens), Objective.sampled)
+    by_state = HFTeacher(config(path, max_tokens), Objective.full)
+    asked = rollouts()
+    tokens, states = by_token.score(asked), by_state.score(asked)
+    for rollout, token_scored, state_scored in zip(asked, tokens, states, strict=True):
+        with torch.no_grad():
+            logits = model(torch.tensor([rollout.input_ids])).logits[0]
+        first = len(rollout.prompt.input_ids) - 1
+        wanted = logits[first:-1].log_softmax(-1)
+        assert token_scored.rollout is state_scored.rollout is rollout
+        assert isinstance(token_scored.scores, TokenScores)
+        assert isinstance(state_scored.scores, HiddenScores)
+        places = torch.arange(len(rollout.response_ids))
+        torch.testing.assert_close(
+            token_scored.scores.teacher_logprobs,
+            wanted[places, torch.tensor(rollout.response_ids)],
+            rtol=1e-4,
+            atol=1e-4,
+        )
+        found = (state_scored.scores.teacher_hidden @ by_state.head.T).log_softmax(-1)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_no_rollouts_are_no_scores(world: World) -> None:
+    teacher = HFTeacher(config(world.path("teacher_first", "export")), Objective.full)
+    assert teacher.score([]) == []
+
+
+def test_a_head_that_is_not_the_whole_story_is_refused(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = HFTeacher._hidden
+    monkeypatch.setattr(HFTeacher, "_hidden", lambda *args: plain(*args) * 1.1)
+    with pytest.raises(InputError, match="hidden states times head differ"):
+        HFTeacher(config(world.path("teacher_first", "export")), Objective.full)
+
+
+def test_the_cascade_changes_teacher_at_exactly_its_step(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    def record(cfg: TeacherConfig, objective: Objective) -> HFTeacher:
+        opened.append(Path(cfg.path).parent.name)
+        return HFTeacher(cfg, objective)
+
+    monkeypatch.setattr(cascade, "build_teacher", record)
+    cfg = compose_config(
+        "quickstart_opd",
+        f"root={world.root}",
+        "stage.cascade.first.num_steps=3",
+        "stage.cascade.second.num_steps=2",
+    )
+    whole = Cascade(cfg.stage, cfg.model.tokenizer, 320)
+    assert opened == []  # checked, not loaded
+    widths = [whole.teacher_at(step).head.shape[1] for step in range(whole.num_steps)]
+    assert widths == [32, 32, 32, 48, 48]
+    assert opened == ["teacher_first", "teacher_second"]
+    assert [whole.ends_at(step) for step in range(5)] == [False, False, True, False, True]
+    assert [whole.phase_at(step).name for step in (2, 3)] == ["first", "second"]
+
+    opened.clear()
+    resumed = Cascade(cfg.stage, cfg.model.tokenizer, 320)
+    resumed.resume(3, whole.state_at(3))
+    assert resumed.teacher_at(3).head.shape[1] == 48
+    assert opened == ["teacher_second"]
+
+
+def test_a_cascade_with_another_past_is_refused(world: World) -> None:
+    short = ["stage.cascade.first.num_steps=3", "stage.cascade.second.num_steps=2"]
+    cfg = compose_config("quickstart_opd", f"root={world.root}", *short)
+    state = Cascade(cfg.stage, cfg.model.tokenizer, 320).state_at(4)
+    longer = compose_config(
+        "quickstart_opd", f"root={world.root}", "stage.cascade.first.num_steps=4"
+    )
+    with pytest.raises(InputError, match="the cascade changed since the checkpoint"):
+        Cascade(longer.stage, longer.model.tokenizer, 320).resume(4, state)
+
+
+def distil_from_itself(cfg: TrainConfig) -> tuple[float, float]:
+    """One update from a teacher that is the student: its KL, and how far weights moved."""
+    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    prompts = next(PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed))
+    policy = build_policy(cfg.model, cfg.optim, cfg.parallel, 1, cfg.seed, "")
+    path = str(cfg.model.path)
+    sampler = HFSampler(
+        cfg.stage.rollout,
+        load_model(path, torch.float32),
+        stop_token_ids(path),
+        cfg.stage.max_response_length,
+        cfg.seed,
+        weight_version=0,
+    )
+    teacher = HFTeacher(config(path), cfg.stage.objective)
+    before = {name: weight.clone() for name, weight in policy.named_weights()}
+    scored = teacher.score(sampler.sample(prompts, 2))
+    packed = pack_rollouts(scored, cfg.stage.objective, cfg.data.max_tokens_per_microbatch)
+    metrics = policy.train_step(packed, build_reverse_kl(cfg.stage.objective, 2.0, teacher.head))
+    moved = max(float((w - before[name]).abs().max()) for name, w in policy.named_weights())
+    return metrics["kl/reverse"], moved
+
+
+@pytest.mark.parametrize("objective", ["sampled", "full"])
+def test_a_student_that_is_its_own_teacher_learns_nothing(objective: str, world: World) -> None:
+    cfg = compose_config(
+        "quickstart_opd",
+        f"root={world.root}",
+        f"stage.objective={objective}",
+        "stage.global_batch_size=6",
+        "stage.max_response_length=8",
+        "data.max_tokens_per_microbatch=128",
+        *GRADIENT_DESCENT,
+    )
+    for kl, moved in run_on_ranks(2, distil_from_itself, cfg):
+        assert abs(kl) < 1e-5
+        assert moved < 1e-5

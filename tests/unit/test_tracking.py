@@ -1,0 +1,103 @@
+"""What a person and a machine read of a run."""
+
+import io
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from marco_train.config import LoggingBackend, LoggingConfig, WandbMode
+from marco_train.metrics import NAMES
+from marco_train.tracking import Tracker, format_eta, step_line
+
+
+def logging(every: int = 1, backend: LoggingBackend = LoggingBackend.none) -> LoggingConfig:
+    return LoggingConfig(
+        backend=backend, console_every=every, project="test", mode=WandbMode.offline
+    )
+
+
+def test_a_step_is_one_line() -> None:
+    metrics = {
+        "kl/reverse": 0.2144,
+        "optim/grad_norm": 0.834,
+        "optim/lr": 1e-6,
+        "perf/tokens_per_second": 8123.0,
+        "time/sync": 0.04,
+        "time/sample": 31.21,
+        "time/score": 9.84,
+        "time/train": 22.37,
+    }
+    assert step_line(120, 3800, "first", metrics, eta=3725.0) == (
+        "step 120/3800 | phase first | kl 0.214 | grad 0.83 | lr 1.0e-06 | 8.1k tok/s | "
+        "sync 40ms sample 31.2s score 9.8s train 22.4s | eta 1h02m"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(4.4, "4s"), (59.6, "1m00s"), (61, "1m01s"), (7322, "2h02m")]
+)
+def test_eta_is_short(seconds: float, text: str) -> None:
+    assert format_eta(seconds) == text
+
+
+def test_every_step_is_recorded_and_every_fifth_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = Tracker(logging(every=5), tmp_path, "run", {})
+    tracker.start(0, 7)
+    for step in range(1, 8):
+        tracker.log(step, 7, None, {"loss/cross_entropy": float(step)}, eta=0.0)
+    tracker.close()
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == [{"step": n, "loss/cross_entropy": float(n)} for n in range(1, 8)]
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split(" | ")[0] for line in printed] == ["step 5/7", "step 7/7"]
+
+
+def test_lines_past_the_resumed_step_are_dropped(tmp_path: Path) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps({"step": n}) + "\n" for n in range(1, 6)))
+    tracker = Tracker(logging(), tmp_path, "run", {})
+    tracker.start(3, 6)
+    tracker.close()
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_a_terminal_gets_a_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    tracker = Tracker(logging(), tmp_path, "run", {})
+    tracker.start(0, 4)
+    tracker.log(1, 4, None, {"loss/cross_entropy": 1.0}, eta=3.0)
+    tracker.close()
+    assert "1/4" in terminal.getvalue()
+
+
+def test_a_metric_that_is_not_listed_is_a_mistake_of_ours(tmp_path: Path) -> None:
+    tracker = Tracker(logging(), tmp_path, "run", {})
+    tracker.start(0, 1)
+    with pytest.raises(AssertionError, match="loss/los"):
+        tracker.log(1, 1, None, {"loss/los": 1.0}, eta=0.0)
+    tracker.close()
+    prefixes = {name.split("/")[0] for name in NAMES}
+    expected = "loss kl rollout optim perf time data eval cascade"
+    assert prefixes == set(expected.split(" "))
+
+
+def test_wandb_works_offline_without_an_account(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    tracker = Tracker(logging(backend=LoggingBackend.wandb), tmp_path, "run", {"seed": 0})
+    tracker.start(0, 1)
+    tracker.log(1, 1, None, {"loss/cross_entropy": 1.0}, eta=0.0)
+    tracker.close()
+    (found,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert found.stat().st_size > 0
