@@ -136,7 +136,8 @@ def draw(root: Path, summary: dict[str, Any]) -> None:
     left.set_xticks(range(len(names)), [SHORT[c] for c in names])
     left.set_ylabel("avg@8 on the test split, %")
     left.set_title("Share of sampled answers accepted, temperature 1")
-    left.legend(fontsize=8)
+    left.legend(fontsize=8, ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.08))
+    left.set_axisbelow(True)
     left.grid(axis="y", alpha=0.3)
     for teacher, marker in (("first", "o"), ("second", "s")):
         values = [m["reverse_kl"][teacher] for m in models.values()]
@@ -147,6 +148,7 @@ def draw(root: Path, summary: dict[str, Any]) -> None:
         fontsize=8,
         rotation=0 if len(models) < 4 else 45,
     )
+    right.set_xlim(-0.5, len(models) - 0.5)
     right.set_ylim(bottom=0)
     right.set_ylabel("reverse KL, nats a token")
     right.set_title("Distance to the teachers")
