@@ -66,6 +66,32 @@ class DType(Enum):
     bfloat16 = "bfloat16"
 
 
+class Dispatch(Enum):
+    """How tokens cross an expert-parallel group; see `models/dispatch.py`."""
+
+    all_to_all = "all_to_all"
+    deduplicated = "deduplicated"
+
+
+class Recompute(Enum):
+    """What backward computes again instead of keeping it.
+
+    attention: each layer's attention with its norms; layer: whole layers, of which only the input
+    is kept.
+    """
+
+    none = "none"
+    attention = "attention"
+    layer = "layer"
+
+
+class BalanceScope(Enum):
+    """Over which tokens the balance loss takes the experts' loads."""
+
+    microbatch = "microbatch"
+    global_batch = "global_batch"
+
+
 class SamplerBackend(Enum):
     """Who makes the rollouts."""
 
@@ -358,12 +384,25 @@ class OptimConfig:
     """On matrices; norms are not decayed."""
     clip_norm: float = MISSING
     """Bound on the global gradient norm."""
+    balance_coefficient: float = MISSING
+    """Of the load-balancing loss, summed over layers; see `losses/balance.py`. 0: off."""
+    balance_scope: BalanceScope = MISSING
+    router_z_coefficient: float = MISSING
+    """Of the router z-loss, summed over layers. 0: off."""
 
     def __post_init__(self) -> None:
         require_positive(
             "optim", learning_rate=self.learning_rate, eps=self.eps, clip_norm=self.clip_norm
         )
         require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}, below 0")
+        for name, coefficient in (
+            ("balance_coefficient", self.balance_coefficient),
+            ("router_z_coefficient", self.router_z_coefficient),
+        ):
+            require(
+                0 <= coefficient < float("inf"),
+                f"optim.{name} is {coefficient}, and must be a number from 0 (off) upwards",
+            )
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             require(0 <= beta < 1, f"optim.{name} is {beta}, and must lie in [0, 1)")
         require(
@@ -386,6 +425,9 @@ class ParallelConfig:
     """Ranks that share the experts of a layer. 1: every rank holds all of them."""
     zero_stage: int = MISSING
     """1: optimizer state sharded over ranks; 2: gradients as well."""
+    dispatch: Dispatch = MISSING
+    """Without effect where expert_parallel_size is 1."""
+    recompute: Recompute = MISSING
 
     def __post_init__(self) -> None:
         require_positive("parallel", expert_parallel_size=self.expert_parallel_size)

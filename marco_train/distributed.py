@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from marco_train.architecture import InputError
@@ -71,6 +72,14 @@ def reduce_sums(values: Sequence[float]) -> list[float]:
     total = torch.tensor(values, dtype=torch.float64, device=device())
     dist.all_reduce(total)
     return [float(value) for value in total.tolist()]
+
+
+def all_reduce_sum(values: Tensor) -> Tensor:
+    """Sum a tensor over all ranks, into a new one."""
+    total = values.clone()
+    if world_size() > 1:
+        dist.all_reduce(total)
+    return total
 
 
 def reduce_max(value: int) -> int:

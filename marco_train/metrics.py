@@ -1,5 +1,6 @@
 """Token-weighted sums, reduced over ranks once a step, and the list of metric names."""
 
+import re
 from collections.abc import Iterable
 
 from torch import Tensor
@@ -19,11 +20,16 @@ NAMES = {
     "rollout/response_length": "mean, tokens",
     "rollout/truncated": "share of responses cut at the limit",
     "rollout/empty": "share of responses that are a stop token alone",
+    "loss/balance": "of the routers, mean over layers; 1 is even, see losses/balance.py",
+    "loss/router_z": "mean squared logsumexp of the routers' logits, mean over layers",
+    "moe/max_violation": "(largest load of an expert - mean) / mean; the worst layer's, and by layer",
+    "moe/router_entropy": "nats a token; mean over layers, and by layer",
+    "moe/dead_experts": "that no token of the step reached; sum over layers, and by layer",
     "optim/grad_norm": "before clipping",
     "optim/lr": "",
     "data/num_sequences": "of this step",
     "data/num_loss_tokens": "of this step",
-    "data/num_tokens": "of this step, prompts and empty microbatches included",
+    "data/num_tokens": "of this step, prompts included",
     "data/dropped_too_long": "rows over the length limit, of this step",
     "data/dropped_no_loss": "rows without a token to learn or a prompt to answer, of this step",
     "data/dropped_special": "rows whose text holds control tokens, of this step",
@@ -36,12 +42,14 @@ NAMES = {
     "time/train": "seconds",
     "cascade/phase": "position in the cascade, from 0",
 }
-"""Every metric and its unit."""
+"""Every metric and its unit; `moe/` metrics also come as `<name>/layer_<number>`."""
+
+LAYER = re.compile(r"/layer_\d+$")
 
 
 def check_names(names: Iterable[str]) -> None:
     """Refuse a metric that is not in the list."""
-    unknown = [name for name in names if name not in NAMES]
+    unknown = [name for name in names if LAYER.sub("", name) not in NAMES]
     assert not unknown, f"metrics that metrics.py does not list: {unknown}"
 
 

@@ -112,6 +112,7 @@ class Microbatch:
     position_ids: Tensor  # [1, T] int64, restarts with every sequence
     targets: Tensor  # [T] int64, the next token of the same sequence
     loss_mask: Tensor  # [T] bool, whether the target is learnt
+    num_tokens: int  # T, or 0 where a token only stands in for a rank without sequences
     num_loss_tokens: int
 
     def to(self, device: torch.device) -> Self:

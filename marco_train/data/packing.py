@@ -88,7 +88,8 @@ def _join(examples: Sequence[Example]) -> Microbatch:
         positions += range(len(example.input_ids) - 1)
         targets += example.input_ids[1:]
         loss_mask += example.loss_mask[1:]
-    if not input_ids:
+    num_tokens = len(input_ids)
+    if num_tokens == 0:
         # This rank has nothing left, and joins the others' passes with one token without loss.
         input_ids, positions, targets, loss_mask = [0], [0], [0], [False]
     return Microbatch(
@@ -96,6 +97,7 @@ def _join(examples: Sequence[Example]) -> Microbatch:
         position_ids=torch.tensor([positions]),
         targets=torch.tensor(targets),
         loss_mask=torch.tensor(loss_mask),
+        num_tokens=num_tokens,
         num_loss_tokens=sum(loss_mask),
     )
 

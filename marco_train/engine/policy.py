@@ -19,6 +19,7 @@ from marco_train.distributed import (
 )
 from marco_train.engine.expert_groups import mark_experts
 from marco_train.engine.optim import LearningRate, build_schedule, parameter_groups
+from marco_train.engine.routing import UpdateRouting
 from marco_train.engine.zero import deepspeed_config
 from marco_train.losses.logprobs import token_logprobs
 from marco_train.metrics import Metrics, MetricSums
@@ -30,6 +31,7 @@ from marco_train.models.hf_io import (
     save_model,
 )
 from marco_train.models.qwen3_moe import Qwen3Moe
+from marco_train.models.routing import Routing
 from marco_train.types import LossFn, Microbatch, PolicyOutput
 
 
@@ -47,8 +49,11 @@ class Policy:
     ) -> None:
         self._tokenizer_dir = model_cfg.tokenizer
         self._chat_template = chat_template
+        self._optim = optim
         self._learning_rate: LearningRate = build_schedule(optim, num_steps)
         self.num_updates = 0
+        model.recompute = parallel.recompute
+        model.set_dispatch(parallel.dispatch)
         mark_experts(model, parallel.expert_parallel_size)
         adamw = torch.optim.AdamW(
             parameter_groups(model, optim.weight_decay, parallel.expert_parallel_size),
@@ -68,9 +73,9 @@ class Policy:
         """Rate of the coming update."""
         return self._learning_rate(self.num_updates)
 
-    def forward(self, microbatch: Microbatch) -> PolicyOutput:
+    def forward(self, microbatch: Microbatch, routing: Routing | None = None) -> PolicyOutput:
         """Compute hidden states [T, D] of a microbatch on this rank's device."""
-        hidden = self._engine(microbatch.input_ids, microbatch.position_ids)
+        hidden = self._engine(microbatch.input_ids, microbatch.position_ids, routing=routing)
         return PolicyOutput(hidden=hidden, head=self.model.head)
 
     def train_step(self, microbatches: Sequence[Microbatch], loss_fn: LossFn) -> Metrics:
@@ -88,7 +93,7 @@ class Policy:
         num_tokens, num_inputs = reduce_sums(
             [
                 sum(mb.num_loss_tokens for mb in microbatches),
-                sum(mb.input_ids.shape[1] for mb in microbatches),
+                sum(mb.num_tokens for mb in microbatches),
             ]
         )
         if num_tokens == 0:
@@ -97,13 +102,16 @@ class Policy:
                 "at the data/dropped_* metrics and at the loss mask"
             )
         totals = MetricSums()
+        routers = UpdateRouting(self._optim, num_inputs)
         for microbatch in microbatches:
             on_device = microbatch.to(device())
-            output = loss_fn(self.forward(on_device), on_device)
-            # DeepSpeed averages gradients over ranks; undo that, then divide by the token count.
-            self._engine.backward(output.loss * (world_size() / num_tokens), scale_wrt_gas=False)
+            routing = Routing()
+            output = loss_fn(self.forward(on_device, routing), on_device)
+            loss = output.loss / num_tokens + routers.loss(routing, microbatch.num_tokens)
+            # DeepSpeed averages gradients over ranks; undo that.
+            self._engine.backward(loss * world_size(), scale_wrt_gas=False)
             totals.add(output)
-        metrics = totals.mean(num_tokens)
+        metrics = totals.mean(num_tokens) | routers.metrics()
         self._refuse_non_finite(metrics)
         metrics |= {"data/num_loss_tokens": num_tokens, "data/num_tokens": num_inputs}
         metrics["optim/lr"] = self.learning_rate

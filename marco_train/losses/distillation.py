@@ -12,7 +12,7 @@ and needs the teacher's hidden states and head.
 Both hold the prefix fixed: the gradient does not run through how the prefix was sampled, as
 in the token-level estimate of the paper's framework (no discount, Marco-MoE section 4.2).
 
-Legend: N tokens with loss, V vocabulary, D width, C tokens of a chunk.
+Legend: N tokens with loss, V vocabulary, B of its entries in a tile, D width.
 """
 
 from dataclasses import dataclass
@@ -22,7 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from marco_train.config import Objective
-from marco_train.losses.logprobs import CHUNK, accumulate_head_gradient, token_logprobs
+from marco_train.losses.logprobs import (
+    HeadGradient,
+    RunningSoftmax,
+    pick,
+    token_logprobs,
+    vocabulary_blocks,
+)
 from marco_train.types import FullMicrobatch, LossFn, LossOutput, PolicyOutput, SampledMicrobatch
 
 
@@ -58,7 +64,7 @@ class SampledReverseKL:
 
 
 class _FullReverseKL(torch.autograd.Function):
-    """Saves three numbers a token; backward computes both logits of a chunk again."""
+    """Saves three numbers a token; backward computes both logits of a tile again."""
 
     @staticmethod
     def forward(
@@ -68,40 +74,38 @@ class _FullReverseKL(torch.autograd.Function):
         teacher_hidden: Tensor,
         teacher_head: Tensor,
         targets: Tensor,
-        chunk: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        kl = hidden.new_empty(len(hidden), dtype=torch.float32)
-        entropy, logprobs = torch.empty_like(kl), torch.empty_like(kl)
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            logp_CV = F.linear(hidden[part], head).float().log_softmax(-1)
-            logq_CV = F.linear(teacher_hidden[part], teacher_head).float().log_softmax(-1)
-            logprobs[part] = logp_CV.gather(1, targets[part, None])[:, 0]
-            p_CV = logp_CV.exp()
-            entropy[part] = -torch.linalg.vecdot(p_CV, logp_CV)
-            kl[part] = -entropy[part] - torch.linalg.vecdot(p_CV, logq_CV)
-        ctx.save_for_backward(hidden, head, teacher_hidden, teacher_head, kl)
-        ctx.chunk = chunk  # type: ignore[attr-defined]
+        policy = RunningSoftmax(len(hidden), 2, hidden.device)
+        teacher = RunningSoftmax(len(hidden), 0, hidden.device)
+        target_logits = torch.empty(len(hidden), 1, device=hidden.device)
+        for block in vocabulary_blocks(len(hidden), len(head), hidden.device):
+            policy_NB = F.linear(hidden, head[block]).float()
+            teacher_NB = F.linear(teacher_hidden, teacher_head[block]).float()
+            policy.add(policy_NB, policy_NB, policy_NB - teacher_NB)
+            teacher.add(teacher_NB)
+            pick(policy_NB, targets[:, None], block, into=target_logits)
+        mean_logit, gap = policy.means
+        kl = gap - policy.logsumexp + teacher.logsumexp
+        ctx.save_for_backward(hidden, head, teacher_hidden, teacher_head, policy.logsumexp, gap)
+        entropy = policy.logsumexp - mean_logit
+        logprobs = target_logits[:, 0] - policy.logsumexp
         ctx.mark_non_differentiable(entropy, logprobs)
         return kl, entropy, logprobs
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor
-    ) -> tuple[Tensor, Tensor, None, None, None, None]:
-        hidden, head, teacher_hidden, teacher_head, kl = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros_like(head, dtype=torch.float32)
-        chunk: int = ctx.chunk  # type: ignore[attr-defined]
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            logp_CV = F.linear(hidden[part], head).float().log_softmax(-1)
-            logq_CV = F.linear(teacher_hidden[part], teacher_head).float().log_softmax(-1)
-            # d KL / d logits = p (log p - log q - KL)
-            grad_CV = (logp_CV - logq_CV).sub_(kl[part, None]).mul_(logp_CV.exp_())
-            grad_CV.mul_(grad[part, None])
-            accumulate_head_gradient(grad_CV, hidden[part], head, grad_hidden[part], grad_head)
-        return grad_hidden, grad_head.to(head.dtype), None, None, None, None
+    ) -> tuple[Tensor, Tensor, None, None, None]:
+        hidden, head, teacher_hidden, teacher_head, logsumexp, gap = ctx.saved_tensors  # type: ignore[attr-defined]
+        carried = HeadGradient(hidden, head)
+        for block in vocabulary_blocks(len(hidden), len(head), hidden.device):
+            policy_NB = F.linear(hidden, head[block]).float()
+            teacher_NB = F.linear(teacher_hidden, teacher_head[block]).float()
+            # d KL / d logits = p (log p - log q - KL), in which both logsumexps cancel.
+            gap_NB = (policy_NB - teacher_NB).sub_(gap[:, None])
+            p_NB = policy_NB.sub_(logsumexp[:, None]).exp_()
+            carried.add(gap_NB.mul_(p_NB).mul_(grad[:, None]), block)
+        return (*carried.gradients(), None, None, None)
 
 
 def full_reverse_kl(
@@ -110,7 +114,6 @@ def full_reverse_kl(
     teacher_hidden: Tensor,
     teacher_head: Tensor,
     targets: Tensor,
-    chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Reverse KL over the whole vocabulary in each place, in nats.
 
@@ -120,14 +123,13 @@ def full_reverse_kl(
         teacher_hidden: [N, D'] of the teacher, after its final norm.
         teacher_head: [V, D'] of the teacher.
         targets: [N] int64, the sampled tokens.
-        chunk: Tokens whose logits exist at once.
 
     Returns:
         KL [N] float32, differentiable in the policy; the policy's entropy [N] and its
         log-probability of the targets [N], not differentiable.
     """
     found: tuple[Tensor, Tensor, Tensor] = _FullReverseKL.apply(  # type: ignore[no-untyped-call]
-        hidden, head, teacher_hidden, teacher_head, targets, chunk
+        hidden, head, teacher_hidden, teacher_head, targets
     )
     return found
 
@@ -144,7 +146,8 @@ class FullReverseKL:
         kl, entropy, policy_logprobs = full_reverse_kl(
             output.hidden[mask],
             output.head,
-            microbatch.teacher_hidden,
+            # [0, 0] where no rollout told the width.
+            microbatch.teacher_hidden.view(-1, self.teacher_head.shape[1]),
             self.teacher_head,
             microbatch.targets[mask],
         )

@@ -1,88 +1,164 @@
-"""Log-probabilities of given tokens from hidden states, in chunks: [N, V] never exists whole.
+"""Log-probabilities from hidden states, block by block of the vocabulary: [N, V] never exists.
 
-Legend: N tokens with loss, V vocabulary, D width, C tokens of a chunk.
+A tile of logits has all N tokens and as many entries of the vocabulary as fit a fixed number of
+elements, so that memory depends on neither. Backward computes each tile again; all tokens being in
+it, the head's gradient of a block is one matrix product, summed in float32.
+
+Legend: N tokens with loss, M tokens asked for in each place, V vocabulary, B of its entries in a
+tile, D width.
 """
+
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Tokens whose logits exist at once: large enough for full-speed matrix products, small enough
-# for a vocabulary of 151,936 (1.2 GiB in float32).
-CHUNK = 2048
+# Logits that exist at once: on a CPU a tile should stay in the cache (16 MiB in float32), on a GPU
+# it should keep the matrix units busy (256 MiB).
+TILE_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+MIN_BLOCK = 256
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    """Saves one logsumexp a token; backward computes the logits of a chunk again."""
+def vocabulary_blocks(num_tokens: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
+    """Cut the vocabulary so that a tile [N, B] has a bounded number of elements."""
+    width = max(MIN_BLOCK, TILE_ELEMENTS[device.type] // max(1, num_tokens))
+    for start in range(0, vocab_size, width):
+        yield slice(start, min(start + width, vocab_size))
+
+
+class RunningSoftmax:
+    """Logsumexp of logits that come block by block, and means under their softmax."""
+
+    def __init__(self, num_tokens: int, num_means: int, device: torch.device) -> None:
+        self.logsumexp = torch.full((num_tokens,), -torch.inf, device=device)  # [N] float32
+        self.means = torch.zeros(num_means, num_tokens, device=device)  # float32
+
+    def add(self, logits_NB: Tensor, *values_NB: Tensor) -> None:
+        """Take a block of logits and, for each mean, the values to average; all float32."""
+        top = logits_NB.amax(1, keepdim=True)
+        p_NB = (logits_NB - top).exp_()
+        mass = p_NB.sum(1)
+        block = top[:, 0] + mass.log()
+        joint = torch.logaddexp(self.logsumexp, block)
+        self.means *= (self.logsumexp - joint).exp_()
+        share = (block - joint).exp_() / mass
+        for mean, value_NB in zip(self.means, values_NB, strict=True):
+            mean += (p_NB * value_NB).sum(1) * share
+        self.logsumexp = joint
+
+
+def pick(logits_NB: Tensor, ids: Tensor, block: slice, into: Tensor) -> None:
+    """Copy the logits of those ids [N, M] that lie in the block."""
+    local = ids - block.start
+    inside = (local >= 0) & (local < logits_NB.shape[1])
+    found = logits_NB.gather(1, local.clamp(0, logits_NB.shape[1] - 1))
+    torch.where(inside, found, into, out=into)
+
+
+class HeadGradient:
+    """Carries gradients of logits, block by block, to the hidden states and the head."""
+
+    def __init__(self, hidden: Tensor, head: Tensor) -> None:
+        self._hidden = hidden
+        self._head = head
+        self._grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
+        self._grad_head = torch.empty_like(head)
+
+    def add(self, grad_NB: Tensor, block: slice) -> None:
+        """Take the gradient of a block's logits, float32."""
+        grad_NB = grad_NB.to(self._head.dtype)
+        torch.mm(grad_NB.T, self._hidden, out=self._grad_head[block])
+        if self._head.dtype == torch.float32:
+            self._grad_hidden.addmm_(grad_NB, self._head[block])
+        else:
+            self._grad_hidden += grad_NB @ self._head[block]
+
+    def gradients(self) -> tuple[Tensor, Tensor]:
+        """Return those of hidden [N, D] and head [V, D], in their types."""
+        return self._grad_hidden.to(self._hidden.dtype), self._grad_head
+
+
+class _GatherLogprobs(torch.autograd.Function):
+    """Saves one logsumexp a token."""
 
     @staticmethod
     def forward(
-        ctx: torch.autograd.function.FunctionCtx,
-        hidden: Tensor,
-        head: Tensor,
-        targets: Tensor,
-        chunk: int,
+        ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, head: Tensor, ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        logprobs = hidden.new_empty(len(hidden), dtype=torch.float32)
-        logsumexp = torch.empty_like(logprobs)
-        entropy = torch.empty_like(logprobs)
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            logits_CV = F.linear(hidden[part], head).float()
-            logsumexp[part] = logits_CV.logsumexp(-1)
-            logprobs[part] = logits_CV.gather(1, targets[part, None])[:, 0] - logsumexp[part]
-            p_CV = (logits_CV - logsumexp[part, None]).exp_()
-            entropy[part] = logsumexp[part] - torch.linalg.vecdot(p_CV, logits_CV)
-        ctx.save_for_backward(hidden, head, targets, logsumexp)
-        ctx.chunk = chunk  # type: ignore[attr-defined]
+        running = RunningSoftmax(len(hidden), 1, hidden.device)
+        logits = torch.empty(ids.shape, device=hidden.device)
+        for block in vocabulary_blocks(len(hidden), len(head), hidden.device):
+            logits_NB = F.linear(hidden, head[block]).float()
+            running.add(logits_NB, logits_NB)
+            pick(logits_NB, ids, block, into=logits)
+        ctx.save_for_backward(hidden, head, ids, running.logsumexp)
+        entropy = running.logsumexp - running.means[0]
         ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        return logits - running.logsumexp[:, None], entropy
 
     @staticmethod
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor, _entropy: Tensor
-    ) -> tuple[Tensor, Tensor, None, None]:
-        hidden, head, targets, logsumexp = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_hidden = torch.empty_like(hidden)
-        grad_head = torch.zeros_like(head, dtype=torch.float32)
-        chunk: int = ctx.chunk  # type: ignore[attr-defined]
-        for start in range(0, len(hidden), chunk):
-            part = slice(start, start + chunk)
-            logits_CV = F.linear(hidden[part], head).float()
-            # d log p[target] / d logits = onehot(target) - p
-            grad_CV = (logits_CV - logsumexp[part, None]).exp_().mul_(-grad[part, None])
-            grad_CV.scatter_add_(1, targets[part, None], grad[part, None])
-            accumulate_head_gradient(grad_CV, hidden[part], head, grad_hidden[part], grad_head)
-        return grad_hidden, grad_head.to(head.dtype), None, None
+    ) -> tuple[Tensor, Tensor, None]:
+        hidden, head, ids, logsumexp = ctx.saved_tensors  # type: ignore[attr-defined]
+        carried = HeadGradient(hidden, head)
+        total = grad.sum(1, keepdim=True)
+        for block in vocabulary_blocks(len(hidden), len(head), hidden.device):
+            logits_NB = F.linear(hidden, head[block]).float()
+            # d sum_m g_m log p[id_m] / d logits = sum_m g_m onehot(id_m) - p sum_m g_m
+            grad_NB = logits_NB.sub_(logsumexp[:, None]).exp_().mul_(-total)
+            local = ids - block.start
+            inside = (local >= 0) & (local < grad_NB.shape[1])
+            local = local.clamp(0, grad_NB.shape[1] - 1)
+            grad_NB.scatter_add_(1, local, torch.where(inside, grad, 0.0))
+            carried.add(grad_NB, block)
+        return (*carried.gradients(), None)
 
 
-def accumulate_head_gradient(
-    grad_CV: Tensor, hidden_CD: Tensor, head: Tensor, grad_hidden_CD: Tensor, grad_head: Tensor
-) -> None:
-    """Carry the gradient of a chunk's logits to its hidden states and, in float32, to the head."""
-    grad_CV = grad_CV.to(head.dtype)
-    torch.mm(grad_CV, head, out=grad_hidden_CD)
-    if head.dtype == torch.float32:
-        grad_head.addmm_(grad_CV.T, hidden_CD)
-    else:
-        grad_head += grad_CV.T @ hidden_CD
-
-
-def token_logprobs(
-    hidden: Tensor, head: Tensor, targets: Tensor, chunk: int = CHUNK
-) -> tuple[Tensor, Tensor]:
-    """Log-probability of each target and entropy of each distribution, in nats.
+def gather_logprobs(hidden: Tensor, head: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of given tokens and entropy of each distribution, in nats.
 
     Args:
         hidden: [N, D], only tokens with loss.
         head: [V, D].
-        targets: [N] int64.
-        chunk: Tokens whose logits exist at once.
+        ids: [N, M] int64.
 
     Returns:
-        logprobs [N] float32, differentiable; entropy [N] float32, not differentiable.
+        logprobs [N, M] float32, differentiable; entropy [N] float32, not differentiable.
     """
-    found: tuple[Tensor, Tensor] = _TokenLogprobs.apply(  # type: ignore[no-untyped-call]
-        hidden, head, targets, chunk
-    )
+    found: tuple[Tensor, Tensor] = _GatherLogprobs.apply(hidden, head, ids)  # type: ignore[no-untyped-call]
     return found
+
+
+def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """`gather_logprobs` of one token in each place: targets [N] -> logprobs [N], entropy [N]."""
+    logprobs, entropy = gather_logprobs(hidden, head, targets[:, None])
+    return logprobs[:, 0], entropy
+
+
+@torch.no_grad()
+def topk_logprobs(hidden: Tensor, head: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k likeliest tokens in each place, likeliest first; no gradient.
+
+    Args:
+        hidden: [N, D].
+        head: [V, D].
+        k: At most V.
+
+    Returns:
+        logprobs [N, k] float32 in nats, ids [N, k] int64.
+    """
+    running = RunningSoftmax(len(hidden), 0, hidden.device)
+    logits = torch.empty(len(hidden), 0, device=hidden.device)
+    ids = torch.empty(len(hidden), 0, dtype=torch.int64, device=hidden.device)
+    for block in vocabulary_blocks(len(hidden), len(head), hidden.device):
+        logits_NB = F.linear(hidden, head[block]).float()
+        running.add(logits_NB)
+        found = logits_NB.topk(min(k, logits_NB.shape[1]), dim=1)
+        candidates = torch.cat([ids, found.indices + block.start], 1)
+        logits, places = torch.cat([logits, found.values], 1).topk(
+            min(k, candidates.shape[1]), dim=1
+        )
+        ids = candidates.gather(1, places)
+    return logits - running.logsumexp[:, None], ids

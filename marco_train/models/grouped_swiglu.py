@@ -1,29 +1,140 @@
-"""The expert MLP as two grouped matrix products.
+"""The experts' MLP as grouped matrix products, with its own backward.
 
-Legend: N rows, e experts, D width, I width of one expert.
+    tokens -gather-> rows -gate, up-> SiLU(gate) * up * weight -down-> rows -add up-> tokens
+
+Routing weights multiply the inner activations, so that neither the rows that come in nor those
+that go out are kept for backward: it gathers them again from the tokens and their gradient. What
+is kept is one [N, 2 I] tensor.
+
+Legend: R tokens, k experts a token has here at most, N rows (pairs of token and expert), e experts,
+D width, I width of one expert.
 """
+
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from marco_train.models.rows import RowMap, add_up, gather
 
-def grouped_swiglu(rows: Tensor, rows_per_expert: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """Apply to each group of rows its own expert: down(silu(gate(x)) * up(x)).
 
-    Args:
-        rows: [N, D], sorted by expert.
-        rows_per_expert: [e] int64, sums to N; zeros are fine.
-        gate_up: [e, 2 I, D], the gate's rows first, as transformers v5 stores them.
-        down: [e, D, I].
+def _activate(gate_up: Tensor, weights: Tensor) -> Tensor:
+    """SiLU(gate) * up * weight in float32; [N, 2 I] and [N] float32 -> [N, I]."""
+    gate, up = gate_up.float().chunk(2, dim=1)
+    return F.silu(gate).mul_(up).mul_(weights[:, None]).to(gate_up.dtype)
+
+
+def _activate_backward(
+    gate_up: Tensor, weights: Tensor, grad: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of `_activate` for `grad` [N, I], and its output again.
 
     Returns:
-        [N, D].
+        The activations [N, I], the gradient of gate_up [N, 2 I] and of weights [N] float32.
     """
-    if rows.shape[0] == 0:
-        # Nothing came; keep the graph whole, so that backward reaches every parameter.
-        return rows + 0.0 * (gate_up.sum() + down.sum())
-    # Rows past the last offset would stay uninitialised: the offsets end exactly at N.
-    offsets = rows_per_expert.cumsum(0).to(torch.int32)
-    gate, up = F.grouped_mm(rows, gate_up.transpose(1, 2), offs=offsets).chunk(2, dim=1)
-    return F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=offsets)
+    gate, up = gate_up.float().chunk(2, dim=1)
+    grad = grad.float()
+    silu = F.silu(gate)
+    product = silu * up
+    grad_weights = (grad * product).sum(1)
+    weighted = grad * weights[:, None]
+    grad_up = weighted * silu
+    grad_gate = torch.ops.aten.silu_backward(weighted.mul_(up), gate)
+    activations = product.mul_(weights[:, None]).to(gate_up.dtype)
+    return activations, torch.cat([grad_gate, grad_up], 1).to(gate_up.dtype), grad_weights
+
+
+_FUSED: dict[Callable[..., Any], Callable[..., Any]] = {}
+
+
+def _fused(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
+    """One kernel for a chain of elementwise operations, on GPUs; the chain itself elsewhere."""
+    if device.type != "cuda":
+        return function
+    if function not in _FUSED:
+        _FUSED[function] = torch.compile(function, dynamic=True)
+    return _FUSED[function]
+
+
+def _clear_empty(grad: Tensor, rows: RowMap) -> Tensor:
+    """Zero the weight gradients of experts without rows."""
+    # Blackwell's kernel leaves them unwritten; all others write zeros.
+    if grad.is_cuda and torch.cuda.get_device_capability(grad.device) >= (10, 0):
+        grad.masked_fill_((rows.rows_per_group == 0)[:, None, None], 0)
+    return grad
+
+
+class _GroupedSwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        tokens: Tensor,
+        weights: Tensor,
+        gate_up_proj: Tensor,
+        down_proj: Tensor,
+        rows: RowMap,
+    ) -> Tensor:
+        ctx.rows = rows  # type: ignore[attr-defined]
+        num_rows = len(rows.token_of_row)
+        if num_rows == 0:
+            ctx.save_for_backward(tokens, weights, gate_up_proj, down_proj, None)
+            return torch.zeros_like(tokens)
+        # Rows past the last offset would stay uninitialised: the offsets end exactly at N.
+        offsets = rows.rows_per_group.cumsum(0).to(torch.int32)
+        row_weights = weights.flatten()[rows.cell_of_row]
+        gate_up = F.grouped_mm(gather(tokens, rows), gate_up_proj.transpose(1, 2), offs=offsets)
+        activations = _fused(_activate, tokens.device)(gate_up, row_weights)
+        ctx.save_for_backward(tokens, weights, gate_up_proj, down_proj, gate_up)
+        return add_up(F.grouped_mm(activations, down_proj.transpose(1, 2), offs=offsets), rows)
+
+    @staticmethod
+    def backward(
+        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
+        tokens, weights, gate_up_proj, down_proj, gate_up = ctx.saved_tensors  # type: ignore[attr-defined]
+        rows: RowMap = ctx.rows  # type: ignore[attr-defined]
+        if gate_up is None:
+            zeros = (torch.zeros_like(x) for x in (tokens, weights, gate_up_proj, down_proj))
+            return (*zeros, None)  # type: ignore[return-value]
+        offsets = rows.rows_per_group.cumsum(0).to(torch.int32)
+        row_weights = weights.flatten()[rows.cell_of_row]
+        grad_rows = gather(grad, rows)
+        activations, grad_gate_up, grad_row_weights = _fused(_activate_backward, grad.device)(
+            gate_up, row_weights, F.grouped_mm(grad_rows, down_proj, offs=offsets)
+        )
+        grad_down = F.grouped_mm(grad_rows.T, activations, offs=offsets)
+        del grad_rows, activations
+        grad_gate_up_proj = F.grouped_mm(grad_gate_up.T, gather(tokens, rows), offs=offsets)
+        grad_tokens = add_up(F.grouped_mm(grad_gate_up, gate_up_proj, offs=offsets), rows)
+        grad_weights = torch.zeros_like(weights)
+        grad_weights.view(-1)[rows.cell_of_row] = grad_row_weights
+        return (
+            grad_tokens,
+            grad_weights,
+            _clear_empty(grad_gate_up_proj, rows),
+            _clear_empty(grad_down, rows),
+            None,
+        )
+
+
+def grouped_swiglu(
+    tokens: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, rows: RowMap
+) -> Tensor:
+    """Sum over each token's experts here of weight * down(silu(gate(x)) * up(x)).
+
+    Args:
+        tokens: [R, D].
+        weights: [R, k] float32, of each token's experts.
+        gate_up_proj: [e, 2 I, D], the gate's rows first, as transformers v5 stores them.
+        down_proj: [e, D, I].
+        rows: The cells of [R, k] that are pairs of this rank, sorted by expert.
+
+    Returns:
+        [R, D]; zero for a token without experts here.
+    """
+    found: Tensor = _GroupedSwiGLU.apply(  # type: ignore[no-untyped-call]
+        tokens, weights, gate_up_proj, down_proj, rows
+    )
+    return found

@@ -3,16 +3,21 @@
 Legend: T packed tokens, D width, H query heads, G key-value heads, d head width, V vocabulary.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from torch.utils.checkpoint import checkpoint
+
 from marco_train.architecture import ArchitectureConfig, check_expert_parallel
+from marco_train.config import Dispatch, Recompute
 from marco_train.models.attention import KVCache, PackedSequences
 from marco_train.models.moe import SparseMLP
+from marco_train.models.routing import LayerRouting, Routing
 
 
 class Attend(Protocol):
@@ -137,11 +142,48 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(cfg.hidden_size, cfg.rms_norm_eps)
 
-    def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
-        """Map [T, D] to [T, D]."""
-        hidden = hidden + self.self_attn(self.input_layernorm(hidden), rope, attend)
-        out: Tensor = hidden + self.mlp(self.post_attention_layernorm(hidden))
+    def forward(
+        self,
+        hidden: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attend: Attend,
+        given: Tensor | None,
+        observe: bool,
+        recompute: Recompute,
+    ) -> tuple[Tensor, LayerRouting | None]:
+        """Map [T, D] to [T, D]; `given` and `observe` are the router's."""
+        arguments = (hidden, rope, attend, given, observe)
+        if recompute is Recompute.layer:
+            return _recomputed(self._layer, *arguments)
+        return self._layer(*arguments, recompute is Recompute.attention)
+
+    def _layer(
+        self,
+        hidden: Tensor,
+        rope: tuple[Tensor, Tensor],
+        attend: Attend,
+        given: Tensor | None,
+        observe: bool,
+        recompute_attention: bool = False,
+    ) -> tuple[Tensor, LayerRouting | None]:
+        if recompute_attention:
+            hidden = _recomputed(self._attention, hidden, rope, attend)
+        else:
+            hidden = self._attention(hidden, rope, attend)
+        normed = self.post_attention_layernorm(hidden)
+        if isinstance(self.mlp, SparseMLP):
+            out, seen = self.mlp(normed, given, observe)
+            return hidden + out, seen
+        return hidden + self.mlp(normed), None
+
+    def _attention(self, hidden: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
+        out: Tensor = hidden + self.self_attn(self.input_layernorm(hidden), rope, attend)
         return out
+
+
+def _recomputed(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Keep only the arguments of a call; backward makes it again, whose results are dropped."""
+    return checkpoint(function, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class Decoder(nn.Module):
@@ -170,10 +212,18 @@ class Qwen3Moe(nn.Module):
         check_expert_parallel(architecture, 1 if ep_group is None else ep_group.size())
         self.architecture = architecture
         self.ep_group = ep_group
+        self.recompute = Recompute.none
+        """What backward computes again instead of keeping it."""
         self.model = Decoder(architecture, ep_group)
         self.lm_head: Linear | None = None
         if not architecture.tie_word_embeddings:
             self.lm_head = Linear(architecture.hidden_size, architecture.vocab_size)
+
+    def set_dispatch(self, kind: Dispatch) -> None:
+        """Choose how tokens cross the expert-parallel group."""
+        for module in self.modules():
+            if isinstance(module, SparseMLP):
+                module.dispatch = kind
 
     @property
     def head(self) -> Tensor:
@@ -181,7 +231,11 @@ class Qwen3Moe(nn.Module):
         return self.model.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
 
     def forward(
-        self, input_ids: Tensor, position_ids: Tensor, cache: KVCache | None = None
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cache: KVCache | None = None,
+        routing: Routing | None = None,
     ) -> Tensor:
         """Compute the last hidden states of packed sequences.
 
@@ -189,6 +243,7 @@ class Qwen3Moe(nn.Module):
             input_ids: [1, T] int64.
             position_ids: [1, T] int64, restarts at 0 with every sequence.
             cache: Where sampling keeps keys and values. None: T is whole sequences.
+            routing: Gives the experts to take, or is filled with what the routers did.
 
         Returns:
             [T, D], after the final norm.
@@ -197,8 +252,12 @@ class Qwen3Moe(nn.Module):
         cfg = self.architecture
         rope = rotary_angles(position_ids, cfg.head_dim, cfg.rope_theta)
         hidden = self.model.embed_tokens(input_ids[0])
-        for layer in self.model.layers:
-            hidden = layer(hidden, rope, attend)
+        recompute = self.recompute if torch.is_grad_enabled() else Recompute.none
+        for number, layer in enumerate(self.model.layers):
+            given = None if routing is None else routing.given(number)
+            hidden, seen = layer(hidden, rope, attend, given, routing is not None, recompute)
+            if routing is not None and seen is not None:
+                routing.add(seen)
         out: Tensor = self.model.norm(hidden)
         return out
 

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import marco_train.losses.logprobs as logprobs_module
+from marco_train.losses.logprobs import token_logprobs
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.losses.distillation import FullReverseKL, SampledReverseKL, full_reverse_kl
-from marco_train.losses.logprobs import token_logprobs
 from marco_train.types import FullMicrobatch, Microbatch, PolicyOutput, SampledMicrobatch
 
 TOKENS, WIDTH, TEACHER_WIDTH, VOCAB = 11, 6, 5, 9
@@ -28,28 +29,15 @@ def setting(dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 64])
-def test_chunked_logprobs_equal_the_plain_ones_with_their_gradients(chunk: int) -> None:
+@pytest.mark.parametrize("block", [1, 4, 64])
+def test_full_reverse_kl_equals_the_plain_sum_with_its_gradients(
+    block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logprobs_module, "TILE_ELEMENTS", {"cpu": block * TOKENS})
+    monkeypatch.setattr(logprobs_module, "MIN_BLOCK", 1)
     ours, plain = setting(torch.float32), setting(torch.float64)
     weights = torch.arange(1.0, TOKENS + 1)
-    found, entropy = token_logprobs(ours["hidden"], ours["head"], ours["targets"], chunk)
-    logprobs = F.linear(plain["hidden"], plain["head"]).log_softmax(-1)
-    wanted = logprobs[torch.arange(TOKENS), plain["targets"]]
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
-    expected_entropy = -(logprobs.exp() * logprobs).sum(-1)
-    torch.testing.assert_close(entropy.double(), expected_entropy, rtol=1e-5, atol=1e-5)
-    (found * weights).sum().backward()
-    (wanted * weights).sum().backward()
-    for name in ("hidden", "head"):
-        assert ours[name].grad is not None
-        torch.testing.assert_close(ours[name].grad.double(), plain[name].grad, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("chunk", [1, 4, 64])
-def test_full_reverse_kl_equals_the_plain_sum_with_its_gradients(chunk: int) -> None:
-    ours, plain = setting(torch.float32), setting(torch.float64)
-    weights = torch.arange(1.0, TOKENS + 1)
-    found, _, _ = full_reverse_kl(**ours, chunk=chunk)
+    found, _, _ = full_reverse_kl(**ours)
     logp = F.linear(plain["hidden"], plain["head"]).log_softmax(-1)
     logq = F.linear(plain["teacher_hidden"], plain["teacher_head"]).log_softmax(-1)
     wanted = (logp.exp() * (logp - logq)).sum(-1)
@@ -67,6 +55,7 @@ def microbatch(targets: Tensor, mask: Tensor) -> Microbatch:
         position_ids=torch.arange(len(targets))[None],
         targets=targets,
         loss_mask=mask,
+        num_tokens=len(targets),
         num_loss_tokens=int(mask.sum()),
     )
 

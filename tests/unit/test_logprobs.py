@@ -1,0 +1,102 @@
+"""Log-probabilities block by block, against the whole distribution in float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import marco_train.losses.logprobs as logprobs_module
+from marco_train.losses.logprobs import (
+    gather_logprobs,
+    token_logprobs,
+    topk_logprobs,
+    vocabulary_blocks,
+)
+
+TOKENS, WIDTH, VOCAB, ASKED = 11, 6, 23, 4
+
+
+@pytest.fixture(params=[1, 4, 64], ids=lambda block: f"blocks of {block}")
+def _block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(logprobs_module, "TILE_ELEMENTS", {"cpu": request.param * TOKENS})
+    monkeypatch.setattr(logprobs_module, "MIN_BLOCK", 1)
+
+
+def draw(dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(TOKENS, WIDTH, generator=g, dtype=torch.float64) * scale
+    head = torch.randn(VOCAB, WIDTH, generator=g, dtype=torch.float64)
+    ids = torch.randint(0, VOCAB, (TOKENS, ASKED), generator=g)
+    return hidden.to(dtype).requires_grad_(), head.to(dtype).requires_grad_(), ids
+
+
+# A large scale makes logits of +-100, whose exponentials overflow unless the largest is taken off.
+@pytest.mark.usefixtures("_block")
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_given_tokens_and_entropy_equal_the_whole_distribution(scale: float) -> None:
+    hidden, head, ids = draw(torch.float32, scale)
+    hidden64, head64 = (x.detach().double().requires_grad_() for x in (hidden, head))
+    weights = torch.arange(1.0, TOKENS * ASKED + 1).view(TOKENS, ASKED)
+    found, entropy = gather_logprobs(hidden, head, ids)
+    logp = F.linear(hidden64, head64).log_softmax(-1)
+    torch.testing.assert_close(found.double(), logp.gather(1, ids), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        entropy.double(), -(logp.exp() * logp).sum(1), rtol=1e-5, atol=2e-5 * scale
+    )
+    (found * weights).sum().backward()
+    (logp.gather(1, ids) * weights).sum().backward()
+    for ours, wanted in ((hidden, hidden64), (head, head64)):
+        assert ours.grad is not None and wanted.grad is not None
+        bound = 1e-5 * float(wanted.grad.abs().max())
+        torch.testing.assert_close(ours.grad.double(), wanted.grad, rtol=1e-4, atol=bound)
+
+
+@pytest.mark.usefixtures("_block")
+def test_the_target_is_the_given_token() -> None:
+    hidden, head, ids = draw(torch.float32)
+    logprobs, entropy = token_logprobs(hidden, head, ids[:, 2])
+    several, same = gather_logprobs(hidden, head, ids)
+    assert torch.equal(logprobs, several[:, 2]) and torch.equal(entropy, same)
+
+
+@pytest.mark.usefixtures("_block")
+@pytest.mark.parametrize("k", [1, 5, VOCAB])
+def test_the_likeliest_tokens_come_in_order(k: int) -> None:
+    hidden, head, _ = draw(torch.float32)
+    logprobs, ids = topk_logprobs(hidden, head, k)
+    wanted = F.linear(hidden.double(), head.double()).log_softmax(-1).topk(k, dim=1)
+    assert torch.equal(ids, wanted.indices)
+    torch.testing.assert_close(logprobs.double(), wanted.values.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_bfloat16_gradients_of_the_head_are_summed_in_float32() -> None:
+    # 4,096 equal tokens: a sum kept in bfloat16 would stop growing after a few hundred.
+    hidden = torch.full((4096, 8), 0.5, dtype=torch.bfloat16, requires_grad=True)
+    head = torch.zeros(16, 8, dtype=torch.bfloat16, requires_grad=True)
+    logprobs, _ = token_logprobs(hidden, head, torch.zeros(4096, dtype=torch.int64))
+    logprobs.sum().backward()
+    assert head.grad is not None
+    expected = torch.full((16, 8), -4096 * 0.5 / 16)
+    expected[0] += 4096 * 0.5
+    torch.testing.assert_close(head.grad.float(), expected, rtol=2**-8, atol=0)
+
+
+def test_no_token_gives_no_value_and_a_zero_gradient() -> None:
+    hidden, head, ids = draw(torch.float32)
+    logprobs, entropy = token_logprobs(hidden[:0], head, ids[:0, 0])
+    assert logprobs.shape == entropy.shape == (0,)
+    logprobs.sum().backward()
+    assert head.grad is not None and not head.grad.any()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 500, 8192, 100_000])
+@pytest.mark.parametrize("vocab_size", [300, 151_936])
+def test_a_tile_is_bounded_and_blocks_cover_the_vocabulary(
+    num_tokens: int, vocab_size: int
+) -> None:
+    blocks = list(vocabulary_blocks(num_tokens, vocab_size, torch.device("cpu")))
+    assert [i for b in blocks for i in (b.start, b.stop)][1:-1:2] == [b.start for b in blocks[1:]]
+    assert (blocks[0].start, blocks[-1].stop) == (0, vocab_size)
+    widest = max(b.stop - b.start for b in blocks)
+    bound = max(logprobs_module.TILE_ELEMENTS["cpu"], num_tokens * logprobs_module.MIN_BLOCK)
+    assert num_tokens * widest <= bound
