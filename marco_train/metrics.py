@@ -22,7 +22,7 @@ NAMES = {
     "rollout/empty": "share of responses that are a stop token alone",
     "loss/balance": "of the routers, mean over layers; 1 is even, see losses/balance.py",
     "loss/router_z": "mean squared logsumexp of the routers' logits, mean over layers",
-    "moe/max_violation": "(largest load of an expert - mean) / mean; the worst layer's, and by layer",
+    "moe/max_violation": "(largest load - mean) / mean of the experts; worst layer, and by layer",
     "moe/router_entropy": "nats a token; mean over layers, and by layer",
     "moe/dead_experts": "that no token of the step reached; sum over layers, and by layer",
     "optim/grad_norm": "before clipping",

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 from marco_train.architecture import InputError
@@ -17,6 +18,12 @@ def main() -> None:
     parser.add_argument("--expert-width", type=int, required=True)
     parser.add_argument("--top-k", type=int, required=True)
     parser.add_argument("--drop-ratio", type=float, default=0.5, help="drawn anew of each expert")
+    parser.add_argument(
+        "--indices",
+        choices=["shared", "own"],
+        default="shared",
+        help="whether an expert's three matrices lose the same inner neurons, or each its own",
+    )
     parser.add_argument("--scaling", choices=[s.value for s in Scaling], default="paper")
     parser.add_argument("--router-std", type=float, default=0.0, help="0: the paper's")
     parser.add_argument("--seed", type=int, default=0)
@@ -26,19 +33,30 @@ def main() -> None:
         expert_width=args.expert_width,
         top_k=args.top_k,
         drop_ratio=args.drop_ratio,
+        share_indices=args.indices == "shared",
         scaling=Scaling(args.scaling),
         router_std=args.router_std,
         seed=args.seed,
     )
     tokenizer = args.dense if (args.dense / "tokenizer.json").is_file() else None
 
+    start = time.perf_counter()
+
     def show(done: int, total: int) -> None:
-        print(f"layer {done}/{total}", flush=True)
+        left = (time.perf_counter() - start) / done * (total - done)
+        print(f"layer {done}/{total}, {left:.0f} s left", flush=True)
 
     try:
-        architecture = upcycle(args.dense, args.out, cfg, tokenizer, show)
+        found = upcycle(args.dense, args.out, cfg, tokenizer, show)
     except InputError as error:
         sys.exit(f"error: {error}")
+    architecture = found.architecture
+    for scaling, errors in found.split_errors.items():
+        chosen = " (chosen)" if scaling is cfg.scaling else ""
+        print(
+            f"{scaling.value} scaling{chosen}: with every slice active and nothing dropped, off "
+            f"the dense MLP by {min(errors):.2g} to {max(errors):.2g} of its output, by layer"
+        )
     print(
         f"{args.out}: {architecture.num_experts} experts of width "
         f"{architecture.moe_intermediate_size}, top-{architecture.num_experts_per_tok}"

@@ -16,7 +16,8 @@ from transformers import PreTrainedTokenizerFast
 from marco_train.architecture import ArchitectureConfig
 from marco_train.config import TrainConfig, to_run
 from marco_train.data.chat import CHATML
-from marco_train.models.hf_io import random_model, save_model
+from marco_train.models.hf_io import save_model
+from marco_train.models.weights import random_model
 from marco_train.train import CONFIG_DIR
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

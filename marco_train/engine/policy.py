@@ -23,15 +23,10 @@ from marco_train.engine.routing import UpdateRouting
 from marco_train.engine.zero import deepspeed_config
 from marco_train.losses.logprobs import token_logprobs
 from marco_train.metrics import Metrics, MetricSums
-from marco_train.models.hf_io import (
-    check_architecture,
-    load_model,
-    named_weights,
-    random_model,
-    save_model,
-)
+from marco_train.models.hf_io import check_architecture, load_model, save_model
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.routing import Routing
+from marco_train.models.weights import named_weights, random_model
 from marco_train.types import LossFn, Microbatch, PolicyOutput
 
 

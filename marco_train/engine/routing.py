@@ -63,9 +63,9 @@ class UpdateRouting:
             return {}
         sizes = [x.numel() for x in self._sums]
         total = all_reduce_sum(torch.cat([x.flatten() for x in self._sums]))
+        parts = torch.split(total, sizes)
         load, probability, entropy, squared_logsumexp = (
-            x.view_as(like)
-            for x, like in zip(total.split(sizes), self._sums, strict=True)
+            x.view_as(like) for x, like in zip(parts, self._sums, strict=True)
         )
         num_tokens, num_layers = round(self._num_tokens), len(load)
         layers = summarize_load(load, entropy, num_tokens)

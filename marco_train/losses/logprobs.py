@@ -43,8 +43,8 @@ class RunningSoftmax:
         joint = torch.logaddexp(self.logsumexp, block)
         self.means *= (self.logsumexp - joint).exp_()
         share = (block - joint).exp_() / mass
-        for mean, value_NB in zip(self.means, values_NB, strict=True):
-            mean += (p_NB * value_NB).sum(1) * share
+        for number, value_NB in enumerate(values_NB):
+            self.means[number] += (p_NB * value_NB).sum(1) * share
         self.logsumexp = joint
 
 

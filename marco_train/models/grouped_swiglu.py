@@ -79,7 +79,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         ctx.rows = rows  # type: ignore[attr-defined]
         num_rows = len(rows.token_of_row)
         if num_rows == 0:
-            ctx.save_for_backward(tokens, weights, gate_up_proj, down_proj, None)
+            ctx.save_for_backward(tokens, weights, gate_up_proj, down_proj)
             return torch.zeros_like(tokens)
         # Rows past the last offset would stay uninitialised: the offsets end exactly at N.
         offsets = rows.rows_per_group.cumsum(0).to(torch.int32)
@@ -93,16 +93,16 @@ class _GroupedSwiGLU(torch.autograd.Function):
     def backward(
         ctx: torch.autograd.function.FunctionCtx, grad: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
-        tokens, weights, gate_up_proj, down_proj, gate_up = ctx.saved_tensors  # type: ignore[attr-defined]
+        tokens, weights, gate_up_proj, down_proj, *kept = ctx.saved_tensors  # type: ignore[attr-defined]
         rows: RowMap = ctx.rows  # type: ignore[attr-defined]
-        if gate_up is None:
+        if not kept:
             zeros = (torch.zeros_like(x) for x in (tokens, weights, gate_up_proj, down_proj))
             return (*zeros, None)  # type: ignore[return-value]
         offsets = rows.rows_per_group.cumsum(0).to(torch.int32)
         row_weights = weights.flatten()[rows.cell_of_row]
         grad_rows = gather(grad, rows)
         activations, grad_gate_up, grad_row_weights = _fused(_activate_backward, grad.device)(
-            gate_up, row_weights, F.grouped_mm(grad_rows, down_proj, offs=offsets)
+            kept[0], row_weights, F.grouped_mm(grad_rows, down_proj, offs=offsets)
         )
         grad_down = F.grouped_mm(grad_rows.T, activations, offs=offsets)
         del grad_rows, activations

@@ -1,28 +1,38 @@
-"""Hugging Face directories in and out, and the stream of named weights both are made of.
-
-A stream is pairs of (checkpoint name, tensor) with one 2-D tensor per expert matrix, as the hub
-stores them: `model.layers.0.mlp.experts.7.gate_proj.weight`. Export, load and the hand-over of
-weights to a sampler all go through it.
-"""
+"""Hugging Face directories in and out; a rank reads and writes its own experts only."""
 
 import json
+import math
 import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from marco_train.architecture import ArchitectureConfig, InputError, read_architecture
 from marco_train.config import field_difference
-from marco_train.distributed import barrier, device, is_main
+from marco_train.distributed import gather_objects, is_main, rank, world_size
 from marco_train.models.qwen3_moe import Qwen3Moe
+from marco_train.models.safetensors_io import (
+    DTYPES,
+    ShardFile,
+    StoredTensor,
+    read_header,
+    read_into,
+)
+from marco_train.models.weights import (
+    FUSED,
+    empty_model,
+    local_weights,
+    name_first,
+    weight_shapes,
+)
 
 SHARD_BYTES = 4 * 2**30
 WEIGHTS = "model.safetensors"
@@ -36,211 +46,92 @@ TOKENIZER_FILES = [
     "merges.txt",
     "added_tokens.json",
 ]
-FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
-PER_EXPERT = re.compile(r"(.*\.mlp\.experts)\.(\d+)\.(gate|up|down)_proj\.weight$")
-
-
-def named_weights(model: Qwen3Moe) -> Iterator[tuple[str, Tensor]]:
-    """Stream the whole model under checkpoint names; every rank of the group takes part.
-
-    At most one layer's experts of one matrix are gathered at a time. A tied head is absent.
-    """
-    for name, parameter in model.named_parameters():
-        weight = parameter.detach()
-        fused = FUSED.match(name)
-        if fused is None:
-            yield name, weight
-            continue
-        prefix, matrix = fused.groups()
-        for expert, whole in enumerate(_gather_experts(weight, model.ep_group)):
-            if matrix == "down_proj":
-                yield f"{prefix}.{expert}.down_proj.weight", whole
-            else:
-                gate, up = whole.chunk(2)
-                yield f"{prefix}.{expert}.gate_proj.weight", gate
-                yield f"{prefix}.{expert}.up_proj.weight", up
-
-
-def _gather_experts(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
-    """Join every rank's experts, [e, ...] -> [E, ...]."""
-    if group is None:
-        return local
-    parts = [torch.empty_like(local) for _ in range(group.size())]
-    dist.all_gather(parts, local.contiguous(), group=group)
-    return torch.cat(parts)
-
-
-class WeightReceiver:
-    """Copies a stream of named weights into a model and accounts for every one of them."""
-
-    def __init__(self, model: Qwen3Moe) -> None:
-        self._targets = dict(model.named_parameters())
-        cfg = model.architecture
-        self._num_experts = cfg.num_experts or 0
-        ep_size = 1 if model.ep_group is None else model.ep_group.size()
-        ep_rank = 0 if model.ep_group is None else model.ep_group.rank()
-        num_local = self._num_experts // ep_size
-        self._mine = range(ep_rank * num_local, (ep_rank + 1) * num_local)
-        self._tied = cfg.tie_word_embeddings
-        self._waiting = set(self.expected_names())
-
-    def expected_names(self) -> Iterator[str]:
-        """List the names of a complete stream."""
-        for name in self._targets:
-            fused = FUSED.match(name)
-            if fused is None:
-                yield name
-                continue
-            matrices = ("down",) if fused[2] == "down_proj" else ("gate", "up")
-            for expert in range(self._num_experts):
-                for matrix in matrices:
-                    yield f"{fused[1]}.{expert}.{matrix}_proj.weight"
-
-    def wants(self, name: str) -> bool:
-        """Whether this rank keeps the tensor; other ranks' experts need not be read."""
-        found = PER_EXPERT.match(name)
-        return found is None or int(found[2]) in self._mine
-
-    def skip(self, name: str) -> None:
-        """Account for a tensor that this rank does not keep."""
-        self._account(name)
-
-    def receive(self, name: str, tensor: Tensor) -> None:
-        """Copy one tensor to its place.
-
-        Raises:
-            InputError: The name is unknown or came before, or the shape differs.
-        """
-        if self._tied and name == "lm_head.weight":
-            return  # a copy of the embeddings
-        fused = FUSED.match(name)
-        if fused is not None:  # transformers v5 in memory: all experts in one tensor
-            self._receive_fused(fused[1], fused[2], tensor)
-            return
-        self._account(name)
-        if not self.wants(name):
-            return
-        target = self._target(name)
-        if target.shape != tensor.shape:
-            raise InputError(
-                f"{name} has shape {tuple(tensor.shape)}, and the model expects "
-                f"{tuple(target.shape)}"
-            )
-        target.copy_(tensor)
-
-    def finish(self) -> None:
-        """Refuse a stream that ended early.
-
-        Raises:
-            InputError: Weights are missing; the first ten are named.
-        """
-        if self._waiting:
-            missing = sorted(self._waiting)
-            raise InputError(f"{len(missing)} weights are missing: {', '.join(missing[:10])}")
-
-    def _account(self, name: str) -> None:
-        if name not in self._waiting:
-            raise InputError(f"{name} is not a weight of this model, or came twice")
-        self._waiting.remove(name)
-
-    def _target(self, name: str) -> Tensor:
-        found = PER_EXPERT.match(name)
-        if found is None:
-            return self._targets[name].detach()
-        prefix, expert, matrix = found[1], int(found[2]) - self._mine.start, found[3]
-        if matrix == "down":
-            return self._targets[f"{prefix}.down_proj"].detach()[expert]
-        gate, up = self._targets[f"{prefix}.gate_up_proj"].detach()[expert].chunk(2)
-        return gate if matrix == "gate" else up
-
-    def _receive_fused(self, prefix: str, matrix: str, tensor: Tensor) -> None:
-        for expert, whole in enumerate(tensor):
-            if matrix == "down_proj":
-                self.receive(f"{prefix}.{expert}.down_proj.weight", whole)
-            else:
-                gate, up = whole.chunk(2)
-                self.receive(f"{prefix}.{expert}.gate_proj.weight", gate)
-                self.receive(f"{prefix}.{expert}.up_proj.weight", up)
-
-
-def receive_weights(model: Qwen3Moe, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Fill a model from a complete stream; see `WeightReceiver`."""
-    receiver = WeightReceiver(model)
-    for name, tensor in weights:
-        receiver.receive(name, tensor)
-    receiver.finish()
-
-
-def empty_model(
-    architecture: ArchitectureConfig, dtype: torch.dtype, ep_group: dist.ProcessGroup | None
-) -> Qwen3Moe:
-    """Allocate this rank's share of a model on its device, uninitialised."""
-    with torch.device("meta"):
-        model = Qwen3Moe(architecture, ep_group).to(dtype)
-    return model.to_empty(device=device())
+PER_EXPERT = re.compile(r".*\.mlp\.experts\.(\d+)\.(?:gate|up|down)_proj\.weight$")
+LAYER = re.compile(r"model\.layers\.(\d+)\.")
 
 
 def load_model(
     path: str | Path, dtype: torch.dtype, ep_group: dist.ProcessGroup | None = None
 ) -> Qwen3Moe:
-    """Read this rank's share of a Hugging Face directory, one tensor at a time.
+    """Read this rank's share of a Hugging Face directory, each tensor into its place.
 
     Raises:
-        InputError: Another architecture, or weights that are missing, unknown or misshapen.
+        InputError: Another architecture, or weights that do not fit it; see `stored_weights`.
+    """
+    architecture = read_architecture(path)
+    stored = stored_weights(path, architecture)
+    model = empty_model(architecture, dtype, ep_group)
+    for name, weight in local_weights(model):
+        read_into(stored[name], weight)
+    return model
+
+
+def stored_weights(path: str | Path, architecture: ArchitectureConfig) -> dict[str, StoredTensor]:
+    """Find every weight of a checkpoint, and check them all by the files' headers.
+
+    Experts may be stored each on its own or fused as transformers v5 holds them in memory
+    (`mlp.experts.gate_up_proj`), which is cut into views of single experts.
+
+    Raises:
+        InputError: A file is absent or cut short, or weights are missing, doubled, unknown,
+            misshapen or of a type other than float32, bfloat16 and float16; the first ten of each
+            are named.
     """
     path = Path(path)
-    model = empty_model(read_architecture(path), dtype, ep_group)
-    receiver = WeightReceiver(model)
+    found: list[tuple[str, StoredTensor]] = []
     for file in _weight_files(path):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - not a dictionary
-                if receiver.wants(name):
-                    receiver.receive(name, tensors.get_tensor(name))
-                else:
-                    receiver.skip(name)
-    receiver.finish()
-    return model
+        for name, tensor in read_header(file).items():
+            if FUSED.match(name) and tensor.dtype in DTYPES and len(tensor.shape) == 3:
+                found += _split_stored(name, tensor)
+            elif name != "lm_head.weight" or not architecture.tie_word_embeddings:
+                found.append((name, tensor))  # a tied head is a copy of the embeddings
+    stored = dict(found)
+    shapes = weight_shapes(architecture)
+    mistakes = {
+        "come twice": [name for name, times in Counter(n for n, _ in found).items() if times > 1],
+        "are missing": [name for name in shapes if name not in stored],
+        "are not of this model": [name for name in stored if name not in shapes],
+        "have another shape than config.json says": [
+            f"{name} {list(stored[name].shape)}, not {list(shape)}"
+            for name, shape in shapes.items()
+            if name in stored and stored[name].shape != shape
+        ],
+        f"are not stored as one of {', '.join(DTYPES)}": [
+            f"{name} {tensor.dtype}" for name, tensor in found if tensor.dtype not in DTYPES
+        ],
+    }
+    said = [f"{len(bad)} {what}: {name_first(bad)}" for what, bad in mistakes.items() if bad]
+    if said:
+        raise InputError(f"weights under {path} do not fit its config.json; {'; '.join(said)}")
+    return stored
+
+
+def _split_stored(name: str, fused: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
+    """Single experts' matrices of a fused tensor [E, ...]; the counterpart of `_split_experts`."""
+    found = FUSED.match(name)
+    assert found is not None
+    prefix, matrix = found.groups()
+    for expert in range(fused.shape[0]):
+        whole = fused.part(expert, fused.shape[0]).without_first_dimension()
+        if matrix == "down_proj":
+            yield f"{prefix}.{expert}.down_proj.weight", whole
+        else:
+            yield f"{prefix}.{expert}.gate_proj.weight", whole.part(0, 2)
+            yield f"{prefix}.{expert}.up_proj.weight", whole.part(1, 2)
 
 
 def _weight_files(path: Path) -> list[Path]:
     index = path / INDEX
     names = [WEIGHTS]
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{index} is no index of weights: {error}") from error
     absent = [name for name in names if not (path / name).is_file()]
     if absent:
-        raise InputError(f"{path} lacks the weight files {', '.join(absent[:10])}")
+        raise InputError(f"{path} lacks the weight files {name_first(absent)}")
     return [path / name for name in names]
-
-
-# Spread of the embeddings and gain of the layers that write to the residual stream, found to
-# start a two-layer model's copying about a third sooner than a uniform 0.02.
-EMBEDDING_STD = 0.1
-RESIDUAL_GAIN = 0.4
-
-
-def random_model(
-    architecture: ArchitectureConfig,
-    dtype: torch.dtype,
-    seed: int,
-    ep_group: dist.ProcessGroup | None = None,
-) -> Qwen3Moe:
-    """Initialise a model at random: matrices N(0, 1 / fan-in); the same on any number of ranks."""
-    generator = torch.Generator().manual_seed(seed)
-    whole = Qwen3Moe(architecture)
-    for name, parameter in whole.named_parameters():
-        if parameter.dim() == 1:
-            nn.init.ones_(parameter)
-        elif "embed_tokens" in name:
-            nn.init.normal_(parameter, std=EMBEDDING_STD, generator=generator)
-        else:
-            gain = RESIDUAL_GAIN if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
-            gain = RESIDUAL_GAIN if name.endswith("experts.down_proj") else gain
-            std = gain * parameter.shape[-1] ** -0.5
-            nn.init.normal_(parameter, std=std, generator=generator)
-    model = empty_model(architecture, dtype, ep_group)
-    receive_weights(model, named_weights(whole))
-    return model
 
 
 def hf_config(architecture: ArchitectureConfig, dtype: torch.dtype) -> dict[str, Any]:
@@ -276,44 +167,6 @@ def hf_config(architecture: ArchitectureConfig, dtype: torch.dtype) -> dict[str,
     )
 
 
-class ShardWriter:
-    """Collects a stream into safetensors shards of bounded size and writes their index."""
-
-    def __init__(self, directory: Path) -> None:
-        self._directory = directory
-        self._shards: list[list[str]] = []
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._total_bytes = 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Take one tensor; write a shard when enough came."""
-        if self._pending_bytes + tensor.nbytes > SHARD_BYTES and self._pending:
-            self._flush()
-        self._pending[name] = tensor.to("cpu", copy=True).contiguous()
-        self._pending_bytes += tensor.nbytes
-        self._total_bytes += tensor.nbytes
-
-    def close(self) -> None:
-        """Write what is left, give the shards their final names, and write the index."""
-        self._flush()
-        count = len(self._shards)
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self._shards):
-            final = WEIGHTS if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
-            (self._directory / f"shard-{number}").rename(self._directory / final)
-            weight_map |= dict.fromkeys(names, final)
-        if count > 1:
-            index = {"metadata": {"total_size": self._total_bytes}, "weight_map": weight_map}
-            (self._directory / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
-
-    def _flush(self) -> None:
-        shard = self._directory / f"shard-{len(self._shards)}"
-        save_file(self._pending, shard, metadata={"format": "pt"})
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
-
-
 def write_directory(
     path: Path,
     architecture: ArchitectureConfig,
@@ -322,26 +175,104 @@ def write_directory(
     tokenizer_dir: Path | None,
     chat_template: str | None = None,
 ) -> None:
-    """Write a complete Hugging Face directory; an interrupted write leaves none under `path`."""
+    """Write a complete Hugging Face directory; an interrupted write leaves none under `path`.
+
+    Every rank takes part and writes its own `weights`, all into the same files: the directory is
+    the same, byte for byte, from any number of ranks.
+
+    Raises:
+        InputError: A rank could not write, or the ranks do not share a file system.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    writer = ShardWriter(partial)
-    for name, tensor in weights:
-        writer.add(name, tensor)
-    writer.close()
+    shards = _plan_shards(partial, architecture, dtype)
+    file_of_name = {name: shard for shard, names in shards.items() for name in names}
+    files = {shard: ShardFile(partial / shard, dtype, names) for shard, names in shards.items()}
+    with _told_by_any_rank(partial):
+        if is_main():
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+            for file in files.values():
+                file.create()
+    written: set[str] = set()
+    with _told_by_any_rank(partial):
+        for name, tensor in weights:
+            assert name not in written, f"{name} came twice"
+            files[file_of_name[name]].write(name, tensor)
+            written.add(name)
+        for shard in {file_of_name[name] for name in written}:
+            files[shard].sync()
+    missing = set(file_of_name) - set().union(*gather_objects(written))
+    assert not missing, f"no rank wrote {name_first(sorted(missing))}"
+    with _told_by_any_rank(partial):
+        if is_main():
+            _write_json_files(partial, architecture, dtype, shards, tokenizer_dir, chat_template)
+            if path.exists():
+                shutil.rmtree(path)
+            partial.rename(path)
+
+
+@contextmanager
+def _told_by_any_rank(partial: Path) -> Iterator[None]:
+    """Raise on every rank what went wrong on one; else the others would wait for it."""
+    said = None
+    try:
+        yield
+    except OSError as error:
+        said = f"rank {rank()} could not write {partial}: {error}"
+        if world_size() > 1:
+            said += " (all ranks write to one file system, which they have to share)"
+    failures = [text for text in gather_objects(said) if text is not None]
+    if failures:
+        raise InputError(failures[0])
+
+
+def _plan_shards(
+    partial: Path, architecture: ArchitectureConfig, dtype: torch.dtype
+) -> dict[str, dict[str, tuple[int, ...]]]:
+    """Cut the weights, in their order, into shards of bounded size: file -> name -> shape."""
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    filled = 0
+    for name, shape in weight_shapes(architecture).items():
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if shards[-1] and filled + num_bytes > SHARD_BYTES:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = shape
+        filled += num_bytes
+    if len(shards) == 1:
+        return {WEIGHTS: shards[0]}
+    return {
+        f"model-{number:05d}-of-{len(shards):05d}.safetensors": names
+        for number, names in enumerate(shards, 1)
+    }
+
+
+def _write_json_files(
+    partial: Path,
+    architecture: ArchitectureConfig,
+    dtype: torch.dtype,
+    shards: dict[str, dict[str, tuple[int, ...]]],
+    tokenizer_dir: Path | None,
+    chat_template: str | None,
+) -> None:
+    """Write everything but the weights."""
+    if len(shards) > 1:
+        sizes = [math.prod(shape) for names in shards.values() for shape in names.values()]
+        index = {
+            "metadata": {"total_size": sum(sizes) * dtype.itemsize},
+            "weight_map": {name: shard for shard, names in shards.items() for name in names},
+        }
+        (partial / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True))
     (partial / "config.json").write_text(json.dumps(hf_config(architecture, dtype), indent=2))
-    if tokenizer_dir is not None:
-        for name in TOKENIZER_FILES:
-            if (tokenizer_dir / name).is_file():
-                shutil.copyfile(tokenizer_dir / name, partial / name)
-        if chat_template is not None:
-            _replace_chat_template(partial, chat_template)
-        generation = _generation_config(tokenizer_dir)
-        (partial / "generation_config.json").write_text(json.dumps(generation, indent=2))
-    if path.exists():
-        shutil.rmtree(path)
-    partial.rename(path)
+    if tokenizer_dir is None:
+        return
+    for name in TOKENIZER_FILES:
+        if (tokenizer_dir / name).is_file():
+            shutil.copyfile(tokenizer_dir / name, partial / name)
+    if chat_template is not None:
+        _replace_chat_template(partial, chat_template)
+    generation = _generation_config(tokenizer_dir)
+    (partial / "generation_config.json").write_text(json.dumps(generation, indent=2))
 
 
 def _replace_chat_template(directory: Path, chat_template: str) -> None:
@@ -387,23 +318,34 @@ def save_model(
     tokenizer_dir: str | Path | None = None,
     chat_template: str | None = None,
 ) -> None:
-    """Write a Hugging Face directory; all ranks take part.
+    """Write a Hugging Face directory; all ranks take part, each writing some of its weights.
 
     Args:
-        model: Its weights, gathered over the expert-parallel group.
+        model: The same on every rank, or on every expert-parallel group.
         path: Where; replaced if it exists, once the new one is complete.
         tokenizer_dir: Where tokenizer files are copied from. None: there will be none.
         chat_template: Replaces the tokenizer's. None: its own.
+
+    Raises:
+        InputError: A rank could not write.
     """
-    weights = named_weights(model)
-    if is_main():
-        tokenizer = None if tokenizer_dir is None else Path(tokenizer_dir)
-        dtype = next(model.parameters()).dtype
-        write_directory(Path(path), model.architecture, dtype, weights, tokenizer, chat_template)
-    else:
-        for _ in weights:
-            pass
-    barrier()
+    tokenizer = None if tokenizer_dir is None else Path(tokenizer_dir)
+    dtype = next(model.parameters()).dtype
+    mine = (pair for pair in local_weights(model) if _writer(model, pair[0]) == rank())
+    write_directory(Path(path), model.architecture, dtype, mine, tokenizer, chat_template)
+
+
+def _writer(model: Qwen3Moe, name: str) -> int:
+    """The rank that writes a weight: layers take turns over all that hold it."""
+    ep_size = 1 if model.ep_group is None else model.ep_group.size()
+    found = LAYER.match(name)
+    layer = 0 if found is None else int(found[1])
+    replica = layer % max(1, world_size() // ep_size)  # groups are of neighbouring ranks
+    expert = PER_EXPERT.match(name)
+    if expert is None:
+        return replica * ep_size + layer % ep_size
+    assert model.architecture.num_experts is not None
+    return replica * ep_size + int(expert[1]) * ep_size // model.architecture.num_experts
 
 
 def check_architecture(path: str | Path, expected: ArchitectureConfig) -> None:

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-
 from torch.utils.checkpoint import checkpoint
 
 from marco_train.architecture import ArchitectureConfig, check_expert_parallel
@@ -95,10 +94,10 @@ class Attention(nn.Module):
 
     def forward(self, hidden: Tensor, rope: tuple[Tensor, Tensor], attend: Attend) -> Tensor:
         """Map [T, D] to [T, D]."""
-        heads = (hidden.shape[0], -1, self.head_dim)
-        q = rotate(self.q_norm(self.q_proj(hidden).view(heads)), *rope)
-        k = rotate(self.k_norm(self.k_proj(hidden).view(heads)), *rope)
-        v = self.v_proj(hidden).view(heads)
+        heads = (-1, self.head_dim)
+        q = rotate(self.q_norm(self.q_proj(hidden).unflatten(1, heads)), *rope)
+        k = rotate(self.k_norm(self.k_proj(hidden).unflatten(1, heads)), *rope)
+        v = self.v_proj(hidden).unflatten(1, heads)
         out: Tensor = self.o_proj(attend.attend(self.layer, q, k, v).flatten(1))
         return out
 
@@ -154,7 +153,8 @@ class DecoderLayer(nn.Module):
         """Map [T, D] to [T, D]; `given` and `observe` are the router's."""
         arguments = (hidden, rope, attend, given, observe)
         if recompute is Recompute.layer:
-            return _recomputed(self._layer, *arguments)
+            found: tuple[Tensor, LayerRouting | None] = _recomputed(self._layer, *arguments)
+            return found
         return self._layer(*arguments, recompute is Recompute.attention)
 
     def _layer(

@@ -31,7 +31,6 @@ def group_rows(groups: Tensor, num_groups: int, num_rows: int) -> RowMap:
         num_groups: G.
         num_rows: How many cells are rows, known beforehand: nothing here waits for the device.
     """
-    num_tokens, num_cells = groups.shape
     cells = groups.flatten()
     order = cells.argsort(stable=True)
     row_of_cell = torch.empty_like(order)
@@ -48,7 +47,7 @@ def group_rows(groups: Tensor, num_groups: int, num_rows: int) -> RowMap:
     cell_of_row = order[:num_rows]
     return RowMap(
         cell_of_row,
-        cell_of_row // num_cells,
+        cell_of_row // groups.shape[1],
         rows_of_tokens,
         per_token.cumsum(0) - per_token,
         counts[:num_groups],
@@ -72,31 +71,23 @@ def add_up(values: Tensor, rows: RowMap) -> Tensor:
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, tokens: Tensor, rows: RowMap
-    ) -> Tensor:
+    def forward(ctx: torch.autograd.function.FunctionCtx, tokens: Tensor, rows: RowMap) -> Tensor:
         ctx.rows = rows  # type: ignore[attr-defined]
         return gather(tokens, rows)
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         return add_up(grad.contiguous(), ctx.rows), None  # type: ignore[attr-defined]
 
 
 class _AddUp(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, values: Tensor, rows: RowMap
-    ) -> Tensor:
+    def forward(ctx: torch.autograd.function.FunctionCtx, values: Tensor, rows: RowMap) -> Tensor:
         ctx.rows = rows  # type: ignore[attr-defined]
         return add_up(values, rows)
 
     @staticmethod
-    def backward(
-        ctx: torch.autograd.function.FunctionCtx, grad: Tensor
-    ) -> tuple[Tensor, None]:
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         return gather(grad, ctx.rows), None  # type: ignore[attr-defined]
 
 

@@ -6,25 +6,26 @@ so that copies can grow apart. Everything else is copied.
 
 Stated by the paper: the cut, the scale N^(1/3) of all three matrices, re-drawing from a normal
 distribution with the statistics of the dropped weights, a router of zeros. Not stated, and chosen
-here: one set of dropped indices for the three matrices of an expert, statistics of the dropped
-weights after scaling, experts ordered slice by slice.
+by config: the ratio (0.5 was best in Drop-Upcycling), whether the three matrices of an expert lose
+the same indices, the seed. Not stated, and chosen here: statistics of the dropped weights after
+scaling, experts ordered slice by slice.
 
 Legend: I inner width of the dense MLP, N slices, M copies, E = N M experts, W = I / N their width,
 D width.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+import torch.nn.functional as F
 from torch import Tensor
 
-from marco_train.architecture import ArchitectureConfig, InputError, read_architecture, require
-from marco_train.models.hf_io import INDEX, WEIGHTS, write_directory
+from marco_train.architecture import ArchitectureConfig, read_architecture, require
+from marco_train.models.hf_io import stored_weights, write_directory
+from marco_train.models.safetensors_io import DTYPES, read
 
 
 class Scaling(Enum):
@@ -48,6 +49,8 @@ class UpcycleConfig:
     top_k: int
     drop_ratio: float
     """Share of each expert's inner width that is drawn anew."""
+    share_indices: bool
+    """Whether an expert's three matrices lose the same inner neurons, or each its own."""
     scaling: Scaling
     router_std: float
     """Spread of the router's weights; 0 is the paper's, and sends every token to the first
@@ -82,14 +85,23 @@ def moe_architecture(dense: ArchitectureConfig, cfg: UpcycleConfig) -> Architect
     )
 
 
+@dataclass(frozen=True)
+class Upcycled:
+    """What was written."""
+
+    architecture: ArchitectureConfig
+    split_errors: dict[Scaling, list[float]]
+    """Of each layer, for the scaling that was chosen and the other; see `split_error`."""
+
+
 def upcycle(
     dense_path: Path,
     out_path: Path,
     cfg: UpcycleConfig,
     tokenizer_dir: Path | None = None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
-) -> ArchitectureConfig:
-    """Write the mixture's Hugging Face directory; one layer is in memory at a time.
+) -> Upcycled:
+    """Write the mixture's Hugging Face directory; one dense layer is in memory at a time.
 
     Args:
         dense_path: Hugging Face directory of a dense Qwen3.
@@ -97,64 +109,85 @@ def upcycle(
         cfg: How.
         tokenizer_dir: Where tokenizer files are copied from, if at all.
         on_layer: Told (layers done, layers in all).
+
+    Raises:
+        InputError: Sizes that do not fit, or weights that are not those of a dense Qwen3.
     """
     dense = read_architecture(dense_path)
     architecture = moe_architecture(dense, cfg)
-    read = _reader(dense_path)
-    weights = _mixture_weights(dense, cfg, read, on_layer)
-    dtype = read("model.norm.weight").dtype
-    write_directory(out_path, architecture, dtype, weights, tokenizer_dir)
-    return architecture
+    stored = stored_weights(dense_path, dense)
+    errors: dict[Scaling, list[float]] = {scaling: [] for scaling in Scaling}
+
+    def weights() -> Iterator[tuple[str, Tensor]]:
+        for name in stored:
+            if ".layers." not in name:
+                yield name, read(stored[name])
+        for layer in range(dense.num_hidden_layers):
+            prefix = f"model.layers.{layer}."
+            tensors = {
+                name.removeprefix(prefix): read(where)
+                for name, where in stored.items()
+                if name.startswith(prefix)
+            }
+            gate, up, down = (tensors.pop(f"mlp.{m}_proj.weight") for m in ("gate", "up", "down"))
+            for name, tensor in tensors.items():
+                yield prefix + name, tensor
+            norm = tensors["post_attention_layernorm.weight"]
+            for scaling, found in errors.items():
+                found.append(split_error(gate, up, down, norm, cfg.expert_width, scaling))
+            for name, tensor in _sparse_mlp(gate, up, down, cfg, layer):
+                yield f"{prefix}mlp.{name}.weight", tensor
+            on_layer(layer + 1, dense.num_hidden_layers)
+
+    dtype = DTYPES[stored["model.norm.weight"].dtype]
+    write_directory(out_path, architecture, dtype, weights(), tokenizer_dir)
+    return Upcycled(architecture, errors)
 
 
-def _reader(path: Path) -> Callable[[str], Tensor]:
-    """Read one tensor of a Hugging Face directory by its name."""
-    index = path / INDEX
-    files = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
-
-    def read(name: str) -> Tensor:
-        with safe_open(path / files.get(name, WEIGHTS), framework="pt") as tensors:
-            if name not in tensors.keys():  # noqa: SIM118 - not a dictionary
-                raise InputError(f"{path} has no weight {name}")
-            found: Tensor = tensors.get_tensor(name)
-        return found
-
-    return read
-
-
-def _mixture_weights(
-    dense: ArchitectureConfig,
-    cfg: UpcycleConfig,
-    read: Callable[[str], Tensor],
-    on_layer: Callable[[int, int], None],
+def _sparse_mlp(
+    gate: Tensor, up: Tensor, down: Tensor, cfg: UpcycleConfig, layer: int
 ) -> Iterator[tuple[str, Tensor]]:
-    yield "model.embed_tokens.weight", read("model.embed_tokens.weight")
-    for layer in range(dense.num_hidden_layers):
-        prefix = f"model.layers.{layer}"
-        for name in [
-            "self_attn.q_proj",
-            "self_attn.k_proj",
-            "self_attn.v_proj",
-            "self_attn.o_proj",
-            "self_attn.q_norm",
-            "self_attn.k_norm",
-            "input_layernorm",
-            "post_attention_layernorm",
-        ]:
-            yield f"{prefix}.{name}.weight", read(f"{prefix}.{name}.weight")
-        generator = torch.Generator().manual_seed(cfg.seed * 10_007 + layer)
-        router = torch.empty(cfg.num_experts, dense.hidden_size)
-        router.normal_(std=cfg.router_std, generator=generator)
-        gate, up, down = (read(f"{prefix}.mlp.{m}_proj.weight") for m in ("gate", "up", "down"))
-        yield f"{prefix}.mlp.gate.weight", router.to(gate.dtype)
-        experts = upcycle_mlp(gate, up, down, cfg, generator)
-        for expert, matrices in enumerate(experts):
-            for matrix, weight in zip(("gate", "up", "down"), matrices, strict=True):
-                yield f"{prefix}.mlp.experts.{expert}.{matrix}_proj.weight", weight
-        on_layer(layer + 1, dense.num_hidden_layers)
-    yield "model.norm.weight", read("model.norm.weight")
-    if not dense.tie_word_embeddings:
-        yield "lm_head.weight", read("lm_head.weight")
+    """Router and experts of one layer, by name."""
+    generator = torch.Generator().manual_seed(cfg.seed * 10_007 + layer)
+    router = torch.empty(cfg.num_experts, gate.shape[1])
+    router.normal_(std=cfg.router_std, generator=generator)
+    yield "gate", router.to(gate.dtype)
+    for expert, matrices in enumerate(upcycle_mlp(gate, up, down, cfg, generator)):
+        for matrix, tensor in zip(("gate", "up", "down"), matrices, strict=True):
+            yield f"experts.{expert}.{matrix}_proj", tensor
+
+
+def _scales(scaling: Scaling, num_slices: int) -> tuple[float, float, float]:
+    """Factors of gate, up and down."""
+    cube, square = num_slices ** (1 / 3), num_slices**0.5
+    return (cube, cube, cube) if scaling is Scaling.paper else (1.0, square, square)
+
+
+def split_error(
+    gate: Tensor, up: Tensor, down: Tensor, norm: Tensor, expert_width: int, scaling: Scaling
+) -> float:
+    """How far one copy of every slice, all active and nothing dropped, is from the dense MLP.
+
+    Args:
+        gate: [I, D], as up.
+        up: [I, D].
+        down: [D, I].
+        norm: [D], of the layer norm before the MLP, which gives inputs their spread.
+        expert_width: W.
+        scaling: Which one to measure.
+
+    Returns:
+        |mixture - dense| / |dense| over 256 random normal inputs.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, gate.shape[1], generator=generator) * norm.float()
+    gate_x, up_x = F.linear(x, gate.float()), F.linear(x, up.float())
+    num_slices = gate.shape[0] // expert_width
+    of_gate, of_up, of_down = _scales(scaling, num_slices)
+    # With equal routing weights 1 / N, the slices' sum is one product over the whole inner width.
+    inner = F.silu(of_gate * gate_x) * up_x * (of_up * of_down / num_slices)
+    dense = F.linear(F.silu(gate_x) * up_x, down.float())
+    return float((F.linear(inner, down.float()) - dense).norm() / dense.norm())
 
 
 def upcycle_mlp(
@@ -173,8 +206,7 @@ def upcycle_mlp(
         gate [W, D], up [W, D] and down [D, W] of each expert.
     """
     num_slices = gate.shape[0] // cfg.expert_width
-    cube, square = num_slices ** (1 / 3), num_slices**0.5
-    scales = (cube, cube, cube) if cfg.scaling is Scaling.paper else (1.0, square, square)
+    scales = _scales(cfg.scaling, num_slices)
     num_dropped = round(cfg.drop_ratio * cfg.expert_width)
     for start in range(0, gate.shape[0], cfg.expert_width):
         part = slice(start, start + cfg.expert_width)
@@ -184,8 +216,14 @@ def upcycle_mlp(
             for matrix, scale in zip((gate[part], up[part], down[:, part].T), scales, strict=True)
         ]
         for _ in range(cfg.num_experts // num_slices):
-            dropped = torch.randperm(cfg.expert_width, generator=generator)[:num_dropped]
-            gate_e, up_e, down_e = (_redraw(m, dropped, generator).to(gate.dtype) for m in sliced)
+            draws = [
+                torch.randperm(cfg.expert_width, generator=generator)[:num_dropped]
+                for _ in range(1 if cfg.share_indices else 3)
+            ]
+            gate_e, up_e, down_e = (
+                _redraw(matrix, dropped, generator).to(gate.dtype)
+                for matrix, dropped in zip(sliced, draws * (3 // len(draws)), strict=True)
+            )
             yield gate_e, up_e, down_e.T.contiguous()
 
 

@@ -13,8 +13,8 @@ from marco_train.config import RolloutConfig
 from marco_train.distributed import device
 from marco_train.losses.logprobs import token_logprobs
 from marco_train.models.attention import KVCache
-from marco_train.models.hf_io import empty_model, named_weights, receive_weights
 from marco_train.models.qwen3_moe import Qwen3Moe
+from marco_train.models.weights import empty_model, named_weights, receive_weights
 from marco_train.rollout.base import response_seed
 from marco_train.rollout.sync import checksum
 from marco_train.types import FinishReason, Prompt, Rollout

@@ -17,7 +17,8 @@ from marco_train.config import ChatTemplate, Objective, SourceConfig, SourceKind
 from marco_train.data.chat import load_tokenizer
 from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions
 from marco_train.evaluation.verifiers import check_verifier
-from marco_train.models.hf_io import random_model, save_model
+from marco_train.models.hf_io import save_model
+from marco_train.models.weights import random_model
 from marco_train.teachers.cascade import Cascade
 from marco_train.teachers.vocab import check_student_vocabulary
 from tests.conftest import DENSE, World, architecture, compose_config, make_tokenizer

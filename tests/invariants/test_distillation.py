@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import marco_train.losses.logprobs as logprobs_module
-from marco_train.losses.logprobs import token_logprobs
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.losses.distillation import FullReverseKL, SampledReverseKL, full_reverse_kl
+from marco_train.losses.logprobs import token_logprobs
 from marco_train.types import FullMicrobatch, Microbatch, PolicyOutput, SampledMicrobatch
 
 TOKENS, WIDTH, TEACHER_WIDTH, VOCAB = 11, 6, 5, 9

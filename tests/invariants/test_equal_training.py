@@ -9,7 +9,9 @@ from marco_train.config import TrainConfig
 from marco_train.data.chat import load_tokenizer
 from marco_train.data.loader import SFTLoader
 from marco_train.engine.policy import build_policy
+from marco_train.losses.balance import balance_loss, router_z_loss
 from marco_train.losses.cross_entropy import cross_entropy
+from marco_train.models.routing import Routing
 from marco_train.types import LossOutput, Microbatch, PolicyOutput
 from tests.conftest import GRADIENT_DESCENT, World, compose_config
 from tests.ranks import run_on_ranks
@@ -154,7 +156,7 @@ def test_a_loss_or_gradient_that_is_not_finite_changes_no_weight(
 def test_the_updates_move_the_weights(world: World, one_rank: Outcome) -> None:
     # Else the comparisons above would hold for a policy that learns nothing.
     from marco_train.models import load_model
-    from marco_train.models.hf_io import named_weights
+    from marco_train.models.weights import named_weights
 
     before = dict(named_weights(load_model(world.path("student"), torch.float32)))
     moved = {
@@ -165,25 +167,45 @@ def test_the_updates_move_the_weights(world: World, one_rank: Outcome) -> None:
 
 
 def gradient_by_hand(cfg: TrainConfig) -> dict[str, torch.Tensor]:
-    """Weights after one update, from autograd on one sequence at a time without any engine."""
+    """Weights after one update, from autograd on plain logits without any engine."""
     from marco_train.models import load_model
-    from marco_train.models.hf_io import named_weights
+    from marco_train.models.weights import named_weights
 
     tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
     data = SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
     model = load_model(str(cfg.model.path), torch.float32)
     total, num_tokens = torch.zeros(()), 0
-    for batch in next(data):
-        logits = model.logits(model(batch.input_ids, batch.position_ids))
+    routers = torch.zeros(())
+    batches = next(data)
+    for batch in batches:
+        seen = Routing()
+        logits = model.logits(model(batch.input_ids, batch.position_ids, routing=seen))
+        if cfg.optim.balance_coefficient > 0:
+            assert len(batches) == 1, "written out for one microbatch only"
+        tokens = batch.input_ids.shape[1]
+        routers = cfg.optim.balance_coefficient * balance_loss(seen.load, seen.probability, tokens)
+        routers = routers + cfg.optim.router_z_coefficient * router_z_loss(
+            seen.squared_logsumexp, tokens
+        )
         losses = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
         total = total + (losses * batch.loss_mask).sum()
         num_tokens += int(batch.loss_mask.sum())
-    (total / num_tokens).backward()  # type: ignore[no-untyped-call]
+    (total / num_tokens + routers).backward()  # type: ignore[no-untyped-call]
     with torch.no_grad():
         for parameter in model.parameters():
             assert parameter.grad is not None
             parameter.sub_(parameter.grad)
     return {name: weight.clone() for name, weight in named_weights(model)}
+
+
+def test_a_balance_loss_by_microbatch_knows_only_its_own_load(world: World) -> None:
+    cfg = config(world, *ROUTER_LOSSES, "optim.balance_scope=microbatch")
+    alone, of_two = (run_on_ranks(ranks, one_update, cfg)[0] for ranks in (1, 2))
+    expected = gradient_by_hand(cfg)
+    gates = [name for name in expected if name.endswith("mlp.gate.weight")]
+    for name in gates:
+        torch.testing.assert_close(alone[name], expected[name], rtol=1e-5, atol=1e-6)
+        assert float((of_two[name] - expected[name]).abs().max()) > 1e-3
 
 
 def one_update(cfg: TrainConfig) -> dict[str, torch.Tensor]:
@@ -194,8 +216,20 @@ def one_update(cfg: TrainConfig) -> dict[str, torch.Tensor]:
     return {name: weight.clone() for name, weight in policy.named_weights()}
 
 
-def test_one_update_is_the_gradient_of_the_mean_over_all_loss_tokens(world: World) -> None:
-    cfg = config(world, "parallel.expert_parallel_size=2")
+# One microbatch a rank: the loads of the global batch are then all known to each of them.
+ROUTER_LOSSES = [
+    "data.max_tokens_per_microbatch=512",
+    "optim.balance_coefficient=0.5",
+    "optim.balance_scope=global_batch",
+    "optim.router_z_coefficient=0.1",
+]
+
+
+@pytest.mark.parametrize("extra", [[], ROUTER_LOSSES], ids=["", "with router losses"])
+def test_one_update_is_the_gradient_of_the_mean_over_all_tokens(
+    extra: list[str], world: World
+) -> None:
+    cfg = config(world, "parallel.expert_parallel_size=2", *extra)
     expected = gradient_by_hand(cfg)
     for found in run_on_ranks(2, one_update, cfg):
         for name, weight in found.items():

@@ -2,7 +2,7 @@
 
 import torch
 
-from marco_train.models.hf_io import random_model
+from marco_train.models.weights import random_model
 from tests.conftest import architecture
 
 LENGTHS = (3, 64, 65, 1, 200, 17)

@@ -10,7 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from marco_train.architecture import InputError, read_architecture
 from marco_train.models import hf_io, load_model, save_model
-from marco_train.models.hf_io import check_architecture, named_weights, random_model, stop_token_ids
+from marco_train.models.hf_io import check_architecture, stop_token_ids
+from marco_train.models.safetensors_io import StoredTensor
+from marco_train.models.weights import named_weights, random_model
 from tests.conftest import DENSE, World, architecture
 
 
@@ -80,33 +82,153 @@ def test_an_export_carries_the_chat_template_in_use(world: World, tmp_path: Path
         assert found == (template or "the tokenizer's own")
 
 
-def test_a_missing_weight_is_named(saved: Path) -> None:
+GATE_3 = "model.layers.0.mlp.experts.3.gate_proj.weight"
+
+
+def change(path: Path, **changes: torch.Tensor | None) -> None:
+    """Replace, add or (None) drop weights."""
+    weights = load_file(path / "model.safetensors")
+    for name, tensor in changes.items():
+        if tensor is None:
+            del weights[name]
+        else:
+            weights[name] = tensor
+    save_file(weights, path / "model.safetensors")
+
+
+BAD_WEIGHTS = {
+    "missing": ({GATE_3: None}, rf"1 are missing: {GATE_3}"),
+    "unknown": ({"model.bias": torch.zeros(2)}, "1 are not of this model: model.bias"),
+    "misshapen": (
+        {"model.norm.weight": torch.zeros(31)},
+        r"1 have another shape than config.json says: model.norm.weight \[31\], not \[32\]",
+    ),
+    "transposed": ({GATE_3: torch.zeros(32, 16)}, rf"{GATE_3} \[32, 16\], not \[16, 32\]"),
+    "of whole numbers": (
+        {GATE_3: torch.zeros(16, 32, dtype=torch.int8)},
+        rf"1 are not stored as one of F32, BF16, F16: {GATE_3} I8",
+    ),
+    "doubled, fused and apart": (
+        {"model.layers.0.mlp.experts.down_proj": torch.zeros(8, 32, 16)},
+        r"8 come twice: model.layers.0.mlp.experts.0.down_proj.weight, ",
+    ),
+}
+
+
+@pytest.mark.parametrize(("changes", "names"), BAD_WEIGHTS.values(), ids=BAD_WEIGHTS.keys())
+def test_bad_weights_are_named_before_any_memory_is_taken(
+    changes: dict[str, torch.Tensor | None],
+    names: str,
+    saved: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def no_model(*_: object) -> None:
+        raise AssertionError("a model was allocated")
+
+    change(saved, **changes)
+    monkeypatch.setattr(hf_io, "empty_model", no_model)
+    with pytest.raises(InputError, match=names):
+        load_model(saved, torch.float32)
+
+
+def test_of_many_mistakes_the_first_ten_are_named(saved: Path) -> None:
     weights = load_file(saved / "model.safetensors")
-    del weights["model.layers.0.mlp.experts.3.up_proj.weight"]
-    save_file(weights, saved / "model.safetensors")
-    with pytest.raises(InputError, match=r"1 weights are missing: .*layers.0.mlp.experts.3.up"):
+    kept = {name: weight for name, weight in weights.items() if ".experts." not in name}
+    save_file(kept, saved / "model.safetensors")
+    with pytest.raises(InputError, match=r"48 are missing: .* and 38 more") as error:
         load_model(saved, torch.float32)
-
-
-def test_an_unknown_weight_is_named(saved: Path) -> None:
-    weights = load_file(saved / "model.safetensors") | {"model.bias": torch.zeros(2)}
-    save_file(weights, saved / "model.safetensors")
-    with pytest.raises(InputError, match=r"model.bias is not a weight of this model"):
-        load_model(saved, torch.float32)
-
-
-def test_a_misshapen_weight_is_named(saved: Path) -> None:
-    weights = load_file(saved / "model.safetensors")
-    weights["model.norm.weight"] = torch.zeros(31)
-    save_file(weights, saved / "model.safetensors")
-    with pytest.raises(InputError, match=r"model.norm.weight has shape \(31,\).*\(32,\)"):
-        load_model(saved, torch.float32)
+    assert str(error.value).count("experts") == 10
 
 
 def test_a_missing_file_is_named(saved: Path) -> None:
     (saved / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"lacks the weight files model.safetensors"):
         load_model(saved, torch.float32)
+
+
+def test_an_index_that_names_absent_files_is_refused(saved: Path) -> None:
+    names = load_file(saved / "model.safetensors").keys()
+    (saved / "model.safetensors").rename(saved / "model-00001-of-00002.safetensors")
+    files = {name: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, name in enumerate(names)}
+    (saved / hf_io.INDEX).write_text(json.dumps({"weight_map": files}))
+    with pytest.raises(InputError, match="lacks the weight files model-00002-of-00002"):
+        load_model(saved, torch.float32)
+
+
+@pytest.mark.parametrize("kept", [3, 200, -1])
+def test_a_shard_that_was_cut_short_is_refused(kept: int, saved: Path) -> None:
+    file = saved / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:kept])
+    with pytest.raises(InputError, match="cut short"):
+        load_model(saved, torch.float32)
+
+
+def test_the_files_hold_the_format_that_safetensors_reads(saved: Path) -> None:
+    model = random_model(architecture(), torch.float32, seed=0)
+    read = load_file(saved / "model.safetensors")
+    wanted = dict(named_weights(model))
+    assert read.keys() == wanted.keys()
+    assert all(torch.equal(read[name], weight) for name, weight in wanted.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_weights_are_converted_where_another_type_is_asked_for(
+    dtype: torch.dtype, saved: Path
+) -> None:
+    found = dict(named_weights(load_model(saved, dtype)))
+    for name, weight in named_weights(random_model(architecture(), torch.float32, seed=0)):
+        assert torch.equal(found[name], weight.to(dtype)), name
+
+
+def test_experts_fused_in_memory_are_cut_into_single_ones(saved: Path, tmp_path: Path) -> None:
+    weights = load_file(saved / "model.safetensors")
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.mlp.experts"
+        experts = [
+            {m: weights.pop(f"{prefix}.{e}.{m}_proj.weight") for m in ("gate", "up", "down")}
+            for e in range(8)
+        ]
+        weights[f"{prefix}.gate_up_proj"] = torch.stack(
+            [torch.cat([e["gate"], e["up"]]) for e in experts]
+        )
+        weights[f"{prefix}.down_proj"] = torch.stack([e["down"] for e in experts])
+    shutil.copytree(saved, tmp_path / "fused")
+    save_file(weights, tmp_path / "fused" / "model.safetensors")
+    again = dict(named_weights(load_model(tmp_path / "fused", torch.float32)))
+    for name, weight in named_weights(load_model(saved, torch.float32)):
+        assert torch.equal(weight, again[name]), name
+
+
+class Rank:
+    """One rank's view of a group; loading asks nothing else of it."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self._rank, self._size = rank, size
+
+    def rank(self) -> int:
+        return self._rank
+
+    def size(self) -> int:
+        return self._size
+
+
+def test_a_rank_reads_its_own_experts_and_nothing_of_the_others(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    stored = hf_io.stored_weights(saved, architecture())
+    name_of = {(place.file, place.offset): name for name, place in stored.items()}
+    plain = hf_io.read_into
+
+    def watched(place: StoredTensor, target: torch.Tensor) -> None:
+        names.append(name_of[place.file, place.offset])
+        plain(place, target)
+
+    monkeypatch.setattr(hf_io, "read_into", watched)
+    load_model(saved, torch.float32, Rank(1, 4))  # type: ignore[arg-type]
+    experts = {int(name.split(".experts.")[1].split(".")[0]) for name in names if "experts" in name}
+    assert experts == {2, 3}
+    assert len(names) == len(set(names)) == len(stored) - 2 * 6 * 3
 
 
 UNSUPPORTED = [
@@ -136,7 +258,7 @@ def test_an_interrupted_save_leaves_nothing_that_looks_complete(tmp_path: Path) 
         yield from list(named_weights(random_model(architecture(), torch.float32, 0)))[:5]
         raise OSError("the disk is full")
 
-    with pytest.raises(OSError, match="disk is full"):
+    with pytest.raises(InputError, match=r"rank 0 could not write .*: the disk is full"):
         hf_io.write_directory(
             tmp_path / "model",
             architecture(),

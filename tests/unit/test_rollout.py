@@ -9,7 +9,7 @@ from torch import Tensor
 from marco_train.config import RolloutConfig, SamplerBackend
 from marco_train.losses.logprobs import token_logprobs
 from marco_train.models import Qwen3Moe
-from marco_train.models.hf_io import named_weights, random_model
+from marco_train.models.weights import named_weights, random_model
 from marco_train.rollout.base import response_seed, summarize
 from marco_train.rollout.hf import HFSampler, build_sampler, draw_tokens
 from marco_train.rollout.sync import WeightSyncError, checksum, sync_weights

@@ -1,0 +1,154 @@
+"""Safetensors files by their bytes: a tensor is read into its place, and written from it.
+
+A file is eight bytes with the length of a JSON header, the header with each tensor's type, shape
+and byte range, and the tensors (huggingface.co/docs/safetensors). Reading by range costs no memory
+beyond the target, and several processes can write one file.
+"""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from marco_train.architecture import InputError
+
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+"""Types that weights may be stored in."""
+LENGTH_BYTES = 8
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies."""
+
+    file: Path
+    dtype: str  # safetensors' name of it
+    shape: tuple[int, ...]
+    offset: int  # of its first byte in the file
+
+    @property
+    def num_bytes(self) -> int:
+        """Size in the file."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def part(self, index: int, num_parts: int) -> "StoredTensor":
+        """One of equal parts along the first dimension."""
+        assert self.shape[0] % num_parts == 0
+        shape = (self.shape[0] // num_parts, *self.shape[1:])
+        found = replace(self, shape=shape)
+        return replace(found, offset=self.offset + index * found.num_bytes)
+
+    def without_first_dimension(self) -> "StoredTensor":
+        """[1, ...] as [...]."""
+        assert self.shape[0] == 1
+        return replace(self, shape=self.shape[1:])
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """List the tensors of a file.
+
+    Raises:
+        InputError: It is cut short, or no safetensors file.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        length = int.from_bytes(content.read(LENGTH_BYTES), "little")
+        try:
+            header = json.loads(content.read(length)) if length <= size else None
+        except ValueError:
+            header = None
+    if not isinstance(header, dict):
+        raise InputError(f"{file} ({size} bytes) is no safetensors file, or was cut short")
+    header.pop("__metadata__", None)
+    start = LENGTH_BYTES + length
+    end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != end:
+        raise InputError(
+            f"{file} has {size} bytes where its header promises {end}: it was cut short or "
+            "overwritten; fetch it again"
+        )
+    return {
+        name: StoredTensor(
+            file, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0]
+        )
+        for name, entry in header.items()
+    }
+
+
+def read_into(stored: StoredTensor, target: Tensor) -> None:
+    """Read a tensor to its place, converting its type where they differ."""
+    same = target.dtype == DTYPES[stored.dtype] and target.device.type == "cpu"
+    place = target if same else torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+    view = _bytes(place)
+    with stored.file.open("rb", buffering=0) as content:
+        content.seek(stored.offset)
+        done = 0
+        while done < len(view):  # a system call returns 2 GiB at most
+            count = content.readinto(view[done:])
+            assert count, f"{stored.file} ended while it was read"
+            done += count
+    if not same:
+        target.copy_(place)
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    assert tensor.is_contiguous()
+    return memoryview(tensor.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def read(stored: StoredTensor) -> Tensor:
+    """Read a tensor in the type it is stored in."""
+    target = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+    read_into(stored, target)
+    return target
+
+
+class ShardFile:
+    """A file of known tensors that processes fill in any order, each writing its own."""
+
+    def __init__(self, file: Path, dtype: torch.dtype, shapes: Mapping[str, tuple[int, ...]]):
+        self._file = file
+        self._dtype = dtype
+        self._shapes = dict(shapes)
+        code = next(code for code, known in DTYPES.items() if known == dtype)
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        starts = {}
+        for name, shape in shapes.items():
+            starts[name] = end
+            end += math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": code, "shape": shape, "data_offsets": [starts[name], end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        self._header = text + b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+        start = LENGTH_BYTES + len(self._header)
+        self._offsets = {name: start + offset for name, offset in starts.items()}
+        self._size = start + end
+
+    def create(self) -> None:
+        """Write the header and reserve the rest; one process does, before any writes."""
+        with self._file.open("wb") as content:
+            content.write(len(self._header).to_bytes(LENGTH_BYTES, "little") + self._header)
+            content.truncate(self._size)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor; only it is copied, where it is on a GPU or has strides."""
+        shape = self._shapes[name]
+        assert tensor.dtype == self._dtype and tuple(tensor.shape) == shape, (name, tensor.shape)
+        place = tensor.detach().cpu().contiguous()
+        view = _bytes(place)
+        with self._file.open("r+b", buffering=0) as content:
+            content.seek(self._offsets[name])
+            done = 0
+            while done < len(view):
+                done += content.write(view[done:])
+
+    def sync(self) -> None:
+        """Wait until what was written is on the disk."""
+        with self._file.open("r+b") as content:
+            os.fsync(content.fileno())

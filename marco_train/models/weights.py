@@ -1,0 +1,140 @@
+"""Weights by their checkpoint names, in streams, and fresh ones.
+
+One 2-D tensor per expert matrix, as the hub stores them, in the order of the model:
+`model.layers.0.mlp.experts.7.gate_proj.weight`. A tied head is absent.
+"""
+
+import re
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from marco_train.architecture import ArchitectureConfig, InputError
+from marco_train.distributed import device
+from marco_train.models.qwen3_moe import Qwen3Moe
+
+NUM_NAMED = 10  # how many of many mistakes are named
+FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
+
+
+def _split_experts(name: str, fused: Tensor, first: int) -> Iterator[tuple[str, Tensor]]:
+    """Views of one fused matrix [e, ...] under checkpoint names, from expert number `first`."""
+    found = FUSED.match(name)
+    assert found is not None
+    prefix, matrix = found.groups()
+    for expert, whole in enumerate(fused, first):
+        if matrix == "down_proj":
+            yield f"{prefix}.{expert}.down_proj.weight", whole
+        else:
+            gate, up = whole.chunk(2)
+            yield f"{prefix}.{expert}.gate_proj.weight", gate
+            yield f"{prefix}.{expert}.up_proj.weight", up
+
+
+def local_weights(model: Qwen3Moe) -> Iterator[tuple[str, Tensor]]:
+    """This rank's weights under checkpoint names; a tied head is absent."""
+    ep_rank = 0 if model.ep_group is None else model.ep_group.rank()
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach()
+        if FUSED.match(name):
+            yield from _split_experts(name, weight, first=ep_rank * len(weight))
+        else:
+            yield name, weight
+
+
+def named_weights(model: Qwen3Moe) -> Iterator[tuple[str, Tensor]]:
+    """Stream the whole model under checkpoint names; every rank of the group takes part.
+
+    At most one layer's experts of one matrix are gathered at a time. A tied head is absent.
+    """
+    for name, parameter in model.named_parameters():
+        weight = parameter.detach()
+        if FUSED.match(name):
+            yield from _split_experts(name, _gather_experts(weight, model.ep_group), first=0)
+        else:
+            yield name, weight
+
+
+def _gather_experts(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    """Join every rank's experts, [e, ...] -> [E, ...]."""
+    if group is None:
+        return local
+    parts = [torch.empty_like(local) for _ in range(group.size())]
+    dist.all_gather(parts, local.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+def weight_shapes(architecture: ArchitectureConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of each weight of a complete checkpoint, by name; a tied head is absent."""
+    with torch.device("meta"):
+        model = Qwen3Moe(architecture)
+    return {name: tuple(weight.shape) for name, weight in named_weights(model)}
+
+
+def receive_weights(model: Qwen3Moe, weights: Iterable[tuple[str, Tensor]]) -> None:
+    """Fill this rank's share of a model from a complete stream.
+
+    Raises:
+        InputError: A name is unknown, comes twice or never, or a shape differs.
+    """
+    shapes = weight_shapes(model.architecture)
+    mine = dict(local_weights(model))
+    for name, tensor in weights:
+        if name not in shapes:
+            raise InputError(f"{name} is not a weight of this model, or came twice")
+        if tuple(tensor.shape) != shapes.pop(name):
+            raise InputError(
+                f"{name} has shape {tuple(tensor.shape)}, and the model expects "
+                f"{tuple(mine[name].shape) if name in mine else 'another'}"
+            )
+        if name in mine:
+            mine[name].copy_(tensor)
+    if shapes:
+        raise InputError(f"{len(shapes)} weights are missing: {name_first(list(shapes))}")
+
+
+def name_first(names: Sequence[str]) -> str:
+    """The first ten."""
+    more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
+    return ", ".join(names[:NUM_NAMED]) + more
+
+
+def empty_model(
+    architecture: ArchitectureConfig, dtype: torch.dtype, ep_group: dist.ProcessGroup | None
+) -> Qwen3Moe:
+    """Allocate this rank's share of a model on its device, uninitialised."""
+    with torch.device("meta"):
+        model = Qwen3Moe(architecture, ep_group).to(dtype)
+    return model.to_empty(device=device())
+
+
+# Spread of the embeddings and gain of the layers that write to the residual stream, found to
+# start a two-layer model's copying about a third sooner than a uniform 0.02.
+EMBEDDING_STD = 0.1
+RESIDUAL_GAIN = 0.4
+
+
+def random_model(
+    architecture: ArchitectureConfig,
+    dtype: torch.dtype,
+    seed: int,
+    ep_group: dist.ProcessGroup | None = None,
+) -> Qwen3Moe:
+    """Initialise a model at random: matrices N(0, 1 / fan-in); the same on any number of ranks."""
+    generator = torch.Generator().manual_seed(seed)
+    whole = Qwen3Moe(architecture)
+    for name, parameter in whole.named_parameters():
+        if parameter.dim() == 1:
+            nn.init.ones_(parameter)
+        elif "embed_tokens" in name:
+            nn.init.normal_(parameter, std=EMBEDDING_STD, generator=generator)
+        else:
+            gain = RESIDUAL_GAIN if name.endswith(("o_proj.weight", "down_proj.weight")) else 1.0
+            gain = RESIDUAL_GAIN if name.endswith("experts.down_proj") else gain
+            std = gain * parameter.shape[-1] ** -0.5
+            nn.init.normal_(parameter, std=std, generator=generator)
+    model = empty_model(architecture, dtype, ep_group)
+    receive_weights(model, named_weights(whole))
+    return model
