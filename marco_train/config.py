@@ -345,6 +345,8 @@ class EvaluateConfig(StageConfig):
     """How many of a prompt's responses the teachers score for the KL."""
     num_shown: int = MISSING
     """Prompts whose answers are written out for a reader."""
+    signatures: bool = MISSING
+    """Whether signatures.json tells which experts each language's prompts and answers used."""
     rollout: RolloutConfig = MISSING
 
     def __post_init__(self) -> None:

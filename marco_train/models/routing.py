@@ -159,6 +159,8 @@ class LanguageSignatures:
 
     def loads(self) -> Tensor:
         """[languages, L, E] float64, counts."""
+        if not self._loads:
+            return torch.zeros(0, 0, 0, dtype=torch.float64)
         return torch.stack([self._loads[language] for language in self.languages])
 
     def shares(self) -> Tensor:

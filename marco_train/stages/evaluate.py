@@ -16,6 +16,7 @@ from marco_train.data.loader import Question, held_out_questions
 from marco_train.data.packing import pack_rollouts
 from marco_train.distributed import barrier, device, is_main, rank, reduce_sums, world_size
 from marco_train.evaluation.accuracy import accuracy_by_category
+from marco_train.evaluation.signatures import language_signatures, signature_report
 from marco_train.evaluation.verifiers import check_verifier, verify
 from marco_train.losses.distillation import FullReverseKL
 from marco_train.models import Qwen3Moe, load_model
@@ -35,7 +36,8 @@ def run_evaluate(cfg: TrainConfig) -> None:
     """Sample answers of every model at temperature 1, check them, and let the teachers score them.
 
     Writes evaluation.json: per cent of accepted answers by category (`avg_at_n`), reverse KL to
-    each teacher in nats a token, and some answers to read.
+    each teacher in nats a token, and some answers to read; and signatures.json, if asked for:
+    which experts each language used.
     """
     stage: EvaluateConfig = cfg.stage
     tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
@@ -66,6 +68,8 @@ def run_evaluate(cfg: TrainConfig) -> None:
         "answers": {},
     }
 
+    signatures: dict[str, Any] = {}
+
     for kind, name, path in measured:
         start = time.perf_counter()
         model = load_model(path, getattr(torch, cfg.model.dtype.value))
@@ -78,6 +82,11 @@ def run_evaluate(cfg: TrainConfig) -> None:
                 teacher: mean_reverse_kl(cfg, model, scored, teachers[teacher])
                 for teacher in teachers
             }
+            if stage.signatures and model.architecture.is_moe:
+                texts = ((r.prompt.language, r.input_ids) for _, r, _ in answers)
+                signatures[name] = signature_report(
+                    language_signatures(model, texts, cfg.data.max_tokens_per_microbatch)
+                )
         report[kind][name] = found
         if is_main():
             report["answers"][name] = shown_answers(answers, stage.num_shown)
@@ -88,6 +97,8 @@ def run_evaluate(cfg: TrainConfig) -> None:
     if is_main():
         text = json.dumps(report, indent=2, ensure_ascii=False)
         (Path(cfg.output_dir) / "evaluation.json").write_text(text, encoding="utf-8")
+        if signatures:
+            (Path(cfg.output_dir) / "signatures.json").write_text(json.dumps(signatures))
         mark_finished(cfg)
     barrier()
 
