@@ -346,7 +346,8 @@ class EvaluateConfig(StageConfig):
     num_shown: int = MISSING
     """Prompts whose answers are written out for a reader."""
     signatures: bool = MISSING
-    """Whether signatures.json tells which experts each language's prompts and answers used."""
+    """Whether signatures.json tells which experts each language's prompts and answers used, over
+    the responses that the teachers score."""
     rollout: RolloutConfig = MISSING
 
     def __post_init__(self) -> None:

@@ -83,7 +83,7 @@ def run_evaluate(cfg: TrainConfig) -> None:
                 for teacher in teachers
             }
             if stage.signatures and model.architecture.is_moe:
-                texts = ((r.prompt.language, r.input_ids) for _, r, _ in answers)
+                texts = ((r.prompt.language, r.input_ids) for r in scored)
                 signatures[name] = signature_report(
                     language_signatures(model, texts, cfg.data.max_tokens_per_microbatch)
                 )

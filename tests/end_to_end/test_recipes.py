@@ -69,7 +69,11 @@ def test_the_readme_opens_with_the_two_commands() -> None:
 def test_the_main_job_runs_in_a_fresh_clone(clone: Path) -> None:
     out = clone / "outputs" / "trial"
     command, tests = commands_of_the_readme()
-    tiny = [f"root={out}", "stage.max_steps=2", "evaluate.stage.num_prompts=20", "seed=3"]
+    tiny = [
+        *(f"root={out}", "stage.max_steps=2"),
+        *("evaluate.stage.num_prompts=20", "evaluate.stage.signatures=true"),
+        "seed=3",
+    ]
     done = run(clone, command, *tiny)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((out / "summary.json").read_text())
@@ -87,6 +91,13 @@ def test_the_main_job_runs_in_a_fresh_clone(clone: Path) -> None:
         assert all(0 <= value <= 100 for value in found["avg_at_8"].values())
         assert set(found["reverse_kl"]) == {"first", "second"}
         assert all(value > 0 for value in found["reverse_kl"].values())
+    signatures = json.loads((out / "evaluate" / "signatures.json").read_text())
+    assert list(signatures) == list(summary["models"])
+    for found in signatures.values():
+        languages = len(found["languages"])
+        assert languages > 1
+        assert torch.tensor(found["expert_shares"]).shape == (languages, 2, 16)
+        assert torch.tensor(found["distances"]).shape == (languages, languages)
     assert {set(t["avg_at_8"]) == categories for t in summary["teachers"].values()} == {True}
     assert (out / "summary.png").read_bytes().startswith(b"\x89PNG")
     assert "OPD, second teacher" in done.stdout
