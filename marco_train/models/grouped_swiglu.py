@@ -11,7 +11,6 @@ D width, I width of one expert.
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +18,15 @@ from torch import Tensor
 
 from marco_train.models.rows import RowMap, add_up, gather
 
+# Elements of one tensor that an elementwise chain takes at once on a CPU: its temporaries then stay
+# in the cache.
+SLICE_ELEMENTS = 2**17
 
-def _activate(gate_up: Tensor, weights: Tensor) -> Tensor:
+
+def _activate(gate_up: Tensor, weights: Tensor) -> tuple[Tensor]:
     """SiLU(gate) * up * weight in float32; [N, 2 I] and [N] float32 -> [N, I]."""
     gate, up = gate_up.float().chunk(2, dim=1)
-    return F.silu(gate).mul_(up).mul_(weights[:, None]).to(gate_up.dtype)
+    return (F.silu(gate).mul_(up).mul_(weights[:, None]).to(gate_up.dtype),)
 
 
 def _activate_backward(
@@ -46,16 +49,26 @@ def _activate_backward(
     return activations, torch.cat([grad_gate, grad_up], 1).to(gate_up.dtype), grad_weights
 
 
-_FUSED: dict[Callable[..., Any], Callable[..., Any]] = {}
+Chain = Callable[..., tuple[Tensor, ...]]
+_COMPILED: dict[Chain, Chain] = {}
 
 
-def _fused(function: Callable[..., Any], device: torch.device) -> Callable[..., Any]:
-    """One kernel for a chain of elementwise operations, on GPUs; the chain itself elsewhere."""
-    if device.type != "cuda":
-        return function
-    if function not in _FUSED:
-        _FUSED[function] = torch.compile(function, dynamic=True)
-    return _FUSED[function]
+def _fused(chain: Chain, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Run a chain of elementwise operations on rows [N, ...]: as one kernel, or slice by slice."""
+    if inputs[0].is_cuda:
+        if chain not in _COMPILED:
+            _COMPILED[chain] = torch.compile(chain, dynamic=True)
+        return _COMPILED[chain](*inputs)
+    num_rows = inputs[0].shape[0]
+    step = max(1, SLICE_ELEMENTS // inputs[0].shape[1])
+    outputs: tuple[Tensor, ...] = ()
+    for start in range(0, num_rows, step):
+        part = slice(start, start + step)
+        found = chain(*(x[part] for x in inputs))
+        outputs = outputs or tuple(x.new_empty(num_rows, *x.shape[1:]) for x in found)
+        for output, x in zip(outputs, found, strict=True):
+            output[part] = x
+    return outputs
 
 
 def _clear_empty(grad: Tensor, rows: RowMap) -> Tensor:
@@ -85,7 +98,7 @@ class _GroupedSwiGLU(torch.autograd.Function):
         offsets = rows.rows_per_group.cumsum(0).to(torch.int32)
         row_weights = weights.flatten()[rows.cell_of_row]
         gate_up = F.grouped_mm(gather(tokens, rows), gate_up_proj.transpose(1, 2), offs=offsets)
-        activations = _fused(_activate, tokens.device)(gate_up, row_weights)
+        (activations,) = _fused(_activate, gate_up, row_weights)
         ctx.save_for_backward(tokens, weights, gate_up_proj, down_proj, gate_up)
         return add_up(F.grouped_mm(activations, down_proj.transpose(1, 2), offs=offsets), rows)
 
@@ -101,9 +114,11 @@ class _GroupedSwiGLU(torch.autograd.Function):
         offsets = rows.rows_per_group.cumsum(0).to(torch.int32)
         row_weights = weights.flatten()[rows.cell_of_row]
         grad_rows = gather(grad, rows)
-        activations, grad_gate_up, grad_row_weights = _fused(_activate_backward, grad.device)(
-            kept[0], row_weights, F.grouped_mm(grad_rows, down_proj, offs=offsets)
+        grad_activations = F.grouped_mm(grad_rows, down_proj, offs=offsets)
+        activations, grad_gate_up, grad_row_weights = _fused(
+            _activate_backward, kept[0], row_weights, grad_activations
         )
+        del grad_activations
         grad_down = F.grouped_mm(grad_rows.T, activations, offs=offsets)
         del grad_rows, activations
         grad_gate_up_proj = F.grouped_mm(grad_gate_up.T, gather(tokens, rows), offs=offsets)
