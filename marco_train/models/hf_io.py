@@ -30,6 +30,7 @@ from marco_train.models.weights import (
     FUSED,
     empty_model,
     local_weights,
+    meta_model,
     name_first,
     weight_shapes,
 )
@@ -86,7 +87,7 @@ def stored_weights(path: str | Path, architecture: ArchitectureConfig) -> dict[s
             elif name != "lm_head.weight" or not architecture.tie_word_embeddings:
                 found.append((name, tensor))  # a tied head is a copy of the embeddings
     stored = dict(found)
-    shapes = weight_shapes(architecture)
+    shapes = weight_shapes(meta_model(architecture))
     mistakes = {
         "come twice": [name for name, times in Counter(n for n, _ in found).items() if times > 1],
         "are missing": [name for name in shapes if name not in stored],
@@ -232,7 +233,7 @@ def _plan_shards(
     """Cut the weights, in their order, into shards of bounded size: file -> name -> shape."""
     shards: list[dict[str, tuple[int, ...]]] = [{}]
     filled = 0
-    for name, shape in weight_shapes(architecture).items():
+    for name, shape in weight_shapes(meta_model(architecture)).items():
         num_bytes = math.prod(shape) * dtype.itemsize
         if shards[-1] and filled + num_bytes > SHARD_BYTES:
             shards.append({})

@@ -66,11 +66,25 @@ def _gather_experts(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     return torch.cat(parts)
 
 
-def weight_shapes(architecture: ArchitectureConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of each weight of a complete checkpoint, by name; a tied head is absent."""
+def weight_shapes(model: Qwen3Moe) -> dict[str, tuple[int, ...]]:
+    """Shape of each weight of the complete checkpoint, by name and in its order."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, parameter in model.named_parameters():
+        if FUSED.match(name):
+            one = parameter.detach()[:1]  # every expert's are alike, and here is one of them
+            for expert in range(model.architecture.num_experts or 0):
+                shapes |= {n: tuple(w.shape) for n, w in _split_experts(name, one, expert)}
+        else:
+            shapes[name] = tuple(parameter.shape)
+    return shapes
+
+
+def meta_model(
+    architecture: ArchitectureConfig, ep_group: dist.ProcessGroup | None = None
+) -> Qwen3Moe:
+    """Build a model without memory, for its names and shapes."""
     with torch.device("meta"):
-        model = Qwen3Moe(architecture)
-    return {name: tuple(weight.shape) for name, weight in named_weights(model)}
+        return Qwen3Moe(architecture, ep_group)
 
 
 def receive_weights(model: Qwen3Moe, weights: Iterable[tuple[str, Tensor]]) -> None:
@@ -79,7 +93,7 @@ def receive_weights(model: Qwen3Moe, weights: Iterable[tuple[str, Tensor]]) -> N
     Raises:
         InputError: A name is unknown, comes twice or never, or a shape differs.
     """
-    shapes = weight_shapes(model.architecture)
+    shapes = weight_shapes(model)
     mine = dict(local_weights(model))
     for name, tensor in weights:
         if name not in shapes:
@@ -105,9 +119,7 @@ def empty_model(
     architecture: ArchitectureConfig, dtype: torch.dtype, ep_group: dist.ProcessGroup | None
 ) -> Qwen3Moe:
     """Allocate this rank's share of a model on its device, uninitialised."""
-    with torch.device("meta"):
-        model = Qwen3Moe(architecture, ep_group).to(dtype)
-    return model.to_empty(device=device())
+    return meta_model(architecture, ep_group).to(dtype).to_empty(device=device())
 
 
 # Spread of the embeddings and gain of the layers that write to the residual stream, found to

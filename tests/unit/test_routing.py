@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from marco_train.config import Recompute
 from marco_train.evaluation.signatures import language_signatures
 from marco_train.losses.balance import balance_loss, router_z_loss
 from marco_train.models import load_model, save_model
@@ -139,6 +140,39 @@ def test_replaying_the_experts_of_a_pass_gives_the_same_pass() -> None:
     assert torch.equal(model(IDS, POSITIONS, routing=Routing(seen.expert_ids)), hidden)
     others = (seen.expert_ids + 1) % 8
     assert not torch.allclose(model(IDS, POSITIONS, routing=Routing(others)), hidden, atol=1e-3)
+
+
+@pytest.mark.parametrize("policy", Recompute, ids=lambda policy: policy.value)
+def test_what_is_computed_again_is_not_counted_again(policy: Recompute) -> None:
+    model = random_model(architecture(), torch.float32, seed=0)
+    model.recompute = policy
+    seen = Routing()
+    model(IDS, POSITIONS, routing=seen).square().sum().backward()
+    assert seen.load.sum(1).tolist() == [30 * architecture().num_experts_per_tok] * 2
+
+
+def test_a_policy_keeps_less_for_backward_and_gives_the_same_gradients() -> None:
+    kept, gradients = {}, {}
+    for policy in Recompute:
+        model = random_model(architecture(), torch.float32, seed=0)
+        model.recompute = policy
+        sizes: dict[int, int] = {}
+
+        def keep(x: Tensor, sizes: dict[int, int] = sizes) -> Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+            hidden = model(IDS, POSITIONS)
+        (hidden * torch.arange(32.0)).sum().backward()
+        for parameter in model.parameters():
+            sizes.pop(parameter.untyped_storage().data_ptr(), None)
+        kept[policy] = sum(sizes.values())
+        gradients[policy] = [p.grad for p in model.parameters()]
+    assert kept[Recompute.layer] < kept[Recompute.attention] < kept[Recompute.none]
+    for policy in (Recompute.attention, Recompute.layer):
+        for found, wanted in zip(gradients[policy], gradients[Recompute.none], strict=True):
+            assert torch.equal(found, wanted)
 
 
 def test_a_dense_model_has_no_routing() -> None:
