@@ -96,6 +96,15 @@ def change(path: Path, **changes: torch.Tensor | None) -> None:
     save_file(weights, path / "model.safetensors")
 
 
+def test_a_second_save_replaces_the_first(saved: Path) -> None:
+    (saved / "left_over.txt").write_text("of the first")
+    other = random_model(architecture(), torch.float32, seed=1)
+    save_model(other, saved)
+    again = dict(named_weights(load_model(saved, torch.float32)))
+    assert all(torch.equal(weight, again[name]) for name, weight in named_weights(other))
+    assert not (saved / "left_over.txt").exists()
+
+
 BAD_WEIGHTS = {
     "missing": ({GATE_3: None}, rf"1 are missing: {GATE_3}"),
     "unknown": ({"model.bias": torch.zeros(2)}, "1 are not of this model: model.bias"),
