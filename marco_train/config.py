@@ -49,7 +49,18 @@ class Objective(Enum):
     """How the reverse KL of an OPD step is estimated; see `losses/distillation.py`."""
 
     sampled = "sampled"
+    topk = "topk"
     full = "full"
+
+
+class TopKFrom(Enum):
+    """Whose likeliest tokens the top-k objective tells apart.
+
+    sampler: the policy's own; teacher: the teacher's, for servers that give no others.
+    """
+
+    sampler = "sampler"
+    teacher = "teacher"
 
 
 class Schedule(Enum):
@@ -292,6 +303,12 @@ class OPDConfig(StageConfig):
     objective: Objective = MISSING
     max_importance_ratio: float | None = MISSING
     """Truncation of policy/sampler in the `sampled` objective. None: no truncation."""
+    max_advantage: float | None = MISSING
+    """Bound on |log teacher - log sampler| in the `sampled` objective, in nats. None: no bound."""
+    top_k: int | None = MISSING
+    """Tokens that the `topk` objective tells apart; the others are one bucket. None: another
+    objective is chosen."""
+    top_k_from: TopKFrom = MISSING
     global_batch_size: int = MISSING
     """Prompts of one update, over all ranks."""
     responses_per_prompt: int = MISSING
@@ -308,12 +325,19 @@ class OPDConfig(StageConfig):
         require_positive(
             "stage",
             max_importance_ratio=self.max_importance_ratio,
+            max_advantage=self.max_advantage,
+            top_k=self.top_k,
             global_batch_size=self.global_batch_size,
             responses_per_prompt=self.responses_per_prompt,
             max_prompt_length=self.max_prompt_length,
             max_response_length=self.max_response_length,
         )
         require(len(self.cascade) > 0, "stage.cascade has no phase: name at least one teacher")
+        require(
+            (self.top_k is not None) == (self.objective is Objective.topk),
+            f"stage.top_k is {self.top_k} and stage.objective is {self.objective.value}; give "
+            "stage.top_k with stage.objective=topk, and null with any other",
+        )
         require(
             self.objective is not Objective.sampled or self.rollout.temperature == 1.0,
             f"stage.rollout.temperature is {self.rollout.temperature}; the sampled-token "
@@ -326,6 +350,11 @@ class OPDConfig(StageConfig):
             "1.0 the responses are not the policy's own and the KL is of another distribution: "
             "set it to 1.0",
         )
+
+    @property
+    def num_sampler_topk(self) -> int:
+        """How many of its likeliest tokens the sampler has to name in each place."""
+        return (self.top_k or 0) if self.top_k_from is TopKFrom.sampler else 0
 
 
 @dataclass(kw_only=True)

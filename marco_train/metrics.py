@@ -16,6 +16,8 @@ NAMES = {
     "loss/objective": "what the gradient is of, a token",
     "eval/cross_entropy": "held-out, nats a token",
     "kl/reverse": "policy against teacher, nats a token",
+    "kl/policy_mass": "of the tokens that topk tells apart, mean",
+    "kl/teacher_mass": "of the tokens that topk tells apart, mean",
     "kl/sampler_mismatch": "mean |log policy - log sampler| of the sampled tokens, nats",
     "rollout/response_length": "mean, tokens",
     "rollout/truncated": "share of responses cut at the limit",

@@ -1,9 +1,11 @@
 """The values that flow through a run; each station takes one and returns the next.
 
     SFT  Conversation -> Example -> Microbatch
-    OPD  Conversation -> Prompt -> Rollout -> ScoredRollout -> SampledMicrobatch | FullMicrobatch
+    OPD  Conversation -> Prompt -> Rollout -> ScoredRollout -> SampledMicrobatch | TopKMicrobatch |
+                                                           FullMicrobatch
 
-Legend: T packed tokens, R tokens of a response, V vocabulary, D width of the teacher.
+Legend: T packed tokens, R tokens of a response, K likeliest tokens, V vocabulary, D width of the
+teacher.
 """
 
 from collections.abc import Callable, Mapping
@@ -72,6 +74,8 @@ class Rollout:
     """Includes the stop token, where the response ended with one."""
     sampler_logprobs: list[float]
     """Log-probability of each response token when it was sampled, in nats."""
+    topk_ids: list[list[int]]
+    """The sampler's K likeliest tokens in each place, for the objective `topk`; else K is 0."""
     finish_reason: FinishReason
     weight_version: int
     """The policy's step whose weights sampled it."""
@@ -90,6 +94,14 @@ class TokenScores:
 
 
 @dataclass(frozen=True)
+class TopKScores:
+    """The teacher's log-probabilities of K tokens in each place."""
+
+    topk_ids: Tensor  # [R, K] int64, the sampler's likeliest tokens or the teacher's
+    teacher_topk_logprobs: Tensor  # [R, K] float32
+
+
+@dataclass(frozen=True)
 class HiddenScores:
     """The teacher's last hidden states, after its final norm, where it predicts the response."""
 
@@ -101,7 +113,7 @@ class ScoredRollout:
     """A rollout with the teacher's view of it."""
 
     rollout: Rollout
-    scores: TokenScores | HiddenScores
+    scores: TokenScores | TopKScores | HiddenScores
 
 
 @dataclass(frozen=True)
@@ -131,6 +143,15 @@ class SampledMicrobatch(Microbatch):
 
     sampler_logprobs: Tensor  # [T] float32, of the targets
     teacher_logprobs: Tensor  # [T] float32, of the targets
+
+
+@dataclass(frozen=True)
+class TopKMicrobatch(Microbatch):
+    """For the top-k objective."""
+
+    sampler_logprobs: Tensor  # [T] float32, of the targets
+    topk_ids: Tensor  # [N, K] int64, at the N loss tokens, in order
+    teacher_topk_logprobs: Tensor  # [N, K] float32
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from marco_train.types import (
     SampledMicrobatch,
     ScoredRollout,
     TokenScores,
+    TopKMicrobatch,
+    TopKScores,
 )
 
 
@@ -35,9 +37,12 @@ def pack_rollouts(
     """Pack this rank's scored rollouts of a global batch; every response token has loss."""
     bins = _equal_bins([len(s.rollout.input_ids) for s in scored], max_tokens)
     packed = [[scored[i] for i in members] for members in bins]
-    if objective is Objective.sampled:
-        return [_sampled_microbatch(members) for members in packed]
-    return [_full_microbatch(members) for members in packed]
+    make = {
+        Objective.sampled: _sampled_microbatch,
+        Objective.topk: _topk_microbatch,
+        Objective.full: _full_microbatch,
+    }[objective]
+    return [make(members) for members in packed]
 
 
 def _sampled_microbatch(scored: Sequence[ScoredRollout]) -> SampledMicrobatch:
@@ -48,6 +53,20 @@ def _sampled_microbatch(scored: Sequence[ScoredRollout]) -> SampledMicrobatch:
         **vars(joined),
         sampler_logprobs=_spread(joined, _sampler_logprobs(scored)),
         teacher_logprobs=_spread(joined, torch.cat([torch.zeros(0), *scores])),
+    )
+
+
+def _topk_microbatch(scored: Sequence[ScoredRollout]) -> TopKMicrobatch:
+    scores = [s.scores for s in scored if isinstance(s.scores, TopKScores)]
+    assert len(scores) == len(scored), "the teacher did not score the likeliest tokens"
+    joined = _join([_as_example(s.rollout) for s in scored])
+    ids = [s.topk_ids for s in scores]
+    logprobs = [s.teacher_topk_logprobs for s in scores]
+    return TopKMicrobatch(
+        **vars(joined),
+        sampler_logprobs=_spread(joined, _sampler_logprobs(scored)),
+        topk_ids=torch.cat(ids) if ids else torch.zeros(0, 0, dtype=torch.int64),
+        teacher_topk_logprobs=torch.cat(logprobs) if logprobs else torch.zeros(0, 0),
     )
 
 

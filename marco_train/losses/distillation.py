@@ -6,10 +6,13 @@ r"""Reverse KL of policy against teacher on the policy's own samples.
 differentiated directly: E[grad log policy] = 0, so the signal would vanish on average and leave
 noise. It serves as an advantage instead, A = log teacher - log sampler, detached, under the
 gradient of -ratio * A with ratio = policy / sampler, whose expectation is the gradient of the KL.
+`topk` sums over K tokens and one bucket of all others, differentiated directly: a lower bound of
+the KL that needs the teacher's log-probabilities at K tokens. Without the bucket, the policy could
+lower the sum by moving its mass out of sight.
 `full` sums over the whole vocabulary in each place, which has no variance from the sampled token,
 and needs the teacher's hidden states and head.
 
-Both hold the prefix fixed: the gradient does not run through how the prefix was sampled, as
+All hold the prefix fixed: the gradient does not run through how the prefix was sampled, as
 in the token-level estimate of the paper's framework (no discount, Marco-MoE section 4.2).
 
 Legend: N tokens with loss, V vocabulary, B of its entries in a tile, D width.
@@ -21,15 +24,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from marco_train.config import Objective
+from marco_train.config import Objective, OPDConfig
 from marco_train.losses.logprobs import (
     HeadGradient,
     RunningSoftmax,
+    gather_logprobs,
     pick,
     token_logprobs,
     vocabulary_blocks,
 )
-from marco_train.types import FullMicrobatch, LossFn, LossOutput, PolicyOutput, SampledMicrobatch
+from marco_train.types import (
+    FullMicrobatch,
+    LossFn,
+    LossOutput,
+    PolicyOutput,
+    SampledMicrobatch,
+    TopKMicrobatch,
+)
 
 
 @dataclass(frozen=True)
@@ -38,6 +49,8 @@ class SampledReverseKL:
 
     max_importance_ratio: float | None
     """Truncation of policy/sampler. None: no truncation."""
+    max_advantage: float | None
+    """Bound on |A|, in nats. None: no bound."""
 
     def __call__(self, output: PolicyOutput, microbatch: SampledMicrobatch) -> LossOutput:
         """Sum -ratio * A over the sampled tokens."""
@@ -47,6 +60,9 @@ class SampledReverseKL:
         )
         sampler_logprobs = microbatch.sampler_logprobs[mask]
         advantage = microbatch.teacher_logprobs[mask] - sampler_logprobs
+        reverse_kl = -advantage.sum()
+        if self.max_advantage is not None:
+            advantage = advantage.clamp(-self.max_advantage, self.max_advantage)
         log_ratio = policy_logprobs - sampler_logprobs
         ratio = log_ratio.exp()
         if self.max_importance_ratio is not None:
@@ -56,8 +72,58 @@ class SampledReverseKL:
             loss,
             {
                 "loss/objective": loss.detach(),
-                "kl/reverse": -advantage.sum(),
+                "kl/reverse": reverse_kl,
                 "kl/sampler_mismatch": log_ratio.detach().abs().sum(),
+                "loss/entropy": entropy.sum(),
+            },
+        )
+
+
+# Mass below which a bucket's logarithm would be of rounding errors.
+MIN_MASS = 1e-6
+
+
+def bucketed_reverse_kl(policy_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
+    """Reverse KL between distributions over K tokens and one bucket of all others.
+
+    Args:
+        policy_logprobs: [N, K] float32, of K different tokens in each place.
+        teacher_logprobs: [N, K] float32, of the same.
+
+    Returns:
+        [N] float32 in nats, differentiable in the policy; at most the KL over all tokens.
+    """
+    p = policy_logprobs.exp()
+    p_rest = (1 - p.sum(1)).clamp(min=MIN_MASS)
+    q_rest = (1 - teacher_logprobs.exp().sum(1)).clamp(min=MIN_MASS)
+    # A token that the policy holds impossible adds nothing, whatever the teacher says of it.
+    gaps = torch.where(p > 0, policy_logprobs - teacher_logprobs, 0.0)
+    return (p * gaps).sum(1) + p_rest * (p_rest.log() - q_rest.log())
+
+
+@dataclass(frozen=True)
+class TopKReverseKL:
+    """The reverse KL over K tokens and the rest of each place, differentiated directly."""
+
+    def __call__(self, output: PolicyOutput, microbatch: TopKMicrobatch) -> LossOutput:
+        """Sum the bucketed reverse KL over the places of the sampled tokens."""
+        mask = microbatch.loss_mask
+        # [0, 0] where no rollout told K.
+        topk_ids = microbatch.topk_ids.view(int(mask.sum()), -1)
+        ids = torch.cat([topk_ids, microbatch.targets[mask, None]], 1)
+        logprobs, entropy = gather_logprobs(output.hidden[mask], output.head, ids)
+        policy_topk, policy_logprobs = logprobs[:, :-1], logprobs[:, -1].detach()
+        teacher_topk = microbatch.teacher_topk_logprobs.view_as(policy_topk)
+        loss = bucketed_reverse_kl(policy_topk, teacher_topk).sum()
+        mismatch = (policy_logprobs - microbatch.sampler_logprobs[mask]).abs()
+        return LossOutput(
+            loss,
+            {
+                "loss/objective": loss.detach(),
+                "kl/reverse": loss.detach(),
+                "kl/policy_mass": policy_topk.detach().exp().sum(),
+                "kl/teacher_mass": teacher_topk.exp().sum(),
+                "kl/sampler_mismatch": mismatch.sum(),
                 "loss/entropy": entropy.sum(),
             },
         )
@@ -164,12 +230,12 @@ class FullReverseKL:
         )
 
 
-def build_reverse_kl(
-    objective: Objective, max_importance_ratio: float | None, teacher_head: Tensor
-) -> LossFn:
+def build_reverse_kl(cfg: OPDConfig, teacher_head: Tensor) -> LossFn:
     """Choose the objective by its config; `teacher_head` is [V, D']."""
-    match objective:
+    match cfg.objective:
         case Objective.sampled:
-            return SampledReverseKL(max_importance_ratio)
+            return SampledReverseKL(cfg.max_importance_ratio, cfg.max_advantage)
+        case Objective.topk:
+            return TopKReverseKL()
         case Objective.full:
             return FullReverseKL(teacher_head)

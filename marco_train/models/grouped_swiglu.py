@@ -18,57 +18,59 @@ from torch import Tensor
 
 from marco_train.models.rows import RowMap, add_up, gather
 
-# Elements of one tensor that an elementwise chain takes at once on a CPU: its temporaries then stay
-# in the cache.
-SLICE_ELEMENTS = 2**17
+# Elements of one tensor that a chain takes at once on a CPU: temporaries then stay in the cache.
+SLICE_ELEMENTS = 2**18
 
 
-def _activate(gate_up: Tensor, weights: Tensor) -> tuple[Tensor]:
-    """SiLU(gate) * up * weight in float32; [N, 2 I] and [N] float32 -> [N, I]."""
+def _activate(gate_up: Tensor, weights: Tensor, out: Tensor) -> None:
+    """Write SiLU(gate) * up * weight, computed in float32, to `out`.
+
+    Args:
+        gate_up: [N, 2 I].
+        weights: [N] float32.
+        out: [N, I].
+    """
     gate, up = gate_up.float().chunk(2, dim=1)
-    return (F.silu(gate).mul_(up).mul_(weights[:, None]).to(gate_up.dtype),)
+    out.copy_(F.silu(gate).mul_(up).mul_(weights[:, None]))
 
 
 def _activate_backward(
-    gate_up: Tensor, weights: Tensor, grad: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `_activate` for `grad` [N, I], and its output again.
+    gate_up: Tensor, weights: Tensor, grad: Tensor, grad_weights: Tensor
+) -> None:
+    """Turn inputs into gradients and the gradient into activations, each in its place.
 
-    Returns:
-        The activations [N, I], the gradient of gate_up [N, 2 I] and of weights [N] float32.
+    Args:
+        gate_up: [N, 2 I] of `_activate`; becomes its gradient.
+        weights: [N] float32.
+        grad: [N, I], of the activations; becomes the activations.
+        grad_weights: [N] float32, is written.
     """
-    gate, up = gate_up.float().chunk(2, dim=1)
-    grad = grad.float()
+    gate, up = (half.float().contiguous() for half in gate_up.chunk(2, dim=1))
     silu = F.silu(gate)
     product = silu * up
-    grad_weights = (grad * product).sum(1)
-    weighted = grad * weights[:, None]
-    grad_up = weighted * silu
-    grad_gate = torch.ops.aten.silu_backward(weighted.mul_(up), gate)
-    activations = product.mul_(weights[:, None]).to(gate_up.dtype)
-    return activations, torch.cat([grad_gate, grad_up], 1).to(gate_up.dtype), grad_weights
+    upstream = grad.float()
+    grad_weights.copy_((upstream * product).sum(1))
+    weighted = upstream * weights[:, None]
+    grad.copy_(product.mul_(weights[:, None]))
+    of_gate, of_up = gate_up.chunk(2, dim=1)
+    of_up.copy_(silu.mul_(weighted))
+    of_gate.copy_(torch.ops.aten.silu_backward(weighted.mul_(up), gate))
 
 
-Chain = Callable[..., tuple[Tensor, ...]]
+Chain = Callable[..., None]
 _COMPILED: dict[Chain, Chain] = {}
 
 
-def _fused(chain: Chain, *inputs: Tensor) -> tuple[Tensor, ...]:
+def _run(chain: Chain, *tensors: Tensor) -> None:
     """Run a chain of elementwise operations on rows [N, ...]: as one kernel, or slice by slice."""
-    if inputs[0].is_cuda:
+    if tensors[0].is_cuda:
         if chain not in _COMPILED:
             _COMPILED[chain] = torch.compile(chain, dynamic=True)
-        return _COMPILED[chain](*inputs)
-    num_rows = inputs[0].shape[0]
-    step = max(1, SLICE_ELEMENTS // inputs[0].shape[1])
-    outputs: tuple[Tensor, ...] = ()
-    for start in range(0, num_rows, step):
-        part = slice(start, start + step)
-        found = chain(*(x[part] for x in inputs))
-        outputs = outputs or tuple(x.new_empty(num_rows, *x.shape[1:]) for x in found)
-        for output, x in zip(outputs, found, strict=True):
-            output[part] = x
-    return outputs
+        _COMPILED[chain](*tensors)
+        return
+    step = max(1, SLICE_ELEMENTS // tensors[0].shape[1])
+    for parts in zip(*(tensor.split(step) for tensor in tensors), strict=True):
+        chain(*parts)
 
 
 def _clear_empty(grad: Tensor, rows: RowMap) -> Tensor:
@@ -98,7 +100,8 @@ class _GroupedSwiGLU(torch.autograd.Function):
         offsets = rows.rows_per_group.cumsum(0).to(torch.int32)
         row_weights = weights.flatten()[rows.cell_of_row]
         gate_up = F.grouped_mm(gather(tokens, rows), gate_up_proj.transpose(1, 2), offs=offsets)
-        (activations,) = _fused(_activate, gate_up, row_weights)
+        activations = gate_up.new_empty(num_rows, gate_up.shape[1] // 2)
+        _run(_activate, gate_up, row_weights, activations)
         ctx.save_for_backward(tokens, weights, gate_up_proj, down_proj, gate_up)
         return add_up(F.grouped_mm(activations, down_proj.transpose(1, 2), offs=offsets), rows)
 
@@ -114,14 +117,16 @@ class _GroupedSwiGLU(torch.autograd.Function):
         offsets = rows.rows_per_group.cumsum(0).to(torch.int32)
         row_weights = weights.flatten()[rows.cell_of_row]
         grad_rows = gather(grad, rows)
-        grad_activations = F.grouped_mm(grad_rows, down_proj, offs=offsets)
-        activations, grad_gate_up, grad_row_weights = _fused(
-            _activate_backward, kept[0], row_weights, grad_activations
-        )
-        del grad_activations
+        # Both are overwritten: a second backward over one forward is refused by autograd's own
+        # version check.
+        activations = F.grouped_mm(grad_rows, down_proj, offs=offsets)
+        grad_gate_up = kept[0]
+        grad_row_weights = torch.empty_like(row_weights)
+        _run(_activate_backward, grad_gate_up, row_weights, activations, grad_row_weights)
         grad_down = F.grouped_mm(grad_rows.T, activations, offs=offsets)
-        del grad_rows, activations
-        grad_gate_up_proj = F.grouped_mm(grad_gate_up.T, gather(tokens, rows), offs=offsets)
+        del activations
+        arrived = torch.index_select(tokens, 0, rows.token_of_row, out=grad_rows)
+        grad_gate_up_proj = F.grouped_mm(grad_gate_up.T, arrived, offs=offsets)
         grad_tokens = add_up(F.grouped_mm(grad_gate_up, gate_up_proj, offs=offsets), rows)
         grad_weights = torch.zeros_like(weights)
         grad_weights.view(-1)[rows.cell_of_row] = grad_row_weights

@@ -29,14 +29,19 @@ class HFSampler:
         model: Qwen3Moe,
         stop_ids: Sequence[int],
         max_response_length: int,
+        num_topk: int,
         seed: int,
         weight_version: int | None = None,
     ) -> None:
-        """Sample from `model`; its weights count as loaded if they have a version."""
+        """Sample from `model`; its weights count as loaded if they have a version.
+
+        Rollouts name the `num_topk` likeliest tokens in each place.
+        """
         self._model = model.eval()
         self._batch_size = cfg.batch_size
         self._stop_ids = frozenset(stop_ids)
         self._max_response_length = max_response_length
+        self._num_topk = num_topk
         self._seed = seed
         self._weight_version = weight_version
 
@@ -88,15 +93,18 @@ class HFSampler:
         uniforms = self._uniforms(requests)  # [B, L]
         response_ids: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[float]] = [[] for _ in requests]
+        topk_ids: list[list[list[int]]] = [[] for _ in requests]
         logits = self._prefill([prompt.input_ids for prompt, _ in requests], cache)  # [B, V]
         active = list(range(len(requests)))
         for place in range(self._max_response_length):
             tokens, token_lps = draw_tokens(logits, uniforms[active, place])
+            likeliest = logits.topk(self._num_topk, dim=-1).indices.tolist()
             running = []
-            rows = zip(active, tokens.tolist(), token_lps.tolist(), strict=True)
-            for row, (request, token, lp) in enumerate(rows):
+            rows = zip(active, tokens.tolist(), token_lps.tolist(), likeliest, strict=True)
+            for row, (request, token, lp, ids) in enumerate(rows):
                 response_ids[request].append(token)
                 logprobs[request].append(lp)
+                topk_ids[request].append(ids)
                 if token not in self._stop_ids:
                     running.append(row)
             if not running or place + 1 == self._max_response_length:
@@ -114,13 +122,14 @@ class HFSampler:
                 sample_index=sample_index,
                 response_ids=ids,
                 sampler_logprobs=lps,
+                topk_ids=topk,
                 finish_reason=(
                     FinishReason.stop if ids[-1] in self._stop_ids else FinishReason.length
                 ),
                 weight_version=weight_version,
             )
-            for (prompt, sample_index), ids, lps in zip(
-                requests, response_ids, logprobs, strict=True
+            for (prompt, sample_index), ids, lps, topk in zip(
+                requests, response_ids, logprobs, topk_ids, strict=True
             )
         ]
 
@@ -169,8 +178,9 @@ def build_sampler(
     dtype: torch.dtype,
     stop_ids: Sequence[int],
     max_response_length: int,
+    num_topk: int,
     seed: int,
 ) -> HFSampler:
     """Make the sampler of a run, without weights yet; `hf` is the only backend."""
     model = empty_model(architecture, dtype, ep_group=None)
-    return HFSampler(cfg, model, stop_ids, max_response_length, seed)
+    return HFSampler(cfg, model, stop_ids, max_response_length, num_topk, seed)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from marco_train.architecture import InputError, read_architecture
-from marco_train.config import EvaluateConfig, Objective, TrainConfig
+from marco_train.config import EvaluateConfig, Objective, TopKFrom, TrainConfig
 from marco_train.data.chat import Tokenizer, load_tokenizer
 from marco_train.data.loader import Question, held_out_questions
 from marco_train.data.packing import pack_rollouts
@@ -23,7 +23,7 @@ from marco_train.models import Qwen3Moe, load_model
 from marco_train.models.hf_io import stop_token_ids
 from marco_train.rollout.hf import HFSampler
 from marco_train.run import begin, mark_finished
-from marco_train.teachers.base import Teacher
+from marco_train.teachers.base import Teacher, Wanted
 from marco_train.teachers.hf import build_teacher
 from marco_train.teachers.vocab import check_head_rows, check_vocabulary
 from marco_train.tracking import format_seconds, say
@@ -59,7 +59,8 @@ def run_evaluate(cfg: TrainConfig) -> None:
     mine = questions[rank() :: world_size()]
     if is_main():
         begin(cfg)
-    teachers = {name: build_teacher(t, Objective.full) for name, t in stage.teachers.items()}
+    states = Wanted(Objective.full, top_k=0, top_k_from=TopKFrom.teacher)
+    teachers = {name: build_teacher(t, states) for name, t in stage.teachers.items()}
     report: dict[str, Any] = {
         "num_questions": len(questions),
         "num_dropped": stage.num_prompts - len(questions),  # over the limit, or control tokens
@@ -110,7 +111,13 @@ def sample_answers(
     stage: EvaluateConfig = cfg.stage
     stop_ids = stop_token_ids(cfg.model.tokenizer)
     sampler = HFSampler(
-        stage.rollout, model, stop_ids, stage.max_response_length, cfg.seed, weight_version=0
+        stage.rollout,
+        model,
+        stop_ids,
+        stage.max_response_length,
+        num_topk=0,
+        seed=cfg.seed,
+        weight_version=0,
     )
     rollouts = sampler.sample([q.prompt for q in questions], stage.responses_per_prompt)
     by_index = {q.prompt.index: q for q in questions}

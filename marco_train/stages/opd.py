@@ -38,6 +38,7 @@ def run_opd(cfg: TrainConfig) -> None:
         getattr(torch, cfg.model.dtype.value),
         stop_token_ids(cfg.model.tokenizer),
         opd.max_response_length,
+        opd.num_sampler_topk,
         cfg.seed,
     )
     run = Run.open(cfg, policy, prompts, cascade)
@@ -53,7 +54,7 @@ def run_opd(cfg: TrainConfig) -> None:
             scored = teacher.score(rollouts)
         with run.timer("train"):
             packed = pack_rollouts(scored, opd.objective, cfg.data.max_tokens_per_microbatch)
-            reverse_kl = build_reverse_kl(opd.objective, opd.max_importance_ratio, teacher.head)
+            reverse_kl = build_reverse_kl(opd, teacher.head)
             metrics = policy.train_step(packed, reverse_kl)
 
         metrics |= summarize(rollouts) | prompts.metrics() | cascade.metrics(step)

@@ -7,7 +7,7 @@ from typing import Any
 from marco_train.architecture import InputError
 from marco_train.config import OPDConfig, PhaseConfig
 from marco_train.metrics import Metrics
-from marco_train.teachers.base import Teacher
+from marco_train.teachers.base import Teacher, Wanted
 from marco_train.teachers.hf import build_teacher
 from marco_train.teachers.vocab import check_head_rows, check_vocabulary
 
@@ -34,7 +34,7 @@ class Cascade:
         Raises:
             InputError: A teacher is missing or has another vocabulary.
         """
-        self._objective = cfg.objective
+        self._wanted = Wanted(cfg.objective, cfg.top_k or 0, cfg.top_k_from)
         self.phases: list[Phase] = []
         first = 0
         for index, (name, phase) in enumerate(cfg.cascade.items()):
@@ -64,7 +64,7 @@ class Cascade:
         phase = self.phase_at(step)
         if self._open is None or self._open[0] != phase.name:
             self._open = None  # let go of the former before the next takes memory
-            self._open = phase.name, build_teacher(phase.cfg.teacher, self._objective)
+            self._open = phase.name, build_teacher(phase.cfg.teacher, self._wanted)
         return self._open[1]
 
     def ends_at(self, step: int) -> bool:

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from marco_train.architecture import InputError
-from marco_train.config import Objective, TeacherConfig
+from marco_train.config import TeacherConfig
 from marco_train.distributed import device
-from marco_train.losses.logprobs import token_logprobs
-from marco_train.types import HiddenScores, Rollout, ScoredRollout, TokenScores
+from marco_train.teachers.base import Wanted, scores_from_hidden
+from marco_train.types import Rollout, ScoredRollout
 
 # Nats by which hidden states times head may miss the model's own log-probabilities.
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
@@ -21,7 +21,7 @@ HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 class HFTeacher:
     """Scores this rank's rollouts with a whole copy of the teacher."""
 
-    def __init__(self, cfg: TeacherConfig, objective: Objective) -> None:
+    def __init__(self, cfg: TeacherConfig, wanted: Wanted) -> None:
         # Seconds to import.
         from transformers import AutoModelForCausalLM
         from transformers.utils import logging
@@ -30,7 +30,7 @@ class HFTeacher:
         dtype = getattr(torch, cfg.dtype.value)
         model = AutoModelForCausalLM.from_pretrained(cfg.path, dtype=dtype)
         self._model = model.to(device()).eval().requires_grad_(False)
-        self._objective = objective
+        self._wanted = wanted
         self._max_tokens = cfg.max_tokens_per_batch
         self.head: Tensor = self._model.get_output_embeddings().weight
         self._check_head(cfg.path, HEAD_TOLERANCE[dtype])
@@ -96,13 +96,9 @@ class HFTeacher:
             yield hidden[row, first : first + len(rollout.response_ids)]
 
     def _scores(self, rollout: Rollout, hidden: Tensor) -> ScoredRollout:
-        if self._objective is Objective.full:
-            return ScoredRollout(rollout, HiddenScores(hidden.cpu().clone()))
-        targets = torch.tensor(rollout.response_ids, device=device())
-        logprobs, _ = token_logprobs(hidden, self.head, targets)
-        return ScoredRollout(rollout, TokenScores(logprobs.cpu().clone()))
+        return ScoredRollout(rollout, scores_from_hidden(rollout, hidden, self.head, self._wanted))
 
 
-def build_teacher(cfg: TeacherConfig, objective: Objective) -> HFTeacher:
+def build_teacher(cfg: TeacherConfig, wanted: Wanted) -> HFTeacher:
     """Open the teacher of a phase; `hf` is the only backend."""
-    return HFTeacher(cfg, objective)
+    return HFTeacher(cfg, wanted)

@@ -102,6 +102,17 @@ def test_a_gradient_with_strides_is_the_same_gradient() -> None:
     assert relative_error(gradients[2]["tokens"], gradients[0]["tokens"].double()) > 0.1
 
 
+def test_a_second_backward_over_one_forward_is_refused() -> None:
+    ids = route("two each")
+    values = draw(len(ids), torch.float32)
+    probe = values.pop("probe")
+    leaves = {n: v.requires_grad_() for n, v in values.items()}
+    out = grouped_swiglu(**leaves, rows=group_rows(ids, EXPERTS, ids.numel()))
+    out.backward(probe, retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.backward(probe)
+
+
 def test_neither_rows_nor_outputs_are_kept_for_backward() -> None:
     ids = route("two each")
     values = draw(len(ids), torch.float32)
