@@ -76,6 +76,12 @@ class ArchitectureConfig:
             "three (a mixture) or none (a dense model)",
         )
         if self.num_experts is not None and self.num_experts_per_tok is not None:
+            for name in ("hidden_size", "moe_intermediate_size"):
+                require(
+                    getattr(self, name) % 8 == 0,
+                    f"{name} {getattr(self, name)} is not a multiple of 8, which grouped matrix "
+                    "products of bfloat16 need (rows of 16 bytes)",
+                )
             require(
                 self.num_experts_per_tok <= self.num_experts,
                 f"num_experts_per_tok is {self.num_experts_per_tok}, more than the "

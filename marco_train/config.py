@@ -110,9 +110,14 @@ class SamplerBackend(Enum):
 
 
 class TeacherBackend(Enum):
-    """Who scores the rollouts."""
+    """Who scores the rollouts.
+
+    hf: any causal language model of transformers, whole on every rank; moe: Qwen3-MoE or dense
+    Qwen3 in our own model, experts shared over ranks.
+    """
 
     hf = "hf"
+    moe = "moe"
 
 
 class ChatTemplate(Enum):
@@ -282,7 +287,34 @@ class TeacherConfig:
     path: str = MISSING
     dtype: DType = MISSING
     max_tokens_per_batch: int = MISSING
-    """Padded tokens of one forward pass of the teacher on one rank."""
+    """Tokens of one forward pass of the teacher on one rank; of `hf`, with padding."""
+    expert_parallel_size: int = MISSING
+    """Ranks that share the experts of a `moe` teacher; 1 for any other."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "teacher",
+            max_tokens_per_batch=self.max_tokens_per_batch,
+            expert_parallel_size=self.expert_parallel_size,
+        )
+        require(
+            self.backend is TeacherBackend.moe or self.expert_parallel_size == 1,
+            f"teacher.expert_parallel_size is {self.expert_parallel_size}, and a teacher of the "
+            f"backend {self.backend.value} is whole on every rank: set it to 1, or backend=moe",
+        )
+
+
+@dataclass(kw_only=True)
+class ScoreCacheConfig:
+    """Teachers' scores kept on disk; see `teachers/cache.py`."""
+
+    path: str = MISSING
+    """Directory; may be shared by ranks and runs."""
+    max_gib: float = MISSING
+    """Bound on its size; the oldest scores go first."""
+
+    def __post_init__(self) -> None:
+        require_positive("stage.score_cache", max_gib=self.max_gib)
 
 
 @dataclass(kw_only=True)
@@ -317,6 +349,8 @@ class OPDConfig(StageConfig):
     max_response_length: int = MISSING
     """Tokens; a longer response is cut and counted."""
     rollout: RolloutConfig = MISSING
+    score_cache: ScoreCacheConfig | None = MISSING
+    """None: every rollout is scored by its teacher."""
     cascade: dict[str, PhaseConfig] = MISSING
     """Phases in their order, by name."""
 

@@ -19,6 +19,8 @@ NAMES = {
     "kl/policy_mass": "of the tokens that topk tells apart, mean",
     "kl/teacher_mass": "of the tokens that topk tells apart, mean",
     "kl/sampler_mismatch": "mean |log policy - log sampler| of the sampled tokens, nats",
+    "teacher/cache_hits": "share of rollouts whose scores were on disk",
+    "teacher/cache_corrupt": "scores on disk that were broken, and were computed again",
     "rollout/response_length": "mean, tokens",
     "rollout/truncated": "share of responses cut at the limit",
     "rollout/empty": "share of responses that are a stop token alone",

@@ -108,12 +108,10 @@ class TopKReverseKL:
     def __call__(self, output: PolicyOutput, microbatch: TopKMicrobatch) -> LossOutput:
         """Sum the bucketed reverse KL over the places of the sampled tokens."""
         mask = microbatch.loss_mask
-        # [0, 0] where no rollout told K.
-        topk_ids = microbatch.topk_ids.view(int(mask.sum()), -1)
-        ids = torch.cat([topk_ids, microbatch.targets[mask, None]], 1)
+        ids = torch.cat([microbatch.topk_ids, microbatch.targets[mask, None]], 1)
         logprobs, entropy = gather_logprobs(output.hidden[mask], output.head, ids)
         policy_topk, policy_logprobs = logprobs[:, :-1], logprobs[:, -1].detach()
-        teacher_topk = microbatch.teacher_topk_logprobs.view_as(policy_topk)
+        teacher_topk = microbatch.teacher_topk_logprobs
         loss = bucketed_reverse_kl(policy_topk, teacher_topk).sum()
         mismatch = (policy_logprobs - microbatch.sampler_logprobs[mask]).abs()
         return LossOutput(

@@ -69,7 +69,7 @@ def _run(chain: Chain, *tensors: Tensor) -> None:
         _COMPILED[chain](*tensors)
         return
     step = max(1, SLICE_ELEMENTS // tensors[0].shape[1])
-    for parts in zip(*(tensor.split(step) for tensor in tensors), strict=True):
+    for parts in zip(*(torch.split(tensor, step) for tensor in tensors), strict=True):
         chain(*parts)
 
 

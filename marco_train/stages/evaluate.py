@@ -24,7 +24,7 @@ from marco_train.models.hf_io import stop_token_ids
 from marco_train.rollout.hf import HFSampler
 from marco_train.run import begin, mark_finished
 from marco_train.teachers.base import Teacher, Wanted
-from marco_train.teachers.hf import build_teacher
+from marco_train.teachers.build import build_teacher
 from marco_train.teachers.vocab import check_head_rows, check_vocabulary
 from marco_train.tracking import format_seconds, say
 from marco_train.types import PolicyOutput, Rollout

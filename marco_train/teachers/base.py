@@ -46,7 +46,8 @@ def scores_from_hidden(
             if wanted.top_k_from is TopKFrom.teacher:
                 logprobs, ids = topk_logprobs(hidden, head, wanted.top_k)
             else:
-                ids = torch.tensor(rollout.topk_ids, device=hidden.device)
+                ids = torch.tensor(rollout.topk_ids, dtype=torch.int64, device=hidden.device)
+                ids = ids.view(len(rollout.response_ids), wanted.top_k)
                 logprobs, _ = gather_logprobs(hidden, head, ids)
             return TopKScores(ids.cpu().clone(), logprobs.cpu().clone())
 

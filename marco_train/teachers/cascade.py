@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marco_train.architecture import InputError
-from marco_train.config import OPDConfig, PhaseConfig
+from marco_train.architecture import InputError, require
+from marco_train.config import OPDConfig, PhaseConfig, TeacherConfig
 from marco_train.metrics import Metrics
 from marco_train.teachers.base import Teacher, Wanted
-from marco_train.teachers.hf import build_teacher
+from marco_train.teachers.build import build_teacher
+from marco_train.teachers.cache import ScoreCache, teacher_identity
 from marco_train.teachers.vocab import check_head_rows, check_vocabulary
 
 
@@ -34,6 +35,10 @@ class Cascade:
         Raises:
             InputError: A teacher is missing or has another vocabulary.
         """
+        require(
+            (cfg.top_k or 0) <= vocab_size,
+            f"stage.top_k is {cfg.top_k}, more than the {vocab_size} tokens of the vocabulary",
+        )
         self._wanted = Wanted(cfg.objective, cfg.top_k or 0, cfg.top_k_from)
         self.phases: list[Phase] = []
         first = 0
@@ -48,6 +53,7 @@ class Cascade:
             end = first + cfg.capped(phase.num_steps)
             self.phases.append(Phase(name, index, first, end, phase))
             first = end
+        self._score_cache = cfg.score_cache
         self._open: tuple[str, Teacher] | None = None
 
     @property
@@ -64,16 +70,25 @@ class Cascade:
         phase = self.phase_at(step)
         if self._open is None or self._open[0] != phase.name:
             self._open = None  # let go of the former before the next takes memory
-            self._open = phase.name, build_teacher(phase.cfg.teacher, self._wanted)
+            self._open = phase.name, self._open_teacher(phase.cfg.teacher)
         return self._open[1]
+
+    def _open_teacher(self, cfg: TeacherConfig) -> Teacher:
+        teacher = build_teacher(cfg, self._wanted)
+        if self._score_cache is None:
+            return teacher
+        return ScoreCache(teacher, teacher_identity(cfg.path), self._wanted, self._score_cache)
 
     def ends_at(self, step: int) -> bool:
         """Whether a step is the last of its phase."""
         return step + 1 == self.phase_at(step).end
 
     def metrics(self, step: int) -> Metrics:
-        """Say which phase a step belongs to."""
-        return {"cascade/phase": self.phase_at(step).index}
+        """Say which phase a step belongs to, and what its teacher's cache was worth."""
+        metrics: Metrics = {"cascade/phase": self.phase_at(step).index}
+        if self._open is not None and isinstance(self._open[1], ScoreCache):
+            metrics |= self._open[1].metrics()
+        return metrics
 
     def state_at(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps before a step is made: the coming phase and those behind it."""

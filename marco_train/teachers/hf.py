@@ -97,8 +97,3 @@ class HFTeacher:
 
     def _scores(self, rollout: Rollout, hidden: Tensor) -> ScoredRollout:
         return ScoredRollout(rollout, scores_from_hidden(rollout, hidden, self.head, self._wanted))
-
-
-def build_teacher(cfg: TeacherConfig, wanted: Wanted) -> HFTeacher:
-    """Open the teacher of a phase; `hf` is the only backend."""
-    return HFTeacher(cfg, wanted)

@@ -7,9 +7,21 @@ from torch import Tensor
 
 import marco_train.losses.logprobs as logprobs_module
 from marco_train.losses.cross_entropy import cross_entropy
-from marco_train.losses.distillation import FullReverseKL, SampledReverseKL, full_reverse_kl
+from marco_train.losses.distillation import (
+    FullReverseKL,
+    SampledReverseKL,
+    TopKReverseKL,
+    bucketed_reverse_kl,
+    full_reverse_kl,
+)
 from marco_train.losses.logprobs import token_logprobs
-from marco_train.types import FullMicrobatch, Microbatch, PolicyOutput, SampledMicrobatch
+from marco_train.types import (
+    FullMicrobatch,
+    Microbatch,
+    PolicyOutput,
+    SampledMicrobatch,
+    TopKMicrobatch,
+)
 
 TOKENS, WIDTH, TEACHER_WIDTH, VOCAB = 11, 6, 5, 9
 
@@ -60,13 +72,96 @@ def microbatch(targets: Tensor, mask: Tensor) -> Microbatch:
     )
 
 
+def topk_batch(s: dict[str, Tensor], top_k: int) -> tuple[PolicyOutput, TopKMicrobatch]:
+    """The policy's likeliest tokens of every place, with the teacher's log-probabilities."""
+    logp = F.linear(s["hidden"], s["head"]).log_softmax(-1).detach().float()
+    logq = F.linear(s["teacher_hidden"], s["teacher_head"]).log_softmax(-1).float()
+    ids = logp.topk(top_k).indices
+    everywhere = torch.ones(TOKENS, dtype=torch.bool)
+    batch = TopKMicrobatch(
+        **vars(microbatch(s["targets"], everywhere)),
+        sampler_logprobs=logp.gather(1, s["targets"][:, None])[:, 0],
+        topk_ids=ids,
+        teacher_topk_logprobs=logq.gather(1, ids),
+    )
+    return PolicyOutput(s["hidden"], s["head"]), batch
+
+
+@pytest.mark.parametrize("top_k", [1, 3, VOCAB - 1, VOCAB])
+def test_the_topk_objective_equals_its_formula_with_its_gradients(top_k: int) -> None:
+    ours, plain = setting(torch.float32), setting(torch.float64)
+    output, batch = topk_batch(ours, top_k)
+    found = TopKReverseKL()(output, batch)
+    p = F.linear(plain["hidden"], plain["head"]).softmax(-1)
+    q = F.linear(plain["teacher_hidden"], plain["teacher_head"]).softmax(-1)
+    chosen = torch.zeros_like(p, dtype=torch.bool).scatter(1, batch.topk_ids, True)
+    wanted = torch.zeros((), dtype=torch.float64)
+    for place in range(TOKENS):
+        inside, outside = chosen[place], ~chosen[place]
+        wanted = wanted + (p[place, inside] * (p[place, inside] / q[place, inside]).log()).sum()
+        if outside.any():
+            rest, teachers_rest = p[place, outside].sum(), q[place, outside].sum()
+            wanted = wanted + rest * (rest / teachers_rest).log()
+    assert found.loss.item() == pytest.approx(wanted.item(), rel=1e-5)
+    mass = (p * chosen).sum().item()
+    assert found.sums["kl/policy_mass"].item() == pytest.approx(mass, rel=1e-5)
+    found.loss.backward()
+    wanted.backward()
+    for name in ("hidden", "head"):
+        assert ours[name].grad is not None
+        torch.testing.assert_close(ours[name].grad.double(), plain[name].grad, rtol=1e-4, atol=1e-5)
+
+
+def test_topk_of_the_whole_vocabulary_is_the_full_objective_and_fewer_are_a_lower_bound() -> None:
+    s = setting(torch.float32)
+    kl, _, _ = full_reverse_kl(**s)
+    whole = torch.autograd.grad(kl.sum(), [s["hidden"], s["head"]])
+    losses = []
+    for top_k in range(1, VOCAB + 1):
+        found = TopKReverseKL()(*topk_batch(s, top_k))
+        losses.append(found.loss.item() / TOKENS)
+    gradients = torch.autograd.grad(found.loss, [s["hidden"], s["head"]])
+    assert losses[-1] == pytest.approx(kl.mean().item(), abs=1e-6)
+    for gradient, wanted in zip(gradients, whole, strict=True):
+        torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+    steps = torch.tensor(losses).diff()
+    assert bool((steps > -1e-6).all()) and losses[0] < losses[-1] - 0.01
+
+
+def test_mass_moved_out_of_the_likeliest_tokens_is_seen() -> None:
+    # Without the bucket of the others, shrinking all K probabilities together would lower the sum.
+    teacher = torch.tensor([[0.6, 0.3]]).log()
+    inside = bucketed_reverse_kl(torch.tensor([[0.6, 0.3]]).log(), teacher)
+    fled = bucketed_reverse_kl(torch.tensor([[0.06, 0.03]]).log(), teacher)
+    assert inside.item() == pytest.approx(0, abs=1e-6)
+    assert fled.item() > 1
+
+
+def test_the_advantage_can_be_bounded() -> None:
+    s = setting(torch.float32)
+    targets, mask = s["targets"], torch.ones(TOKENS, dtype=torch.bool)
+    logprobs, _ = token_logprobs(s["hidden"], s["head"], targets)
+    advantage = torch.linspace(-6, 5, TOKENS)
+    batch = SampledMicrobatch(
+        **vars(microbatch(targets, mask)),
+        sampler_logprobs=logprobs.detach(),
+        teacher_logprobs=logprobs.detach() + advantage,
+    )
+    found = SampledReverseKL(None, max_advantage=2.0)(PolicyOutput(s["hidden"], s["head"]), batch)
+    (gradient,) = torch.autograd.grad(found.loss, s["hidden"], retain_graph=True)
+    (wanted,) = torch.autograd.grad(-(advantage.clamp(-2, 2) * logprobs).sum(), s["hidden"])
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
+    # What is reported is the KL itself.
+    assert found.sums["kl/reverse"].item() == pytest.approx(-advantage.sum().item(), abs=1e-4)
+
+
 def test_the_expected_sampled_gradient_is_the_gradient_of_the_reverse_kl() -> None:
     # By enumeration: every token v at every place, weighted with the policy's probability of v.
     s = setting(torch.float32)
     logits = F.linear(s["hidden"], s["head"])
     logp = logits.log_softmax(-1).detach()
     logq = F.linear(s["teacher_hidden"], s["teacher_head"]).log_softmax(-1)
-    objective = SampledReverseKL(max_importance_ratio=None)
+    objective = SampledReverseKL(max_importance_ratio=None, max_advantage=None)
     expected = {"hidden": torch.zeros(TOKENS, WIDTH), "head": torch.zeros(VOCAB, WIDTH)}
     for place in range(TOKENS):
         for v in range(VOCAB):
@@ -100,8 +195,13 @@ def test_a_teacher_that_is_the_policy_gives_zero_loss_and_zero_gradient() -> Non
     full = FullMicrobatch(
         **plain, sampler_logprobs=logprobs.detach(), teacher_hidden=s["hidden"].detach()
     )
+    teacher_is_policy = {
+        "teacher_hidden": s["hidden"].detach(),
+        "teacher_head": s["head"].detach().clone(),
+    }
     losses = [
-        SampledReverseKL(2.0)(output, sampled),
+        SampledReverseKL(2.0, None)(output, sampled),
+        TopKReverseKL()(*topk_batch(s | teacher_is_policy, 3)),
         FullReverseKL(s["head"].detach().clone())(output, full),
     ]
     for found in losses:
@@ -124,7 +224,7 @@ def test_a_stale_sampler_is_weighed_by_a_truncated_ratio() -> None:
         teacher_logprobs=logprobs.detach() - log_ratio + 1.0,  # an advantage of 1 everywhere
     )
     output = PolicyOutput(s["hidden"], s["head"])
-    found = SampledReverseKL(2.0)(output, batch)
+    found = SampledReverseKL(2.0, None)(output, batch)
     (gradient,) = torch.autograd.grad(found.loss, s["hidden"], retain_graph=True)
     (plain,) = torch.autograd.grad(-logprobs.sum(), s["hidden"])
     ratios = torch.ones(TOKENS, 1)
@@ -140,10 +240,17 @@ def test_a_microbatch_without_loss_tokens_has_zero_loss_and_a_whole_graph() -> N
     zeros = torch.zeros(TOKENS)
     full = FullMicrobatch(**vars(empty), sampler_logprobs=zeros, teacher_hidden=torch.zeros(0, 0))
     sampled = SampledMicrobatch(**vars(empty), sampler_logprobs=zeros, teacher_logprobs=zeros)
+    topk = TopKMicrobatch(
+        **vars(empty),
+        sampler_logprobs=zeros,
+        topk_ids=torch.zeros(0, 0, dtype=torch.int64),
+        teacher_topk_logprobs=torch.zeros(0, 0),
+    )
     for found in (
         cross_entropy(output, empty),
         FullReverseKL(s["teacher_head"])(output, full),
-        SampledReverseKL(None)(output, sampled),
+        SampledReverseKL(None, None)(output, sampled),
+        TopKReverseKL()(output, topk),
     ):
         gradients = torch.autograd.grad(found.loss, [s["hidden"], s["head"]])
         assert found.loss.item() == 0.0

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from marco_train.config import DType, OptimConfig, ParallelConfig, Schedule
+from marco_train.config import BalanceScope, DType, OptimConfig, ParallelConfig, Schedule
 from marco_train.engine.expert_groups import mark_experts
 from marco_train.engine.optim import build_schedule, parameter_groups
 from marco_train.engine.zero import deepspeed_config
@@ -22,6 +22,9 @@ def optim(**changes: object) -> OptimConfig:
         "eps": 1e-8,
         "weight_decay": 0.1,
         "clip_norm": 0.5,
+        "balance_coefficient": 0.0,
+        "balance_scope": BalanceScope.global_batch,
+        "router_z_coefficient": 0.0,
     }
     return OptimConfig(**(fields | changes))  # type: ignore[arg-type]
 

@@ -14,6 +14,8 @@ from marco_train.types import (
     SampledMicrobatch,
     ScoredRollout,
     TokenScores,
+    TopKMicrobatch,
+    TopKScores,
 )
 from tests.ranks import run_on_ranks
 
@@ -57,7 +59,7 @@ def test_every_rank_gets_as_many_microbatches_the_empty_ones_without_loss() -> N
 
 def rollout(prompt: list[int], response: list[int], logprobs: list[float]) -> Rollout:
     asked = Prompt(0, prompt, "s", "c", "en")
-    return Rollout(asked, 0, response, logprobs, FinishReason.stop, 0)
+    return Rollout(asked, 0, response, logprobs, [], FinishReason.stop, 0)
 
 
 def test_scores_stand_at_the_tokens_they_belong_to() -> None:
@@ -85,6 +87,22 @@ def test_hidden_states_lie_in_the_order_of_the_loss_tokens() -> None:
     assert isinstance(batch, FullMicrobatch)
     assert batch.targets[batch.loss_mask].tolist() == [4, 5, 2]
     assert batch.teacher_hidden[:, 0].tolist() == [2, 2, 1]
+
+
+def test_likeliest_tokens_lie_in_the_order_of_the_loss_tokens() -> None:
+    def scores(*rows: list[int]) -> TopKScores:
+        return TopKScores(torch.tensor(rows), -torch.tensor(rows).float())
+
+    scored = [
+        ScoredRollout(rollout([1], [2], [-1.0]), scores([7, 8])),
+        ScoredRollout(rollout([3], [4, 5], [-1.0, -2.0]), scores([5, 6], [9, 1])),
+    ]
+    (batch,) = pack_rollouts(scored, Objective.topk, max_tokens=16)
+    assert isinstance(batch, TopKMicrobatch)
+    assert batch.targets[batch.loss_mask].tolist() == [4, 5, 2]
+    assert batch.topk_ids.tolist() == [[5, 6], [9, 1], [7, 8]]
+    assert batch.teacher_topk_logprobs.tolist() == [[-5, -6], [-9, -1], [-7, -8]]
+    assert batch.sampler_logprobs[batch.loss_mask].tolist() == [-1, -2, -1]
 
 
 def test_no_rollouts_at_all_still_make_a_microbatch() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from marco_train.config import RolloutConfig, SamplerBackend
-from marco_train.losses.logprobs import token_logprobs
+from marco_train.losses.logprobs import token_logprobs, topk_logprobs
 from marco_train.models import Qwen3Moe
 from marco_train.models.weights import named_weights, random_model
 from marco_train.rollout.base import response_seed, summarize
@@ -18,6 +18,7 @@ from tests.conftest import architecture
 
 STOP_IDS = [2, 0]
 LIMIT = 12
+TOP_K = 3
 
 
 def config(batch_size: int = 64) -> RolloutConfig:
@@ -44,7 +45,7 @@ def prompts() -> list[Prompt]:
 
 
 def sampler(model: Qwen3Moe, batch_size: int = 64, seed: int = 7) -> HFSampler:
-    return HFSampler(config(batch_size), model, STOP_IDS, LIMIT, seed, weight_version=3)
+    return HFSampler(config(batch_size), model, STOP_IDS, LIMIT, TOP_K, seed, weight_version=3)
 
 
 def test_the_logprobs_with_a_cache_are_those_of_a_full_forward_pass() -> None:
@@ -57,6 +58,8 @@ def test_the_logprobs_with_a_cache_are_those_of_a_full_forward_pass() -> None:
         every, _ = token_logprobs(hidden[:-1], model.head, ids[0, 1:])
         wanted = every[len(r.prompt.input_ids) - 1 :]
         torch.testing.assert_close(torch.tensor(r.sampler_logprobs), wanted, rtol=0, atol=1e-5)
+        _, likeliest = topk_logprobs(hidden[len(r.prompt.input_ids) - 1 : -1], model.head, TOP_K)
+        assert r.topk_ids == likeliest.tolist()
 
 
 def test_a_response_ends_at_its_first_stop_token_or_at_the_limit() -> None:
@@ -126,7 +129,7 @@ class FakePolicy:
 
 def fresh_sampler() -> HFSampler:
     return build_sampler(
-        config(), architecture(vocab_size=16), torch.float32, STOP_IDS, LIMIT, seed=7
+        config(), architecture(vocab_size=16), torch.float32, STOP_IDS, LIMIT, TOP_K, seed=7
     )
 
 
@@ -171,7 +174,7 @@ class DeafSampler(HFSampler):
 
 
 def test_a_weight_that_did_not_arrive_is_named() -> None:
-    deaf = DeafSampler(config(), spread_model(seed=1), STOP_IDS, LIMIT, seed=7)
+    deaf = DeafSampler(config(), spread_model(seed=1), STOP_IDS, LIMIT, TOP_K, seed=7)
     with pytest.raises(WeightSyncError, match=r"8 of \d+ weights .*layers.1.mlp.experts.0.down"):
         sync_weights(FakePolicy(spread_model(seed=2)), deaf, 0, 16, 1e-4)
 
@@ -184,7 +187,7 @@ class Miscalculating(HFSampler):
 
 
 def test_a_sampler_that_computes_something_else_is_caught_by_the_canary() -> None:
-    wrong = Miscalculating(config(), spread_model(seed=1), STOP_IDS, LIMIT, seed=7)
+    wrong = Miscalculating(config(), spread_model(seed=1), STOP_IDS, LIMIT, TOP_K, seed=7)
     with pytest.raises(WeightSyncError, match=r"canary's log-probabilities differ by 0.01"):
         sync_weights(FakePolicy(spread_model(seed=2)), wrong, 0, 16, 1e-4)
 
@@ -202,8 +205,8 @@ def test_the_checksum_sees_bits_and_places() -> None:
 def test_the_summary_counts_lengths_cuts_and_empty_answers() -> None:
     asked = prompts()[0]
     rollouts = [
-        Rollout(asked, 0, [2], [-0.1], FinishReason.stop, 0),
-        Rollout(asked, 1, [5, 6, 7], [-0.1] * 3, FinishReason.length, 0),
+        Rollout(asked, 0, [2], [-0.1], [[]], FinishReason.stop, 0),
+        Rollout(asked, 1, [5, 6, 7], [-0.1] * 3, [[]] * 3, FinishReason.length, 0),
     ]
     assert summarize(rollouts) == {
         "rollout/response_length": 2.0,

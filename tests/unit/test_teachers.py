@@ -4,10 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from marco_train.architecture import InputError
-from marco_train.config import DType, Objective, TeacherBackend, TeacherConfig, TrainConfig
+from marco_train.config import (
+    DType,
+    Objective,
+    TeacherBackend,
+    TeacherConfig,
+    TopKFrom,
+    TrainConfig,
+)
 from marco_train.data.chat import load_tokenizer
 from marco_train.data.loader import PromptLoader
 from marco_train.data.packing import pack_rollouts
@@ -17,9 +25,11 @@ from marco_train.models import load_model
 from marco_train.models.hf_io import stop_token_ids
 from marco_train.rollout.hf import HFSampler
 from marco_train.teachers import cascade
+from marco_train.teachers.base import Wanted
+from marco_train.teachers.build import build_teacher
 from marco_train.teachers.cascade import Cascade
 from marco_train.teachers.hf import HFTeacher
-from marco_train.types import FinishReason, HiddenScores, Prompt, Rollout, TokenScores
+from marco_train.types import FinishReason, HiddenScores, Prompt, Rollout, TokenScores, TopKScores
 from tests.conftest import GRADIENT_DESCENT, World, compose_config
 from tests.ranks import run_on_ranks
 
@@ -30,7 +40,13 @@ def config(path: str, max_tokens: int = 4096) -> TeacherConfig:
         path=path,
         dtype=DType.float32,
         max_tokens_per_batch=max_tokens,
+        expert_parallel_size=1,
     )
+
+
+def wanted_for(objective: Objective) -> Wanted:
+    top_k = 5 if objective is Objective.topk else 0
+    return Wanted(objective, top_k, top_k_from=TopKFrom.sampler)
 
 
 def rollouts() -> list[Rollout]:
@@ -41,7 +57,18 @@ def rollouts() -> list[Rollout]:
         ids = torch.randint(3, 320, (num_prompt + num_response,), generator=generator).tolist()
         prompt = Prompt(index, ids[:num_prompt], "s", "c", "en")
         response = ids[num_prompt:]
-        made.append(Rollout(prompt, 0, response, [-1.0] * num_response, FinishReason.length, 0))
+        likeliest = torch.stack([torch.randperm(320, generator=generator)[:5] for _ in response])
+        made.append(
+            Rollout(
+                prompt,
+                0,
+                response,
+                [-1.0] * num_response,
+                likeliest.tolist(),
+                FinishReason.length,
+                weight_version=0,
+            )
+        )
     return made
 
 
@@ -52,11 +79,18 @@ def test_the_scores_are_those_of_each_sequence_alone(
 ) -> None:
     path = world.path(name, "export")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    by_token = HFTeacher(config(path, max_tokens), Objective.sampled)
-    by_state = HFTeacher(config(path, max_tokens), Objective.full)
+    by_token = HFTeacher(config(path, max_tokens), wanted_for(Objective.sampled))
+    by_state = HFTeacher(config(path, max_tokens), wanted_for(Objective.full))
+    by_policy = HFTeacher(config(path, max_tokens), wanted_for(Objective.topk))
+    by_itself = HFTeacher(
+        config(path, max_tokens), Wanted(Objective.topk, 5, top_k_from=TopKFrom.teacher)
+    )
     asked = rollouts()
     tokens, states = by_token.score(asked), by_state.score(asked)
-    for rollout, token_scored, state_scored in zip(asked, tokens, states, strict=True):
+    of_policy, of_teacher = by_policy.score(asked), by_itself.score(asked)
+    for rollout, token_scored, state_scored, policy_scored, itself_scored in zip(
+        asked, tokens, states, of_policy, of_teacher, strict=True
+    ):
         with torch.no_grad():
             logits = model(torch.tensor([rollout.input_ids])).logits[0]
         first = len(rollout.prompt.input_ids) - 1
@@ -73,10 +107,71 @@ def test_the_scores_are_those_of_each_sequence_alone(
         )
         found = (state_scored.scores.teacher_hidden @ by_state.head.T).log_softmax(-1)
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
+        assert isinstance(policy_scored.scores, TopKScores)
+        assert isinstance(itself_scored.scores, TopKScores)
+        assert policy_scored.scores.topk_ids.tolist() == rollout.topk_ids
+        assert torch.equal(itself_scored.scores.topk_ids, wanted.topk(5).indices)
+        for scores in (policy_scored.scores, itself_scored.scores):
+            torch.testing.assert_close(
+                scores.teacher_topk_logprobs,
+                wanted.gather(1, scores.topk_ids),
+                rtol=1e-4,
+                atol=1e-4,
+            )
+
+
+def score_in_our_model(
+    path: str, ranks_of_experts: int, max_tokens: int, objective: Objective
+) -> list[tuple[int, list[torch.Tensor]]]:
+    """A rank's rollouts, of which the last rank has none: their numbers and scores."""
+    cfg = TeacherConfig(
+        backend=TeacherBackend.moe,
+        path=path,
+        dtype=DType.float32,
+        max_tokens_per_batch=max_tokens,
+        expert_parallel_size=ranks_of_experts,
+    )
+    teacher = build_teacher(cfg, wanted_for(objective))
+    busy = max(1, dist.get_world_size() - 1)
+    mine = rollouts()[dist.get_rank() :: busy] if dist.get_rank() < busy else []
+    scored = teacher.score(mine)
+    assert [s.rollout for s in scored] == mine
+    return [(s.rollout.prompt.index, list(vars(s.scores).values())) for s in scored]
+
+
+@pytest.mark.parametrize("objective", Objective, ids=lambda objective: objective.value)
+@pytest.mark.parametrize(
+    ("name", "ranks", "ranks_of_experts", "max_tokens"),
+    [
+        ("sft", 1, 1, 4096),
+        ("sft", 2, 2, 1),
+        ("sft", 4, 2, 40),
+        ("sft", 4, 4, 40),
+        ("teacher_second", 2, 1, 40),
+    ],
+)
+def test_a_teacher_in_our_own_model_scores_as_transformers_does(
+    name: str,
+    ranks: int,
+    ranks_of_experts: int,
+    max_tokens: int,
+    objective: Objective,
+    world: World,
+) -> None:
+    path = world.path(name, "export")
+    asked = rollouts()
+    expected = HFTeacher(config(path), wanted_for(objective)).score(asked)
+    wanted = {s.rollout.prompt.index: list(vars(s.scores).values()) for s in expected}
+    found = run_on_ranks(ranks, score_in_our_model, path, ranks_of_experts, max_tokens, objective)
+    seen = dict(pair for of_rank in found for pair in of_rank)
+    assert seen.keys() == wanted.keys()
+    for index, scores in seen.items():
+        for score, other in zip(scores, wanted[index], strict=True):
+            torch.testing.assert_close(score, other, rtol=1e-4, atol=1e-4)
 
 
 def test_no_rollouts_are_no_scores(world: World) -> None:
-    teacher = HFTeacher(config(world.path("teacher_first", "export")), Objective.full)
+    teacher = HFTeacher(config(world.path("teacher_first", "export")), wanted_for(Objective.full))
     assert teacher.score([]) == []
 
 
@@ -86,7 +181,7 @@ def test_a_head_that_is_not_the_whole_story_is_refused(
     plain = HFTeacher._hidden
     monkeypatch.setattr(HFTeacher, "_hidden", lambda *args: plain(*args) * 1.1)
     with pytest.raises(InputError, match="hidden states times head differ"):
-        HFTeacher(config(world.path("teacher_first", "export")), Objective.full)
+        HFTeacher(config(world.path("teacher_first", "export")), wanted_for(Objective.full))
 
 
 def test_the_cascade_changes_teacher_at_exactly_its_step(
@@ -94,9 +189,9 @@ def test_the_cascade_changes_teacher_at_exactly_its_step(
 ) -> None:
     opened: list[str] = []
 
-    def record(cfg: TeacherConfig, objective: Objective) -> HFTeacher:
+    def record(cfg: TeacherConfig, wanted: Wanted) -> HFTeacher:
         opened.append(Path(cfg.path).parent.name)
-        return HFTeacher(cfg, objective)
+        return HFTeacher(cfg, wanted)
 
     monkeypatch.setattr(cascade, "build_teacher", record)
     cfg = compose_config(
@@ -118,6 +213,14 @@ def test_the_cascade_changes_teacher_at_exactly_its_step(
     resumed.resume(3, whole.state_at(3))
     assert resumed.teacher_at(3).head.shape[1] == 48
     assert opened == ["teacher_second"]
+
+
+def test_more_likeliest_tokens_than_there_are_is_refused(world: World) -> None:
+    cfg = compose_config(
+        "quickstart_opd", f"root={world.root}", "stage.objective=topk", "stage.top_k=321"
+    )
+    with pytest.raises(InputError, match=r"top_k is 321, more than the 320 tokens"):
+        Cascade(cfg.stage, cfg.model.tokenizer, 320)
 
 
 def test_a_cascade_with_another_past_is_refused(world: World) -> None:
@@ -142,24 +245,36 @@ def distil_from_itself(cfg: TrainConfig) -> tuple[float, float]:
         load_model(path, torch.float32),
         stop_token_ids(path),
         cfg.stage.max_response_length,
+        cfg.stage.num_sampler_topk,
         cfg.seed,
         weight_version=0,
     )
-    teacher = HFTeacher(config(path), cfg.stage.objective)
+    teacher = HFTeacher(
+        config(path), Wanted(cfg.stage.objective, cfg.stage.top_k or 0, cfg.stage.top_k_from)
+    )
     before = {name: weight.clone() for name, weight in policy.named_weights()}
     scored = teacher.score(sampler.sample(prompts, 2))
     packed = pack_rollouts(scored, cfg.stage.objective, cfg.data.max_tokens_per_microbatch)
-    metrics = policy.train_step(packed, build_reverse_kl(cfg.stage.objective, 2.0, teacher.head))
+    metrics = policy.train_step(packed, build_reverse_kl(cfg.stage, teacher.head))
     moved = max(float((w - before[name]).abs().max()) for name, w in policy.named_weights())
     return metrics["kl/reverse"], moved
 
 
-@pytest.mark.parametrize("objective", ["sampled", "full"])
+OBJECTIVES = {
+    "sampled": [],
+    "full": [],
+    "topk": ["stage.top_k=4"],
+    "topk of the teacher": ["stage.top_k=4", "stage.top_k_from=teacher"],
+}
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
 def test_a_student_that_is_its_own_teacher_learns_nothing(objective: str, world: World) -> None:
     cfg = compose_config(
         "quickstart_opd",
         f"root={world.root}",
-        f"stage.objective={objective}",
+        f"stage.objective={objective.split(' ', maxsplit=1)[0]}",
+        *OBJECTIVES[objective],
         "stage.global_batch_size=6",
         "stage.max_response_length=8",
         "data.max_tokens_per_microbatch=128",

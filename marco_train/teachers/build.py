@@ -1,0 +1,17 @@
+"""From a teacher's config to the teacher."""
+
+from marco_train.config import TeacherBackend, TeacherConfig
+from marco_train.teachers.base import Teacher, Wanted
+
+
+def build_teacher(cfg: TeacherConfig, wanted: Wanted) -> Teacher:
+    """Open a teacher; every rank takes part."""
+    match cfg.backend:
+        case TeacherBackend.hf:
+            from marco_train.teachers.hf import HFTeacher
+
+            return HFTeacher(cfg, wanted)
+        case TeacherBackend.moe:
+            from marco_train.teachers.moe import MoETeacher
+
+            return MoETeacher(cfg, wanted)

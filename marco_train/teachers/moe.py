@@ -1,0 +1,66 @@
+"""A Qwen3-MoE or dense Qwen3 teacher in our own model, frozen, its experts shared over ranks.
+
+A mixture like Qwen3-30B-A3B does not fit one GPU beside the student; spread over eight it does.
+"""
+
+from collections.abc import Sequence
+
+import torch
+
+from marco_train.architecture import check_expert_parallel, read_architecture
+from marco_train.config import TeacherConfig
+from marco_train.distributed import device, expert_parallel_group, reduce_max
+from marco_train.models import load_model
+from marco_train.teachers.base import Wanted, scores_from_hidden
+from marco_train.types import Rollout, ScoredRollout
+
+
+class MoETeacher:
+    """Scores this rank's rollouts; every rank takes part in every pass."""
+
+    def __init__(self, cfg: TeacherConfig, wanted: Wanted) -> None:
+        check_expert_parallel(read_architecture(cfg.path), cfg.expert_parallel_size)
+        group = expert_parallel_group(cfg.expert_parallel_size)
+        model = load_model(cfg.path, getattr(torch, cfg.dtype.value), group)
+        self._model = model.eval().requires_grad_(False)
+        self._wanted = wanted
+        self._max_tokens = cfg.max_tokens_per_batch
+        self.head = self._model.head
+
+    @torch.inference_mode()
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        """Score this rank's rollouts, in their order."""
+        batches = self._batches(rollouts)
+        # A rank that is done runs passes without a token: its experts are needed.
+        batches += [[]] * (reduce_max(len(batches)) - len(batches))
+        return [scored for batch in batches for scored in self._score_batch(batch)]
+
+    def _batches(self, rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+        """Cut rollouts, in their order, into packs of a bounded number of tokens."""
+        batches: list[list[Rollout]] = []
+        filled = self._max_tokens
+        for rollout in rollouts:
+            length = len(rollout.input_ids)
+            if filled + length > self._max_tokens:
+                batches.append([])
+                filled = 0
+            batches[-1].append(rollout)
+            filled += length
+        return batches
+
+    def _score_batch(self, batch: Sequence[Rollout]) -> list[ScoredRollout]:
+        # The state at a token predicts the next one, so the last token is not needed.
+        ids = [token for rollout in batch for token in rollout.input_ids[:-1]]
+        places = [place for rollout in batch for place in range(len(rollout.input_ids) - 1)]
+        hidden = self._model(
+            torch.tensor([ids], dtype=torch.int64, device=device()),
+            torch.tensor([places], dtype=torch.int64, device=device()),
+        )
+        scored = []
+        end = 0
+        for rollout in batch:
+            end += len(rollout.input_ids) - 1
+            predicting = hidden[end - len(rollout.response_ids) : end]
+            scores = scores_from_hidden(rollout, predicting, self.head, self._wanted)
+            scored.append(ScoredRollout(rollout, scores))
+        return scored

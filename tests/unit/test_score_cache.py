@@ -1,0 +1,186 @@
+"""Scores on disk: found again, checked, bounded."""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from marco_train.config import Objective, ScoreCacheConfig, TopKFrom
+from marco_train.teachers.base import Wanted, scores_from_hidden
+from marco_train.teachers.cache import ScoreCache, teacher_identity
+from marco_train.types import FinishReason, Prompt, Rollout, ScoredRollout
+from tests.conftest import World
+from tests.ranks import run_on_ranks
+
+WIDTH, VOCAB = 6, 20
+
+
+class CountingTeacher:
+    """Scores from states that are a function of the ids, and counts what it was asked."""
+
+    def __init__(self, wanted: Wanted) -> None:
+        self.head = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(3))
+        self.asked: list[list[int]] = []
+        self._wanted = wanted
+
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        self.asked.append([r.prompt.index for r in rollouts])
+        return [ScoredRollout(r, self._scores(r)) for r in rollouts]
+
+    def _scores(self, rollout: Rollout) -> object:
+        generator = torch.Generator().manual_seed(sum(rollout.input_ids))
+        hidden = torch.randn(len(rollout.response_ids), WIDTH, generator=generator)
+        return scores_from_hidden(rollout, hidden, self.head, self._wanted)
+
+
+def wanted_for(objective: Objective) -> Wanted:
+    top_k = 3 if objective is Objective.topk else 0
+    return Wanted(objective, top_k, top_k_from=TopKFrom.sampler)
+
+
+def rollout(index: int, num_response: int = 4) -> Rollout:
+    generator = torch.Generator().manual_seed(index)
+    response = torch.randint(0, VOCAB, (num_response,), generator=generator).tolist()
+    likeliest = [torch.randperm(VOCAB, generator=generator)[:3].tolist() for _ in response]
+    return Rollout(
+        Prompt(index, [index, 1, 2], "s", "c", "en"),
+        0,
+        response,
+        [-1.0] * num_response,
+        likeliest,
+        FinishReason.stop,
+        weight_version=0,
+    )
+
+
+def cache(
+    path: Path,
+    objective: Objective = Objective.sampled,
+    max_gib: float = 1.0,
+    identity: str = "teacher",
+) -> tuple[ScoreCache, CountingTeacher]:
+    wanted = wanted_for(objective)
+    teacher = CountingTeacher(wanted)
+    cfg = ScoreCacheConfig(path=str(path), max_gib=max_gib)
+    return ScoreCache(teacher, identity, wanted, cfg), teacher  # type: ignore[arg-type]
+
+
+def values(scored: Sequence[ScoredRollout]) -> list[list[torch.Tensor]]:
+    return [list(vars(s.scores).values()) for s in scored]
+
+
+@pytest.mark.parametrize("objective", Objective, ids=lambda objective: objective.value)
+def test_a_second_run_asks_no_teacher_and_has_the_same_scores(
+    objective: Objective, tmp_path: Path
+) -> None:
+    asked = [rollout(0), rollout(1, num_response=0), rollout(2), rollout(3, num_response=1)]
+    first, teacher = cache(tmp_path, objective)
+    found = first.score(asked[:2])
+    found += first.score([*asked[:2], *asked[2:]])[2:]
+    assert teacher.asked == [[0, 1], [2, 3]]
+    assert first.metrics() == {"teacher/cache_hits": 2 / 6, "teacher/cache_corrupt": 0}
+
+    second, unasked = cache(tmp_path, objective)
+    again = second.score(asked[::-1])[::-1]
+    assert unasked.asked == []
+    assert second.metrics()["teacher/cache_hits"] == 1
+    assert [s.rollout for s in again] == asked
+    for ours, wanted in zip(values(again), values(found), strict=True):
+        for one, other in zip(ours, wanted, strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def test_another_teacher_kind_response_or_set_of_tokens_is_another_entry(tmp_path: Path) -> None:
+    first, _ = cache(tmp_path, Objective.topk)
+    first.score([rollout(0)])
+    same, teacher = cache(tmp_path, Objective.topk)
+    same.score([rollout(0)])
+    assert teacher.asked == []
+
+    other_tokens = rollout(0)
+    other_tokens.topk_ids[1] = [0, 1, 2]
+    other_response = rollout(0)
+    other_response.response_ids[2] += 1
+    for asked in (other_tokens, other_response):
+        same.score([asked])
+        assert teacher.asked.pop() == [0]
+    for changed in (cache(tmp_path, identity="x"), cache(tmp_path, Objective.full)):
+        changed[0].score([rollout(0)])
+        assert changed[1].asked == [[0]]
+
+
+def test_the_same_rollout_twice_is_asked_once(tmp_path: Path) -> None:
+    found, teacher = cache(tmp_path)
+    scored = found.score([rollout(0), rollout(0)])
+    assert teacher.asked == [[0]]
+    assert torch.equal(values(scored)[0][0], values(scored)[1][0])
+
+
+@pytest.mark.parametrize("fault", ["a bit", "cut short", "no file", "not its kind"])
+def test_what_is_broken_on_disk_is_computed_again(fault: str, tmp_path: Path) -> None:
+    first, _ = cache(tmp_path)
+    expected = values(first.score([rollout(0)]))[0][0]
+    (file,) = tmp_path.glob("*.safetensors")
+    opened, teacher = cache(tmp_path)
+    content = bytearray(file.read_bytes())
+    if fault == "a bit":
+        content[-3] ^= 1
+        file.write_bytes(content)
+    elif fault == "cut short":
+        file.write_bytes(content[:-2])
+    elif fault == "not its kind":
+        file.write_bytes(b"no safetensors at all")
+    else:
+        file.unlink()
+    assert torch.equal(values(opened.score([rollout(0)]))[0][0], expected)
+    assert teacher.asked == [[0]]
+    broken = opened.metrics()["teacher/cache_corrupt"]
+    assert broken == (0 if fault == "no file" else 1)
+    later, unasked = cache(tmp_path)  # and what was computed again is found
+    assert torch.equal(values(later.score([rollout(0)]))[0][0], expected)
+    assert unasked.asked == []
+
+
+def test_the_oldest_scores_make_room(tmp_path: Path) -> None:
+    probe, _ = cache(tmp_path / "probe", Objective.full)
+    probe.score([rollout(0)])
+    (file,) = (tmp_path / "probe").iterdir()
+    bound = 3.5 * file.stat().st_size
+    bounded, teacher = cache(tmp_path / "bounded", Objective.full, max_gib=bound / 2**30)
+    for index in range(6):
+        bounded.score([rollout(index)])
+        assert sum(f.stat().st_size for f in (tmp_path / "bounded").iterdir()) <= bound
+    teacher.asked.clear()
+    bounded.score([rollout(index) for index in range(6)])
+    assert teacher.asked == [[0, 1, 2]]
+    assert bounded.metrics()["teacher/cache_corrupt"] == 0
+
+
+def score_unevenly(path: Path) -> list[list[int]]:
+    """Rank 0 has a rollout that is on disk, rank 1 one that is not."""
+    found, teacher = cache(path)
+    found.score([rollout(dist.get_rank())])
+    found.score([rollout(dist.get_rank())])
+    return teacher.asked
+
+
+def test_every_rank_asks_its_teacher_where_one_has_to(tmp_path: Path) -> None:
+    # A teacher whose experts are spread over ranks would else wait for the others for ever.
+    first, _ = cache(tmp_path)
+    first.score([rollout(0)])
+    assert run_on_ranks(2, score_unevenly, tmp_path) == [[[]], [[1]]]
+
+
+def test_a_teacher_is_known_by_its_files(world: World, tmp_path: Path) -> None:
+    path = Path(world.path("teacher_first", "export"))
+    shutil.copytree(path, tmp_path / "same")
+    assert teacher_identity(path) == teacher_identity(tmp_path / "same")
+    assert teacher_identity(path) != teacher_identity(world.path("teacher_second", "export"))
+    file = tmp_path / "same" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-5] ^= 1
+    file.write_bytes(content)
+    assert teacher_identity(path) != teacher_identity(tmp_path / "same")
