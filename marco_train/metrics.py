@@ -3,10 +3,11 @@
 import re
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor
 
-from marco_train.distributed import reduce_sums
-from marco_train.types import LossOutput
+from marco_train.distributed import gather_objects
+from marco_train.types import LossOutput, Microbatch
 
 Metrics = dict[str, float]
 
@@ -16,9 +17,15 @@ NAMES = {
     "loss/objective": "what the gradient is of, a token",
     "eval/cross_entropy": "held-out, nats a token",
     "kl/reverse": "policy against teacher, nats a token",
+    "kl/forward": "teacher against policy, over the same places and support, nats a token",
     "kl/policy_mass": "of the tokens that topk tells apart, mean",
     "kl/teacher_mass": "of the tokens that topk tells apart, mean",
+    "kl/topk_overlap": "share of the policy's K likeliest tokens among the teacher's K",
+    "kl/teacher_entropy": "nats a token",
+    "kl/advantage": "log teacher - log sampler of the sampled tokens; quantiles, nats",
+    "kl/ratio_truncated": "share of tokens whose policy/sampler ratio was truncated",
     "kl/sampler_mismatch": "mean |log policy - log sampler| of the sampled tokens, nats",
+    "kl/sampler": "sampler against policy, estimated from the sampled tokens, nats a token",
     "teacher/cache_hits": "share of rollouts whose scores were on disk",
     "teacher/cache_corrupt": "scores on disk that were broken, and were computed again",
     "rollout/response_length": "mean, tokens",
@@ -46,29 +53,89 @@ NAMES = {
     "time/train": "seconds",
     "cascade/phase": "position in the cascade, from 0",
 }
-"""Every metric and its unit; `moe/` metrics also come as `<name>/layer_<number>`."""
+"""Every metric and its unit.
 
-LAYER = re.compile(r"/layer_\d+$")
+`moe/` metrics also come as `<name>/layer_<number>`; `kl/`, `loss/` and `rollout/` metrics of OPD as
+`<name>/category_<...>` and `<name>/language_<...>`.
+"""
+
+PART = re.compile(r"/(layer_\d+|(category|language)_[^/]+|p\d\d)$")
+QUANTILES = (0.05, 0.5, 0.95)
+# Quantiles are read off counts over this range, in nats, which add up over ranks.
+SPREAD_BOUND = 20.0
+SPREAD_BINS = 4000
 
 
 def check_names(names: Iterable[str]) -> None:
     """Refuse a metric that is not in the list."""
-    unknown = [name for name in names if LAYER.sub("", name) not in NAMES]
+    unknown = [name for name in names if PART.sub("", name) not in NAMES]
     assert not unknown, f"metrics that metrics.py does not list: {unknown}"
 
 
 class MetricSums:
-    """Sums over the tokens of a step's microbatches."""
+    """Sums over the loss tokens of a step's microbatches, in all and by group."""
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}
+        self._sums: dict[str, dict[str, Tensor]] = {}  # group, "" for all -> metric -> scalar
+        self._counts: dict[str, Tensor] = {}  # metric -> [SPREAD_BINS]
 
-    def add(self, output: LossOutput) -> None:
-        """Add the sums of one microbatch; stays on its device."""
-        for name, value in output.sums.items():
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
+    def add(self, output: LossOutput, microbatch: Microbatch) -> None:
+        """Add one microbatch; stays on its device."""
+        if not output.values:
+            return
+        values = torch.stack(list(output.values.values())).double()  # [metrics, N]
+        self._add_group("", output.values, values.sum(1))
+        rows = torch.cat([values, torch.ones_like(values[:1])])  # the last counts tokens
+        by_group = rows.new_zeros(len(rows), len(microbatch.groups))
+        for ids in microbatch.group_ids.T:
+            by_group.index_add_(1, ids, rows)
+        for group, sums in zip(microbatch.groups, by_group.T, strict=True):
+            self._add_group(group, [*output.values, COUNT], sums)
+        for name, value in output.spreads.items():
+            counts = torch.histc(value, SPREAD_BINS, -SPREAD_BOUND, SPREAD_BOUND)
+            outside = value.clamp(-SPREAD_BOUND, SPREAD_BOUND).abs() == SPREAD_BOUND
+            counts[0] += (outside & (value < -SPREAD_BOUND)).sum()
+            counts[-1] += (outside & (value > SPREAD_BOUND)).sum()
+            self._counts[name] = self._counts.get(name, 0) + counts.double()
+
+    def _add_group(self, group: str, names: Iterable[str], sums: Tensor) -> None:
+        known = self._sums.setdefault(group, {})
+        for name, value in zip(names, sums, strict=True):
+            known[name] = known[name] + value if name in known else value
 
     def mean(self, num_tokens: float) -> Metrics:
-        """Divide by the global number of tokens, once, after one reduction over ranks."""
-        totals = reduce_sums([float(value) for value in self._sums.values()])
-        return {name: total / num_tokens for name, total in zip(self._sums, totals, strict=True)}
+        """Divide by numbers of tokens, once, after one exchange between the ranks."""
+        sums = {
+            group: {name: value.item() for name, value in found.items()}
+            for group, found in self._sums.items()
+        }
+        counts = {name: found.cpu() for name, found in self._counts.items()}
+        totals: dict[str, dict[str, float]] = {}
+        spreads: dict[str, Tensor] = {}
+        for sums_of_rank, counts_of_rank in gather_objects((sums, counts)):
+            for group, found in sums_of_rank.items():
+                known = totals.setdefault(group, {})
+                for name, value in found.items():
+                    known[name] = known.get(name, 0.0) + value
+            for name, bins in counts_of_rank.items():
+                spreads[name] = spreads.get(name, 0) + bins
+        metrics = {name: value / num_tokens for name, value in totals.pop("", {}).items()}
+        for group, of_group in sorted(totals.items()):
+            count = of_group.pop(COUNT)
+            metrics |= {f"{name}/{group}": value / count for name, value in of_group.items()}
+        for name, bins in spreads.items():
+            for share, value in zip(QUANTILES, _quantiles(bins), strict=True):
+                metrics[f"{name}/p{round(100 * share):02d}"] = value
+        return metrics
+
+
+COUNT = "tokens"
+
+
+def _quantiles(counts: Tensor) -> list[float]:
+    """Middle of the bins in which the quantiles lie; counts is [SPREAD_BINS]."""
+    shares = counts.cumsum(0) / counts.sum()
+    bins = torch.searchsorted(shares, torch.tensor(QUANTILES, dtype=shares.dtype))
+    width = 2 * SPREAD_BOUND / SPREAD_BINS
+    found: list[float] = (-SPREAD_BOUND + width * (bins + 0.5)).tolist()
+    return found

@@ -86,6 +86,15 @@ class Rollout:
         return self.prompt.input_ids + self.response_ids
 
 
+GROUPED_BY = ("category", "language")
+"""What the diagnostics of rollouts are told apart by."""
+
+
+def rollout_groups(rollout: Rollout) -> list[str]:
+    """Name the groups of a rollout."""
+    return [f"{kind}_{getattr(rollout.prompt, kind)}" for kind in GROUPED_BY]
+
+
 @dataclass(frozen=True)
 class TokenScores:
     """The teacher's log-probability of each response token."""
@@ -99,6 +108,7 @@ class TopKScores:
 
     topk_ids: Tensor  # [R, K] int64, the sampler's likeliest tokens or the teacher's
     teacher_topk_logprobs: Tensor  # [R, K] float32
+    topk_overlap: Tensor  # [R] float32, share of them among the teacher's K likeliest
 
 
 @dataclass(frozen=True)
@@ -126,6 +136,9 @@ class Microbatch:
     loss_mask: Tensor  # [T] bool, whether the target is learnt
     num_tokens: int  # T, or 0 where a token only stands in for a rank without sequences
     num_loss_tokens: int
+    groups: tuple[str, ...]
+    """Names of the groups that metrics are told apart by, as `category_math`."""
+    group_ids: Tensor  # [N, G] int64, the groups of each loss token
 
     def to(self, device: torch.device) -> Self:
         """Move the tensors to a device."""
@@ -152,6 +165,7 @@ class TopKMicrobatch(Microbatch):
     sampler_logprobs: Tensor  # [T] float32, of the targets
     topk_ids: Tensor  # [N, K] int64, at the N loss tokens, in order
     teacher_topk_logprobs: Tensor  # [N, K] float32
+    topk_overlap: Tensor  # [N] float32
 
 
 @dataclass(frozen=True)
@@ -172,10 +186,11 @@ class PolicyOutput:
 
 @dataclass(frozen=True)
 class LossOutput:
-    """A loss and its diagnostics, all sums over the loss tokens of a microbatch."""
+    """A loss and its diagnostics at the N loss tokens of a microbatch."""
 
-    loss: Tensor  # scalar float32
-    sums: dict[str, Tensor]  # metric name -> scalar
+    loss: Tensor  # scalar float32, a sum over the tokens
+    values: dict[str, Tensor]  # metric name -> [N] float32, without gradient
+    spreads: dict[str, Tensor]  # as `values`, of which quantiles are reported
 
 
 LossFn = Callable[[PolicyOutput, Any], LossOutput]

@@ -5,6 +5,7 @@ Legend: T packed tokens, N tokens with loss, R tokens of a response, D width of 
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch import Tensor
 from marco_train.config import Objective
 from marco_train.distributed import reduce_max
 from marco_train.types import (
+    GROUPED_BY,
     Example,
     FullMicrobatch,
     HiddenScores,
@@ -22,6 +24,7 @@ from marco_train.types import (
     TokenScores,
     TopKMicrobatch,
     TopKScores,
+    rollout_groups,
 )
 
 
@@ -48,7 +51,7 @@ def pack_rollouts(
 def _sampled_microbatch(scored: Sequence[ScoredRollout]) -> SampledMicrobatch:
     scores = [s.scores.teacher_logprobs for s in scored if isinstance(s.scores, TokenScores)]
     assert len(scores) == len(scored), "the teacher did not score tokens"
-    joined = _join([_as_example(s.rollout) for s in scored])
+    joined = _join_rollouts(scored)
     return SampledMicrobatch(
         **vars(joined),
         sampler_logprobs=_spread(joined, _sampler_logprobs(scored)),
@@ -59,7 +62,7 @@ def _sampled_microbatch(scored: Sequence[ScoredRollout]) -> SampledMicrobatch:
 def _topk_microbatch(scored: Sequence[ScoredRollout]) -> TopKMicrobatch:
     scores = [s.scores for s in scored if isinstance(s.scores, TopKScores)]
     assert len(scores) == len(scored), "the teacher did not score the likeliest tokens"
-    joined = _join([_as_example(s.rollout) for s in scored])
+    joined = _join_rollouts(scored)
     ids = [s.topk_ids for s in scores]
     logprobs = [s.teacher_topk_logprobs for s in scores]
     return TopKMicrobatch(
@@ -67,18 +70,30 @@ def _topk_microbatch(scored: Sequence[ScoredRollout]) -> TopKMicrobatch:
         sampler_logprobs=_spread(joined, _sampler_logprobs(scored)),
         topk_ids=torch.cat(ids) if ids else torch.zeros(0, 0, dtype=torch.int64),
         teacher_topk_logprobs=torch.cat(logprobs) if logprobs else torch.zeros(0, 0),
+        topk_overlap=torch.cat([torch.zeros(0), *(s.topk_overlap for s in scores)]),
     )
 
 
 def _full_microbatch(scored: Sequence[ScoredRollout]) -> FullMicrobatch:
     scores = [s.scores.teacher_hidden for s in scored if isinstance(s.scores, HiddenScores)]
     assert len(scores) == len(scored), "the teacher did not give hidden states"
-    joined = _join([_as_example(s.rollout) for s in scored])
+    joined = _join_rollouts(scored)
     return FullMicrobatch(
         **vars(joined),
         sampler_logprobs=_spread(joined, _sampler_logprobs(scored)),
         teacher_hidden=torch.cat(scores) if scores else torch.zeros(0, 0),
     )
+
+
+def _join_rollouts(scored: Sequence[ScoredRollout]) -> Microbatch:
+    """Lay rollouts end to end and note the category and language of every response token."""
+    joined = _join([_as_example(s.rollout) for s in scored])
+    named = [rollout_groups(s.rollout) for s in scored]
+    groups = tuple(sorted({name for names in named for name in names}))
+    ids = [[groups.index(name) for name in names] for names in named]
+    repeats = torch.tensor([len(s.rollout.response_ids) for s in scored], dtype=torch.int64)
+    group_ids = torch.tensor(ids, dtype=torch.int64).view(len(scored), len(GROUPED_BY))
+    return replace(joined, groups=groups, group_ids=group_ids.repeat_interleave(repeats, dim=0))
 
 
 def _as_example(rollout: Rollout) -> Example:
@@ -118,6 +133,8 @@ def _join(examples: Sequence[Example]) -> Microbatch:
         loss_mask=torch.tensor(loss_mask),
         num_tokens=num_tokens,
         num_loss_tokens=sum(loss_mask),
+        groups=(),
+        group_ids=torch.zeros(sum(loss_mask), 0, dtype=torch.int64),
     )
 
 

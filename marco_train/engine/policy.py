@@ -105,7 +105,7 @@ class Policy:
             loss = output.loss / num_tokens + routers.loss(routing, microbatch.num_tokens)
             # DeepSpeed averages gradients over ranks; undo that.
             self._engine.backward(loss * world_size(), scale_wrt_gas=False)
-            totals.add(output)
+            totals.add(output, on_device)
         metrics = totals.mean(num_tokens) | routers.metrics()
         self._refuse_non_finite(metrics)
         metrics |= {"data/num_loss_tokens": num_tokens, "data/num_tokens": num_inputs}
@@ -144,7 +144,7 @@ class Policy:
         totals = MetricSums()
         for microbatch in microbatches:
             on_device = microbatch.to(device())
-            totals.add(loss_fn(self.forward(on_device), on_device))
+            totals.add(loss_fn(self.forward(on_device), on_device), on_device)
         return totals.mean(max(1.0, num_tokens))
 
     @torch.no_grad()

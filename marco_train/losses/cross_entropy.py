@@ -8,5 +8,5 @@ def cross_entropy(output: PolicyOutput, microbatch: Microbatch) -> LossOutput:
     """Sum -log p(target) over the tokens with loss; the caller divides by their global number."""
     mask = microbatch.loss_mask
     logprobs, entropy = token_logprobs(output.hidden[mask], output.head, microbatch.targets[mask])
-    loss = -logprobs.sum()
-    return LossOutput(loss, {"loss/cross_entropy": loss.detach(), "loss/entropy": entropy.sum()})
+    values = {"loss/cross_entropy": -logprobs.detach(), "loss/entropy": entropy}
+    return LossOutput(-logprobs.sum(), values, spreads={})

@@ -19,6 +19,7 @@ Legend: N tokens with loss, V vocabulary, B of its entries in a tile, D width.
 """
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -60,44 +61,51 @@ class SampledReverseKL:
         )
         sampler_logprobs = microbatch.sampler_logprobs[mask]
         advantage = microbatch.teacher_logprobs[mask] - sampler_logprobs
-        reverse_kl = -advantage.sum()
-        if self.max_advantage is not None:
-            advantage = advantage.clamp(-self.max_advantage, self.max_advantage)
         log_ratio = policy_logprobs - sampler_logprobs
         ratio = log_ratio.exp()
+        values = {
+            "kl/reverse": -advantage,
+            "loss/entropy": entropy,
+        } | _sampler_values(log_ratio.detach())
+        spreads = {"kl/advantage": advantage}
+        if self.max_advantage is not None:
+            advantage = advantage.clamp(-self.max_advantage, self.max_advantage)
         if self.max_importance_ratio is not None:
+            values["kl/ratio_truncated"] = (ratio > self.max_importance_ratio).float()
             ratio = ratio.clamp(max=self.max_importance_ratio)
-        loss = -(ratio * advantage).sum()
-        return LossOutput(
-            loss,
-            {
-                "loss/objective": loss.detach(),
-                "kl/reverse": reverse_kl,
-                "kl/sampler_mismatch": log_ratio.detach().abs().sum(),
-                "loss/entropy": entropy.sum(),
-            },
-        )
+        losses = -ratio * advantage
+        values["loss/objective"] = losses.detach()
+        return LossOutput(losses.sum(), values, spreads)
+
+
+def _sampler_values(log_ratio: Tensor) -> dict[str, Tensor]:
+    """How far the sampler is from the policy, by the sampled tokens' log-ratios [N]."""
+    return {
+        "kl/sampler_mismatch": log_ratio.abs(),
+        # Unbiased for KL(sampler || policy), and never negative.
+        "kl/sampler": log_ratio.exp() - 1 - log_ratio,
+    }
 
 
 # Mass below which a bucket's logarithm would be of rounding errors.
 MIN_MASS = 1e-6
 
 
-def bucketed_reverse_kl(policy_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
-    """Reverse KL between distributions over K tokens and one bucket of all others.
+def bucketed_kl(logp: Tensor, logq: Tensor) -> Tensor:
+    """KL(p || q) of distributions over K tokens and one bucket of all others.
 
     Args:
-        policy_logprobs: [N, K] float32, of K different tokens in each place.
-        teacher_logprobs: [N, K] float32, of the same.
+        logp: [N, K] float32, of K different tokens in each place.
+        logq: [N, K] float32, of the same.
 
     Returns:
-        [N] float32 in nats, differentiable in the policy; at most the KL over all tokens.
+        [N] float32 in nats, differentiable; at most the KL over all tokens.
     """
-    p = policy_logprobs.exp()
+    p = logp.exp()
     p_rest = (1 - p.sum(1)).clamp(min=MIN_MASS)
-    q_rest = (1 - teacher_logprobs.exp().sum(1)).clamp(min=MIN_MASS)
-    # A token that the policy holds impossible adds nothing, whatever the teacher says of it.
-    gaps = torch.where(p > 0, policy_logprobs - teacher_logprobs, 0.0)
+    q_rest = (1 - logq.exp().sum(1)).clamp(min=MIN_MASS)
+    # A token that p holds impossible adds nothing, whatever q says of it.
+    gaps = torch.where(p > 0, logp - logq, 0.0)
     return (p * gaps).sum(1) + p_rest * (p_rest.log() - q_rest.log())
 
 
@@ -112,19 +120,17 @@ class TopKReverseKL:
         logprobs, entropy = gather_logprobs(output.hidden[mask], output.head, ids)
         policy_topk, policy_logprobs = logprobs[:, :-1], logprobs[:, -1].detach()
         teacher_topk = microbatch.teacher_topk_logprobs
-        loss = bucketed_reverse_kl(policy_topk, teacher_topk).sum()
-        mismatch = (policy_logprobs - microbatch.sampler_logprobs[mask]).abs()
-        return LossOutput(
-            loss,
-            {
-                "loss/objective": loss.detach(),
-                "kl/reverse": loss.detach(),
-                "kl/policy_mass": policy_topk.detach().exp().sum(),
-                "kl/teacher_mass": teacher_topk.exp().sum(),
-                "kl/sampler_mismatch": mismatch.sum(),
-                "loss/entropy": entropy.sum(),
-            },
-        )
+        losses = bucketed_kl(policy_topk, teacher_topk)
+        values = {
+            "loss/objective": losses.detach(),
+            "kl/reverse": losses.detach(),
+            "kl/forward": bucketed_kl(teacher_topk, policy_topk.detach()),
+            "kl/policy_mass": policy_topk.detach().exp().sum(1),
+            "kl/teacher_mass": teacher_topk.exp().sum(1),
+            "kl/topk_overlap": microbatch.topk_overlap,
+            "loss/entropy": entropy,
+        } | _sampler_values(policy_logprobs - microbatch.sampler_logprobs[mask])
+        return LossOutput(losses.sum(), values, spreads={})
 
 
 class _FullReverseKL(torch.autograd.Function):
@@ -138,23 +144,29 @@ class _FullReverseKL(torch.autograd.Function):
         teacher_hidden: Tensor,
         teacher_head: Tensor,
         targets: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         policy = RunningSoftmax(len(hidden), 2, hidden.device)
-        teacher = RunningSoftmax(len(hidden), 0, hidden.device)
+        teacher = RunningSoftmax(len(hidden), 2, hidden.device)
         target_logits = torch.empty(len(hidden), 1, device=hidden.device)
         for block in vocabulary_blocks(len(hidden), len(head), hidden.device):
             policy_NB = F.linear(hidden, head[block]).float()
             teacher_NB = F.linear(teacher_hidden, teacher_head[block]).float()
-            policy.add(policy_NB, policy_NB, policy_NB - teacher_NB)
-            teacher.add(teacher_NB)
+            gap_NB = policy_NB - teacher_NB
+            policy.add(policy_NB, policy_NB, gap_NB)
+            teacher.add(teacher_NB, teacher_NB, gap_NB)
             pick(policy_NB, targets[:, None], block, into=target_logits)
         mean_logit, gap = policy.means
         kl = gap - policy.logsumexp + teacher.logsumexp
         ctx.save_for_backward(hidden, head, teacher_hidden, teacher_head, policy.logsumexp, gap)
-        entropy = policy.logsumexp - mean_logit
-        logprobs = target_logits[:, 0] - policy.logsumexp
-        ctx.mark_non_differentiable(entropy, logprobs)
-        return kl, entropy, logprobs
+        forward_kl = policy.logsumexp - teacher.logsumexp - teacher.means[1]
+        seen = (
+            policy.logsumexp - mean_logit,
+            target_logits[:, 0] - policy.logsumexp,
+            forward_kl,
+            teacher.logsumexp - teacher.means[0],
+        )
+        ctx.mark_non_differentiable(*seen)
+        return (kl, *seen)
 
     @staticmethod
     def backward(
@@ -172,14 +184,24 @@ class _FullReverseKL(torch.autograd.Function):
         return (*carried.gradients(), None, None, None)
 
 
+class FullKL(NamedTuple):
+    """What `full_reverse_kl` finds in each place, [N] float32 each; nats."""
+
+    reverse: Tensor  # policy against teacher, differentiable in the policy
+    entropy: Tensor  # of the policy
+    logprobs: Tensor  # the policy's, of the targets
+    forward: Tensor  # teacher against policy
+    teacher_entropy: Tensor
+
+
 def full_reverse_kl(
     hidden: Tensor,
     head: Tensor,
     teacher_hidden: Tensor,
     teacher_head: Tensor,
     targets: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Reverse KL over the whole vocabulary in each place, in nats.
+) -> FullKL:
+    """Reverse KL over the whole vocabulary in each place, and what falls off beside it.
 
     Args:
         hidden: [N, D] of the policy.
@@ -187,15 +209,10 @@ def full_reverse_kl(
         teacher_hidden: [N, D'] of the teacher, after its final norm.
         teacher_head: [V, D'] of the teacher.
         targets: [N] int64, the sampled tokens.
-
-    Returns:
-        KL [N] float32, differentiable in the policy; the policy's entropy [N] and its
-        log-probability of the targets [N], not differentiable.
     """
-    found: tuple[Tensor, Tensor, Tensor] = _FullReverseKL.apply(  # type: ignore[no-untyped-call]
-        hidden, head, teacher_hidden, teacher_head, targets
+    return FullKL(
+        *_FullReverseKL.apply(hidden, head, teacher_hidden, teacher_head, targets)  # type: ignore[no-untyped-call]
     )
-    return found
 
 
 @dataclass(frozen=True)
@@ -207,7 +224,7 @@ class FullReverseKL:
     def __call__(self, output: PolicyOutput, microbatch: FullMicrobatch) -> LossOutput:
         """Sum the reverse KL over the places of the sampled tokens."""
         mask = microbatch.loss_mask
-        kl, entropy, policy_logprobs = full_reverse_kl(
+        found = full_reverse_kl(
             output.hidden[mask],
             output.head,
             # [0, 0] where no rollout told the width.
@@ -215,17 +232,14 @@ class FullReverseKL:
             self.teacher_head,
             microbatch.targets[mask],
         )
-        loss = kl.sum()
-        mismatch = (policy_logprobs - microbatch.sampler_logprobs[mask]).abs()
-        return LossOutput(
-            loss,
-            {
-                "loss/objective": loss.detach(),
-                "kl/reverse": loss.detach(),
-                "kl/sampler_mismatch": mismatch.sum(),
-                "loss/entropy": entropy.sum(),
-            },
-        )
+        values = {
+            "loss/objective": found.reverse.detach(),
+            "kl/reverse": found.reverse.detach(),
+            "kl/forward": found.forward,
+            "kl/teacher_entropy": found.teacher_entropy,
+            "loss/entropy": found.entropy,
+        } | _sampler_values(found.logprobs - microbatch.sampler_logprobs[mask])
+        return LossOutput(found.reverse.sum(), values, spreads={})
 
 
 def build_reverse_kl(cfg: OPDConfig, teacher_head: Tensor) -> LossFn:

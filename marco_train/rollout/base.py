@@ -6,9 +6,9 @@ from typing import Protocol
 
 from torch import Tensor
 
-from marco_train.distributed import reduce_sums
+from marco_train.distributed import gather_objects
 from marco_train.metrics import Metrics
-from marco_train.types import FinishReason, Prompt, Rollout
+from marco_train.types import FinishReason, Prompt, Rollout, rollout_groups
 
 
 class Sampler(Protocol):
@@ -38,17 +38,23 @@ def response_seed(run_seed: int, prompt_index: int, sample_index: int) -> int:
 
 
 def summarize(rollouts: Sequence[Rollout]) -> Metrics:
-    """Describe the responses of a step, over all ranks."""
-    count, length, truncated, empty = reduce_sums(
-        [
-            len(rollouts),
-            sum(len(r.response_ids) for r in rollouts),
-            sum(r.finish_reason is FinishReason.length for r in rollouts),
-            sum(
-                len(r.response_ids) == 1 and r.finish_reason is FinishReason.stop for r in rollouts
-            ),
-        ]
-    )
+    """Describe the responses of a step over all ranks, in all and by category and language."""
+    sums: dict[str, list[float]] = {}  # of a group, "" for all: responses and what is averaged
+    for rollout in rollouts:
+        length = len(rollout.response_ids)
+        stopped = rollout.finish_reason is FinishReason.stop
+        found = [1.0, length, float(not stopped), float(stopped and length <= 1)]
+        for group in ("", *(f"/{name}" for name in rollout_groups(rollout))):
+            known = sums.get(group, [0.0] * len(found))
+            sums[group] = [a + b for a, b in zip(known, found, strict=True)]
+    totals: dict[str, list[float]] = {"": [0.0] * 4}
+    for of_rank in gather_objects(sums):
+        for group, found in of_rank.items():
+            known = totals.get(group, [0.0] * len(found))
+            totals[group] = [a + b for a, b in zip(known, found, strict=True)]
     names = ("rollout/response_length", "rollout/truncated", "rollout/empty")
-    sums = (length, truncated, empty)
-    return {name: total / max(1.0, count) for name, total in zip(names, sums, strict=True)}
+    return {
+        f"{name}{group}": value / max(1.0, count)
+        for group, (count, *values) in sorted(totals.items())
+        for name, value in zip(names, values, strict=True)
+    }

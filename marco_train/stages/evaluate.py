@@ -139,7 +139,7 @@ def mean_reverse_kl(
         microbatch = packed.to(device())
         hidden = model(microbatch.input_ids, microbatch.position_ids)
         output = objective(PolicyOutput(hidden, model.head), microbatch)  # type: ignore[arg-type]
-        total += float(output.sums["kl/reverse"])
+        total += float(output.values["kl/reverse"].sum())
         num_tokens += microbatch.num_loss_tokens
     all_kl, all_tokens = reduce_sums([total, num_tokens])
     return all_kl / all_tokens

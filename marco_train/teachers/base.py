@@ -43,13 +43,14 @@ def scores_from_hidden(
             logprobs, _ = token_logprobs(hidden, head, targets)
             return TokenScores(logprobs.cpu().clone())
         case Objective.topk:
-            if wanted.top_k_from is TopKFrom.teacher:
-                logprobs, ids = topk_logprobs(hidden, head, wanted.top_k)
-            else:
+            logprobs, likeliest = topk_logprobs(hidden, head, wanted.top_k)
+            ids = likeliest
+            if wanted.top_k_from is TopKFrom.sampler:
                 ids = torch.tensor(rollout.topk_ids, dtype=torch.int64, device=hidden.device)
                 ids = ids.view(len(rollout.response_ids), wanted.top_k)
                 logprobs, _ = gather_logprobs(hidden, head, ids)
-            return TopKScores(ids.cpu().clone(), logprobs.cpu().clone())
+            overlap = (ids[:, :, None] == likeliest[:, None]).any(2).float().mean(1)
+            return TopKScores(ids.cpu().clone(), logprobs.cpu().clone(), overlap.cpu())
 
 
 class Teacher(Protocol):

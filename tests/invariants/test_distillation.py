@@ -11,7 +11,7 @@ from marco_train.losses.distillation import (
     FullReverseKL,
     SampledReverseKL,
     TopKReverseKL,
-    bucketed_reverse_kl,
+    bucketed_kl,
     full_reverse_kl,
 )
 from marco_train.losses.logprobs import token_logprobs
@@ -49,10 +49,21 @@ def test_full_reverse_kl_equals_the_plain_sum_with_its_gradients(
     monkeypatch.setattr(logprobs_module, "MIN_BLOCK", 1)
     ours, plain = setting(torch.float32), setting(torch.float64)
     weights = torch.arange(1.0, TOKENS + 1)
-    found, _, _ = full_reverse_kl(**ours)
+    seen = full_reverse_kl(**ours)
+    found = seen.reverse
     logp = F.linear(plain["hidden"], plain["head"]).log_softmax(-1)
     logq = F.linear(plain["teacher_hidden"], plain["teacher_head"]).log_softmax(-1)
     wanted = (logp.exp() * (logp - logq)).sum(-1)
+    beside = {
+        "entropy": -(logp.exp() * logp).sum(-1),
+        "logprobs": logp.gather(1, plain["targets"][:, None])[:, 0],
+        "forward": (logq.exp() * (logq - logp)).sum(-1),
+        "teacher_entropy": -(logq.exp() * logq).sum(-1),
+    }
+    for name, expected in beside.items():
+        value = getattr(seen, name)
+        assert not value.requires_grad
+        torch.testing.assert_close(value.double(), expected.detach(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
     (found * weights).sum().backward()
     (wanted * weights).sum().backward()
@@ -69,6 +80,8 @@ def microbatch(targets: Tensor, mask: Tensor) -> Microbatch:
         loss_mask=mask,
         num_tokens=len(targets),
         num_loss_tokens=int(mask.sum()),
+        groups=(),
+        group_ids=torch.zeros(int(mask.sum()), 0, dtype=torch.int64),
     )
 
 
@@ -83,6 +96,7 @@ def topk_batch(s: dict[str, Tensor], top_k: int) -> tuple[PolicyOutput, TopKMicr
         sampler_logprobs=logp.gather(1, s["targets"][:, None])[:, 0],
         topk_ids=ids,
         teacher_topk_logprobs=logq.gather(1, ids),
+        topk_overlap=torch.zeros(TOKENS),
     )
     return PolicyOutput(s["hidden"], s["head"]), batch
 
@@ -104,7 +118,7 @@ def test_the_topk_objective_equals_its_formula_with_its_gradients(top_k: int) ->
             wanted = wanted + rest * (rest / teachers_rest).log()
     assert found.loss.item() == pytest.approx(wanted.item(), rel=1e-5)
     mass = (p * chosen).sum().item()
-    assert found.sums["kl/policy_mass"].item() == pytest.approx(mass, rel=1e-5)
+    assert found.values["kl/policy_mass"].sum().item() == pytest.approx(mass, rel=1e-5)
     found.loss.backward()
     wanted.backward()
     for name in ("hidden", "head"):
@@ -114,7 +128,7 @@ def test_the_topk_objective_equals_its_formula_with_its_gradients(top_k: int) ->
 
 def test_topk_of_the_whole_vocabulary_is_the_full_objective_and_fewer_are_a_lower_bound() -> None:
     s = setting(torch.float32)
-    kl, _, _ = full_reverse_kl(**s)
+    kl = full_reverse_kl(**s).reverse
     whole = torch.autograd.grad(kl.sum(), [s["hidden"], s["head"]])
     losses = []
     for top_k in range(1, VOCAB + 1):
@@ -131,8 +145,8 @@ def test_topk_of_the_whole_vocabulary_is_the_full_objective_and_fewer_are_a_lowe
 def test_mass_moved_out_of_the_likeliest_tokens_is_seen() -> None:
     # Without the bucket of the others, shrinking all K probabilities together would lower the sum.
     teacher = torch.tensor([[0.6, 0.3]]).log()
-    inside = bucketed_reverse_kl(torch.tensor([[0.6, 0.3]]).log(), teacher)
-    fled = bucketed_reverse_kl(torch.tensor([[0.06, 0.03]]).log(), teacher)
+    inside = bucketed_kl(torch.tensor([[0.6, 0.3]]).log(), teacher)
+    fled = bucketed_kl(torch.tensor([[0.06, 0.03]]).log(), teacher)
     assert inside.item() == pytest.approx(0, abs=1e-6)
     assert fled.item() > 1
 
@@ -152,7 +166,9 @@ def test_the_advantage_can_be_bounded() -> None:
     (wanted,) = torch.autograd.grad(-(advantage.clamp(-2, 2) * logprobs).sum(), s["hidden"])
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-5)
     # What is reported is the KL itself.
-    assert found.sums["kl/reverse"].item() == pytest.approx(-advantage.sum().item(), abs=1e-4)
+    assert found.values["kl/reverse"].sum().item() == pytest.approx(
+        -advantage.sum().item(), abs=1e-4
+    )
 
 
 def test_the_expected_sampled_gradient_is_the_gradient_of_the_reverse_kl() -> None:
@@ -176,7 +192,7 @@ def test_the_expected_sampled_gradient_is_the_gradient_of_the_reverse_kl() -> No
             for name, gradient in zip(("hidden", "head"), gradients, strict=True):
                 expected[name] += logp[place, v].exp() * gradient
 
-    kl, _, _ = full_reverse_kl(**s)
+    kl = full_reverse_kl(**s).reverse
     analytic = torch.autograd.grad(kl.sum(), [s["hidden"], s["head"]])
     for name, wanted in zip(("hidden", "head"), analytic, strict=True):
         torch.testing.assert_close(expected[name], wanted, rtol=1e-4, atol=1e-5)
@@ -207,7 +223,7 @@ def test_a_teacher_that_is_the_policy_gives_zero_loss_and_zero_gradient() -> Non
     for found in losses:
         gradients = torch.autograd.grad(found.loss, [s["hidden"], s["head"]])
         assert abs(found.loss.item()) < 1e-5
-        assert abs(float(found.sums["kl/reverse"])) < 1e-5
+        assert abs(float(found.values["kl/reverse"].sum())) < 1e-5
         assert all(gradient.abs().max() < 1e-6 for gradient in gradients)
 
 
@@ -245,6 +261,7 @@ def test_a_microbatch_without_loss_tokens_has_zero_loss_and_a_whole_graph() -> N
         sampler_logprobs=zeros,
         topk_ids=torch.zeros(0, 0, dtype=torch.int64),
         teacher_topk_logprobs=torch.zeros(0, 0),
+        topk_overlap=torch.zeros(0),
     )
     for found in (
         cross_entropy(output, empty),

@@ -130,7 +130,8 @@ def refuse(cfg: TrainConfig, loss_scale: float, mask: bool) -> str:
 
     def loss(output: PolicyOutput, batch: Microbatch) -> LossOutput:
         found = cross_entropy(output, batch)
-        return LossOutput(found.loss * loss_scale, {"loss/cross_entropy": found.loss * loss_scale})
+        scaled = {"loss/cross_entropy": found.values["loss/cross_entropy"] * loss_scale}
+        return LossOutput(found.loss * loss_scale, scaled, spreads={})
 
     try:
         policy.train_step(batches, loss)

@@ -91,7 +91,9 @@ def test_hidden_states_lie_in_the_order_of_the_loss_tokens() -> None:
 
 def test_likeliest_tokens_lie_in_the_order_of_the_loss_tokens() -> None:
     def scores(*rows: list[int]) -> TopKScores:
-        return TopKScores(torch.tensor(rows), -torch.tensor(rows).float())
+        return TopKScores(
+            torch.tensor(rows), -torch.tensor(rows).float(), torch.tensor(rows)[:, 0].float()
+        )
 
     scored = [
         ScoredRollout(rollout([1], [2], [-1.0]), scores([7, 8])),
@@ -103,6 +105,7 @@ def test_likeliest_tokens_lie_in_the_order_of_the_loss_tokens() -> None:
     assert batch.topk_ids.tolist() == [[5, 6], [9, 1], [7, 8]]
     assert batch.teacher_topk_logprobs.tolist() == [[-5, -6], [-9, -1], [-7, -8]]
     assert batch.sampler_logprobs[batch.loss_mask].tolist() == [-1, -2, -1]
+    assert batch.topk_overlap.tolist() == [5, 9, 7]
 
 
 def test_no_rollouts_at_all_still_make_a_microbatch() -> None:

@@ -208,9 +208,13 @@ def test_the_summary_counts_lengths_cuts_and_empty_answers() -> None:
         Rollout(asked, 0, [2], [-0.1], [[]], FinishReason.stop, 0),
         Rollout(asked, 1, [5, 6, 7], [-0.1] * 3, [[]] * 3, FinishReason.length, 0),
     ]
-    assert summarize(rollouts) == {
+    found = summarize(rollouts)
+    whole = {
         "rollout/response_length": 2.0,
         "rollout/truncated": 0.5,
         "rollout/empty": 0.5,
     }
+    assert {name: found[name] for name in whole} == whole
+    for group in ("category_c", "language_en"):
+        assert {name: found[f"{name}/{group}"] for name in whole} == whole
     assert set(summarize([]).values()) == {0.0}
