@@ -28,7 +28,9 @@ def run_opd(cfg: TrainConfig) -> None:
     check_student_vocabulary(cfg.model)
     tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
     prompts = PromptLoader(cfg.data, opd, tokenizer, cfg.seed)
-    cascade = Cascade(opd, cfg.model.tokenizer, student.vocab_size)  # refuses a foreign vocabulary
+    cascade = Cascade(  # refuses a teacher of other tokens, turns or stops
+        opd, cfg.model.tokenizer, tokenizer.chat_template, student.vocab_size
+    )
     policy = build_policy(
         cfg.model, cfg.optim, cfg.parallel, cascade.num_steps, cfg.seed, tokenizer.chat_template
     )

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from marco_train.architecture import InputError, require
-from marco_train.config import OPDConfig, PhaseConfig, TeacherConfig
+from marco_train.config import OPDConfig, PhaseConfig
 from marco_train.metrics import Metrics
 from marco_train.teachers.base import Teacher, Wanted
 from marco_train.teachers.build import build_teacher
 from marco_train.teachers.cache import ScoreCache, teacher_identity
-from marco_train.teachers.vocab import check_head_rows, check_vocabulary
+from marco_train.teachers.preflight import check_files, check_scores, probe_rollouts
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,9 @@ class Cascade:
 
     name = "cascade"
 
-    def __init__(self, cfg: OPDConfig, student_tokenizer: str, vocab_size: int) -> None:
+    def __init__(
+        self, cfg: OPDConfig, student_tokenizer: str, chat_template: str, vocab_size: int
+    ) -> None:
         """Plan the phases and check every teacher's files; no model is loaded.
 
         Raises:
@@ -48,11 +50,12 @@ class Cascade:
                 raise InputError(
                     f"stage.cascade.{name}.teacher.path: there is no model at {path!r}"
                 )
-            check_vocabulary(student_tokenizer, path, f"teacher {name!r}")
-            check_head_rows(vocab_size, path, f"teacher {name!r}")
+            owner = f"teacher {name!r}"
+            check_files(student_tokenizer, chat_template, vocab_size, path, owner)
             end = first + cfg.capped(phase.num_steps)
             self.phases.append(Phase(name, index, first, end, phase))
             first = end
+        self._student_tokenizer = student_tokenizer
         self._score_cache = cfg.score_cache
         self._open: tuple[str, Teacher] | None = None
 
@@ -70,11 +73,15 @@ class Cascade:
         phase = self.phase_at(step)
         if self._open is None or self._open[0] != phase.name:
             self._open = None  # let go of the former before the next takes memory
-            self._open = phase.name, self._open_teacher(phase.cfg.teacher)
+            self._open = phase.name, self._open_teacher(phase)
         return self._open[1]
 
-    def _open_teacher(self, cfg: TeacherConfig) -> Teacher:
+    def _open_teacher(self, phase: Phase) -> Teacher:
+        """Load a teacher and check its numbers before it teaches anything."""
+        cfg = phase.cfg.teacher
         teacher = build_teacher(cfg, self._wanted)
+        probes = probe_rollouts(self._student_tokenizer, self._wanted)
+        check_scores(teacher, probes, f"teacher {phase.name!r} ({cfg.path})")
         if self._score_cache is None:
             return teacher
         return ScoreCache(teacher, teacher_identity(cfg.path), self._wanted, self._score_cache)

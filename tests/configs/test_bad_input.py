@@ -14,7 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from marco_train.architecture import InputError
 from marco_train.config import ChatTemplate, Objective, SourceConfig, SourceKind
-from marco_train.data.chat import load_tokenizer
+from marco_train.data.chat import CHATML, load_tokenizer
 from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions
 from marco_train.evaluation.verifiers import check_verifier
 from marco_train.models.hf_io import save_model
@@ -156,7 +156,7 @@ def test_a_teacher_that_is_missing_is_named(world: World) -> None:
         "quickstart_opd", f"root={world.root}", "stage.cascade.second.teacher.path=nobody"
     )
     with pytest.raises(InputError, match=r"cascade.second.teacher.path: there is no model at"):
-        Cascade(cfg.stage, cfg.model.tokenizer, 320)
+        Cascade(cfg.stage, cfg.model.tokenizer, CHATML.read_text(), 320)
 
 
 def foreign_teacher(world: World, path: Path, corpus: list[str]) -> None:
@@ -175,7 +175,7 @@ def test_a_teacher_with_another_vocabulary_is_refused_with_the_difference(
         f"stage.cascade.first.teacher.path={tmp_path / 'model'}",
     )
     with pytest.raises(InputError, match=r"tokenizer of teacher 'first' .* differences"):
-        Cascade(cfg.stage, cfg.model.tokenizer, 320)
+        Cascade(cfg.stage, cfg.model.tokenizer, CHATML.read_text(), 320)
 
 
 def test_two_ids_swapped_in_a_teachers_vocabulary_are_enough_to_refuse_it(
@@ -193,13 +193,13 @@ def test_two_ids_swapped_in_a_teachers_vocabulary_are_enough_to_refuse_it(
         f"stage.cascade.first.teacher.path={tmp_path / 'model'}",
     )
     with pytest.raises(InputError, match=r"2 differences .*model\.vocab\.a: \d+ -> \d+"):
-        Cascade(cfg.stage, cfg.model.tokenizer, 320)
+        Cascade(cfg.stage, cfg.model.tokenizer, CHATML.read_text(), 320)
 
 
 def test_a_teacher_with_more_output_rows_is_refused(world: World) -> None:
     cfg = compose_config("quickstart_opd", f"root={world.root}")
     with pytest.raises(InputError, match="has 320 output rows and the student 328"):
-        Cascade(cfg.stage, cfg.model.tokenizer, 328)
+        Cascade(cfg.stage, cfg.model.tokenizer, CHATML.read_text(), 328)
 
 
 def test_a_tokenizer_whose_template_marks_nothing_is_refused(world: World, tmp_path: Path) -> None:

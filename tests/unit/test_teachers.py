@@ -16,7 +16,7 @@ from marco_train.config import (
     TopKFrom,
     TrainConfig,
 )
-from marco_train.data.chat import load_tokenizer
+from marco_train.data.chat import CHATML, load_tokenizer
 from marco_train.data.loader import PromptLoader
 from marco_train.data.packing import pack_rollouts
 from marco_train.engine.policy import build_policy
@@ -32,6 +32,8 @@ from marco_train.teachers.hf import HFTeacher
 from marco_train.types import FinishReason, HiddenScores, Prompt, Rollout, TokenScores, TopKScores
 from tests.conftest import GRADIENT_DESCENT, World, compose_config
 from tests.ranks import run_on_ranks
+
+TEMPLATE = CHATML.read_text()
 
 
 def config(path: str, max_tokens: int = 4096) -> TeacherConfig:
@@ -200,7 +202,7 @@ def test_the_cascade_changes_teacher_at_exactly_its_step(
         "stage.cascade.first.num_steps=3",
         "stage.cascade.second.num_steps=2",
     )
-    whole = Cascade(cfg.stage, cfg.model.tokenizer, 320)
+    whole = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
     assert opened == []  # checked, not loaded
     widths = [whole.teacher_at(step).head.shape[1] for step in range(whole.num_steps)]
     assert widths == [32, 32, 32, 48, 48]
@@ -209,7 +211,7 @@ def test_the_cascade_changes_teacher_at_exactly_its_step(
     assert [whole.phase_at(step).name for step in (2, 3)] == ["first", "second"]
 
     opened.clear()
-    resumed = Cascade(cfg.stage, cfg.model.tokenizer, 320)
+    resumed = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
     resumed.resume(3, whole.state_at(3))
     assert resumed.teacher_at(3).head.shape[1] == 48
     assert opened == ["teacher_second"]
@@ -220,18 +222,18 @@ def test_more_likeliest_tokens_than_there_are_is_refused(world: World) -> None:
         "quickstart_opd", f"root={world.root}", "stage.objective=topk", "stage.top_k=321"
     )
     with pytest.raises(InputError, match=r"top_k is 321, more than the 320 tokens"):
-        Cascade(cfg.stage, cfg.model.tokenizer, 320)
+        Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
 
 
 def test_a_cascade_with_another_past_is_refused(world: World) -> None:
     short = ["stage.cascade.first.num_steps=3", "stage.cascade.second.num_steps=2"]
     cfg = compose_config("quickstart_opd", f"root={world.root}", *short)
-    state = Cascade(cfg.stage, cfg.model.tokenizer, 320).state_at(4)
+    state = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320).state_at(4)
     longer = compose_config(
         "quickstart_opd", f"root={world.root}", "stage.cascade.first.num_steps=4"
     )
     with pytest.raises(InputError, match="the cascade changed since the checkpoint"):
-        Cascade(longer.stage, longer.model.tokenizer, 320).resume(4, state)
+        Cascade(longer.stage, longer.model.tokenizer, TEMPLATE, 320).resume(4, state)
 
 
 def distil_from_itself(cfg: TrainConfig) -> tuple[float, float]:

@@ -1,0 +1,224 @@
+"""Is this teacher fit to teach this student? Checked by its files, and by numbers once it is open.
+
+Files, before any model is loaded: the same ids for the same text, the same way to open and to end a
+turn. Numbers, whenever a teacher is opened: the same answer to the same question, one finite number
+for each token that was asked, and an opinion, which a model that came back empty does not have.
+"""
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marco_train.architecture import require
+from marco_train.losses.logprobs import token_logprobs
+from marco_train.models.hf_io import stop_token_ids
+from marco_train.teachers.base import Teacher, Wanted
+from marco_train.teachers.vocab import check_head_rows, check_vocabulary
+from marco_train.types import (
+    FinishReason,
+    HiddenScores,
+    Prompt,
+    Rollout,
+    ScoredRollout,
+    TokenScores,
+)
+
+# One sentence in each of the paper's 29 languages.
+PROBES = {
+    "en": "The river was quiet in the morning.",
+    "zh": "清晨的河水很安静。",
+    "ar": "كان النهر هادئا في الصباح.",
+    "de": "Der Fluss war am Morgen ruhig.",
+    "es": "El río estaba tranquilo por la mañana.",
+    "fr": "La rivière était calme le matin.",
+    "ko": "아침에 강은 조용했다.",
+    "ja": "朝の川は静かだった。",
+    "pt": "O rio estava calmo de manhã.",
+    "tr": "Nehir sabahleyin sakindi.",
+    "id": "Sungai itu tenang di pagi hari.",
+    "it": "Il fiume era tranquillo al mattino.",
+    "nl": "De rivier was 's ochtends rustig.",
+    "pl": "Rano rzeka była spokojna.",
+    "ru": "Утром река была спокойной.",
+    "vi": "Dòng sông yên tĩnh vào buổi sáng.",
+    "th": "แม่น้ำเงียบสงบในตอนเช้า",
+    "he": "הנהר היה שקט בבוקר.",
+    "uk": "Вранці річка була спокійною.",
+    "ms": "Sungai itu tenang pada waktu pagi.",
+    "bn": "সকালে নদীটি শান্ত ছিল।",
+    "cs": "Řeka byla ráno klidná.",
+    "ur": "صبح کے وقت دریا پرسکون تھا۔",
+    "kk": "Таңертең өзен тыныш болды.",
+    "el": "Το ποτάμι ήταν ήσυχο το πρωί.",
+    "ro": "Râul era liniștit dimineața.",
+    "hu": "A folyó reggel csendes volt.",
+    "ne": "बिहान नदी शान्त थियो।",
+    "az": "Səhər çay sakit idi.",
+}
+# Nats by which two answers to one question may differ: kernels may add in another order.
+SAME_ANSWER = 1e-3
+# A model whose log-probabilities all lie this near to those of a uniform guess has no opinion.
+UNIFORM_SPREAD = 0.05
+# A mean log-probability this many times worse than a uniform guess is of no language model.
+WORST_GUESSES = 3.0
+
+
+def check_files(
+    student_tokenizer: str, chat_template: str, vocab_size: int, path: str, name: str
+) -> None:
+    """Refuse a teacher whose tokens, turns or stops are not the student's.
+
+    Args:
+        student_tokenizer: Directory of the student's tokenizer.
+        chat_template: What the run renders conversations with.
+        vocab_size: Rows of the student's head.
+        path: Directory of the teacher.
+        name: What the message calls it.
+
+    Raises:
+        InputError: Says what was expected, what came and what to do.
+    """
+    check_vocabulary(student_tokenizer, path, name)
+    check_head_rows(vocab_size, path, name)
+    # A second to import; wrong files are refused before.
+    from transformers import PreTrainedTokenizerFast
+
+    ours, theirs = (PreTrainedTokenizerFast.from_pretrained(p) for p in (student_tokenizer, path))
+    for language, text in PROBES.items():
+        expected, found = ours(text)["input_ids"], theirs(text)["input_ids"]
+        require(
+            expected == found,
+            f"{name} ({path}) gives {text!r} ({language}) the ids {found}, and the student "
+            f"{expected}: take a teacher with the student's tokenizer",
+        )
+    _check_template(ours, theirs, chat_template, f"{name} ({path})")
+    _check_stop_ids(stop_token_ids(student_tokenizer), path, name)
+
+
+def _check_template(ours: Any, theirs: Any, chat_template: str, owner: str) -> None:
+    """Refuse a teacher that opens a turn with other tokens."""
+    require(
+        bool(theirs.chat_template),
+        f"{owner} has no chat template, so it never saw the turns that the student is asked in: "
+        "take an instruct model, or give it the template it was trained with",
+    )
+    asked = [{"role": "user", "content": PROBES["en"]}]
+    ours.chat_template = chat_template
+    expected, found = (
+        tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)[
+            "input_ids"
+        ]
+        for tokenizer in (ours, theirs)
+    )
+    require(
+        expected == found,
+        f"{owner} opens a turn with {theirs.decode(found)!r}, and the student with "
+        f"{ours.decode(expected)!r}: train the student with the teacher's template",
+    )
+
+
+def _check_stop_ids(student: Sequence[int], path: str, name: str) -> None:
+    """Refuse a teacher that ends a turn with another token: responses would grow without end."""
+    generation = Path(path) / "generation_config.json"
+    file = generation if generation.is_file() else Path(path) / "config.json"
+    found = json.loads(file.read_text()).get("eos_token_id")
+    stops = found if isinstance(found, list) else [] if found is None else [found]
+    require(
+        student[0] in stops,
+        f"{name} stops at {stops} ({file}), and the student ends a turn with {student[0]}: a "
+        "student that stops elsewhere than its teacher makes responses grow without end; take a "
+        "chat teacher of the student's family, or correct the teacher's eos_token_id",
+    )
+
+
+def probe_rollouts(tokenizer_dir: str, wanted: Wanted) -> list[Rollout]:
+    """The probe sentences as rollouts: the second half answers the first."""
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
+    rollouts = []
+    for index, (language, text) in enumerate(PROBES.items()):
+        ids: list[int] = tokenizer(text)["input_ids"]
+        middle = max(1, len(ids) // 2)
+        response = ids[middle:]
+        rollouts.append(
+            Rollout(
+                prompt=Prompt(index, ids[:middle], "preflight", "preflight", language),
+                sample_index=0,
+                response_ids=response,
+                sampler_logprobs=[0.0] * len(response),
+                topk_ids=[list(range(wanted.top_k))] * len(response),
+                finish_reason=FinishReason.length,
+                weight_version=0,
+            )
+        )
+    return rollouts
+
+
+def check_scores(teacher: Teacher, rollouts: Sequence[Rollout], name: str) -> None:
+    """Refuse a teacher whose numbers cannot be trusted; every rank takes part.
+
+    Raises:
+        InputError: Says what was expected, what came and what to do.
+    """
+    once, again = teacher.score(rollouts), teacher.score(rollouts)
+    require(
+        len(once) == len(rollouts),
+        f"{name} answered {len(once)} of {len(rollouts)} rollouts; it is broken or overloaded",
+    )
+    logprobs = []
+    for rollout, scored, other in zip(rollouts, once, again, strict=True):
+        expected = len(rollout.response_ids)
+        echoed = scored.rollout.input_ids == rollout.input_ids
+        require(echoed, f"{name} scored other tokens than it was sent")
+        for field, value in vars(scored.scores).items():
+            require(
+                len(value) == expected,
+                f"{name} gave {len(value)} {field} for {expected} tokens of a response: its scores "
+                "stand at other tokens than they belong to",
+            )
+            require(
+                bool(value.isfinite().all()),
+                f"{name} gave {field} that are not finite: its weights or its type are broken",
+            )
+            difference = (value.double() - vars(other.scores)[field].double()).abs()
+            worst = float(difference.max()) if difference.numel() else 0.0
+            require(
+                worst <= SAME_ANSWER,
+                f"{name} answered one question twice with {field} that differ by {worst:.3g} "
+                f"(bound {SAME_ANSWER}): scores depend on what else it computes; switch that off",
+            )
+        logprobs.append(_token_logprobs(teacher, scored))
+    _check_opinion(torch.cat(logprobs), teacher.head.shape[0], name)
+
+
+def _token_logprobs(teacher: Teacher, scored: ScoredRollout) -> Tensor:
+    """Log-probabilities that the scores tell of, whichever kind they are, [n] float32."""
+    if isinstance(scored.scores, TokenScores):
+        return scored.scores.teacher_logprobs
+    if isinstance(scored.scores, HiddenScores):
+        hidden = scored.scores.teacher_hidden.to(teacher.head.device)
+        targets = torch.tensor(scored.rollout.response_ids, device=hidden.device)
+        return token_logprobs(hidden, teacher.head, targets)[0].cpu()
+    return scored.scores.teacher_topk_logprobs.flatten()
+
+
+def _check_opinion(logprobs: Tensor, vocab_size: int, name: str) -> None:
+    uniform = -math.log(vocab_size)
+    spread = float((logprobs - uniform).abs().max())
+    require(
+        spread >= UNIFORM_SPREAD,
+        f"{name} finds all tokens alike (log-probabilities within {spread:.3g} nats of a uniform "
+        f"guess over {vocab_size} tokens): its weights did not arrive; open it anew",
+    )
+    mean = float(logprobs.mean())
+    require(
+        mean >= WORST_GUESSES * uniform,
+        f"{name} gives plain sentences {mean:.3g} nats a token, and a uniform guess {uniform:.3g}: "
+        "no language model is that wrong; its weights or its vocabulary are not what they seem",
+    )
