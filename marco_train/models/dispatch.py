@@ -156,19 +156,17 @@ def _dispatch_tokens(
     # Of a token's K experts, those of the rank it goes to; e marks the others.
     local_ids = expert_ids[crossing.token_of_row] - (rank_of_row * num_local)[:, None]
     here = (local_ids >= 0) & (local_ids < num_local)
-    local_ids = torch.where(here, local_ids, num_local).to(torch.int32)
-    tokens, arrived_weights = _Exchange.apply(  # type: ignore[no-untyped-call]
-        sent,
-        received,
-        group,
-        spread_tokens(hidden, crossing),
-        spread_tokens(weights, crossing) * here,
+    local_ids = torch.where(here, local_ids, num_local)
+    # Weights and experts in one message; float32 holds every whole number up to 2^24.
+    routes = torch.cat([spread_tokens(weights, crossing) * here, local_ids.float()], 1)
+    tokens, arrived_routes = _Exchange.apply(  # type: ignore[no-untyped-call]
+        sent, received, group, spread_tokens(hidden, crossing), routes
     )
-    arrived_ids = _all_to_all(local_ids, sent, received, group)
+    arrived_weights, arrived_ids = arrived_routes.chunk(2, dim=1)
 
     def bring_back(outputs: Tensor) -> Tensor:
         (returned,) = _Exchange.apply(received, sent, group, outputs)  # type: ignore[no-untyped-call]
         return sum_rows(returned, crossing)
 
-    rows = group_rows(arrived_ids.long(), num_local, sum(pairs))
-    return Arrived(tokens, arrived_weights, rows, bring_back)
+    rows = group_rows(arrived_ids.detach().long(), num_local, sum(pairs))
+    return Arrived(tokens, arrived_weights.contiguous(), rows, bring_back)
