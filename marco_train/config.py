@@ -5,7 +5,7 @@ tensor library, so that a run is composed, printed and refused in well under a s
 """
 
 import json
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -322,10 +322,20 @@ class PhaseConfig:
     """One teacher of a cascade and how long it teaches."""
 
     teacher: TeacherConfig = MISSING
+    """Of every rollout without a teacher of its own."""
+    teacher_of: dict[str, TeacherConfig] = field(default_factory=dict)
+    """Teachers of some rollouts, by `category_<name>` or `language_<code>`; the category decides
+    where both have one."""
     num_steps: int = MISSING
 
     def __post_init__(self) -> None:
         require_positive("stage.cascade.*", num_steps=self.num_steps)
+        for group in self.teacher_of:
+            require(
+                group.startswith(("category_", "language_")),
+                f"stage.cascade.*.teacher_of names {group!r}; name a group category_<name> or "
+                "language_<code>",
+            )
 
 
 @dataclass(kw_only=True)
@@ -367,6 +377,12 @@ class OPDConfig(StageConfig):
             max_response_length=self.max_response_length,
         )
         require(len(self.cascade) > 0, "stage.cascade has no phase: name at least one teacher")
+        for name, phase in self.cascade.items():
+            require(
+                not phase.teacher_of or self.objective is not Objective.full,
+                f"stage.cascade.{name} has several teachers, and stage.objective=full multiplies "
+                "hidden states by the head of one: choose sampled or topk",
+            )
         require(
             (self.top_k is not None) == (self.objective is Objective.topk),
             f"stage.top_k is {self.top_k} and stage.objective is {self.objective.value}; give "
@@ -559,6 +575,15 @@ class TrainConfig:
             isinstance(self.stage, StageConfig),
             "no stage was chosen: add experiment=<name>, or stage=sft|opd|evaluate",
         )
+        if isinstance(self.stage, OPDConfig):
+            categories = {f"category_{s.category}" for s in self.data.sources.values()}
+            for name, phase in self.stage.cascade.items():
+                unknown = {g for g in phase.teacher_of if g.startswith("category_")} - categories
+                require(
+                    not unknown,
+                    f"stage.cascade.{name}.teacher_of names {sorted(unknown)}, which no source "
+                    f"has; there are {sorted(categories)}",
+                )
         architecture = self.model.architecture
         longest = longest_sequence(self.stage)
         if architecture is not None:

@@ -93,11 +93,11 @@ class ScoreCache:
             known |= fresh
         return [ScoredRollout(r, known[key]) for key, r in zip(keys, rollouts, strict=True)]
 
-    def metrics(self) -> Metrics:
-        """Share of rollouts found, and number of broken entries, of all ranks since last asked."""
-        asked, found, corrupt = reduce_sums([self._asked, self._found, self._corrupt])
+    def take_counts(self) -> list[int]:
+        """Rollouts asked for, those found, and broken entries, on this rank since last taken."""
+        counts = [self._asked, self._found, self._corrupt]
         self._asked = self._found = self._corrupt = 0
-        return {"teacher/cache_hits": found / max(1.0, asked), "teacher/cache_corrupt": corrupt}
+        return counts
 
     def _key(self, rollout: Rollout) -> str:
         """Digest what the scores of a rollout depend on."""
@@ -173,6 +173,15 @@ class ScoreCache:
                 return
             file.unlink(missing_ok=True)
             excess -= size
+
+
+def cache_metrics(caches: Sequence[ScoreCache]) -> Metrics:
+    """What the caches of a step were worth, over all of them and all ranks."""
+    if not caches:
+        return {}
+    counts = [cache.take_counts() for cache in caches]
+    asked, found, corrupt = reduce_sums([sum(column) for column in zip(*counts, strict=True)])
+    return {"teacher/cache_hits": found / max(1.0, asked), "teacher/cache_corrupt": corrupt}
 
 
 def _digest(tensors: Sequence[Tensor]) -> str:

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from marco_train.architecture import InputError, require
-from marco_train.config import OPDConfig, PhaseConfig
+from marco_train.config import OPDConfig, PhaseConfig, TeacherConfig
 from marco_train.metrics import Metrics
 from marco_train.teachers.base import Teacher, Wanted
 from marco_train.teachers.build import build_teacher
-from marco_train.teachers.cache import ScoreCache, teacher_identity
+from marco_train.teachers.cache import ScoreCache, cache_metrics, teacher_identity
 from marco_train.teachers.preflight import check_files, check_scores, probe_rollouts
+from marco_train.teachers.routed import RoutedTeacher
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,12 @@ class Phase:
     first: int
     end: int
     cfg: PhaseConfig
+
+
+def _teachers(phase: PhaseConfig) -> dict[str, TeacherConfig]:
+    """All teachers of a phase, by their key in its config."""
+    others = {f"teacher_of.{group}": cfg for group, cfg in phase.teacher_of.items()}
+    return {"teacher": phase.teacher} | others
 
 
 class Cascade:
@@ -45,19 +52,21 @@ class Cascade:
         self.phases: list[Phase] = []
         first = 0
         for index, (name, phase) in enumerate(cfg.cascade.items()):
-            path = phase.teacher.path
-            if not (Path(path) / "config.json").is_file():
-                raise InputError(
-                    f"stage.cascade.{name}.teacher.path: there is no model at {path!r}"
-                )
-            owner = f"teacher {name!r}"
-            check_files(student_tokenizer, chat_template, vocab_size, path, owner)
+            for key, cfg_of_group in _teachers(phase).items():
+                path = cfg_of_group.path
+                if not (Path(path) / "config.json").is_file():
+                    raise InputError(
+                        f"stage.cascade.{name}.{key}.path: there is no model at {path!r}"
+                    )
+                owner = f"teacher {name!r}" if key == "teacher" else f"teacher {name!r} ({key})"
+                check_files(student_tokenizer, chat_template, vocab_size, path, owner)
             end = first + cfg.capped(phase.num_steps)
             self.phases.append(Phase(name, index, first, end, phase))
             first = end
         self._student_tokenizer = student_tokenizer
         self._score_cache = cfg.score_cache
         self._open: tuple[str, Teacher] | None = None
+        self._caches: list[ScoreCache] = []
 
     @property
     def num_steps(self) -> int:
@@ -72,19 +81,25 @@ class Cascade:
         """Return the teacher of a step; opens it where its phase begins or a run resumes."""
         phase = self.phase_at(step)
         if self._open is None or self._open[0] != phase.name:
-            self._open = None  # let go of the former before the next takes memory
-            self._open = phase.name, self._open_teacher(phase)
+            self._open, self._caches = None, []  # let go of the former before the next takes memory
+            default = self._open_teacher(phase.cfg.teacher, phase.name)
+            others = {
+                group: self._open_teacher(cfg, phase.name)
+                for group, cfg in phase.cfg.teacher_of.items()
+            }
+            self._open = phase.name, RoutedTeacher(default, others) if others else default
         return self._open[1]
 
-    def _open_teacher(self, phase: Phase) -> Teacher:
+    def _open_teacher(self, cfg: TeacherConfig, phase: str) -> Teacher:
         """Load a teacher and check its numbers before it teaches anything."""
-        cfg = phase.cfg.teacher
         teacher = build_teacher(cfg, self._wanted)
         probes = probe_rollouts(self._student_tokenizer, self._wanted)
-        check_scores(teacher, probes, f"teacher {phase.name!r} ({cfg.path})")
+        check_scores(teacher, probes, f"teacher {phase!r} ({cfg.path})")
         if self._score_cache is None:
             return teacher
-        return ScoreCache(teacher, teacher_identity(cfg.path), self._wanted, self._score_cache)
+        identity = teacher_identity(cfg.path)
+        self._caches.append(ScoreCache(teacher, identity, self._wanted, self._score_cache))
+        return self._caches[-1]
 
     def ends_at(self, step: int) -> bool:
         """Whether a step is the last of its phase."""
@@ -93,9 +108,7 @@ class Cascade:
     def metrics(self, step: int) -> Metrics:
         """Say which phase a step belongs to, and what its teacher's cache was worth."""
         metrics: Metrics = {"cascade/phase": self.phase_at(step).index}
-        if self._open is not None and isinstance(self._open[1], ScoreCache):
-            metrics |= self._open[1].metrics()
-        return metrics
+        return metrics | cache_metrics(self._caches)
 
     def state_at(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps before a step is made: the coming phase and those behind it."""

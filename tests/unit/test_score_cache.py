@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from marco_train.config import Objective, ScoreCacheConfig, TopKFrom
 from marco_train.teachers.base import Wanted, scores_from_hidden
-from marco_train.teachers.cache import ScoreCache, teacher_identity
+from marco_train.teachers.cache import ScoreCache, cache_metrics, teacher_identity
 from marco_train.types import FinishReason, Prompt, Rollout, ScoredRollout
 from tests.conftest import World
 from tests.ranks import run_on_ranks
@@ -81,12 +81,12 @@ def test_a_second_run_asks_no_teacher_and_has_the_same_scores(
     found = first.score(asked[:2])
     found += first.score([*asked[:2], *asked[2:]])[2:]
     assert teacher.asked == [[0, 1], [2, 3]]
-    assert first.metrics() == {"teacher/cache_hits": 2 / 6, "teacher/cache_corrupt": 0}
+    assert cache_metrics([first]) == {"teacher/cache_hits": 2 / 6, "teacher/cache_corrupt": 0}
 
     second, unasked = cache(tmp_path, objective)
     again = second.score(asked[::-1])[::-1]
     assert unasked.asked == []
-    assert second.metrics()["teacher/cache_hits"] == 1
+    assert cache_metrics([second])["teacher/cache_hits"] == 1
     assert [s.rollout for s in again] == asked
     for ours, wanted in zip(values(again), values(found), strict=True):
         for one, other in zip(ours, wanted, strict=True):
@@ -137,7 +137,7 @@ def test_what_is_broken_on_disk_is_computed_again(fault: str, tmp_path: Path) ->
         file.unlink()
     assert torch.equal(values(opened.score([rollout(0)]))[0][0], expected)
     assert teacher.asked == [[0]]
-    broken = opened.metrics()["teacher/cache_corrupt"]
+    broken = cache_metrics([opened])["teacher/cache_corrupt"]
     assert broken == (0 if fault == "no file" else 1)
     later, unasked = cache(tmp_path)  # and what was computed again is found
     assert torch.equal(values(later.score([rollout(0)]))[0][0], expected)
@@ -156,7 +156,7 @@ def test_the_oldest_scores_make_room(tmp_path: Path) -> None:
     teacher.asked.clear()
     bounded.score([rollout(index) for index in range(6)])
     assert teacher.asked == [[0, 1, 2]]
-    assert bounded.metrics()["teacher/cache_corrupt"] == 0
+    assert cache_metrics([bounded])["teacher/cache_corrupt"] == 0
 
 
 def score_unevenly(path: Path) -> list[list[int]]:

@@ -1,5 +1,7 @@
 """The teacher scores the tokens it is asked about, and changes where the cascade says."""
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +31,16 @@ from marco_train.teachers.base import Wanted
 from marco_train.teachers.build import build_teacher
 from marco_train.teachers.cascade import Cascade
 from marco_train.teachers.hf import HFTeacher
-from marco_train.types import FinishReason, HiddenScores, Prompt, Rollout, TokenScores, TopKScores
+from marco_train.teachers.routed import RoutedTeacher
+from marco_train.types import (
+    FinishReason,
+    HiddenScores,
+    Prompt,
+    Rollout,
+    ScoredRollout,
+    TokenScores,
+    TopKScores,
+)
 from tests.conftest import GRADIENT_DESCENT, World, compose_config
 from tests.ranks import run_on_ranks
 
@@ -215,6 +226,75 @@ def test_the_cascade_changes_teacher_at_exactly_its_step(
     resumed.resume(3, whole.state_at(3))
     assert resumed.teacher_at(3).head.shape[1] == 48
     assert opened == ["teacher_second"]
+
+
+class Named:
+    """Scores each token with one number, its own."""
+
+    def __init__(self, number: float) -> None:
+        self.head = torch.zeros(320, 4)
+        self.asked: list[list[int]] = []
+        self._number = number
+
+    def score(self, asked: Sequence[Rollout]) -> list[ScoredRollout]:
+        self.asked.append([r.prompt.index for r in asked])
+        return [
+            ScoredRollout(r, TokenScores(torch.full((len(r.response_ids),), self._number)))
+            for r in asked
+        ]
+
+
+def test_a_rollout_goes_to_the_teacher_of_its_category_then_of_its_language() -> None:
+    groups = [("math", "en"), ("code", "de"), ("math", "de"), ("code", "en"), ("math", "en")]
+    asked = [
+        replace(r, prompt=replace(r.prompt, category=category, language=language))
+        for r, (category, language) in zip(rollouts(), groups, strict=True)
+    ]
+    default, math, german, idle = Named(0.0), Named(1.0), Named(2.0), Named(3.0)
+    teacher = RoutedTeacher(
+        default, {"category_math": math, "language_de": german, "language_fr": idle}
+    )
+    found = teacher.score(asked)
+    assert [s.rollout for s in found] == asked
+    assert [float(s.scores.teacher_logprobs[0]) for s in found] == [1, 2, 1, 0, 1]
+    assert (default.asked, math.asked, german.asked) == ([[3]], [[0, 2, 4]], [[1]])
+    assert idle.asked == [[]]  # its ranks may need each other
+
+
+def test_a_phase_opens_and_checks_the_teachers_of_its_groups(world: World) -> None:
+    routed = [
+        f"root={world.root}",
+        "stage.objective=sampled",
+        "+teacher@stage.cascade.first.teacher_of.category_math=hf",
+    ]
+    path = "stage.cascade.first.teacher_of.category_math.path="
+    right = path + world.path("teacher_second", "export")
+    cfg = compose_config("quickstart_opd", *routed, right)
+    whole = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
+    assert isinstance(whole.teacher_at(0), RoutedTeacher)
+    last = whole.num_steps - 1
+    assert isinstance(whole.teacher_at(last), HFTeacher)
+    missing = compose_config("quickstart_opd", *routed, path + "nowhere")
+    with pytest.raises(InputError, match=r"first.teacher_of.category_math.path: there is no"):
+        Cascade(missing.stage, missing.model.tokenizer, TEMPLATE, 320)
+
+
+WRONG_GROUPS = [
+    ("sampled", "category_poetry", r"\['category_poetry'\], which no source has"),
+    ("sampled", "genre_epic", r"names 'genre_epic'; name a group category_<name>"),
+    ("full", "category_math", "has several teachers, and stage.objective=full"),
+]
+
+
+@pytest.mark.parametrize(("objective", "group", "names"), WRONG_GROUPS)
+def test_a_teacher_of_an_unknown_group_is_refused(objective: str, group: str, names: str) -> None:
+    with pytest.raises(InputError, match=names):
+        compose_config(
+            "quickstart_opd",
+            f"stage.objective={objective}",
+            f"+teacher@stage.cascade.first.teacher_of.{group}=hf",
+            f"stage.cascade.first.teacher_of.{group}.path=anywhere",
+        )
 
 
 def test_more_likeliest_tokens_than_there_are_is_refused(world: World) -> None:
