@@ -51,10 +51,13 @@ def _activate_backward(
     upstream = grad.float()
     grad_weights.copy_((upstream * product).sum(1))
     weighted = upstream * weights[:, None]
+    grad_up = silu.mul_(weighted)
+    grad_gate = torch.ops.aten.silu_backward(weighted.mul_(up), gate)
+    # Only now may the inputs go: of a single row, `gate` and `up` are views of them and no copies.
     grad.copy_(product.mul_(weights[:, None]))
     of_gate, of_up = gate_up.chunk(2, dim=1)
-    of_up.copy_(silu.mul_(weighted))
-    of_gate.copy_(torch.ops.aten.silu_backward(weighted.mul_(up), gate))
+    of_gate.copy_(grad_gate)
+    of_up.copy_(grad_up)
 
 
 Chain = Callable[..., None]

@@ -88,10 +88,7 @@ def assert_same(found: list[Outcome], expected: Outcome) -> None:
     for weights, metrics in found:
         assert weights.keys() == wanted_weights.keys()
         for name, weight in weights.items():
-            # Weights of order one after three updates at rate 1, each of which starts from the
-            # rounding of the one before: float32's 6e-8 grows to 2e-5 in one weight of 10^5. One
-            # update alone is held to 1e-6 below.
-            torch.testing.assert_close(weight, wanted_weights[name], rtol=1e-5, atol=5e-5, msg=name)
+            torch.testing.assert_close(weight, wanted_weights[name], rtol=1e-5, atol=1e-5, msg=name)
         for step, wanted in zip(metrics, wanted_metrics, strict=True):
             assert step == pytest.approx(wanted, rel=1e-5, abs=1e-6)
 
