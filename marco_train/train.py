@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import hydra
@@ -21,6 +22,8 @@ PACKAGE = Path(__file__).resolve().parent
 # Beside the package in a checkout, inside it in a wheel; absolute, so that the console script
 # works from any directory.
 CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+# How long ranks that have nothing to say leave to the one that has.
+SECONDS_TO_SAY_IT = 10
 
 register_schemas()
 
@@ -33,7 +36,9 @@ def main(composed: DictConfig) -> None:
         check_resume(cfg)
         finished = is_finished(cfg)
     except (InputError, MissingMandatoryValue) as error:
-        # The same on every rank of a launch; one says it.
+        # The same on every rank of a launch; one says it, before the launcher ends the others.
+        if not is_first_rank():
+            time.sleep(SECONDS_TO_SAY_IT)
         sys.exit(f"error: {in_one_line(error)}" if is_first_rank() else 1)
     if finished:
         if is_first_rank():
