@@ -4,30 +4,12 @@ Imports no tensor library: a run is refused before one is loaded.
 """
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from omegaconf import MISSING
 
-
-class InputError(ValueError):
-    """What a user gave cannot be used; the message says what, the bound, and the fix."""
-
-
-def require(condition: bool, message: str) -> None:
-    """Raise `InputError(message)` unless the condition holds."""
-    if not condition:
-        raise InputError(message)
-
-
-def require_positive(owner: str, **values: float | None) -> None:
-    """Refuse zero, negative and non-finite values; None means off and passes."""
-    for name, value in values.items():
-        require(
-            value is None or (math.isfinite(value) and value > 0),
-            f"{owner}.{name} is {value}, and must be greater than 0",
-        )
+from marco_train.errors import InputError, require, require_positive
 
 
 @dataclass(kw_only=True)

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from marco_train.architecture import InputError
+from marco_train.errors import InputError
 
 T = TypeVar("T")
 

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from marco_train.architecture import InputError
+from marco_train.errors import InputError
 from marco_train.models.upcycle import Scaling, UpcycleConfig, upcycle
 
 

@@ -4,8 +4,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from marco_train.architecture import InputError
 from marco_train.config import ChatTemplate, LossTokens
+from marco_train.errors import InputError
 from marco_train.types import Conversation, Example
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")

@@ -9,7 +9,7 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
-from marco_train.architecture import InputError, check_expert_parallel, read_architecture
+from marco_train.architecture import check_expert_parallel, read_architecture
 from marco_train.config import ModelConfig, OptimConfig, ParallelConfig
 from marco_train.distributed import (
     device,
@@ -21,6 +21,7 @@ from marco_train.engine.expert_groups import mark_experts
 from marco_train.engine.optim import LearningRate, build_schedule, parameter_groups
 from marco_train.engine.routing import UpdateRouting
 from marco_train.engine.zero import deepspeed_config
+from marco_train.errors import InputError
 from marco_train.losses.logprobs import token_logprobs
 from marco_train.metrics import Metrics, MetricSums
 from marco_train.models.hf_io import check_architecture, load_model, save_model

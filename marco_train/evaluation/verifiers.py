@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from marco_train.architecture import require
+from marco_train.errors import require
 
 KNOWN = ("exact", "json_schema", "reasoning_gym")
 

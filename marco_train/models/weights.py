@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from marco_train.architecture import ArchitectureConfig, InputError
+from marco_train.architecture import ArchitectureConfig
 from marco_train.distributed import device
+from marco_train.errors import InputError
 from marco_train.models.qwen3_moe import Qwen3Moe
 
 NUM_NAMED = 10  # how many of many mistakes are named

@@ -8,8 +8,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from marco_train.architecture import InputError
 from marco_train.config import ModelConfig, field_difference
+from marco_train.errors import InputError
 
 # What turns text into ids; the rest of tokenizer.json is padding and truncation.
 MEANING = ["added_tokens", "normalizer", "pre_tokenizer", "model"]

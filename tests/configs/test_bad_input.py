@@ -12,10 +12,10 @@ import torch
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from marco_train.architecture import InputError
 from marco_train.config import ChatTemplate, Objective, SourceConfig, SourceKind
 from marco_train.data.chat import CHATML, load_tokenizer
 from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions
+from marco_train.errors import InputError
 from marco_train.evaluation.verifiers import check_verifier
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from marco_train.architecture import InputError
+from marco_train.errors import InputError
 from marco_train.models import load_model, save_model
 from marco_train.models.upcycle import Scaling, UpcycleConfig, upcycle, upcycle_mlp
 from marco_train.models.weights import random_model
