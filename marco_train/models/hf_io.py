@@ -15,14 +15,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from marco_train.architecture import ArchitectureConfig, InputError, read_architecture
+from marco_train.architecture import ArchitectureConfig, read_architecture
 from marco_train.config import field_difference
 from marco_train.distributed import gather_objects, is_main, rank, world_size
+from marco_train.errors import InputError
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.safetensors_io import (
     DTYPES,
     ShardFile,
     StoredTensor,
+    read,
     read_header,
     read_into,
 )
@@ -105,6 +107,30 @@ def stored_weights(path: str | Path, architecture: ArchitectureConfig) -> dict[s
     if said:
         raise InputError(f"weights under {path} do not fit its config.json; {'; '.join(said)}")
     return stored
+
+
+# Keys of config.json under which a model's logits are more than hidden states times head.
+LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def read_head(path: str | Path) -> Tensor:
+    """Read the output head [V, D] of any causal language model, in the type it is stored in.
+
+    Raises:
+        InputError: It has none, or its logits are more than hidden states times head.
+    """
+    path = Path(path)
+    config = json.loads((path / "config.json").read_text())
+    stored = {name: t for file in _weight_files(path) for name, t in read_header(file).items()}
+    more = [key for key in LOGIT_TRANSFORMS if config.get(key) not in {None, 1}]
+    more += [name for name in stored if name == "lm_head.bias"]
+    if more:
+        raise InputError(f"{path} transforms its logits ({', '.join(more)}), unsupported here")
+    names = ["lm_head.weight", "model.embed_tokens.weight"]  # the latter, where both are tied
+    found = [stored[name] for name in names if name in stored]
+    if not found:
+        raise InputError(f"{path} has neither of the weights {' and '.join(names)}")
+    return read(found[0])
 
 
 def _split_stored(name: str, fused: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:

@@ -1,6 +1,6 @@
 """What a sampler is, and the seed of a response."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from hashlib import blake2b
 from typing import Protocol
 
@@ -17,14 +17,23 @@ class Sampler(Protocol):
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take a complete stream of named weights."""
 
-    def sample(self, prompts: Sequence[Prompt], num_responses: int) -> list[Rollout]:
-        """Sample responses of each prompt, in the order of prompts."""
+    def sample(self, prompts: Sequence[Prompt], num_responses: int) -> Iterator[Rollout]:
+        """Sample responses of each prompt; yields each as it ends."""
 
     def score(self, input_ids: list[int]) -> Tensor:
         """Log-probability of each token of one sequence given those before it, [T - 1]."""
 
-    def checksums(self) -> dict[str, int]:
-        """Digest every weight that the sampler holds, under its checkpoint name."""
+    def checksums(self) -> dict[str, int] | None:
+        """Digest every weight that the sampler holds, under its checkpoint name.
+
+        None where it keeps them in another form, which the canary alone can prove.
+        """
+
+    def close(self) -> None:
+        """Let go of memory."""
+
+
+NO_WEIGHTS = "the sampler has no complete weights: load_weights comes first"
 
 
 def response_seed(run_seed: int, prompt_index: int, sample_index: int) -> int:
@@ -37,7 +46,12 @@ def response_seed(run_seed: int, prompt_index: int, sample_index: int) -> int:
     return int.from_bytes(blake2b(key, digest_size=8).digest(), "big") >> 1
 
 
-def summarize(rollouts: Sequence[Rollout]) -> Metrics:
+def in_order(rollouts: Iterable[Rollout]) -> list[Rollout]:
+    """Sort rollouts by prompt and sample, whenever each of them ended."""
+    return sorted(rollouts, key=lambda r: (r.prompt.index, r.sample_index))
+
+
+def summarize(rollouts: Iterable[Rollout]) -> Metrics:
     """Describe the responses of a step over all ranks, in all and by category and language."""
     sums: dict[str, list[float]] = {}  # of a group, "" for all: responses and what is averaged
     for rollout in rollouts:

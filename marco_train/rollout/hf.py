@@ -3,19 +3,18 @@
 Legend: B responses decoded together, V vocabulary, L new tokens at most.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from marco_train.architecture import ArchitectureConfig
 from marco_train.config import RolloutConfig
 from marco_train.distributed import device
 from marco_train.losses.logprobs import token_logprobs
 from marco_train.models.attention import KVCache
 from marco_train.models.qwen3_moe import Qwen3Moe
-from marco_train.models.weights import empty_model, named_weights, receive_weights
-from marco_train.rollout.base import response_seed
+from marco_train.models.weights import named_weights, receive_weights
+from marco_train.rollout.base import NO_WEIGHTS, response_seed
 from marco_train.rollout.sync import checksum
 from marco_train.types import FinishReason, Prompt, Rollout
 
@@ -59,6 +58,9 @@ class HFSampler:
         """Digest every weight that this sampler holds."""
         return {name: checksum(weight) for name, weight in named_weights(self._model)}
 
+    def close(self) -> None:
+        """Nothing but memory is held, which goes with the object."""
+
     @torch.inference_mode()
     def score(self, input_ids: list[int]) -> Tensor:
         """Log-probability of each token of one sequence given those before it, [T - 1] float32."""
@@ -67,28 +69,30 @@ class HFSampler:
         hidden = self._model(ids, positions)
         return token_logprobs(hidden[:-1], self._model.head, ids[0, 1:])[0]
 
-    def sample(self, prompts: Sequence[Prompt], num_responses: int) -> list[Rollout]:
-        """Sample responses of each prompt at temperature 1, in the order of prompts.
+    def sample(self, prompts: Sequence[Prompt], num_responses: int) -> Iterator[Rollout]:
+        """Sample responses of each prompt at temperature 1; yields each as it ends.
 
         Raises:
             RuntimeError: No weights were loaded.
         """
         if self._weight_version is None:
-            raise RuntimeError("the sampler has no complete weights: load_weights comes first")
+            raise RuntimeError(NO_WEIGHTS)
         requests = [(prompt, n) for prompt in prompts for n in range(num_responses)]
+        return self._sample_in_batches(requests, self._weight_version)
+
+    def _sample_in_batches(
+        self, requests: Sequence[tuple[Prompt, int]], weight_version: int
+    ) -> Iterator[Rollout]:
         # Neighbours of similar length waste little of the cache.
         by_length = sorted(range(len(requests)), key=lambda i: len(requests[i][0].input_ids))
-        rollouts: dict[int, Rollout] = {}
         for start in range(0, len(by_length), self._batch_size):
             members = by_length[start : start + self._batch_size]
-            found = self._sample_batch([requests[i] for i in members], self._weight_version)
-            rollouts |= dict(zip(members, found, strict=True))
-        return [rollouts[i] for i in range(len(requests))]
+            yield from self._sample_batch([requests[i] for i in members], weight_version)
 
     @torch.inference_mode()
     def _sample_batch(
         self, requests: Sequence[tuple[Prompt, int]], weight_version: int
-    ) -> list[Rollout]:
+    ) -> Iterator[Rollout]:
         cache = KVCache(self._model.architecture.num_hidden_layers, self._max_response_length)
         uniforms = self._uniforms(requests)  # [B, L]
         response_ids: list[list[int]] = [[] for _ in requests]
@@ -99,16 +103,29 @@ class HFSampler:
         for place in range(self._max_response_length):
             tokens, token_lps = draw_tokens(logits, uniforms[active, place])
             likeliest = logits.topk(self._num_topk, dim=-1).indices.tolist()
+            last = place + 1 == self._max_response_length
             running = []
             rows = zip(active, tokens.tolist(), token_lps.tolist(), likeliest, strict=True)
             for row, (request, token, lp, ids) in enumerate(rows):
                 response_ids[request].append(token)
                 logprobs[request].append(lp)
                 topk_ids[request].append(ids)
-                if token not in self._stop_ids:
+                stopped = token in self._stop_ids
+                if not stopped and not last:
                     running.append(row)
-            if not running or place + 1 == self._max_response_length:
-                break
+                    continue
+                prompt, sample_index = requests[request]
+                yield Rollout(
+                    prompt=prompt,
+                    sample_index=sample_index,
+                    response_ids=response_ids[request],
+                    sampler_logprobs=logprobs[request],
+                    topk_ids=topk_ids[request],
+                    finish_reason=FinishReason.stop if stopped else FinishReason.length,
+                    weight_version=weight_version,
+                )
+            if not running:
+                return
             if len(running) < len(active):
                 kept = torch.tensor(running, device=tokens.device)
                 cache.keep(kept)
@@ -116,22 +133,6 @@ class HFSampler:
                 active = [active[row] for row in running]
             hidden = self._model(tokens[None], cache.advance(), cache)
             logits = self._model.logits(hidden)
-        return [
-            Rollout(
-                prompt=prompt,
-                sample_index=sample_index,
-                response_ids=ids,
-                sampler_logprobs=lps,
-                topk_ids=topk,
-                finish_reason=(
-                    FinishReason.stop if ids[-1] in self._stop_ids else FinishReason.length
-                ),
-                weight_version=weight_version,
-            )
-            for (prompt, sample_index), ids, lps, topk in zip(
-                requests, response_ids, logprobs, topk_ids, strict=True
-            )
-        ]
 
     def _prefill(self, prompts: Sequence[list[int]], cache: KVCache) -> Tensor:
         """Run the packed prompts; logits [B, V] of each one's last token."""
@@ -170,17 +171,3 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     drawn = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)
     tokens = drawn.clamp(max=logits.shape[1] - 1)
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
-
-
-def build_sampler(
-    cfg: RolloutConfig,
-    architecture: ArchitectureConfig,
-    dtype: torch.dtype,
-    stop_ids: Sequence[int],
-    max_response_length: int,
-    num_topk: int,
-    seed: int,
-) -> HFSampler:
-    """Make the sampler of a run, without weights yet; `hf` is the only backend."""
-    model = empty_model(architecture, dtype, ep_group=None)
-    return HFSampler(cfg, model, stop_ids, max_response_length, num_topk, seed)

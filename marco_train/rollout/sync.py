@@ -73,7 +73,9 @@ def sync_weights(
     sampler.load_weights(watched(), version)
     held = sampler.checksums()
     differing = sorted(
-        name for name in sent.keys() | held.keys() if sent.get(name) != held.get(name)
+        name
+        for name in sent.keys() | (held or {}).keys()
+        if held is not None and sent.get(name) != held.get(name)
     )
     if differing:
         raise WeightSyncError(

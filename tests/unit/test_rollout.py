@@ -10,7 +10,7 @@ from marco_train.config import RolloutConfig, SamplerBackend
 from marco_train.losses.logprobs import token_logprobs, topk_logprobs
 from marco_train.models import Qwen3Moe
 from marco_train.models.weights import named_weights, random_model
-from marco_train.rollout.base import response_seed, summarize
+from marco_train.rollout.base import in_order, response_seed, summarize
 from marco_train.rollout.hf import HFSampler, build_sampler, draw_tokens
 from marco_train.rollout.sync import WeightSyncError, checksum, sync_weights
 from marco_train.types import FinishReason, Prompt, Rollout
@@ -50,7 +50,7 @@ def sampler(model: Qwen3Moe, batch_size: int = 64, seed: int = 7) -> HFSampler:
 
 def test_the_logprobs_with_a_cache_are_those_of_a_full_forward_pass() -> None:
     model = spread_model()
-    rollouts = sampler(model).sample(prompts(), 12)
+    rollouts = in_order(sampler(model).sample(prompts(), 12))
     assert len({len(r.response_ids) for r in rollouts}) > 2, "lengths should differ"
     for r in rollouts:
         ids = torch.tensor([r.input_ids])
@@ -63,7 +63,7 @@ def test_the_logprobs_with_a_cache_are_those_of_a_full_forward_pass() -> None:
 
 
 def test_a_response_ends_at_its_first_stop_token_or_at_the_limit() -> None:
-    rollouts = sampler(spread_model()).sample(prompts(), 8)
+    rollouts = in_order(sampler(spread_model()).sample(prompts(), 8))
     for r in rollouts:
         assert not set(r.response_ids[:-1]) & set(STOP_IDS)
         if r.finish_reason is FinishReason.stop:
@@ -78,15 +78,18 @@ def test_a_response_ends_at_its_first_stop_token_or_at_the_limit() -> None:
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_samples_depend_on_prompt_and_seed_and_not_on_the_batch(batch_size: int) -> None:
     model = spread_model()
-    wanted = sampler(model).sample(prompts(), 3)
-    shuffled = sampler(model, batch_size).sample(prompts()[::-1], 3)
+    wanted = in_order(sampler(model).sample(prompts(), 3))
+    shuffled = in_order(sampler(model, batch_size).sample(prompts()[::-1], 3))
     found = {(r.prompt.index, r.sample_index): r.response_ids for r in shuffled}
     assert found == {(r.prompt.index, r.sample_index): r.response_ids for r in wanted}
 
 
 def test_another_seed_and_another_sample_index_give_other_responses() -> None:
     model = spread_model()
-    one, other = sampler(model).sample(prompts(), 2), sampler(model, seed=8).sample(prompts(), 2)
+    one, other = (
+        in_order(sampler(model).sample(prompts(), 2)),
+        in_order(sampler(model, seed=8).sample(prompts(), 2)),
+    )
     assert [r.response_ids for r in one] != [r.response_ids for r in other]
     assert one[0].response_ids != one[1].response_ids or one[2].response_ids != one[3].response_ids
     assert len({response_seed(0, p, n) for p in range(50) for n in range(4)}) == 200
@@ -136,9 +139,9 @@ def fresh_sampler() -> HFSampler:
 def test_a_sync_makes_the_sampler_the_policy() -> None:
     policy, target = FakePolicy(spread_model(seed=4)), fresh_sampler()
     sync_weights(policy, target, version=5, vocab_size=16, tolerance=1e-4)
-    found = target.sample(prompts(), 1)
+    found = in_order(target.sample(prompts(), 1))
     assert [r.response_ids for r in found] == [
-        r.response_ids for r in sampler(policy.model).sample(prompts(), 1)
+        r.response_ids for r in in_order(sampler(policy.model).sample(prompts(), 1))
     ]
     assert all(r.weight_version == 5 for r in found)
 

@@ -1,0 +1,45 @@
+"""From a rollout's config to the sampler."""
+
+from collections.abc import Sequence
+
+import torch
+
+from marco_train.architecture import ArchitectureConfig
+from marco_train.config import DType, OPDConfig, SamplerBackend, longest_sequence
+from marco_train.models.weights import empty_model
+from marco_train.rollout.base import Sampler
+
+
+def build_sampler(
+    cfg: OPDConfig,
+    architecture: ArchitectureConfig,
+    dtype: DType,
+    stop_ids: Sequence[int],
+    seed: int,
+) -> Sampler:
+    """Make the sampler of a run, without weights yet; every rank takes part."""
+    match cfg.rollout.backend:
+        case SamplerBackend.hf:
+            from marco_train.rollout.hf import HFSampler
+
+            return HFSampler(
+                cfg.rollout,
+                empty_model(architecture, getattr(torch, dtype.value), ep_group=None),
+                stop_ids,
+                cfg.max_response_length,
+                cfg.num_sampler_topk,
+                seed,
+            )
+        case SamplerBackend.vllm:
+            from marco_train.rollout.vllm import VLLMSampler
+
+            return VLLMSampler(
+                cfg.rollout,
+                architecture,
+                dtype,
+                stop_ids,
+                longest_sequence(cfg) + 1,  # a sequence that is scored makes one token more
+                cfg.max_response_length,
+                cfg.num_sampler_topk,
+                seed,
+            )

@@ -1,0 +1,131 @@
+"""The sampler in vLLM, in this process: one engine on each rank, for its own prompts.
+
+An engine is built once, without weights; every sync brings all of them. What a response is does not
+depend on what else is sampled beside it, when or where: it has a request and a seed of its own.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from marco_train.architecture import ArchitectureConfig
+from marco_train.config import DType, RolloutConfig
+from marco_train.models.hf_io import hf_config
+from marco_train.models.weights import meta_model, name_first, weight_shapes
+from marco_train.rollout.base import NO_WEIGHTS, response_seed
+from marco_train.types import FinishReason, Prompt, Rollout
+from marco_train.vllm_engine import VLLMEngine
+
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+class VLLMSampler:
+    """Samples on this rank, alone; every rank builds one at the same time."""
+
+    def __init__(
+        self,
+        cfg: RolloutConfig,
+        architecture: ArchitectureConfig,
+        dtype: DType,
+        stop_ids: Sequence[int],
+        max_length: int,
+        max_response_length: int,
+        num_topk: int,
+        seed: int,
+    ) -> None:
+        """Build the engine of a model of this shape."""
+        assert cfg.kv_cache_gib is not None and cfg.max_tokens_per_batch is not None
+        self._shapes = weight_shapes(meta_model(architecture))
+        self._stop_ids = list(stop_ids)
+        self._max_response_length = max_response_length
+        self._num_topk = num_topk
+        self._seed = seed
+        self._weight_version: int | None = None
+        with tempfile.TemporaryDirectory() as directory:
+            config = hf_config(architecture, getattr(torch, dtype.value))
+            (Path(directory) / "config.json").write_text(json.dumps(config))
+            self._engine = VLLMEngine(
+                directory,
+                dtype.value,
+                max_length=max_length,
+                max_tokens_per_batch=cfg.max_tokens_per_batch,
+                kv_cache_bytes=int(cfg.kv_cache_gib * 2**30),
+                max_sequences=cfg.batch_size,
+                with_weights=False,
+            )
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Take a complete stream of named weights.
+
+        Raises:
+            ValueError: A weight is missing, doubled, unknown or misshapen.
+        """
+        self._weight_version = None
+        self._engine.load_weights(self._checked(weights))
+        self._weight_version = version
+
+    def _checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+        """Pass on a stream that is complete, or fail where it is not."""
+        missing = dict(self._shapes)
+        for name, weight in weights:
+            shape = missing.pop(name, None)
+            if shape is None:
+                state = "twice" if name in self._shapes else "but is not of this model"
+                raise ValueError(f"weight {name} came {state}")
+            if tuple(weight.shape) != tuple(shape):
+                raise ValueError(f"weight {name} is {list(weight.shape)}, not {list(shape)}")
+            copy = weight.clone()  # the engine holds on to some until their layer is complete
+            yield name, copy
+            if name == EMBEDDINGS and HEAD not in self._shapes:
+                yield HEAD, copy  # tied, and packed for a kernel of its own on a CPU
+        if missing:
+            raise ValueError(f"{len(missing)} weights are missing: {name_first(list(missing))}")
+
+    def checksums(self) -> None:
+        """None: the engine packs weights for its kernels, and the canary has to prove them."""
+
+    def score(self, input_ids: list[int]) -> Tensor:
+        """Log-probability of each token of one sequence given those before it, [T - 1] float32."""
+        ((_, logprobs),) = self._engine.token_logprobs([input_ids], num_topk=0)
+        return logprobs[:, 0]
+
+    def sample(self, prompts: Sequence[Prompt], num_responses: int) -> Iterator[Rollout]:
+        """Sample responses of each prompt at temperature 1; yields each as it ends.
+
+        Raises:
+            RuntimeError: No weights were loaded.
+        """
+        if self._weight_version is None:
+            raise RuntimeError(NO_WEIGHTS)
+        return self._sample(prompts, num_responses, self._weight_version)
+
+    def _sample(
+        self, prompts: Sequence[Prompt], num_responses: int, version: int
+    ) -> Iterator[Rollout]:
+        asked = [(prompt, n) for prompt in prompts for n in range(num_responses)]
+        requests = [
+            (prompt.input_ids, response_seed(self._seed, prompt.index, n)) for prompt, n in asked
+        ]
+        generations = self._engine.generate(
+            requests, self._max_response_length, self._stop_ids, self._num_topk
+        )
+        for number, generation in generations:
+            prompt, sample_index = asked[number]
+            stopped = generation.token_ids[-1] in self._stop_ids
+            yield Rollout(
+                prompt=prompt,
+                sample_index=sample_index,
+                response_ids=generation.token_ids,
+                sampler_logprobs=generation.logprobs,
+                topk_ids=generation.topk_ids,
+                finish_reason=FinishReason.stop if stopped else FinishReason.length,
+                weight_version=version,
+            )
+
+    def close(self) -> None:
+        """Free the engine's memory."""
+        self._engine.close()

@@ -1,0 +1,329 @@
+"""vLLM in this process, beside the trainer: the one module that knows it.
+
+Its side effects on the process are undone: building an engine reseeds every generator, changes
+LOCAL_WORLD_SIZE and makes changing the number of threads a no-op; shutting one down destroys
+the trainer's process group. Every value that vLLM would take from a model's generation_config.json
+is given explicitly.
+"""
+
+import gc
+import importlib.util
+import os
+import random
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from enum import Enum
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from marco_train import distributed
+from marco_train.errors import InputError
+
+# Settings of the process that vLLM reads; each is as in the engines that were measured.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine runs in this process
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks share the cores as the launcher says
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+# Overrides the size that an engine is given.
+KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
+MAX_SEQUENCES = 256
+# Without it, a mixture on a CPU goes on with old experts and says nothing; off in a test alone.
+FORGET_PACKED_EXPERTS = True
+
+
+class Purpose(Enum):
+    """What an engine is built for; it cannot do the other."""
+
+    generate = "generate"  # tokens, and log-probabilities of given ones
+    hidden_states = "hidden_states"
+
+
+class Generation(NamedTuple):
+    """One response."""
+
+    token_ids: list[int]  # [R], with the stop token, if there is one
+    logprobs: list[float]  # [R], at temperature 1
+    topk_ids: list[list[int]]  # [R, K], the likeliest tokens in each place
+
+
+class VLLMEngine:
+    """One engine on this rank; every rank builds one at the same time, as building exchanges."""
+
+    def __init__(
+        self,
+        path: str,
+        dtype: str,
+        max_length: int,
+        max_tokens_per_batch: int,
+        kv_cache_bytes: int,
+        max_sequences: int = MAX_SEQUENCES,
+        purpose: Purpose = Purpose.generate,
+        with_weights: bool = True,
+    ) -> None:
+        """Build an engine.
+
+        Args:
+            path: Hugging Face directory.
+            dtype: float32 or bfloat16.
+            max_length: Tokens of the longest sequence, what is generated included.
+            max_tokens_per_batch: Of one forward pass; a sequence is never split over two.
+            kv_cache_bytes: Memory for keys and values.
+            max_sequences: Computed together.
+            purpose: What it can do.
+            with_weights: Whether to load them; else `load_weights` has to bring them, and
+                config.json is enough under `path`.
+
+        Raises:
+            InputError: vLLM is not installed, or cannot serve this model.
+        """
+        if importlib.util.find_spec("vllm") is None:
+            raise InputError(
+                "vLLM is not installed: pip install 'marco-train[vllm]' on a machine with a GPU, "
+                "scripts/setup_vllm_cpu for trials without one, or choose backend=hf"
+            )
+        options: dict[str, Any] = {}
+        max_tokens_per_batch = max(max_tokens_per_batch, max_length)
+        with _process_left_alone():
+            from vllm import LLM
+
+            if purpose is Purpose.hidden_states:
+                from vllm.config import PoolerConfig
+
+                options = {
+                    "runner": "pooling",
+                    "convert": "embed",
+                    "pooler_config": PoolerConfig(task="token_embed"),
+                }
+            self._llm = LLM(
+                model=path,
+                dtype=dtype,
+                max_model_len=max_length,
+                max_num_batched_tokens=max_tokens_per_batch,
+                max_num_seqs=min(max_sequences, max_tokens_per_batch),
+                load_format="auto" if with_weights else "dummy",
+                skip_tokenizer_init=purpose is Purpose.generate,
+                kv_cache_memory_bytes=kv_cache_bytes,
+                enforce_eager=not torch.cuda.is_available(),
+                # Keys of old weights would outlive a change of weights.
+                enable_prefix_caching=False,
+                # A prompt that is split over steps breaks seeds on CPU.
+                enable_chunked_prefill=False,
+                # Takes LOCAL_RANK for its device; the default would put all ranks on the first.
+                distributed_executor_backend="external_launcher",
+                tensor_parallel_size=1,
+                generation_config="vllm",
+                logprobs_mode="raw_logprobs",
+                max_logprobs=-1,
+                seed=0,
+                disable_log_stats=True,
+                **options,
+            )
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
+        """Replace all weights by a stream under checkpoint names, layer by layer.
+
+        Whoever sends them sees to it that the stream is complete, and compares numbers afterwards:
+        this path has lost weights without an error before.
+
+        Args:
+            weights: Tensors that nobody changes afterwards; some are kept until their layer is
+                complete.
+
+        Raises:
+            RuntimeError: The engine has weights that the stream did not reach.
+        """
+        from vllm.model_executor.model_loader.reload import layerwise
+
+        config = self._llm.llm_engine.vllm_config.model_config
+
+        def replace(model: Any) -> list[str]:
+            needed = {name for name, _ in model.named_parameters()}
+            for module in model.modules():
+                method: Any = getattr(module, "quant_method", None)
+                if FORGET_PACKED_EXPERTS and hasattr(method, "moe_kernel"):
+                    method.moe_kernel = None  # else it keeps the old experts, packed
+            layerwise.initialize_layerwise_reload(model)
+            loaded = model.load_weights(weights)
+            layerwise.finalize_layerwise_reload(model, config)
+            return sorted(needed - loaded)
+
+        (not_reached,) = self._llm.apply_model(replace)
+        if not_reached:
+            raise RuntimeError(f"vLLM took no new {', '.join(not_reached[:10])}")
+        self._llm.reset_prefix_cache()
+
+    def generate(
+        self,
+        requests: Sequence[tuple[list[int], int]],
+        max_tokens: int,
+        stop_ids: Sequence[int],
+        num_topk: int,
+    ) -> Iterator[tuple[int, Generation]]:
+        """Sample one response to each request at temperature 1.
+
+        Args:
+            requests: Token ids of a prompt and the seed of its response, below 2**63.
+            max_tokens: Of a response.
+            stop_ids: With which a response ends; no other token ends one.
+            num_topk: Likeliest tokens to name in each place.
+
+        Yields:
+            The number of a request and its response, as each ends.
+        """
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self._llm.llm_engine
+        for number, (prompt, seed) in enumerate(requests):
+            params = SamplingParams(
+                **neutral_sampling(max_tokens),
+                seed=seed,
+                stop_token_ids=list(stop_ids),
+                ignore_eos=True,
+                logprobs=num_topk,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
+        while engine.has_unfinished_requests():
+            with _generators_left_alone():
+                outputs = engine.step()
+            for output in outputs:
+                if output.finished:
+                    yield int(output.request_id), _generation(output.outputs[0], num_topk)
+
+    def token_logprobs(
+        self, sequences: Sequence[list[int]], num_topk: int
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Score every token of sequences given those before it.
+
+        Args:
+            sequences: Token ids, two or more each.
+            num_topk: Likeliest tokens to name beside it in each place.
+
+        Returns:
+            For each sequence of T tokens: ids [T - 1, 1 + K] int64, the sequence's own first, and
+            their log-probabilities [T - 1, 1 + K] float32.
+        """
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            **neutral_sampling(max_tokens=1),
+            prompt_logprobs=num_topk,
+            flat_logprobs=True,
+            detokenize=False,
+        )
+        with _generators_left_alone():  # the one token that it makes is drawn
+            found = self._llm.generate(_token_prompts(sequences), params, use_tqdm=False)
+        pairs = []
+        for ids, output in zip(sequences, found, strict=True):
+            flat = output.prompt_logprobs
+            shape = (len(ids) - 1, 1 + num_topk)
+            # The first token has nothing before it, and no entry.
+            named = torch.tensor(flat.token_ids, dtype=torch.int64).view(shape)
+            pairs.append((named, torch.tensor(flat.logprobs, dtype=torch.float32).view(shape)))
+        return pairs
+
+    def hidden_states(self, sequences: Sequence[list[int]]) -> list[Tensor]:
+        """Last hidden states [T, D] float32 of sequences, after the final norm, on the CPU."""
+        from vllm import PoolingParams
+
+        found = self._llm.encode(
+            _token_prompts(sequences),
+            PoolingParams(use_activation=False),  # else they are normalised
+            pooling_task="token_embed",
+            use_tqdm=False,
+        )
+        return [output.outputs.data.cpu() for output in found]
+
+    def close(self) -> None:
+        """Shut the engine down, and leave the trainer's process group as it is."""
+        import vllm.v1.engine.core as engine_core
+
+        theirs = engine_core.cleanup_dist_env_and_memory
+        engine_core.cleanup_dist_env_and_memory = _cleanup_of_their_groups
+        try:
+            self._llm.llm_engine.engine_core.shutdown()
+        finally:
+            engine_core.cleanup_dist_env_and_memory = theirs
+        del self._llm
+
+
+def neutral_sampling(max_tokens: int) -> dict[str, Any]:
+    """Every field that generation_config.json could set, at the value that changes nothing."""
+    return {
+        "n": 1,
+        "max_tokens": max_tokens,
+        "min_tokens": 0,
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
+    }
+
+
+def _token_prompts(sequences: Sequence[list[int]]) -> list[dict[str, list[int]]]:
+    return [{"prompt_token_ids": ids} for ids in sequences]
+
+
+def _generation(output: Any, num_topk: int) -> Generation:
+    ids = list(output.token_ids)
+    logprobs, likeliest = [], []
+    for token, place in zip(ids, output.logprobs, strict=True):
+        logprobs.append(place[token].logprob)
+        ranked = sorted(place, key=lambda i: place[i].rank)  # with the token, whatever its rank
+        likeliest.append(ranked[:num_topk])
+    return Generation(ids, logprobs, likeliest)
+
+
+@contextmanager
+def _process_left_alone() -> Iterator[None]:
+    """Put generators, environment and the number of threads back to what they were."""
+    distributed.start()
+    environment = dict(os.environ)
+    set_num_threads = torch.set_num_threads
+    os.environ.pop(KV_CACHE_VARIABLE, None)
+    os.environ.update(ENVIRONMENT)
+    try:
+        with _generators_left_alone():
+            yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        os.environ.clear()
+        os.environ.update(environment)
+        gc.unfreeze()
+
+
+@contextmanager
+def _generators_left_alone() -> Iterator[None]:
+    """Put the generators of this process back to where they were."""
+    on_cpu, of_numpy, of_python = torch.get_rng_state(), np.random.get_state(), random.getstate()
+    on_devices = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        torch.set_rng_state(on_cpu)
+        np.random.set_state(of_numpy)
+        random.setstate(of_python)
+        if on_devices:
+            torch.cuda.set_rng_state_all(on_devices)
+
+
+def _cleanup_of_their_groups(*_: Any, **__: Any) -> None:
+    """What vLLM does on leaving, but for the default process group, which is the trainer's."""
+    from vllm.distributed import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if parallel_state._WORLD is not None:
+        parallel_state._WORLD.destroy()
+    parallel_state._WORLD = None
+    parallel_state._NODE_COUNT = None
+    gc.collect()
