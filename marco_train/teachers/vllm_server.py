@@ -1,0 +1,371 @@
+"""A teacher behind servers of vLLM: token ids go out, log-probabilities come back.
+
+    Rollout -request-> [server, server, ...] -answer, checked-> TokenScores | TopKScores
+
+A rollout is asked for as soon as it is sampled, so that scoring overlaps sampling. Every sampling
+field is sent, since a server fills the others in from the model's generation_config.json.
+
+Legend: R tokens of a response, K tokens that are told apart.
+"""
+
+import base64
+import io
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from marco_train.config import DType, Objective, TeacherConfig, TopKFrom
+from marco_train.distributed import reduce_max, reduce_sums
+from marco_train.errors import AwayError, InputError, require
+from marco_train.teachers.base import Wanted, model_identity, trade_places
+from marco_train.teachers.server_pool import Ask, RejectedError, ServerPool, UnusableAnswerError
+from marco_train.tracking import say
+from marco_train.types import Rollout, ScoredRollout, Scores, TokenScores, TopKScores, known_places
+from marco_train.vllm_engine import neutral_sampling
+
+COMPLETIONS = "/v1/completions"
+GENERATE = "/inference/v1/generate"
+MODELS = "/v1/models"
+# What JSON has no sign for: vLLM writes minus infinity as this.
+NO_NUMBER = -9999.0
+# By which a log-probability may lie above 0.
+ROUNDING = 1e-3
+# Share of a response's places without a number above which the whole rollout is left out.
+MAX_MISSING = 0.1
+# Nats by which a server that comes back may differ from what the servers said at first.
+SAME_ANSWER = {DType.float32: 1e-3, DType.bfloat16: 0.1}
+PROBE_LENGTH = 16
+POLL_SECONDS = 1.0
+
+
+class ServerTeacher:
+    """Scores this rank's rollouts over HTTP."""
+
+    head: Tensor | None = None
+
+    def __init__(self, cfg: TeacherConfig, wanted: Wanted) -> None:
+        """Wait until a server answers, and check it.
+
+        Raises:
+            InputError: Servers of different models, a window that is too short, or scores that
+                they cannot give.
+            AwayError: No server answered in time.
+        """
+        require(
+            wanted.objective is not Objective.full,
+            "stage.objective=full needs a teacher's hidden states, which vllm_server does not "
+            "give: choose sampled or topk, or another teacher.backend",
+        )
+        assert cfg.servers is not None
+        self._servers = cfg.servers
+        self._stop_id = cfg.stop_id
+        self._wanted = wanted
+        self._same_answer = SAME_ANSWER[cfg.dtype]
+        self._model: str | None = None  # the name under which all servers serve it
+        self._probe_scores: Tensor | None = None  # what the first server said of the probe
+        self._trusting = Lock()
+        self._asked: dict[int, tuple[Rollout, Future[Scores]]] = {}
+        self._asked_at = 0.0
+        self._save_at = cfg.servers.give_up_after_seconds  # nothing is there to be saved yet
+        self._counts: Counter[str] = Counter()
+        self._pool = ServerPool(cfg.servers, self._trust)
+        try:
+            opened = [self._pool.submit(MODELS, None, bool, s) for s in self._pool.servers]
+            self._wait(opened)
+            for each in opened:
+                each.result()
+        except BaseException as error:
+            self._pool.close()
+            if isinstance(error, RejectedError):
+                raise InputError(f"a server of the teacher does not work: {error}") from error
+            raise
+        self.identity = f"{model_identity(cfg)}/{self._model}"
+
+    def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
+        """Ask for each rollout as it comes, and wait for all answers; every rank takes part.
+
+        Called again after `AwayError` with the same rollouts, it goes on waiting for what is
+        missing.
+
+        Raises:
+            AwayError: No server has answered for long; `final` says that the time is up.
+            InputError: A server serves another model, refuses a request, or too many rollouts had
+                no usable score.
+        """
+        try:
+            if not self._asked:
+                self._asked_at = time.perf_counter()
+                self._save_at = self._servers.save_after_seconds
+                self._pool.start_waiting()
+            for rollout in rollouts:
+                if id(rollout) not in self._asked:
+                    self._asked[id(rollout)] = rollout, self._ask(rollout)
+            self._wait([future for _, future in self._asked.values()])
+            return self._take_scores()
+        except BaseException as error:
+            if not isinstance(error, AwayError) or error.final:
+                self._pool.close()
+            raise
+
+    def take_counts(self) -> Counter[str]:
+        """Rejected rollouts, missing tokens, repeated requests and milliseconds of scoring."""
+        counts, self._counts = self._counts, Counter()
+        return counts + self._pool.take_counts()
+
+    def close(self) -> None:
+        """Drop the connections."""
+        self._pool.close()
+
+    def _wait(self, futures: Sequence[Future[Any]]) -> None:
+        """Wait until all ranks have their answers, or until one has waited too long."""
+        waiting = set(futures)
+        limit = min(self._save_at, self._servers.give_up_after_seconds)
+        while waiting and self._pool.seconds_without_answer() < limit:
+            done, waiting = wait(waiting, POLL_SECONDS, return_when=FIRST_COMPLETED)
+            for future in done:
+                if isinstance(error := future.exception(), InputError):
+                    raise error
+        silent = self._pool.seconds_without_answer()
+        given_up = silent >= self._servers.give_up_after_seconds
+        worst = reduce_max(0 if not waiting else 2 if given_up else 1)
+        if worst == 0:
+            return
+        self._save_at = silent + self._servers.save_after_seconds
+        raise AwayError(
+            f"no answer for {silent:.0f} s from the teacher's servers "
+            f"{', '.join(self._servers.urls)}, {len(waiting)} of {len(futures)} requests of this "
+            f"rank are open; the last error: {self._pool.last_error}",
+            final=worst == 2,
+        )
+
+    def _take_scores(self) -> list[ScoredRollout]:
+        """Collect all answers; refuse a step of which too much is missing."""
+        asked = list(self._asked.values())
+        self._asked = {}
+        scored = []
+        for rollout, future in asked:
+            try:
+                scored.append(ScoredRollout(rollout, future.result()))
+            except RejectedError as error:
+                say(f"left out a rollout of {rollout.prompt.source}: {error}")
+        missing = sum(int((~known_places(s.scores)).sum()) for s in scored)
+        self._counts["rejected"] += len(asked) - len(scored)
+        self._counts["missing_tokens"] += missing
+        self._counts["milliseconds"] += int(1e3 * (time.perf_counter() - self._asked_at))
+        num_asked, num_rejected = reduce_sums([len(asked), len(asked) - len(scored)])
+        share = num_rejected / max(1.0, num_asked)
+        if share > self._servers.max_rejected:
+            raise InputError(
+                f"{num_rejected:.0f} of {num_asked:.0f} rollouts had no usable score "
+                f"({share:.1%}, more than teacher.servers.max_rejected "
+                f"{self._servers.max_rejected:.1%}); the last one: {self._pool.last_error}"
+            )
+        return scored
+
+    def _trust(self, url: str, ask: Ask) -> None:
+        """Check a server before its first answer, and when it was away.
+
+        Raises:
+            InputError: It serves another model than the others or than before.
+        """
+        with self._trusting:
+            try:
+                served = ask(MODELS, None)["data"][0]
+                model, window = served["id"], served.get("max_model_len")
+            except (AttributeError, KeyError, IndexError, TypeError) as error:
+                raise UnusableAnswerError(f"{url}{MODELS} lists no model") from error
+            self._model = self._model or model
+            require(
+                model == self._model,
+                f"{url} serves {model!r}, and the teacher is {self._model!r}: give "
+                "teacher.servers.urls servers of one model, under one --served-model-name",
+            )
+            needed = self._wanted.max_length + 1
+            require(
+                window is None or window >= needed,
+                f"{url} takes sequences of {window} tokens, and the longest prompt with its "
+                f"response and one token needs {needed}: start it with --max-model-len {needed}",
+            )
+            probe = [(7 + 7919 * i) % self._wanted.vocab_size for i in range(PROBE_LENGTH)]
+            found = _read_tokens(ask(COMPLETIONS, self._completion(probe, 0)), probe, 1)
+            if self._probe_scores is None:
+                self._probe_scores = found
+            difference = float((found - self._probe_scores).abs().max())
+            require(
+                difference <= self._same_answer,
+                f"{url} scores a probe {difference:.3g} nats away from what the teacher said at "
+                f"first (bound {self._same_answer}): its weights are others, or broken",
+            )
+            if self._gives_topk_of_sampler:
+                self._trust_given_ids(url, ask, probe)
+
+    @property
+    def _gives_topk_of_sampler(self) -> bool:
+        topk = self._wanted.objective is Objective.topk
+        return topk and self._wanted.top_k_from is TopKFrom.sampler
+
+    def _trust_given_ids(self, url: str, ask: Ask, probe: list[int]) -> None:
+        """Refuse a server that does not score given token ids."""
+        rows = [list(range(self._wanted.top_k))] * (len(probe) - 1)
+        try:
+            ask(GENERATE, self._generation(probe, 1, rows))
+        except InputError as error:
+            raise InputError(
+                f"{url} does not score given token ids ({error}): vLLM does on a GPU, started with "
+                "--enable-scale-out and --max-logprobs -1; else set stage.top_k_from=teacher"
+            ) from error
+
+    def _ask(self, rollout: Rollout) -> Future[Scores]:
+        """Send the request for one rollout."""
+        first, top_k = len(rollout.prompt.input_ids), self._wanted.top_k
+        ids = rollout.prompt.input_ids + self._traded(rollout.response_ids)
+        if not rollout.response_ids:
+            return _done(_no_scores(self._wanted))
+        if self._wanted.objective is Objective.sampled:
+            return self._pool.submit(
+                COMPLETIONS,
+                self._completion(ids, 0),
+                lambda answer: TokenScores(_refuse_gaps(_read_tokens(answer, ids, first))),
+            )
+        if not self._gives_topk_of_sampler:
+            return self._pool.submit(
+                COMPLETIONS,
+                self._completion(ids, top_k),
+                lambda answer: self._own_topk(answer, ids, first),
+            )
+        wanted_ids = [self._traded(row) for row in rollout.topk_ids]
+        return self._pool.submit(
+            GENERATE,
+            self._generation(ids, first, wanted_ids),
+            lambda answer: self._given_topk(answer, ids, rollout, wanted_ids),
+        )
+
+    def _completion(self, ids: list[int], num_topk: int) -> dict[str, Any]:
+        return {
+            "model": self._model,
+            "prompt": ids,
+            "prompt_logprobs": num_topk,
+            "return_token_ids": True,
+            **neutral_sampling(max_tokens=1),
+        }
+
+    def _generation(self, ids: list[int], first: int, wanted: list[list[int]]) -> dict[str, Any]:
+        return {
+            "token_ids": ids,
+            "sampling_params": {
+                "prompt_logprobs": self._wanted.top_k,  # for the overlap
+                "prompt_logprob_token_ids": wanted,
+                "prompt_logprob_start": first - 1,
+                **neutral_sampling(max_tokens=1),
+            },
+            "return_token_ids": True,
+        }
+
+    def _traded(self, ids: list[int]) -> list[int]:
+        """Ids with the stop tokens of student and teacher in each other's place."""
+        found: list[int] = trade_places(
+            torch.tensor(ids, dtype=torch.int64), self._wanted.stop_id, self._stop_id
+        ).tolist()
+        return found
+
+    def _own_topk(self, answer: Any, ids: list[int], first: int) -> TopKScores:
+        """The teacher's likeliest tokens, [R, K]."""
+        choice = _only_choice(answer)
+        named, logprobs = _read_likeliest(choice, ids, first, self._wanted.top_k)
+        named = trade_places(named, self._wanted.stop_id, self._stop_id)
+        return TopKScores(named, _refuse_gaps(logprobs), torch.ones(len(named)))
+
+    def _given_topk(
+        self, answer: Any, ids: list[int], rollout: Rollout, wanted: list[list[int]]
+    ) -> TopKScores:
+        """The teacher's log-probabilities of the sampler's likeliest tokens, [R, K]."""
+        first, shape = len(rollout.prompt.input_ids), (len(wanted), self._wanted.top_k)
+        likeliest, _ = _read_likeliest(answer, ids, first, self._wanted.top_k)
+        try:
+            content = base64.b64decode(answer["prompt_token_id_logprobs"])
+            found = torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False)).float()
+        except (KeyError, TypeError, ValueError) as error:
+            raise UnusableAnswerError(f"no log-probabilities of the given ids: {error}") from error
+        if found.shape != shape:
+            raise UnusableAnswerError(
+                f"log-probabilities of shape {list(found.shape)} for {list(shape)} given ids"
+            )
+        asked = torch.tensor(wanted)
+        overlap = (asked[:, :, None] == likeliest[:, None]).any(2).float().mean(1)
+        return TopKScores(torch.tensor(rollout.topk_ids), _refuse_gaps(found), overlap)
+
+
+def _done(scores: Scores) -> Future[Scores]:
+    future: Future[Scores] = Future()
+    future.set_result(scores)
+    return future
+
+
+def _no_scores(wanted: Wanted) -> Scores:
+    """Of an empty response."""
+    if wanted.objective is Objective.sampled:
+        return TokenScores(torch.zeros(0))
+    ids = torch.zeros(0, wanted.top_k, dtype=torch.int64)
+    return TopKScores(ids, torch.zeros(0, wanted.top_k), torch.zeros(0))
+
+
+def _only_choice(answer: Any) -> Any:
+    try:
+        return answer["choices"][0]
+    except (KeyError, IndexError, TypeError) as error:
+        raise UnusableAnswerError("an answer without choices") from error
+
+
+def _places(holder: Any, ids: list[int], first: int) -> list[dict[int, float]]:
+    """What a server says of each place from `first` on: log-probabilities by token id."""
+    echoed, places = holder.get("prompt_token_ids"), holder.get("prompt_logprobs")
+    if echoed != ids:
+        raise UnusableAnswerError(f"scores of other tokens than the {len(ids)} that were sent")
+    if not isinstance(places, list) or len(places) != len(ids):
+        count = len(places) if isinstance(places, list) else "no"
+        raise UnusableAnswerError(f"{count} places with log-probabilities for {len(ids)} tokens")
+    try:
+        return [{int(i): _number(x["logprob"]) for i, x in p.items()} for p in places[first:]]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UnusableAnswerError(f"log-probabilities in another form: {error}") from error
+
+
+def _number(value: Any) -> float:
+    """A log-probability; not a number for whatever cannot be one."""
+    found = math.nan if value is None else float(value)
+    return found if NO_NUMBER < found < ROUNDING else math.nan
+
+
+def _read_tokens(answer: Any, ids: list[int], first: int) -> Tensor:
+    """Log-probabilities of the tokens from `first` on, [R] float32; not a number where absent."""
+    places = _places(_only_choice(answer), ids, first)
+    return torch.tensor([p.get(i, math.nan) for i, p in zip(ids[first:], places, strict=True)])
+
+
+def _read_likeliest(holder: Any, ids: list[int], first: int, top_k: int) -> tuple[Tensor, Tensor]:
+    """The K likeliest tokens from `first` on and their log-probabilities, [R, K] each."""
+    named, logprobs = [], []
+    for place in _places(holder, ids, first):
+        # The token that stands there comes as well, whether it is among them or not.
+        best = sorted(place, key=lambda i: -place[i] if place[i] < ROUNDING else math.inf)[:top_k]
+        gaps = top_k - len(best)
+        named.append(best + [0] * gaps)
+        logprobs.append([place[i] for i in best] + [math.nan] * gaps)
+    return torch.tensor(named), torch.tensor(logprobs)
+
+
+def _refuse_gaps(logprobs: Tensor) -> Tensor:
+    """Let a few places without a number pass, [R, ...]; they are left out of the update."""
+    known = logprobs.isfinite().reshape(len(logprobs), -1).all(1)
+    missing = len(known) - int(known.sum())
+    if missing > MAX_MISSING * len(known):
+        raise UnusableAnswerError(f"{missing} of {len(known)} places have no number")
+    return logprobs

@@ -1,0 +1,170 @@
+"""A run of distillation whose teacher goes away learns what it would have learnt."""
+
+import json
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from marco_train.config import TrainConfig
+from marco_train.errors import AwayError
+from marco_train.rollout import hf
+from marco_train.stages.opd import RolloutMismatchError, run_opd
+from marco_train.teachers import server_pool
+from marco_train.teachers.preflight import PROBES
+from tests.conftest import World, compose_config
+from tests.faults.fake_server import FakeServer, fake_servers
+from tests.ranks import run_on_ranks
+
+NUM_STEPS = 6
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_pool, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(server_pool, "LONGEST_PAUSE_SECONDS", 0.05)
+
+
+def config(world: World, out: Path, server: FakeServer, num_ranks: int, *more: str) -> TrainConfig:
+    return compose_config(
+        "quickstart_opd",
+        f"root={world.root}",
+        f"output_dir={out}",
+        "teacher@stage.cascade.first.teacher=vllm_server",
+        f"stage.cascade.first.teacher.servers.urls=[{server.url}]",
+        "stage.cascade.first.teacher.dtype=float32",
+        "stage.cascade.first.teacher.servers.max_requests=2",
+        "stage.cascade.first.teacher.servers.request_timeout_seconds=2",
+        "stage.cascade.first.teacher.servers.save_after_seconds=0.3",
+        "stage.cascade.first.teacher.servers.give_up_after_seconds=30",
+        f"stage.cascade.first.num_steps={NUM_STEPS - 2}",
+        "stage.cascade.second.num_steps=2",
+        "stage.objective=sampled",
+        "stage.global_batch_size=4",
+        "stage.max_response_length=6",
+        "data.max_tokens_per_microbatch=128",
+        "checkpoint.save_every=100",
+        f"parallel.expert_parallel_size={num_ranks}",
+        "logging.console_every=100",
+        *more,
+    )
+
+
+def distil(cfg: TrainConfig, socket: int) -> None:
+    """Run on a rank, which as a fork must not keep the server's port open."""
+    os.close(socket)
+    run_opd(cfg)
+
+
+def learnt(out: Path) -> tuple[list[dict[str, float]], bytes]:
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "perf/", "teacher/"))}
+        for line in lines
+    ]
+    return steps, (out / "export" / "model.safetensors").read_bytes()
+
+
+def soon(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def num_steps_of(out: Path) -> int:
+    file = out / "metrics.jsonl"
+    return len(file.read_text().splitlines()) if file.is_file() else 0
+
+
+def saved_steps(out: Path) -> list[int]:
+    return [int(file.parent.name[-6:]) for file in out.glob("checkpoints/step_*/manifest.json")]
+
+
+def test_a_run_waits_saved_and_goes_on_where_it_stood(world: World, tmp_path: Path) -> None:
+    num_ranks = 2
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    with fake_servers(1) as (server,):
+        run_on_ranks(num_ranks, distil, config(world, whole, server, num_ranks), server.socket)
+        server.slowness = 0.05
+
+        def go_away_and_come_back() -> None:
+            soon(lambda: num_steps_of(parts) >= 2)
+            server.stop()
+            soon(lambda: len(saved_steps(parts)) > 0)
+            server.start()
+
+        absence = threading.Thread(target=go_away_and_come_back)
+        absence.start()
+        run_on_ranks(num_ranks, distil, config(world, parts, server, num_ranks), server.socket)
+        absence.join()
+    assert learnt(parts) == learnt(whole)
+    assert [step["step"] for step in learnt(whole)[0]] == list(range(1, NUM_STEPS + 1))
+
+
+def test_a_run_that_gave_up_is_saved_and_can_be_resumed(world: World, tmp_path: Path) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    with fake_servers(1) as (server,):
+        run_on_ranks(1, distil, config(world, whole, server, 1), server.socket)
+        server.slowness = 0.05
+
+        def go_away() -> None:
+            soon(lambda: num_steps_of(parts) >= 2)
+            server.stop()
+
+        absence = threading.Thread(target=go_away)
+        absence.start()
+        give_up = "stage.cascade.first.teacher.servers.give_up_after_seconds=1"
+        with pytest.raises(AssertionError, match=f"{AwayError.__name__}: no answer for 1 s from"):
+            run_on_ranks(1, distil, config(world, parts, server, 1, give_up), server.socket)
+        absence.join()
+        (saved,) = saved_steps(parts)
+        assert saved >= 2 and not (parts / "finished.json").exists()
+
+        server.start()
+        server.model = "another"
+        cfg = config(world, parts, server, 1, give_up)
+        with pytest.raises(AssertionError, match="'first' is another than the one that taught"):
+            run_on_ranks(1, distil, cfg, server.socket)
+        server.model = "teacher"
+        run_on_ranks(1, distil, cfg, server.socket)
+    assert learnt(parts) == learnt(whole)
+
+
+def test_a_second_run_over_the_same_rollouts_asks_no_server(world: World, tmp_path: Path) -> None:
+    kept = f"stage.score_cache.path={tmp_path / 'scores'}"
+    outs = [tmp_path / "first", tmp_path / "second"]
+    num_asked = []
+    with fake_servers(1) as (server,):
+        for out in outs:
+            server.outcomes.clear()
+            run_on_ranks(1, distil, config(world, out, server, 1, kept), server.socket)
+            num_asked.append(server.outcomes["fine"] - 2 * len(PROBES))  # those of the preflight
+    assert num_asked == [(NUM_STEPS - 2) * 4 * 2, 0]
+    assert learnt(outs[0]) == learnt(outs[1])
+    for out, share in zip(outs, (0, 1), strict=True):
+        for line in (out / "metrics.jsonl").read_text().splitlines():
+            assert json.loads(line)["teacher/cache_hits"] == share
+
+
+def test_a_sampler_of_another_distribution_stops_the_run(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = hf.draw_tokens
+
+    def perturbed(*args: object) -> object:
+        tokens, logprobs = plain(*args)  # type: ignore[arg-type]
+        return tokens, logprobs + 0.3
+
+    monkeypatch.setattr(hf, "draw_tokens", perturbed)
+    with fake_servers(1) as (server,):
+        message = r"differ by 0\.3 nats a token in the mean, more than stage\.max_mismatch 0\.2"
+        with pytest.raises(AssertionError, match=message) as failure:
+            run_on_ranks(1, distil, config(world, tmp_path, server, 1), server.socket)
+        assert RolloutMismatchError.__name__ in str(failure.value)
+        assert num_steps_of(tmp_path) == 1
+        cfg = config(world, tmp_path / "free", server, 1, "stage.max_mismatch=null")
+        run_on_ranks(1, distil, cfg, server.socket)

@@ -1,0 +1,338 @@
+"""A teacher behind servers: its numbers, and what it does while they misbehave."""
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from marco_train.config import Objective, ServersConfig, TeacherBackend, TopKFrom
+from marco_train.errors import AwayError, InputError
+from marco_train.teachers import server_pool
+from marco_train.teachers.vllm_server import ServerTeacher
+from marco_train.types import Rollout, ScoredRollout, TokenScores, TopKScores
+from tests.conftest import World, teacher_config, wanted_of
+from tests.faults.fake_server import FakeServer, distribution, fake_servers
+from tests.unit.test_teachers import rollouts
+
+NEUTRAL = {
+    "n": 1,
+    "max_tokens": 1,
+    "min_tokens": 0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+}
+
+
+OPENED: list[ServerTeacher] = []
+
+
+@pytest.fixture(autouse=True)
+def close_teachers() -> Iterator[None]:
+    yield
+    while OPENED:
+        OPENED.pop().close()
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_pool, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(server_pool, "LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(server_pool, "PASSED_OVER_SECONDS", 0.05)
+
+
+@pytest.fixture
+def servers() -> Iterator[list[FakeServer]]:
+    with fake_servers(2) as found:
+        yield found
+
+
+def teacher_of(
+    world: World, servers: list[FakeServer], *kind: Any, stop_id: int | None = None, **changes: Any
+) -> ServerTeacher:
+    fields: dict[str, Any] = {
+        "urls": [server.url for server in servers],
+        "max_requests": 4,
+        "request_timeout_seconds": 1.0,
+        "save_after_seconds": 20.0,
+        "give_up_after_seconds": 40.0,
+        "max_rejected": 0.0,
+    }
+    cfg = teacher_config(
+        world.path("teacher_first", "export"),
+        TeacherBackend.vllm_server,
+        stop_id=stop_id,
+        servers=ServersConfig(**fields | changes),
+    )
+    OPENED.append(ServerTeacher(cfg, wanted_of(*(kind or (Objective.sampled,)))))
+    return OPENED[-1]
+
+
+def expected(rollout: Rollout) -> torch.Tensor:
+    """The distribution in each place of a response, [R, V]."""
+    first = len(rollout.prompt.input_ids)
+    ends = range(first, len(rollout.input_ids))
+    return torch.stack([distribution(rollout.input_ids[:end]) for end in ends])
+
+
+def check_tokens(scored: list[ScoredRollout], asked: list[Rollout]) -> None:
+    assert [s.rollout for s in scored] == asked
+    for s in scored:
+        assert isinstance(s.scores, TokenScores)
+        ids = torch.tensor(s.rollout.response_ids)
+        wanted = expected(s.rollout)[torch.arange(len(ids)), ids]
+        torch.testing.assert_close(s.scores.teacher_logprobs, wanted)
+
+
+def test_the_scores_of_tokens_come_from_both_servers(
+    world: World, servers: list[FakeServer]
+) -> None:
+    asked = rollouts()
+    for server in servers:
+        server.slowness = 0.05
+    teacher = teacher_of(world, servers, max_requests=2)
+    check_tokens(teacher.score(asked), asked)
+    assert all(server.outcomes["fine"] >= 2 for server in servers)
+    counts = teacher.take_counts()
+    assert counts.pop("milliseconds") >= 50
+    assert not counts
+    check_tokens(teacher.score(asked[:2]), asked[:2])  # and once more
+
+
+@pytest.mark.parametrize("top_k_from", TopKFrom)
+def test_the_scores_of_likeliest_tokens(
+    top_k_from: TopKFrom, world: World, servers: list[FakeServer]
+) -> None:
+    asked = rollouts()
+    scored = teacher_of(world, servers, Objective.topk, 5, top_k_from).score(asked)
+    for s in scored:
+        assert isinstance(s.scores, TopKScores)
+        wanted = expected(s.rollout)
+        likeliest = wanted.topk(5).indices
+        ids = torch.tensor(s.rollout.topk_ids) if top_k_from is TopKFrom.sampler else likeliest
+        assert torch.equal(s.scores.topk_ids, ids)
+        torch.testing.assert_close(s.scores.teacher_topk_logprobs, wanted.gather(1, ids))
+        overlap = (ids[:, :, None] == likeliest[:, None]).any(2).float().mean(1)
+        assert torch.equal(s.scores.topk_overlap, overlap)
+
+
+def test_the_teachers_stop_token_stands_for_the_students(
+    world: World, servers: list[FakeServer]
+) -> None:
+    first = rollouts()[1]
+    asked = replace(first, response_ids=[*first.response_ids[:-1], 2])
+    sent = replace(first, response_ids=[*first.response_ids[:-1], 9])
+    (found,) = teacher_of(world, servers, stop_id=9).score([asked])
+    (wanted,) = teacher_of(world, servers).score([sent])
+    assert isinstance(found.scores, TokenScores) and isinstance(wanted.scores, TokenScores)
+    assert torch.equal(found.scores.teacher_logprobs, wanted.scores.teacher_logprobs)
+
+    given = replace(asked, topk_ids=[[2, 9, 5, 6, 7]] * len(asked.response_ids))
+    (found,) = teacher_of(world, servers, Objective.topk, 5, stop_id=9).score([given])
+    assert isinstance(found.scores, TopKScores)
+    assert found.scores.topk_ids.tolist() == given.topk_ids
+    traded = torch.tensor([9, 2, 5, 6, 7])
+    last = distribution(asked.input_ids[:-1])[traded]
+    torch.testing.assert_close(found.scores.teacher_topk_logprobs[-1], last)
+
+
+def test_an_empty_response_has_no_scores_and_asks_nobody(
+    world: World, servers: list[FakeServer]
+) -> None:
+    empty = replace(rollouts()[0], response_ids=[], sampler_logprobs=[], topk_ids=[])
+    (scored,) = teacher_of(world, servers).score([empty])
+    assert isinstance(scored.scores, TokenScores) and len(scored.scores.teacher_logprobs) == 0
+    (scored,) = teacher_of(world, servers, Objective.topk, 5).score([empty])
+    assert isinstance(scored.scores, TopKScores) and scored.scores.topk_ids.shape == (0, 5)
+    assert not any(server.bodies for server in servers)
+
+
+def test_every_sampling_field_is_sent(world: World, servers: list[FakeServer]) -> None:
+    teacher_of(world, servers).score(rollouts()[:1])
+    teacher_of(world, servers, Objective.topk, 5).score(rollouts()[:1])
+    (of_tokens, of_ids) = [body for server in servers for body in server.bodies]
+    assert NEUTRAL.items() <= of_tokens.items()
+    assert NEUTRAL.items() <= of_ids["sampling_params"].items()
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "hangs",
+        "429",
+        "500",
+        "503",
+        "dies mid-answer",
+        "one place short",
+        "NaN",
+        "minus infinity everywhere",
+        "without the token",
+        "other ids",
+        "no JSON",
+        "no choices",
+    ],
+)
+def test_a_fault_that_passes_leaves_no_trace(
+    fault: str, world: World, servers: list[FakeServer]
+) -> None:
+    asked = rollouts()[1:2]  # nine tokens, of which none may be missing
+    teacher = teacher_of(world, servers)
+    for server in servers:
+        server.script = [fault]
+    check_tokens(teacher.score(asked), asked)
+    assert sum(server.outcomes[fault] for server in servers) >= 1
+    assert teacher.take_counts()["repeated_requests"] >= 1
+
+
+def test_an_answer_that_is_never_usable_is_left_out_and_counted(
+    world: World, servers: list[FakeServer]
+) -> None:
+    asked = rollouts()
+    teacher = teacher_of(world, servers, max_requests=1, max_rejected=0.2)
+    servers[0].script = servers[1].script = ["other ids"] * 3
+    servers[1].stop()
+    scored = teacher.score(asked)
+    check_tokens(scored, asked[1:])
+    assert teacher.take_counts()["rejected"] == 1
+
+    servers[0].script = ["one place short"] * 6
+    with pytest.raises(InputError, match=r"2 of 5 rollouts had no usable score \(40.0%, more than"):
+        teacher.score(asked)
+
+
+def test_few_tokens_without_a_number_are_left_out_and_counted(
+    world: World, servers: list[FakeServer]
+) -> None:
+    asked = [r for r in rollouts() if len(r.response_ids) == 12]
+    teacher = teacher_of(world, servers)
+    servers[0].script = servers[1].script = ["NaN"]
+    (scored,) = teacher.score(asked)
+    assert isinstance(scored.scores, TokenScores)
+    assert scored.scores.teacher_logprobs.isnan().tolist() == [False] * 11 + [True]
+    assert teacher.take_counts()["missing_tokens"] == 1
+
+
+def test_a_teacher_that_is_down_at_the_start_is_waited_for(world: World) -> None:
+    with fake_servers(1) as (server,):
+        server.stop()
+        threading.Timer(0.7, server.start).start()
+        assert teacher_of(world, [server]).identity.endswith("/teacher")
+        server.stop()
+        message = rf"no answer for \d s from .* {server.url}, .* the last error: .*refused"
+        with pytest.raises(AwayError, match=message) as caught:
+            teacher_of(world, [server], save_after_seconds=0.1, give_up_after_seconds=1.0)
+        assert caught.value.final
+
+
+def test_a_teacher_that_goes_away_is_waited_for_and_nothing_is_asked_twice(
+    world: World, servers: list[FakeServer]
+) -> None:
+    asked = rollouts()
+    waits = {"save_after_seconds": 0.5, "give_up_after_seconds": 3.0}
+    teacher = teacher_of(world, servers, max_requests=1, **waits)
+
+    def as_they_come() -> Iterator[Rollout]:
+        yield from asked[:2]
+        while sum(server.outcomes["fine"] for server in servers) < 2:
+            time.sleep(0.01)
+        for server in servers:
+            server.stop()
+        yield from asked[2:]
+
+    with pytest.raises(AwayError) as caught:
+        teacher.score(as_they_come())
+    assert not caught.value.final
+    for server in servers:
+        server.start()
+    check_tokens(teacher.score(asked), asked)
+    assert sum(server.outcomes["fine"] for server in servers) == len(asked)
+    for server in servers:
+        server.stop()
+    num_saves = 0
+    while not caught.value.final:  # each time the run may save
+        with pytest.raises(AwayError) as caught:
+            teacher.score(asked)
+        num_saves += 1
+    assert 2 <= num_saves <= 6
+
+
+def test_scoring_begins_before_sampling_ends(world: World, servers: list[FakeServer]) -> None:
+    asked = rollouts()
+    teacher = teacher_of(world, servers)
+
+    def as_they_come() -> Iterator[Rollout]:
+        for number, rollout in enumerate(asked):
+            yield rollout
+            deadline = time.monotonic() + 5
+            while sum(server.outcomes["fine"] for server in servers) <= number:
+                assert time.monotonic() < deadline, "nothing was asked yet"
+                time.sleep(0.01)
+
+    check_tokens(teacher.score(as_they_come()), asked)
+
+
+def test_open_requests_are_bounded_and_fewer_where_a_server_is_busy(world: World) -> None:
+    asked = [
+        replace(r, prompt=replace(r.prompt, index=i)) for i in range(8) for r in rollouts()[:1]
+    ]
+    with fake_servers(1) as (server,):
+        server.slowness = 0.03
+        teacher = teacher_of(world, [server], max_requests=4)
+        teacher.score(asked)
+        assert server.most_open == 4
+        server.script = ["429"] * 6
+        assert len(teacher.score(asked[:2])) == 2
+        server.most_open = 0
+        assert len(teacher.score(asked[2:6])) == 4
+        assert server.most_open < 4
+
+
+def test_another_model_is_refused(world: World, servers: list[FakeServer]) -> None:
+    servers[1].model = "another"
+    with pytest.raises(InputError, match=r"serves '(another|teacher)', and the teacher is"):
+        teacher_of(world, servers)
+    servers[1].model = "teacher"
+    servers[1].weights = 1
+    with pytest.raises(InputError, match=r"scores a probe .* nats away from what the teacher said"):
+        teacher_of(world, servers)
+
+
+@pytest.mark.parametrize("change", [{"model": "another"}, {"weights": 1}])
+def test_a_server_that_comes_back_as_another_is_refused(
+    change: dict[str, Any], world: World
+) -> None:
+    asked = rollouts()
+    with fake_servers(1) as (server,):
+        teacher = teacher_of(world, [server])
+        check_tokens(teacher.score(asked), asked)
+        server.stop()
+        for name, value in change.items():
+            setattr(server, name, value)
+        threading.Timer(0.3, server.start).start()
+        with pytest.raises(InputError, match=r"serves 'another'|scores a probe"):
+            teacher.score(asked)
+
+
+def test_what_servers_cannot_do_is_refused_at_the_start(world: World) -> None:
+    with fake_servers(1) as (server,):
+        with pytest.raises(InputError, match="objective=full needs a teacher's hidden states"):
+            teacher_of(world, [server], Objective.full)
+        server.window = 200
+        with pytest.raises(InputError, match=r"of 200 tokens, .* needs 201: .*--max-model-len 201"):
+            teacher_of(world, [server])
+        server.window = 201
+        server.scores_given_ids = False
+        with pytest.raises(InputError, match=r"404.*--enable-scale-out.*top_k_from=teacher"):
+            teacher_of(world, [server], Objective.topk, 5)
+        teacher_of(world, [server], Objective.topk, 5, TopKFrom.teacher)
+        server.script = ["400"]
+        with pytest.raises(InputError, match=r"refuses a request with 400: .*status 400"):
+            teacher_of(world, [server]).score(rollouts())
