@@ -13,13 +13,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from marco_train.architecture import (
-    ArchitectureConfig,
-    InputError,
-    check_expert_parallel,
-    require,
-    require_positive,
-)
+from marco_train.architecture import ArchitectureConfig, check_expert_parallel
+from marco_train.errors import InputError, require, require_positive
 
 
 class StageKind(Enum):
@@ -104,20 +99,28 @@ class BalanceScope(Enum):
 
 
 class SamplerBackend(Enum):
-    """Who makes the rollouts."""
+    """Who makes the rollouts.
+
+    hf: our own model with a cache of keys and values; vllm: an engine of vLLM in each rank's
+    process.
+    """
 
     hf = "hf"
+    vllm = "vllm"
 
 
 class TeacherBackend(Enum):
     """Who scores the rollouts.
 
     hf: any causal language model of transformers, whole on every rank; moe: Qwen3-MoE or dense
-    Qwen3 in our own model, experts shared over ranks.
+    Qwen3 in our own model, experts shared over ranks; vllm: an engine of vLLM in each rank's
+    process; vllm_server: servers of vLLM over HTTP.
     """
 
     hf = "hf"
     moe = "moe"
+    vllm = "vllm"
+    vllm_server = "vllm_server"
 
 
 class ChatTemplate(Enum):
@@ -269,6 +272,10 @@ class RolloutConfig:
     temperature: float = MISSING
     canary_tolerance: float = MISSING
     """Largest difference of a log-probability between policy and sampler after a sync, in nats."""
+    max_tokens_per_batch: int | None = MISSING
+    """Tokens of one forward pass of a `vllm` sampler on one rank. None for any other."""
+    kv_cache_gib: float | None = MISSING
+    """Memory for keys and values of a `vllm` sampler on one rank. None for any other."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -276,6 +283,55 @@ class RolloutConfig:
             batch_size=self.batch_size,
             temperature=self.temperature,
             canary_tolerance=self.canary_tolerance,
+            max_tokens_per_batch=self.max_tokens_per_batch,
+            kv_cache_gib=self.kv_cache_gib,
+        )
+        for name in ("max_tokens_per_batch", "kv_cache_gib"):
+            require(
+                (getattr(self, name) is not None) == (self.backend is SamplerBackend.vllm),
+                f"stage.rollout.{name} is {getattr(self, name)} and stage.rollout.backend is "
+                f"{self.backend.value}; give it with backend=vllm, null with any other",
+            )
+
+
+@dataclass(kw_only=True)
+class ServersConfig:
+    """Servers that score over HTTP, all of one model; see `teachers/server_pool.py`."""
+
+    urls: list[str] = MISSING
+    """As http://host:port; requests go to the one with the fewest open."""
+    max_requests: int = MISSING
+    """Open at once from one rank, over all servers."""
+    request_timeout_seconds: float = MISSING
+    """Silence of a server after which a request is made anew."""
+    save_after_seconds: float = MISSING
+    """Without any answer, after which the run saves a checkpoint and goes on waiting."""
+    give_up_after_seconds: float = MISSING
+    """Without any answer, after which the run ends; it can be resumed."""
+    max_rejected: float = MISSING
+    """Share of a step's rollouts without a usable score that may be left out of the update."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "teacher.servers",
+            max_requests=self.max_requests,
+            request_timeout_seconds=self.request_timeout_seconds,
+            save_after_seconds=self.save_after_seconds,
+        )
+        require(len(self.urls) > 0, "teacher.servers.urls is empty: name at least one server")
+        for url in self.urls:
+            require(
+                url.startswith(("http://", "https://")),
+                f"teacher.servers.urls names {url!r}; write it as http://host:port",
+            )
+        require(
+            self.save_after_seconds <= self.give_up_after_seconds,
+            f"teacher.servers.give_up_after_seconds is {self.give_up_after_seconds}, below "
+            f"save_after_seconds {self.save_after_seconds}",
+        )
+        require(
+            0 <= self.max_rejected < 1,
+            f"teacher.servers.max_rejected is {self.max_rejected}, and must lie in [0, 1)",
         )
 
 
@@ -285,18 +341,38 @@ class TeacherConfig:
 
     backend: TeacherBackend = MISSING
     path: str = MISSING
+    """Hugging Face directory; of `vllm_server`, its tokenizer and config are enough."""
     dtype: DType = MISSING
+    """Of `vllm_server`, what the servers were started with."""
     max_tokens_per_batch: int = MISSING
-    """Tokens of one forward pass of the teacher on one rank; of `hf`, with padding."""
+    """Tokens of one forward pass of the teacher on one rank; of `hf`, with padding; not used by
+    `vllm_server`."""
     expert_parallel_size: int = MISSING
     """Ranks that share the experts of a `moe` teacher; 1 for any other."""
+    stop_id: int | None = MISSING
+    """The token with which the teacher ends a turn, where the student does with another: the two
+    trade places in every score. None: both end with the same."""
+    kv_cache_gib: float | None = MISSING
+    """Memory for keys and values of a `vllm` teacher. None for any other."""
+    servers: ServersConfig | None = MISSING
+    """None for any other than `vllm_server`."""
 
     def __post_init__(self) -> None:
         require_positive(
             "teacher",
             max_tokens_per_batch=self.max_tokens_per_batch,
             expert_parallel_size=self.expert_parallel_size,
+            kv_cache_gib=self.kv_cache_gib,
         )
+        for name, owner in (
+            ("kv_cache_gib", TeacherBackend.vllm),
+            ("servers", TeacherBackend.vllm_server),
+        ):
+            require(
+                (getattr(self, name) is not None) == (self.backend is owner),
+                f"teacher.{name} is {getattr(self, name)} and teacher.backend is "
+                f"{self.backend.value}; give it with backend={owner.value}, null with any other",
+            )
         require(
             self.backend is TeacherBackend.moe or self.expert_parallel_size == 1,
             f"teacher.expert_parallel_size is {self.expert_parallel_size}, and a teacher of the "
@@ -308,13 +384,40 @@ class TeacherConfig:
 class ScoreCacheConfig:
     """Teachers' scores kept on disk; see `teachers/cache.py`."""
 
-    path: str = MISSING
-    """Directory; may be shared by ranks and runs."""
+    path: str | None = MISSING
+    """Directory; may be shared by ranks and runs. None: every rollout is scored by its teacher."""
     max_gib: float = MISSING
     """Bound on its size; the oldest scores go first."""
 
     def __post_init__(self) -> None:
         require_positive("stage.score_cache", max_gib=self.max_gib)
+
+
+@dataclass(kw_only=True)
+class ConvergedConfig:
+    """When a phase ends before its last step: the held-out reverse KL falls no more."""
+
+    measure_every: int | None = None
+    """Steps between two measures, the first before the first step of the phase. None: the phase
+    makes all its steps."""
+    num_prompts: int = 256
+    """Of data.held_out; each gets one response."""
+    num_measures: int = 3
+    """The phase ends where the best of so many measures in a row ..."""
+    min_fall: float = 0.01
+    """... lies less than this below the best before them, in nats a token."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "stage.cascade.*.converged",
+            measure_every=self.measure_every,
+            num_prompts=self.num_prompts,
+            num_measures=self.num_measures,
+        )
+        require(
+            0 <= self.min_fall < float("inf"),
+            f"stage.cascade.*.converged.min_fall is {self.min_fall}, and must be 0 or more nats",
+        )
 
 
 @dataclass(kw_only=True)
@@ -327,6 +430,8 @@ class PhaseConfig:
     """Teachers of some rollouts, by `category_<name>` or `language_<code>`; the category decides
     where both have one."""
     num_steps: int = MISSING
+    """Of which the learning rate's schedule knows; fewer where the phase converges."""
+    converged: ConvergedConfig = field(default_factory=ConvergedConfig)
 
     def __post_init__(self) -> None:
         require_positive("stage.cascade.*", num_steps=self.num_steps)
@@ -351,6 +456,9 @@ class OPDConfig(StageConfig):
     """Tokens that the `topk` objective tells apart; the others are one bucket. None: another
     objective is chosen."""
     top_k_from: TopKFrom = MISSING
+    max_mismatch: float | None = MISSING
+    """Mean |log policy - log sampler| of a step's tokens above which the run stops, in nats.
+    None: no bound."""
     global_batch_size: int = MISSING
     """Prompts of one update, over all ranks."""
     responses_per_prompt: int = MISSING
@@ -359,8 +467,7 @@ class OPDConfig(StageConfig):
     max_response_length: int = MISSING
     """Tokens; a longer response is cut and counted."""
     rollout: RolloutConfig = MISSING
-    score_cache: ScoreCacheConfig | None = MISSING
-    """None: every rollout is scored by its teacher."""
+    score_cache: ScoreCacheConfig = MISSING
     cascade: dict[str, PhaseConfig] = MISSING
     """Phases in their order, by name."""
 
@@ -371,6 +478,7 @@ class OPDConfig(StageConfig):
             max_importance_ratio=self.max_importance_ratio,
             max_advantage=self.max_advantage,
             top_k=self.top_k,
+            max_mismatch=self.max_mismatch,
             global_batch_size=self.global_batch_size,
             responses_per_prompt=self.responses_per_prompt,
             max_prompt_length=self.max_prompt_length,
@@ -575,15 +683,6 @@ class TrainConfig:
             isinstance(self.stage, StageConfig),
             "no stage was chosen: add experiment=<name>, or stage=sft|opd|evaluate",
         )
-        if isinstance(self.stage, OPDConfig):
-            categories = {f"category_{s.category}" for s in self.data.sources.values()}
-            for name, phase in self.stage.cascade.items():
-                unknown = {g for g in phase.teacher_of if g.startswith("category_")} - categories
-                require(
-                    not unknown,
-                    f"stage.cascade.{name}.teacher_of names {sorted(unknown)}, which no source "
-                    f"has; there are {sorted(categories)}",
-                )
         architecture = self.model.architecture
         longest = longest_sequence(self.stage)
         if architecture is not None:
@@ -707,7 +806,8 @@ def input_models(cfg: TrainConfig) -> list[Path]:
     paths = [] if cfg.model.path is None else [cfg.model.path]
     match cfg.stage:
         case OPDConfig():
-            paths += [phase.teacher.path for phase in cfg.stage.cascade.values()]
+            for phase in cfg.stage.cascade.values():
+                paths += [t.path for t in (phase.teacher, *phase.teacher_of.values())]
         case EvaluateConfig():
             paths += [*cfg.stage.models.values(), *(t.path for t in cfg.stage.teachers.values())]
     return [Path(path) for path in paths]

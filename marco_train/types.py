@@ -118,12 +118,21 @@ class HiddenScores:
     teacher_hidden: Tensor  # [R, D]
 
 
+Scores = TokenScores | TopKScores | HiddenScores
+
+
+def known_places(scores: Scores) -> Tensor:
+    """Where a teacher's scores are numbers, [R] bool; other places teach nothing."""
+    values = [value if value.dim() > 1 else value[:, None] for value in vars(scores).values()]
+    return torch.stack([value.isfinite().all(1) for value in values]).all(0)
+
+
 @dataclass(frozen=True)
 class ScoredRollout:
     """A rollout with the teacher's view of it."""
 
     rollout: Rollout
-    scores: TokenScores | TopKScores | HiddenScores
+    scores: Scores
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,19 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from transformers import PreTrainedTokenizerFast
 
 from marco_train.architecture import ArchitectureConfig
-from marco_train.config import TrainConfig, to_run
+from marco_train.config import (
+    DType,
+    Objective,
+    TeacherBackend,
+    TeacherConfig,
+    TopKFrom,
+    TrainConfig,
+    to_run,
+)
 from marco_train.data.chat import CHATML
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
+from marco_train.teachers.base import Wanted
 from marco_train.train import CONFIG_DIR
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -123,6 +132,31 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     for seed, (name, shape) in enumerate(shapes.items()):
         save_model(random_model(shape, torch.float32, seed), root / name, tokenizer)
     return World(root)
+
+
+def wanted_of(
+    objective: Objective,
+    top_k: int = 0,
+    top_k_from: TopKFrom = TopKFrom.sampler,
+    vocab_size: int = VOCAB_SIZE,
+) -> Wanted:
+    """What a run of the world's student needs of a teacher; its turns end with token 2."""
+    return Wanted(objective, top_k, top_k_from, vocab_size, max_length=200, stop_id=2)
+
+
+def teacher_config(path: str, backend: TeacherBackend, **changes: Any) -> TeacherConfig:
+    """A teacher in float32, or what the changes make of it."""
+    fields: dict[str, Any] = {
+        "path": path,
+        "backend": backend,
+        "dtype": DType.float32,
+        "max_tokens_per_batch": 4096,
+        "expert_parallel_size": 1,
+        "stop_id": None,
+        "kv_cache_gib": 0.0625 if backend is TeacherBackend.vllm else None,
+        "servers": None,
+    }
+    return TeacherConfig(**fields | changes)
 
 
 Compose = Callable[..., TrainConfig]

@@ -24,6 +24,7 @@ from marco_train.types import (
     TokenScores,
     TopKMicrobatch,
     TopKScores,
+    known_places,
     rollout_groups,
 )
 
@@ -37,7 +38,12 @@ def pack_examples(examples: Sequence[Example], max_tokens: int) -> list[Microbat
 def pack_rollouts(
     scored: Sequence[ScoredRollout], objective: Objective, max_tokens: int
 ) -> Sequence[Microbatch]:
-    """Pack this rank's scored rollouts of a global batch; every response token has loss."""
+    """Pack this rank's scored rollouts of a global batch.
+
+    Every response token has loss whose place the teacher scored.
+    """
+    # An update is the same in whichever order its rollouts ended.
+    scored = sorted(scored, key=lambda s: (s.rollout.prompt.index, s.rollout.sample_index))
     bins = _equal_bins([len(s.rollout.input_ids) for s in scored], max_tokens)
     packed = [[scored[i] for i in members] for members in bins]
     make = {
@@ -49,56 +55,69 @@ def pack_rollouts(
 
 
 def _sampled_microbatch(scored: Sequence[ScoredRollout]) -> SampledMicrobatch:
-    scores = [s.scores.teacher_logprobs for s in scored if isinstance(s.scores, TokenScores)]
+    scores = [s.scores for s in scored if isinstance(s.scores, TokenScores)]
     assert len(scores) == len(scored), "the teacher did not score tokens"
-    joined = _join_rollouts(scored)
+    joined, known = _join_rollouts(scored)
     return SampledMicrobatch(
         **vars(joined),
-        sampler_logprobs=_spread(joined, _sampler_logprobs(scored)),
-        teacher_logprobs=_spread(joined, torch.cat([torch.zeros(0), *scores])),
+        sampler_logprobs=_spread(joined, _sampler_logprobs(scored)[known]),
+        teacher_logprobs=_spread(joined, _lay([s.teacher_logprobs for s in scores])[known]),
     )
 
 
 def _topk_microbatch(scored: Sequence[ScoredRollout]) -> TopKMicrobatch:
     scores = [s.scores for s in scored if isinstance(s.scores, TopKScores)]
     assert len(scores) == len(scored), "the teacher did not score the likeliest tokens"
-    joined = _join_rollouts(scored)
+    joined, known = _join_rollouts(scored)
     ids = [s.topk_ids for s in scores]
     logprobs = [s.teacher_topk_logprobs for s in scores]
     return TopKMicrobatch(
         **vars(joined),
-        sampler_logprobs=_spread(joined, _sampler_logprobs(scored)),
-        topk_ids=torch.cat(ids) if ids else torch.zeros(0, 0, dtype=torch.int64),
-        teacher_topk_logprobs=torch.cat(logprobs) if logprobs else torch.zeros(0, 0),
-        topk_overlap=torch.cat([torch.zeros(0), *(s.topk_overlap for s in scores)]),
+        sampler_logprobs=_spread(joined, _sampler_logprobs(scored)[known]),
+        topk_ids=torch.cat(ids)[known] if ids else torch.zeros(0, 0, dtype=torch.int64),
+        teacher_topk_logprobs=torch.cat(logprobs)[known] if logprobs else torch.zeros(0, 0),
+        topk_overlap=_lay([s.topk_overlap for s in scores])[known],
     )
 
 
 def _full_microbatch(scored: Sequence[ScoredRollout]) -> FullMicrobatch:
     scores = [s.scores.teacher_hidden for s in scored if isinstance(s.scores, HiddenScores)]
     assert len(scores) == len(scored), "the teacher did not give hidden states"
-    joined = _join_rollouts(scored)
+    joined, known = _join_rollouts(scored)
     return FullMicrobatch(
         **vars(joined),
-        sampler_logprobs=_spread(joined, _sampler_logprobs(scored)),
-        teacher_hidden=torch.cat(scores) if scores else torch.zeros(0, 0),
+        sampler_logprobs=_spread(joined, _sampler_logprobs(scored)[known]),
+        teacher_hidden=_lay(scores)[known],
     )
 
 
-def _join_rollouts(scored: Sequence[ScoredRollout]) -> Microbatch:
-    """Lay rollouts end to end and note the category and language of every response token."""
-    joined = _join([_as_example(s.rollout) for s in scored])
+def _lay(values: Sequence[Tensor]) -> Tensor:
+    """Join floats of the places of several responses; [0] without any."""
+    return torch.cat(list(values)) if values else torch.zeros(0)
+
+
+def _join_rollouts(scored: Sequence[ScoredRollout]) -> tuple[Microbatch, Tensor]:
+    """Lay rollouts end to end and note the category and language of every token with loss.
+
+    Returns:
+        The tensors, and of all response tokens in their order which have loss, bool.
+    """
+    known_of = [known_places(s.scores) for s in scored]
+    known = torch.cat([torch.zeros(0, dtype=torch.bool), *known_of])
+    joined = _join(
+        [_as_example(s.rollout, known) for s, known in zip(scored, known_of, strict=True)]
+    )
     named = [rollout_groups(s.rollout) for s in scored]
     groups = tuple(sorted({name for names in named for name in names}))
     ids = [[groups.index(name) for name in names] for names in named]
-    repeats = torch.tensor([len(s.rollout.response_ids) for s in scored], dtype=torch.int64)
+    repeats = torch.tensor([int(k.sum()) for k in known_of], dtype=torch.int64)
     group_ids = torch.tensor(ids, dtype=torch.int64).view(len(scored), len(GROUPED_BY))
-    return replace(joined, groups=groups, group_ids=group_ids.repeat_interleave(repeats, dim=0))
+    group_ids = group_ids.repeat_interleave(repeats, dim=0)
+    return replace(joined, groups=groups, group_ids=group_ids), known
 
 
-def _as_example(rollout: Rollout) -> Example:
-    num_prompt, num_response = len(rollout.prompt.input_ids), len(rollout.response_ids)
-    return Example(rollout.input_ids, [False] * num_prompt + [True] * num_response)
+def _as_example(rollout: Rollout, known: Tensor) -> Example:
+    return Example(rollout.input_ids, [False] * len(rollout.prompt.input_ids) + known.tolist())
 
 
 def _sampler_logprobs(scored: Sequence[ScoredRollout]) -> Tensor:

@@ -1,24 +1,32 @@
 """What a teacher is."""
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from marco_train.config import Objective, TopKFrom
+from marco_train.config import Objective, TeacherConfig, TopKFrom
 from marco_train.losses.logprobs import gather_logprobs, token_logprobs, topk_logprobs
 from marco_train.types import HiddenScores, Rollout, ScoredRollout, TokenScores, TopKScores
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the objective needs of a teacher."""
+    """What a run needs of its teachers."""
 
     objective: Objective
     top_k: int  # 0 unless the objective is topk
     top_k_from: TopKFrom
+    vocab_size: int
+    max_length: int
+    """Tokens of the longest prompt with its response."""
+    stop_id: int
+    """With which the student ends a turn."""
 
 
 def scores_from_hidden(
@@ -34,7 +42,11 @@ def scores_from_hidden(
 
     Returns:
         Scores on the CPU.
+
+    Raises:
+        FloatingPointError: The hidden states are not numbers.
     """
+    refuse_non_finite(hidden)
     match wanted.objective:
         case Objective.full:
             return HiddenScores(hidden.cpu().clone())
@@ -53,12 +65,78 @@ def scores_from_hidden(
             return TopKScores(ids.cpu().clone(), logprobs.cpu().clone(), overlap.cpu())
 
 
+def refuse_non_finite(values: Tensor) -> None:
+    """Stop where a teacher in this process gives what is no number: all it says is in doubt."""
+    if not values.isfinite().all():
+        raise FloatingPointError(
+            "the teacher computed values that are not finite; the weights and the last checkpoint "
+            "of the student are intact"
+        )
+
+
+def trade_places(ids: Tensor, one: int, other: int | None) -> Tensor:
+    """Exchange two ids wherever they stand, into a new tensor; None exchanges nothing."""
+    if other is None:
+        return ids
+    traded = ids.clone()
+    traded[ids == one] = other
+    traded[ids == other] = one
+    return traded
+
+
+def head_for_student(head: Tensor, wanted: Wanted, stop_id: int | None) -> Tensor:
+    """The teacher's head [V, D] with its stop token in the row of the student's."""
+    if stop_id is None:
+        return head
+    rows = trade_places(torch.arange(len(head)), wanted.stop_id, stop_id)
+    return head[rows.to(head.device)]
+
+
+SAMPLE_BYTES = 2**16
+NUM_SAMPLES = 16
+
+
+def model_identity(cfg: TeacherConfig) -> str:
+    """Digest what a teacher's scores come from: its files, its type and its stop token.
+
+    Small files are read whole, weights by size and samples.
+    """
+    digest = sha256(f"{cfg.dtype.value}/{cfg.stop_id}/".encode())
+    for file in sorted(Path(cfg.path).iterdir()):
+        if not file.is_file() or file.suffix not in {".json", ".safetensors", ".txt", ".jinja"}:
+            continue
+        size = file.stat().st_size
+        digest.update(f"{file.name}/{size}/".encode())
+        with file.open("rb") as content:
+            if size <= SAMPLE_BYTES * NUM_SAMPLES:
+                digest.update(content.read())
+                continue
+            for number in range(NUM_SAMPLES):  # the first is the header's beginning
+                content.seek((size - SAMPLE_BYTES) * number // (NUM_SAMPLES - 1))
+                digest.update(content.read(SAMPLE_BYTES))
+    return digest.hexdigest()
+
+
 class Teacher(Protocol):
     """Frozen; scores the tokens of rollouts, by their ids."""
 
     @property
-    def head(self) -> Tensor:
-        """Weights of the output head, [V, D]."""
+    def head(self) -> Tensor | None:
+        """Weights of the output head, [V, D]; None where it is not at hand."""
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        """Score this rank's rollouts, in their order."""
+    @property
+    def identity(self) -> str:
+        """What its scores are a function of, beside what is asked."""
+
+    def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
+        """Score this rank's rollouts, in their order; every rank takes part.
+
+        Servers are asked for a rollout as soon as the iterable yields it. What could not be scored
+        is left out and counted.
+        """
+
+    def take_counts(self) -> Counter[str]:
+        """What happened on this rank since last taken, by the names in `cascade.metrics`."""
+
+    def close(self) -> None:
+        """Let go of memory and connections."""

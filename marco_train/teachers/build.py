@@ -15,3 +15,11 @@ def build_teacher(cfg: TeacherConfig, wanted: Wanted) -> Teacher:
             from marco_train.teachers.moe import MoETeacher
 
             return MoETeacher(cfg, wanted)
+        case TeacherBackend.vllm:
+            from marco_train.teachers.vllm import VLLMTeacher
+
+            return VLLMTeacher(cfg, wanted)
+        case TeacherBackend.vllm_server:
+            from marco_train.teachers.vllm_server import ServerTeacher
+
+            return ServerTeacher(cfg, wanted)

@@ -9,9 +9,10 @@ reached.
 
 import json
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
-from hashlib import blake2b, sha256
+from hashlib import blake2b
 from pathlib import Path
 from uuid import uuid4
 
@@ -21,83 +22,90 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from marco_train.config import Objective, ScoreCacheConfig, TopKFrom
-from marco_train.distributed import reduce_sums
-from marco_train.metrics import Metrics
 from marco_train.teachers.base import Teacher, Wanted
 from marco_train.tracking import say
-from marco_train.types import HiddenScores, Rollout, ScoredRollout, TokenScores, TopKScores
+from marco_train.types import (
+    HiddenScores,
+    Rollout,
+    ScoredRollout,
+    Scores,
+    TokenScores,
+    TopKScores,
+    known_places,
+)
 
-Scores = TokenScores | TopKScores | HiddenScores
 KINDS: dict[Objective, type[Scores]] = {
     Objective.sampled: TokenScores,
     Objective.topk: TopKScores,
     Objective.full: HiddenScores,
 }
-SAMPLE_BYTES = 2**16
-NUM_SAMPLES = 16
-
-
-def teacher_identity(path: str | Path) -> str:
-    """Digest a teacher's directory: its small files whole, its weights by size and samples."""
-    digest = sha256()
-    for file in sorted(Path(path).iterdir()):
-        if not file.is_file() or file.suffix not in {".json", ".safetensors", ".txt", ".jinja"}:
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.name}/{size}/".encode())
-        with file.open("rb") as content:
-            if size <= SAMPLE_BYTES * NUM_SAMPLES:
-                digest.update(content.read())
-                continue
-            for number in range(NUM_SAMPLES):  # the first is the header's beginning
-                content.seek((size - SAMPLE_BYTES) * number // (NUM_SAMPLES - 1))
-                digest.update(content.read(SAMPLE_BYTES))
-    return digest.hexdigest()
 
 
 class ScoreCache:
     """A teacher that looks on disk first."""
 
-    def __init__(
-        self, teacher: Teacher, identity: str, wanted: Wanted, cfg: ScoreCacheConfig
-    ) -> None:
+    def __init__(self, teacher: Teacher, wanted: Wanted, cfg: ScoreCacheConfig) -> None:
         self._teacher = teacher
         self._wanted = wanted
         kind = f"{wanted.objective.value}/{wanted.top_k}/{wanted.top_k_from.value}"
-        self._asked_of = f"{identity}/{kind}"
+        self._asked_of = f"{teacher.identity}/{kind}"
+        assert cfg.path is not None
         self._directory = Path(cfg.path)
         self._directory.mkdir(parents=True, exist_ok=True)
         self._max_bytes = int(cfg.max_gib * 2**30)
         self._file_of_key: dict[str, Path] = {}
         for file in self._files():
             self._learn(file)
-        self._asked = self._found = self._corrupt = 0
+        self._counts: Counter[str] = Counter()
 
     @property
-    def head(self) -> Tensor:
+    def head(self) -> Tensor | None:
         """Weights of the teacher's output head, [V, D]."""
         return self._teacher.head
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        """Score this rank's rollouts, in their order; every rank takes part."""
-        keys = [self._key(rollout) for rollout in rollouts]
-        known = {key: scores for key in set(keys) if (scores := self._read(key)) is not None}
-        missing = {key: r for key, r in zip(keys, rollouts, strict=True) if key not in known}
-        self._asked += len(keys)
-        self._found += sum(key in known for key in keys)
-        (missing_anywhere,) = reduce_sums([len(missing)])
-        if missing_anywhere > 0:  # a teacher's ranks may need each other
-            scored = self._teacher.score(list(missing.values()))
-            fresh = {key: s.scores for key, s in zip(missing, scored, strict=True)}
-            self._write(fresh)
-            known |= fresh
-        return [ScoredRollout(r, known[key]) for key, r in zip(keys, rollouts, strict=True)]
+    @property
+    def identity(self) -> str:
+        """The teacher's."""
+        return self._teacher.identity
 
-    def take_counts(self) -> list[int]:
-        """Rollouts asked for, those found, and broken entries, on this rank since last taken."""
-        counts = [self._asked, self._found, self._corrupt]
-        self._asked = self._found = self._corrupt = 0
-        return counts
+    def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
+        """Score this rank's rollouts, in their order; every rank takes part.
+
+        The teacher sees only those that are not on disk, as they come.
+        """
+        keys: list[tuple[str, Rollout]] = []
+        known: dict[str, Scores] = {}
+        missing: dict[int, str] = {}
+
+        def without_scores() -> Iterator[Rollout]:
+            asked = set()
+            for rollout in rollouts:
+                key = self._key(rollout)
+                keys.append((key, rollout))
+                scores = known.get(key) or self._read(key)
+                if scores is not None:
+                    known[key] = scores
+                elif key not in asked:
+                    asked.add(key)
+                    missing[id(rollout)] = key
+                    yield rollout
+
+        scored = self._teacher.score(without_scores())
+        self._counts["cache_asked"] += len(keys)
+        self._counts["cache_found"] += sum(key in known for key, _ in keys)
+        fresh = {missing[id(s.rollout)]: s.scores for s in scored}
+        self._write(fresh)
+        known |= fresh
+        return [ScoredRollout(rollout, known[key]) for key, rollout in keys if key in known]
+
+    def take_counts(self) -> Counter[str]:
+        """Rollouts asked for, those found and broken entries, beside the teacher's counts."""
+        counts, self._counts = self._counts, Counter()
+        return counts + self._teacher.take_counts()
+
+    def close(self) -> None:
+        """Close the teacher; the scores stay."""
+        self._teacher.close()
 
     def _key(self, rollout: Rollout) -> str:
         """Digest what the scores of a rollout depend on."""
@@ -138,25 +146,27 @@ class ScoreCache:
         if tensors and _digest(tensors) == expected:
             return kind(*tensors)
         if tensors is not None:
-            self._corrupt += 1
+            self._counts["cache_corrupt"] += 1
         del self._file_of_key[key]
         return None
 
     def _write(self, entries: dict[str, Scores]) -> None:
-        if not entries:
-            return
         tensors: dict[str, Tensor] = {}
         digests: dict[str, str] = {}
         for key, scores in entries.items():
+            if not known_places(scores).all():
+                continue  # another time the teacher may know all of them
             values = {name: value.contiguous() for name, value in vars(scores).items()}
             tensors |= {f"{key}.{name}": value for name, value in values.items()}
             digests[key] = _digest(list(values.values()))
+        if not tensors:
+            return
         name = f"{time.time_ns():020d}-{uuid4().hex}"
         partial = self._directory / f".{name}.partial"
         save_file(tensors, partial, metadata=digests)
         file = self._directory / f"{name}.safetensors"
         partial.rename(file)
-        self._file_of_key |= dict.fromkeys(entries, file)
+        self._file_of_key |= dict.fromkeys(digests, file)
         self._make_room()
 
     def _make_room(self) -> None:
@@ -173,15 +183,6 @@ class ScoreCache:
                 return
             file.unlink(missing_ok=True)
             excess -= size
-
-
-def cache_metrics(caches: Sequence[ScoreCache]) -> Metrics:
-    """What the caches of a step were worth, over all of them and all ranks."""
-    if not caches:
-        return {}
-    counts = [cache.take_counts() for cache in caches]
-    asked, found, corrupt = reduce_sums([sum(column) for column in zip(*counts, strict=True)])
-    return {"teacher/cache_hits": found / max(1.0, asked), "teacher/cache_corrupt": corrupt}
 
 
 def _digest(tensors: Sequence[Tensor]) -> str:

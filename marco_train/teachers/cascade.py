@@ -1,17 +1,30 @@
-"""The order of teachers: one run, one optimizer, and a teacher that changes at a known step."""
+"""The order of teachers: one run and one optimizer, and a teacher that changes.
 
+It changes at a known step, or earlier, where the held-out reverse KL has stopped falling.
+"""
+
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from marco_train.architecture import InputError, require
-from marco_train.config import OPDConfig, PhaseConfig, TeacherConfig
+from marco_train.config import (
+    OPDConfig,
+    PhaseConfig,
+    TeacherBackend,
+    TeacherConfig,
+    longest_sequence,
+)
+from marco_train.distributed import is_main, reduce_sums, world_size
+from marco_train.errors import InputError, require
 from marco_train.metrics import Metrics
+from marco_train.models.hf_io import stop_token_ids
 from marco_train.teachers.base import Teacher, Wanted
 from marco_train.teachers.build import build_teacher
-from marco_train.teachers.cache import ScoreCache, cache_metrics, teacher_identity
+from marco_train.teachers.cache import ScoreCache
 from marco_train.teachers.preflight import check_files, check_scores, probe_rollouts
 from marco_train.teachers.routed import RoutedTeacher
+from marco_train.tracking import say
 
 
 @dataclass(frozen=True)
@@ -32,7 +45,7 @@ def _teachers(phase: PhaseConfig) -> dict[str, TeacherConfig]:
 
 
 class Cascade:
-    """Opens each teacher when its phase begins; only one occupies memory."""
+    """Opens each teacher when its phase begins; the former goes once the next is checked."""
 
     name = "cascade"
 
@@ -48,75 +61,165 @@ class Cascade:
             (cfg.top_k or 0) <= vocab_size,
             f"stage.top_k is {cfg.top_k}, more than the {vocab_size} tokens of the vocabulary",
         )
-        self._wanted = Wanted(cfg.objective, cfg.top_k or 0, cfg.top_k_from)
-        self.phases: list[Phase] = []
-        first = 0
-        for index, (name, phase) in enumerate(cfg.cascade.items()):
-            for key, cfg_of_group in _teachers(phase).items():
-                path = cfg_of_group.path
-                if not (Path(path) / "config.json").is_file():
+        self._wanted = Wanted(
+            cfg.objective,
+            cfg.top_k or 0,
+            cfg.top_k_from,
+            vocab_size,
+            longest_sequence(cfg),
+            stop_token_ids(student_tokenizer)[0],
+        )
+        for name, phase in cfg.cascade.items():
+            for key, teacher in _teachers(phase).items():
+                if not (Path(teacher.path) / "config.json").is_file():
                     raise InputError(
-                        f"stage.cascade.{name}.{key}.path: there is no model at {path!r}"
+                        f"stage.cascade.{name}.{key}.path: there is no model at {teacher.path!r}"
                     )
                 owner = f"teacher {name!r}" if key == "teacher" else f"teacher {name!r} ({key})"
-                check_files(student_tokenizer, chat_template, vocab_size, path, owner)
-            end = first + cfg.capped(phase.num_steps)
-            self.phases.append(Phase(name, index, first, end, phase))
-            first = end
+                check_files(student_tokenizer, chat_template, vocab_size, teacher, owner)
+        self._cfg = cfg
         self._student_tokenizer = student_tokenizer
-        self._score_cache = cfg.score_cache
         self._open: tuple[str, Teacher] | None = None
-        self._caches: list[ScoreCache] = []
+        # By phase; all are kept in checkpoints.
+        self._converged: dict[str, int] = {}  # the step before which it ended
+        self._measures: dict[str, dict[int, float]] = {}  # step -> held-out reverse KL
+        self._identities: dict[str, str] = {}
+        self.phases = self._plan()
+
+    def check_groups(self, known: set[str]) -> None:
+        """Refuse teachers of groups that no prompt belongs to.
+
+        Raises:
+            InputError: Names them, and those that there are.
+        """
+        for name, phase in self._cfg.cascade.items():
+            unknown = sorted(phase.teacher_of.keys() - known)
+            require(
+                not unknown,
+                f"stage.cascade.{name}.teacher_of names {', '.join(unknown)}, of which there are "
+                f"no prompts; there are {', '.join(sorted(known))}",
+            )
+
+    def _plan(self) -> list[Phase]:
+        phases: list[Phase] = []
+        first = 0
+        for index, (name, cfg) in enumerate(self._cfg.cascade.items()):
+            end = self._converged.get(name, first + self._cfg.capped(cfg.num_steps))
+            phases.append(Phase(name, index, first, end, cfg))
+            first = end
+        return phases
 
     @property
     def num_steps(self) -> int:
-        """Steps of all phases."""
+        """Steps of all phases; fewer than were planned once one has converged."""
         return self.phases[-1].end
+
+    @property
+    def num_held_out(self) -> int:
+        """Most prompts that a measure of convergence needs."""
+        rules = [phase.cfg.converged for phase in self.phases]
+        return max(rule.num_prompts if rule.measure_every else 0 for rule in rules)
 
     def phase_at(self, step: int) -> Phase:
         """Find the phase of a step, from 0."""
         return next(phase for phase in self.phases if step < phase.end)
 
+    def measure_due(self, step: int) -> bool:
+        """Whether the held-out reverse KL is to be measured before a step."""
+        if step == self.num_steps:
+            return False
+        phase = self.phase_at(step)
+        every = phase.cfg.converged.measure_every
+        if every is None or step in self._measures.get(phase.name, {}):
+            return False
+        return (step - phase.first) % every == 0
+
+    def observe(self, step: int, kl: float) -> str | None:
+        """Take a measure made before a step; names the phase that it ended, if it did."""
+        phase = self.phase_at(step)
+        rule = phase.cfg.converged
+        known = self._measures.setdefault(phase.name, {})
+        known[step] = kl
+        values = [known[at] for at in sorted(known)]
+        before, lately = values[: -rule.num_measures], values[-rule.num_measures :]
+        if not before or min(before) - min(lately) >= rule.min_fall:
+            return None
+        self._converged[phase.name] = step
+        self.phases = self._plan()
+        if is_main():
+            shown = ", ".join(f"{value:.4g}" for value in values[-rule.num_measures - 1 :])
+            say(f"phase {phase.name!r} has converged before step {step}: held-out KL {shown}")
+        return phase.name
+
     def teacher_at(self, step: int) -> Teacher:
-        """Return the teacher of a step; opens it where its phase begins or a run resumes."""
+        """Return the teacher of a step; opens it where its phase begins or a run resumes.
+
+        Raises:
+            InputError: The teacher is not fit to teach, or another than before the run resumed.
+            AwayError: Its servers do not answer.
+        """
         phase = self.phase_at(step)
         if self._open is None or self._open[0] != phase.name:
-            self._open, self._caches = None, []  # let go of the former before the next takes memory
             default = self._open_teacher(phase.cfg.teacher, phase.name)
             others = {
                 group: self._open_teacher(cfg, phase.name)
                 for group, cfg in phase.cfg.teacher_of.items()
             }
-            self._open = phase.name, RoutedTeacher(default, others) if others else default
+            opened = RoutedTeacher(default, others) if others else default
+            known = self._identities.setdefault(phase.name, opened.identity)
+            require(
+                known == opened.identity,
+                f"teacher {phase.name!r} is another than the one that taught before this run was "
+                f"resumed ({known} -> {opened.identity}): bring that one back, or start with "
+                "resume=never",
+            )
+            if self._open is not None:
+                self._open[1].close()
+            self._open = phase.name, opened
         return self._open[1]
 
     def _open_teacher(self, cfg: TeacherConfig, phase: str) -> Teacher:
         """Load a teacher and check its numbers before it teaches anything."""
         teacher = build_teacher(cfg, self._wanted)
         probes = probe_rollouts(self._student_tokenizer, self._wanted)
-        check_scores(teacher, probes, f"teacher {phase!r} ({cfg.path})")
-        if self._score_cache is None:
+        check_scores(teacher, probes, self._wanted.vocab_size, f"teacher {phase!r} ({cfg.path})")
+        teacher.take_counts()  # of the probes
+        if self._cfg.score_cache.path is None:
             return teacher
-        identity = teacher_identity(cfg.path)
-        self._caches.append(ScoreCache(teacher, identity, self._wanted, self._score_cache))
-        return self._caches[-1]
+        return ScoreCache(teacher, self._wanted, self._cfg.score_cache)
+
+    def close(self) -> None:
+        """Let go of the teacher that is open."""
+        if self._open is not None:
+            self._open[1].close()
 
     def ends_at(self, step: int) -> bool:
         """Whether a step is the last of its phase."""
         return step + 1 == self.phase_at(step).end
 
     def metrics(self, step: int) -> Metrics:
-        """Say which phase a step belongs to, and what its teacher's cache was worth."""
-        metrics: Metrics = {"cascade/phase": self.phase_at(step).index}
-        return metrics | cache_metrics(self._caches)
+        """Say which phase a step belongs to, and what its teacher counted, over all ranks."""
+        phase = self.phase_at(step)
+        metrics: Metrics = {"cascade/phase": phase.index}
+        measured = self._measures.get(phase.name, {})
+        if step in measured:
+            metrics["eval/reverse_kl"] = measured[step]
+        counts = self._open[1].take_counts() if self._open is not None else Counter[str]()
+        return metrics | teacher_metrics(counts, phase.cfg, self._cfg.score_cache.path is not None)
 
     def state_at(self, step: int) -> dict[str, Any]:
-        """What a checkpoint keeps before a step is made: the coming phase and those behind it."""
+        """What a checkpoint keeps before a step is made: phases behind, coming, and measures."""
         done = [p for p in self.phases if p.end <= step]
         running = [p for p in self.phases if p.first <= step < p.end]
         return {
             "phase": running[0].name if running else None,
             "finished": {p.name: p.end for p in done},
+            "converged": self._converged,
+            "measures": {
+                name: [[at, value] for at, value in sorted(known.items())]
+                for name, known in self._measures.items()
+            },
+            "teachers": self._identities,
         }
 
     def resume(self, step: int, state: dict[str, Any]) -> None:
@@ -125,9 +228,33 @@ class Cascade:
         Raises:
             InputError: The phases before this step are not those of the checkpoint.
         """
+        self._converged = dict(state["converged"])
+        self._measures = {
+            name: {int(at): float(value) for at, value in known}
+            for name, known in state["measures"].items()
+        }
+        self._identities = dict(state["teachers"])
+        self.phases = self._plan()
         expected = self.state_at(step)
         if state != expected:
             raise InputError(
                 f"the cascade changed since the checkpoint was saved ({state} -> {expected}); "
                 "keep the phases up to this step as they were, or start with resume=never"
             )
+
+
+def teacher_metrics(counts: Counter[str], phase: PhaseConfig, cached: bool) -> Metrics:
+    """Reduce what a phase's teachers counted on each rank; all ranks take part."""
+    metrics: Metrics = {}
+    teachers = _teachers(phase).values()
+    if any(teacher.backend is TeacherBackend.vllm_server for teacher in teachers):
+        names = ("rejected", "missing_tokens", "repeated_requests")
+        *sums, milliseconds = reduce_sums([counts[name] for name in (*names, "milliseconds")])
+        metrics |= {f"teacher/{name}": value for name, value in zip(names, sums, strict=True)}
+        metrics["teacher/seconds"] = milliseconds / 1e3 / world_size()
+    if cached:
+        asked, found, corrupt = reduce_sums(
+            [counts[f"cache_{name}"] for name in ("asked", "found", "corrupt")]
+        )
+        metrics |= {"teacher/cache_hits": found / max(1.0, asked), "teacher/cache_corrupt": corrupt}
+    return metrics

@@ -3,15 +3,16 @@
 Legend: B rollouts of a batch, L longest of them, R tokens of a response, V vocabulary, D width.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from marco_train.architecture import InputError
 from marco_train.config import TeacherConfig
 from marco_train.distributed import device
-from marco_train.teachers.base import Wanted, scores_from_hidden
+from marco_train.errors import InputError
+from marco_train.teachers.base import Wanted, head_for_student, model_identity, scores_from_hidden
 from marco_train.types import Rollout, ScoredRollout
 
 # Nats by which hidden states times head may miss the model's own log-probabilities.
@@ -32,16 +33,18 @@ class HFTeacher:
         self._model = model.to(device()).eval().requires_grad_(False)
         self._wanted = wanted
         self._max_tokens = cfg.max_tokens_per_batch
-        self.head: Tensor = self._model.get_output_embeddings().weight
-        self._check_head(cfg.path, HEAD_TOLERANCE[dtype])
+        self.identity = model_identity(cfg)
+        head: Tensor = self._model.get_output_embeddings().weight
+        self._check_head(head, cfg.path, HEAD_TOLERANCE[dtype])
+        self.head = head_for_student(head, wanted, cfg.stop_id)
 
     @torch.inference_mode()
-    def _check_head(self, path: str, tolerance: float) -> None:
+    def _check_head(self, head: Tensor, path: str, tolerance: float) -> None:
         """Refuse a model whose logits are more than hidden states times head."""
-        vocab_size = self.head.shape[0]
+        vocab_size = head.shape[0]
         probe = torch.arange(1, 17, device=device())[None] * 7919 % vocab_size
         theirs = self._model(input_ids=probe).logits[0].float().log_softmax(-1)
-        ours = (self._hidden(probe, torch.ones_like(probe))[0] @ self.head.T).float()
+        ours = (self._hidden(probe, torch.ones_like(probe))[0] @ head.T).float()
         difference = float((ours.log_softmax(-1) - theirs).abs().max())
         if not difference <= tolerance:
             raise InputError(
@@ -59,8 +62,9 @@ class HFTeacher:
         return found
 
     @torch.inference_mode()
-    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+    def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
         """Score this rank's rollouts, in their order."""
+        rollouts = list(rollouts)
         scored: dict[int, ScoredRollout] = {}
         for members in self._batches(rollouts):
             batch = [rollouts[i] for i in members]
@@ -94,6 +98,13 @@ class HFTeacher:
             # The state at a token predicts the next one.
             first = len(rollout.prompt.input_ids) - 1
             yield hidden[row, first : first + len(rollout.response_ids)]
+
+    def take_counts(self) -> Counter[str]:
+        """Nothing happens that has to be counted."""
+        return Counter()
+
+    def close(self) -> None:
+        """Nothing but memory is held, which goes with the object."""
 
     def _scores(self, rollout: Rollout, hidden: Tensor) -> ScoredRollout:
         return ScoredRollout(rollout, scores_from_hidden(rollout, hidden, self.head, self._wanted))

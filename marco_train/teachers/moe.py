@@ -3,7 +3,8 @@
 A mixture like Qwen3-30B-A3B does not fit one GPU beside the student; spread over eight it does.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -11,7 +12,7 @@ from marco_train.architecture import check_expert_parallel, read_architecture
 from marco_train.config import TeacherConfig
 from marco_train.distributed import device, expert_parallel_group, reduce_max
 from marco_train.models import load_model
-from marco_train.teachers.base import Wanted, scores_from_hidden
+from marco_train.teachers.base import Wanted, head_for_student, model_identity, scores_from_hidden
 from marco_train.types import Rollout, ScoredRollout
 
 
@@ -25,17 +26,25 @@ class MoETeacher:
         self._model = model.eval().requires_grad_(False)
         self._wanted = wanted
         self._max_tokens = cfg.max_tokens_per_batch
-        self.head = self._model.head
+        self.identity = model_identity(cfg)
+        self.head = head_for_student(self._model.head, wanted, cfg.stop_id)
 
     @torch.inference_mode()
-    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+    def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
         """Score this rank's rollouts, in their order."""
         batches = self._batches(rollouts)
         # A rank that is done runs passes without a token: its experts are needed.
         batches += [[]] * (reduce_max(len(batches)) - len(batches))
         return [scored for batch in batches for scored in self._score_batch(batch)]
 
-    def _batches(self, rollouts: Sequence[Rollout]) -> list[list[Rollout]]:
+    def take_counts(self) -> Counter[str]:
+        """Nothing happens that has to be counted."""
+        return Counter()
+
+    def close(self) -> None:
+        """Nothing but memory is held, which goes with the object."""
+
+    def _batches(self, rollouts: Iterable[Rollout]) -> list[list[Rollout]]:
         """Cut rollouts, in their order, into packs of a bounded number of tokens."""
         batches: list[list[Rollout]] = []
         filled = self._max_tokens

@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marco_train.architecture import require
+from marco_train.config import TeacherConfig
+from marco_train.errors import require
 from marco_train.losses.logprobs import token_logprobs
 from marco_train.models.hf_io import stop_token_ids
 from marco_train.teachers.base import Teacher, Wanted
@@ -69,7 +70,7 @@ WORST_GUESSES = 3.0
 
 
 def check_files(
-    student_tokenizer: str, chat_template: str, vocab_size: int, path: str, name: str
+    student_tokenizer: str, chat_template: str, vocab_size: int, cfg: TeacherConfig, name: str
 ) -> None:
     """Refuse a teacher whose tokens, turns or stops are not the student's.
 
@@ -77,12 +78,13 @@ def check_files(
         student_tokenizer: Directory of the student's tokenizer.
         chat_template: What the run renders conversations with.
         vocab_size: Rows of the student's head.
-        path: Directory of the teacher.
+        cfg: The teacher.
         name: What the message calls it.
 
     Raises:
         InputError: Says what was expected, what came and what to do.
     """
+    path = cfg.path
     check_vocabulary(student_tokenizer, path, name)
     check_head_rows(vocab_size, path, name)
     # A second to import; wrong files are refused before.
@@ -97,7 +99,7 @@ def check_files(
             f"{expected}: take a teacher with the student's tokenizer",
         )
     _check_template(ours, theirs, chat_template, f"{name} ({path})")
-    _check_stop_ids(stop_token_ids(student_tokenizer), path, name)
+    _check_stop_ids(stop_token_ids(student_tokenizer)[0], cfg, vocab_size, name)
 
 
 def _check_template(ours: Any, theirs: Any, chat_template: str, owner: str) -> None:
@@ -122,17 +124,27 @@ def _check_template(ours: Any, theirs: Any, chat_template: str, owner: str) -> N
     )
 
 
-def _check_stop_ids(student: Sequence[int], path: str, name: str) -> None:
+def _check_stop_ids(student: int, cfg: TeacherConfig, vocab_size: int, name: str) -> None:
     """Refuse a teacher that ends a turn with another token: responses would grow without end."""
-    generation = Path(path) / "generation_config.json"
-    file = generation if generation.is_file() else Path(path) / "config.json"
+    require(
+        cfg.stop_id is None or 0 <= cfg.stop_id < vocab_size,
+        f"{name}: stop_id is {cfg.stop_id}, and must be one of the {vocab_size} ids",
+    )
+    generation = Path(cfg.path) / "generation_config.json"
+    file = generation if generation.is_file() else Path(cfg.path) / "config.json"
     found = json.loads(file.read_text()).get("eos_token_id")
     stops = found if isinstance(found, list) else [] if found is None else [found]
     require(
-        student[0] in stops,
-        f"{name} stops at {stops} ({file}), and the student ends a turn with {student[0]}: a "
+        cfg.stop_id is None or cfg.stop_id in stops,
+        f"{name} stops at {stops} ({file}), and its stop_id is {cfg.stop_id}: give one of these, "
+        "or null where it ends a turn as the student does",
+    )
+    require(
+        cfg.stop_id is not None or student in stops,
+        f"{name} stops at {stops} ({file}), and the student ends a turn with {student}: a "
         "student that stops elsewhere than its teacher makes responses grow without end; take a "
-        "chat teacher of the student's family, or correct the teacher's eos_token_id",
+        "chat teacher of the student's family, correct the teacher's eos_token_id, or say with "
+        "stop_id which token ends its turns",
     )
 
 
@@ -160,7 +172,7 @@ def probe_rollouts(tokenizer_dir: str, wanted: Wanted) -> list[Rollout]:
     return rollouts
 
 
-def check_scores(teacher: Teacher, rollouts: Sequence[Rollout], name: str) -> None:
+def check_scores(teacher: Teacher, rollouts: Sequence[Rollout], vocab_size: int, name: str) -> None:
     """Refuse a teacher whose numbers cannot be trusted; every rank takes part.
 
     Raises:
@@ -194,7 +206,7 @@ def check_scores(teacher: Teacher, rollouts: Sequence[Rollout], name: str) -> No
                 f"(bound {SAME_ANSWER}): scores depend on what else it computes; switch that off",
             )
         logprobs.append(_token_logprobs(teacher, scored))
-    _check_opinion(torch.cat(logprobs), teacher.head.shape[0], name)
+    _check_opinion(torch.cat(logprobs), vocab_size, name)
 
 
 def _token_logprobs(teacher: Teacher, scored: ScoredRollout) -> Tensor:
@@ -202,6 +214,7 @@ def _token_logprobs(teacher: Teacher, scored: ScoredRollout) -> Tensor:
     if isinstance(scored.scores, TokenScores):
         return scored.scores.teacher_logprobs
     if isinstance(scored.scores, HiddenScores):
+        assert teacher.head is not None
         hidden = scored.scores.teacher_hidden.to(teacher.head.device)
         targets = torch.tensor(scored.rollout.response_ids, device=hidden.device)
         return token_logprobs(hidden, teacher.head, targets)[0].cpu()

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from marco_train.architecture import InputError
-from marco_train.config import DType, Objective, TeacherBackend, TeacherConfig, TopKFrom
+from marco_train.config import Objective, TeacherBackend
 from marco_train.data.chat import CHATML
+from marco_train.errors import InputError
 from marco_train.teachers.base import Wanted
 from marco_train.teachers.build import build_teacher
 from marco_train.teachers.preflight import PROBES, check_files, check_scores, probe_rollouts
 from marco_train.types import Rollout, ScoredRollout, TokenScores
-from tests.conftest import World
+from tests.conftest import World, teacher_config, wanted_of
 
 TEMPLATE = CHATML.read_text()
 LANGUAGES = "en zh ar de es fr ko ja pt tr id it nl pl ru vi th he uk ms bn cs ur kk el ro hu ne az"
@@ -30,7 +30,8 @@ def teacher_dir(world: World, tmp_path: Path) -> Path:
 
 
 def check(world: World, path: Path) -> None:
-    check_files(world.path("data", "tokenizer"), TEMPLATE, 320, str(path), "teacher 'first'")
+    teacher = teacher_config(str(path), TeacherBackend.hf)
+    check_files(world.path("data", "tokenizer"), TEMPLATE, 320, teacher, "teacher 'first'")
 
 
 def test_there_is_a_probe_in_each_of_the_29_languages() -> None:
@@ -64,26 +65,21 @@ def test_another_template_is_refused(world: World, teacher_dir: Path) -> None:
         check(world, teacher_dir)
 
 
-def wanted(objective: Objective = Objective.sampled) -> Wanted:
-    return Wanted(objective, 4 if objective is Objective.topk else 0, TopKFrom.sampler)
+def wanted_for(objective: Objective = Objective.sampled) -> Wanted:
+    return wanted_of(objective, top_k=4 if objective is Objective.topk else 0)
 
 
-@pytest.mark.parametrize("backend", TeacherBackend, ids=lambda backend: backend.value)
+@pytest.mark.parametrize("backend", [TeacherBackend.hf, TeacherBackend.moe])
 @pytest.mark.parametrize("objective", Objective, ids=lambda objective: objective.value)
 def test_the_numbers_of_real_teachers_pass(
     objective: Objective, backend: TeacherBackend, world: World
 ) -> None:
-    cfg = TeacherConfig(
-        backend=backend,
-        path=world.path("teacher_first", "export"),
-        dtype=DType.float32,
-        max_tokens_per_batch=64,
-        expert_parallel_size=1,
-    )
-    teacher = build_teacher(cfg, wanted(objective))
-    probes = probe_rollouts(world.path("data", "tokenizer"), wanted(objective))
+    path = world.path("teacher_first", "export")
+    cfg = teacher_config(path, backend, max_tokens_per_batch=64)
+    teacher = build_teacher(cfg, wanted_for(objective))
+    probes = probe_rollouts(world.path("data", "tokenizer"), wanted_for(objective))
     assert [r.prompt.language for r in probes] == list(PROBES)
-    check_scores(teacher, probes, "teacher")
+    check_scores(teacher, probes, 320, "teacher")
 
 
 class Scripted:
@@ -125,10 +121,10 @@ FAULTS: dict[str, tuple[Callable[[Tensor, int], Tensor], str]] = {
 def test_a_teacher_with_a_fault_is_refused(
     fault: Callable[[Tensor, int], Tensor], names: str, world: World
 ) -> None:
-    probes = probe_rollouts(world.path("data", "tokenizer"), wanted())
-    check_scores(Scripted(lambda x, _: x), probes, "teacher")
+    probes = probe_rollouts(world.path("data", "tokenizer"), wanted_for())
+    check_scores(Scripted(lambda x, _: x), probes, 320, "teacher")
     with pytest.raises(InputError, match=names):
-        check_scores(Scripted(fault), probes, "teacher")
+        check_scores(Scripted(fault), probes, 320, "teacher")
 
 
 class Elsewhere(Scripted):
@@ -149,8 +145,8 @@ class Forgetful(Scripted):
 
 
 def test_scores_of_other_tokens_or_fewer_rollouts_are_refused(world: World) -> None:
-    probes = probe_rollouts(world.path("data", "tokenizer"), wanted())
+    probes = probe_rollouts(world.path("data", "tokenizer"), wanted_for())
     with pytest.raises(InputError, match="scored other tokens than it was sent"):
-        check_scores(Elsewhere(lambda x, _: x), probes, "teacher")
+        check_scores(Elsewhere(lambda x, _: x), probes, 320, "teacher")
     with pytest.raises(InputError, match="answered 28 of 29 rollouts"):
-        check_scores(Forgetful(lambda x, _: x), probes, "teacher")
+        check_scores(Forgetful(lambda x, _: x), probes, 320, "teacher")

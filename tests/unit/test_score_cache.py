@@ -1,18 +1,19 @@
 """Scores on disk: found again, checked, bounded."""
 
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from marco_train.config import Objective, ScoreCacheConfig, TopKFrom
-from marco_train.teachers.base import Wanted, scores_from_hidden
-from marco_train.teachers.cache import ScoreCache, cache_metrics, teacher_identity
+from marco_train.config import DType, Objective, ScoreCacheConfig, TeacherBackend
+from marco_train.teachers.base import Wanted, model_identity, scores_from_hidden
+from marco_train.teachers.cache import ScoreCache
 from marco_train.types import FinishReason, Prompt, Rollout, ScoredRollout
-from tests.conftest import World
+from tests.conftest import World, teacher_config, wanted_of
 from tests.ranks import run_on_ranks
 
 WIDTH, VOCAB = 6, 20
@@ -24,11 +25,18 @@ class CountingTeacher:
     def __init__(self, wanted: Wanted) -> None:
         self.head = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(3))
         self.asked: list[list[int]] = []
+        self.num_calls = 0
         self._wanted = wanted
 
-    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        self.asked.append([r.prompt.index for r in rollouts])
+    def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
+        rollouts = list(rollouts)
+        self.num_calls += 1
+        if rollouts:
+            self.asked.append([r.prompt.index for r in rollouts])
         return [ScoredRollout(r, self._scores(r)) for r in rollouts]
+
+    def take_counts(self) -> Counter[str]:
+        return Counter(rejected=1)
 
     def _scores(self, rollout: Rollout) -> object:
         generator = torch.Generator().manual_seed(sum(rollout.input_ids))
@@ -37,8 +45,7 @@ class CountingTeacher:
 
 
 def wanted_for(objective: Objective) -> Wanted:
-    top_k = 3 if objective is Objective.topk else 0
-    return Wanted(objective, top_k, top_k_from=TopKFrom.sampler)
+    return wanted_of(objective, top_k=3 if objective is Objective.topk else 0, vocab_size=VOCAB)
 
 
 def rollout(index: int, num_response: int = 4) -> Rollout:
@@ -65,7 +72,8 @@ def cache(
     wanted = wanted_for(objective)
     teacher = CountingTeacher(wanted)
     cfg = ScoreCacheConfig(path=str(path), max_gib=max_gib)
-    return ScoreCache(teacher, identity, wanted, cfg), teacher  # type: ignore[arg-type]
+    teacher.identity = identity
+    return ScoreCache(teacher, wanted, cfg), teacher  # type: ignore[arg-type]
 
 
 def values(scored: Sequence[ScoredRollout]) -> list[list[torch.Tensor]]:
@@ -81,12 +89,13 @@ def test_a_second_run_asks_no_teacher_and_has_the_same_scores(
     found = first.score(asked[:2])
     found += first.score([*asked[:2], *asked[2:]])[2:]
     assert teacher.asked == [[0, 1], [2, 3]]
-    assert cache_metrics([first]) == {"teacher/cache_hits": 2 / 6, "teacher/cache_corrupt": 0}
+    assert first.take_counts() == Counter(cache_asked=6, cache_found=2, rejected=1)
+    assert first.take_counts() == Counter(rejected=1)
 
     second, unasked = cache(tmp_path, objective)
     again = second.score(asked[::-1])[::-1]
     assert unasked.asked == []
-    assert cache_metrics([second])["teacher/cache_hits"] == 1
+    assert second.take_counts() == Counter(cache_asked=4, cache_found=4, rejected=1)
     assert [s.rollout for s in again] == asked
     for ours, wanted in zip(values(again), values(found), strict=True):
         for one, other in zip(ours, wanted, strict=True):
@@ -137,7 +146,7 @@ def test_what_is_broken_on_disk_is_computed_again(fault: str, tmp_path: Path) ->
         file.unlink()
     assert torch.equal(values(opened.score([rollout(0)]))[0][0], expected)
     assert teacher.asked == [[0]]
-    broken = cache_metrics([opened])["teacher/cache_corrupt"]
+    broken = opened.take_counts()["cache_corrupt"]
     assert broken == (0 if fault == "no file" else 1)
     later, unasked = cache(tmp_path)  # and what was computed again is found
     assert torch.equal(values(later.score([rollout(0)]))[0][0], expected)
@@ -156,31 +165,56 @@ def test_the_oldest_scores_make_room(tmp_path: Path) -> None:
     teacher.asked.clear()
     bounded.score([rollout(index) for index in range(6)])
     assert teacher.asked == [[0, 1, 2]]
-    assert cache_metrics([bounded])["teacher/cache_corrupt"] == 0
+    assert bounded.take_counts()["cache_corrupt"] == 0
 
 
-def score_unevenly(path: Path) -> list[list[int]]:
+def score_unevenly(path: Path) -> tuple[list[list[int]], int]:
     """Rank 0 has a rollout that is on disk, rank 1 one that is not."""
     found, teacher = cache(path)
     found.score([rollout(dist.get_rank())])
     found.score([rollout(dist.get_rank())])
-    return teacher.asked
+    return teacher.asked, teacher.num_calls
 
 
 def test_every_rank_asks_its_teacher_where_one_has_to(tmp_path: Path) -> None:
     # A teacher whose experts are spread over ranks would else wait for the others for ever.
     first, _ = cache(tmp_path)
     first.score([rollout(0)])
-    assert run_on_ranks(2, score_unevenly, tmp_path) == [[[]], [[1]]]
+    assert run_on_ranks(2, score_unevenly, tmp_path) == [([], 2), ([[1]], 2)]
 
 
-def test_a_teacher_is_known_by_its_files(world: World, tmp_path: Path) -> None:
+def test_a_teacher_is_known_by_its_files_and_its_type(world: World, tmp_path: Path) -> None:
+    def identity(path: Path | str, **changes: object) -> str:
+        return model_identity(teacher_config(str(path), TeacherBackend.hf, **changes))
+
     path = Path(world.path("teacher_first", "export"))
     shutil.copytree(path, tmp_path / "same")
-    assert teacher_identity(path) == teacher_identity(tmp_path / "same")
-    assert teacher_identity(path) != teacher_identity(world.path("teacher_second", "export"))
+    assert identity(path) == identity(tmp_path / "same")
+    assert identity(path) != identity(world.path("teacher_second", "export"))
+    assert identity(path) != identity(path, dtype=DType.bfloat16)
+    assert identity(path) != identity(path, stop_id=0)
     file = tmp_path / "same" / "model.safetensors"
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
-    assert teacher_identity(path) != teacher_identity(tmp_path / "same")
+    assert identity(path) != identity(tmp_path / "same")
+
+
+class Forgetful(CountingTeacher):
+    """Leaves out every second rollout, and does not know a token of the first."""
+
+    def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
+        scored = super().score(rollouts)
+        scored[0].scores.teacher_logprobs[1] = float("nan")  # type: ignore[union-attr]
+        return scored[::2]
+
+
+def test_what_the_teacher_left_out_is_left_out_and_asked_again(tmp_path: Path) -> None:
+    teacher = Forgetful(wanted_for(Objective.sampled))
+    teacher.identity = "teacher"
+    cfg = ScoreCacheConfig(path=str(tmp_path), max_gib=1.0)
+    found = ScoreCache(teacher, wanted_for(Objective.sampled), cfg)  # type: ignore[arg-type]
+    scored = found.score([rollout(index) for index in range(4)])
+    assert [s.rollout.prompt.index for s in scored] == [0, 2]
+    found.score([rollout(index) for index in range(4)])
+    assert teacher.asked == [[0, 1, 2, 3], [0, 1, 3]]

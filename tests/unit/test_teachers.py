@@ -9,9 +9,7 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from marco_train.architecture import InputError
 from marco_train.config import (
-    DType,
     Objective,
     TeacherBackend,
     TeacherConfig,
@@ -22,6 +20,7 @@ from marco_train.data.chat import CHATML, load_tokenizer
 from marco_train.data.loader import PromptLoader
 from marco_train.data.packing import pack_rollouts
 from marco_train.engine.policy import build_policy
+from marco_train.errors import InputError
 from marco_train.losses.distillation import build_reverse_kl
 from marco_train.models import load_model
 from marco_train.models.hf_io import stop_token_ids
@@ -41,25 +40,25 @@ from marco_train.types import (
     TokenScores,
     TopKScores,
 )
-from tests.conftest import GRADIENT_DESCENT, World, compose_config
+from tests.conftest import (
+    CATEGORIES,
+    GRADIENT_DESCENT,
+    World,
+    compose_config,
+    teacher_config,
+    wanted_of,
+)
 from tests.ranks import run_on_ranks
 
 TEMPLATE = CHATML.read_text()
 
 
 def config(path: str, max_tokens: int = 4096) -> TeacherConfig:
-    return TeacherConfig(
-        backend=TeacherBackend.hf,
-        path=path,
-        dtype=DType.float32,
-        max_tokens_per_batch=max_tokens,
-        expert_parallel_size=1,
-    )
+    return teacher_config(path, TeacherBackend.hf, max_tokens_per_batch=max_tokens)
 
 
 def wanted_for(objective: Objective) -> Wanted:
-    top_k = 5 if objective is Objective.topk else 0
-    return Wanted(objective, top_k, top_k_from=TopKFrom.sampler)
+    return wanted_of(objective, top_k=5 if objective is Objective.topk else 0)
 
 
 def rollouts() -> list[Rollout]:
@@ -95,9 +94,7 @@ def test_the_scores_are_those_of_each_sequence_alone(
     by_token = HFTeacher(config(path, max_tokens), wanted_for(Objective.sampled))
     by_state = HFTeacher(config(path, max_tokens), wanted_for(Objective.full))
     by_policy = HFTeacher(config(path, max_tokens), wanted_for(Objective.topk))
-    by_itself = HFTeacher(
-        config(path, max_tokens), Wanted(Objective.topk, 5, top_k_from=TopKFrom.teacher)
-    )
+    by_itself = HFTeacher(config(path, max_tokens), wanted_of(Objective.topk, 5, TopKFrom.teacher))
     asked = rollouts()
     tokens, states = by_token.score(asked), by_state.score(asked)
     of_policy, of_teacher = by_policy.score(asked), by_itself.score(asked)
@@ -137,10 +134,9 @@ def score_in_our_model(
     path: str, ranks_of_experts: int, max_tokens: int, objective: Objective
 ) -> list[tuple[int, list[torch.Tensor]]]:
     """A rank's rollouts, of which the last rank has none: their numbers and scores."""
-    cfg = TeacherConfig(
-        backend=TeacherBackend.moe,
-        path=path,
-        dtype=DType.float32,
+    cfg = teacher_config(
+        path,
+        TeacherBackend.moe,
         max_tokens_per_batch=max_tokens,
         expert_parallel_size=ranks_of_experts,
     )
@@ -280,7 +276,6 @@ def test_a_phase_opens_and_checks_the_teachers_of_its_groups(world: World) -> No
 
 
 WRONG_GROUPS = [
-    ("sampled", "category_poetry", r"\['category_poetry'\], which no source has"),
     ("sampled", "genre_epic", r"names 'genre_epic'; name a group category_<name>"),
     ("full", "category_math", "has several teachers, and stage.objective=full"),
 ]
@@ -295,6 +290,24 @@ def test_a_teacher_of_an_unknown_group_is_refused(objective: str, group: str, na
             f"+teacher@stage.cascade.first.teacher_of.{group}=hf",
             f"stage.cascade.first.teacher_of.{group}.path=anywhere",
         )
+
+
+@pytest.mark.parametrize("group", ["category_poetry", "language_tlh"])
+def test_a_teacher_without_prompts_is_refused(group: str, world: World) -> None:
+    cfg = compose_config(
+        "quickstart_opd",
+        f"root={world.root}",
+        "stage.objective=sampled",
+        f"+teacher@stage.cascade.first.teacher_of.{group}=hf",
+        f"stage.cascade.first.teacher_of.{group}.path={world.path('teacher_first', 'export')}",
+    )
+    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    known = PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed).groups()
+    assert known == {f"category_{name}" for name in CATEGORIES} | {"language_en"}
+    found = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
+    with pytest.raises(InputError, match=rf"teacher_of names {group}, of which there are no .*_en"):
+        found.check_groups(known)
+    found.check_groups(known | {group})
 
 
 def test_more_likeliest_tokens_than_there_are_is_refused(world: World) -> None:
@@ -332,7 +345,7 @@ def distil_from_itself(cfg: TrainConfig) -> tuple[float, float]:
         weight_version=0,
     )
     teacher = HFTeacher(
-        config(path), Wanted(cfg.stage.objective, cfg.stage.top_k or 0, cfg.stage.top_k_from)
+        config(path), wanted_of(cfg.stage.objective, cfg.stage.top_k or 0, cfg.stage.top_k_from)
     )
     before = {name: weight.clone() for name, weight in policy.named_weights()}
     scored = teacher.score(sampler.sample(prompts, 2))

@@ -1,0 +1,92 @@
+"""A teacher in vLLM, in this process: whatever vLLM serves, at its speed.
+
+The objective `sampled` takes log-probabilities from an engine that generates. The others take the
+last hidden states from an engine that pools, and multiply them by the head, which is read beside
+it: so every objective is exact, and K tokens may be anyone's.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from marco_train.config import Objective, TeacherConfig
+from marco_train.distributed import device
+from marco_train.models.hf_io import read_head
+from marco_train.teachers.base import (
+    Wanted,
+    head_for_student,
+    model_identity,
+    refuse_non_finite,
+    scores_from_hidden,
+    trade_places,
+)
+from marco_train.types import Rollout, ScoredRollout, TokenScores
+from marco_train.vllm_engine import Purpose, VLLMEngine
+
+
+class VLLMTeacher:
+    """Scores this rank's rollouts with an engine of its own."""
+
+    def __init__(self, cfg: TeacherConfig, wanted: Wanted) -> None:
+        assert cfg.kv_cache_gib is not None
+        self._wanted = wanted
+        self._stop_id = cfg.stop_id
+        self.identity = model_identity(cfg)
+        self.head: Tensor | None = None
+        if wanted.objective is not Objective.sampled:
+            head = read_head(cfg.path).to(device(), getattr(torch, cfg.dtype.value))
+            self.head = head_for_student(head, wanted, cfg.stop_id)
+        self._engine = VLLMEngine(
+            cfg.path,
+            cfg.dtype.value,
+            max_length=wanted.max_length + 1,  # an engine that generates makes one token
+            max_tokens_per_batch=cfg.max_tokens_per_batch,
+            kv_cache_bytes=int(cfg.kv_cache_gib * 2**30),
+            purpose=Purpose.generate if self.head is None else Purpose.hidden_states,
+        )
+
+    @torch.inference_mode()
+    def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
+        """Score this rank's rollouts, in their order."""
+        rollouts = list(rollouts)
+        if not rollouts:
+            return []
+        return self._token_scores(rollouts) if self.head is None else self._by_state(rollouts)
+
+    def _token_scores(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
+        sequences = [self._for_teacher(rollout) for rollout in rollouts]
+        scored = []
+        pairs = self._engine.token_logprobs(sequences, num_topk=0)
+        for rollout, (_, logprobs) in zip(rollouts, pairs, strict=True):
+            first = len(rollout.prompt.input_ids) - 1
+            refuse_non_finite(logprobs)
+            scored.append(ScoredRollout(rollout, TokenScores(logprobs[first:, 0].clone())))
+        return scored
+
+    def _for_teacher(self, rollout: Rollout) -> list[int]:
+        """The sequence as the teacher would end it."""
+        response = torch.tensor(rollout.response_ids, dtype=torch.int64)
+        traded: list[int] = trade_places(response, self._wanted.stop_id, self._stop_id).tolist()
+        return rollout.prompt.input_ids + traded
+
+    def _by_state(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
+        assert self.head is not None
+        scored = []
+        states = self._engine.hidden_states([rollout.input_ids for rollout in rollouts])
+        for rollout, hidden in zip(rollouts, states, strict=True):
+            first = len(rollout.prompt.input_ids) - 1
+            predicting = hidden[first : first + len(rollout.response_ids)]
+            on_device = predicting.to(self.head.device, self.head.dtype)
+            scores = scores_from_hidden(rollout, on_device, self.head, self._wanted)
+            scored.append(ScoredRollout(rollout, scores))
+        return scored
+
+    def take_counts(self) -> Counter[str]:
+        """Nothing happens that has to be counted."""
+        return Counter()
+
+    def close(self) -> None:
+        """Free the engine's memory."""
+        self._engine.close()

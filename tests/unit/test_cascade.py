@@ -1,0 +1,164 @@
+"""Phases end where the config says, or where the held-out reverse KL falls no more."""
+
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from marco_train.config import TeacherConfig
+from marco_train.errors import InputError
+from marco_train.teachers import cascade
+from marco_train.teachers.cascade import Cascade
+from marco_train.types import Rollout, ScoredRollout
+from tests.conftest import World, compose_config
+from tests.unit.test_teachers import TEMPLATE
+
+LENGTHS = ["stage.cascade.first.num_steps=10", "stage.cascade.second.num_steps=4"]
+
+
+def rule(every: int, num_measures: int, min_fall: float, phase: str = "first") -> list[str]:
+    fields = {
+        "measure_every": every,
+        "num_prompts": 3,
+        "num_measures": num_measures,
+        "min_fall": min_fall,
+    }
+    return [f"stage.cascade.{phase}.converged.{name}={value}" for name, value in fields.items()]
+
+
+def cascade_of(world: World, *overrides: str) -> Cascade:
+    cfg = compose_config("quickstart_opd", f"root={world.root}", *LENGTHS, *overrides)
+    return Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
+
+
+def steps_until(found: Cascade, values: list[float]) -> tuple[int, str | None]:
+    """Measure as the loop does; the step and the phase that ended, or the end of the values."""
+    step, coming = 0, iter(values)
+    while step < found.num_steps:
+        while found.measure_due(step):
+            value = next(coming, None)
+            if value is None:
+                return step, None
+            if ended := found.observe(step, value):
+                return step, ended
+        step += 1
+    return step, None
+
+
+# Measured before steps 0, 2, 4, ...: the values, and the step before which the phase ends.
+CURVES = {
+    "falls on": ([1.0, 0.8, 0.6, 0.4, 0.2], (1, 0.1), None),
+    "falls by too little": ([1.0, 0.8, 0.75], (1, 0.1), 4),
+    "falls by too little once, with patience": ([1.0, 0.8, 0.75, 0.6, 0.4], (2, 0.1), None),
+    "falls by too little twice": ([1.0, 0.8, 0.75, 0.74], (2, 0.1), 6),
+    "rises": ([1.0, 0.5, 0.9, 0.8], (2, 0.0), 6),
+    "one measure is no curve": ([1.0], (1, 5.0), None),
+    "must fall by more than it can": ([1.0, 0.0], (1, 5.0), 2),
+}
+
+
+@pytest.mark.parametrize(("values", "bounds", "end"), CURVES.values(), ids=CURVES.keys())
+def test_a_phase_ends_where_its_kl_falls_no_more(
+    values: list[float], bounds: tuple[int, float], end: int | None, world: World
+) -> None:
+    found = cascade_of(world, *rule(2, *bounds))
+    assert found.num_held_out == 3
+    step, ended = steps_until(found, values)
+    if end is None:
+        assert ended is None and found.num_steps == 14
+        return
+    assert (step, ended) == (end, "first")
+    assert [(p.first, p.end) for p in found.phases] == [(0, end), (end, end + 4)]
+    assert found.phase_at(end).name == "second"
+    assert not found.measure_due(end)  # the second makes all its steps
+
+
+def test_phases_without_a_rule_need_no_held_out_prompts(world: World) -> None:
+    found = cascade_of(world)
+    assert found.num_held_out == 0
+    assert not any(found.measure_due(step) for step in range(found.num_steps))
+
+
+def test_a_resumed_cascade_knows_what_was_measured(world: World) -> None:
+    given = [*rule(2, 1, 0.1), *rule(1, 1, 0.0, "second")]
+    whole = cascade_of(world, *given)
+    assert steps_until(whole, [1.0, 0.8, 0.75]) == (4, "first")
+    assert whole.measure_due(4)  # now of the second
+    whole.observe(4, 0.9)
+    later = cascade_of(world, *given)
+    later.resume(6, whole.state_at(6))
+    assert later.phases == whole.phases
+    assert not later.measure_due(4) and later.measure_due(5)
+    assert later.observe(5, 0.95) == "second" and later.num_steps == 5
+    assert not later.measure_due(5)
+    assert whole.observe(5, 0.95) == "second" and whole.state_at(5) == later.state_at(5)
+
+
+BAD_RULES = {
+    "measure_every is 0": (0, 1, 0.1),
+    "num_measures is 0": (2, 0, 0.1),
+    "min_fall is -1": (2, 1, -1),
+}
+
+
+@pytest.mark.parametrize(("names", "values"), BAD_RULES.items())
+def test_a_rule_out_of_bounds_is_refused(
+    names: str, values: tuple[int, int, float], world: World
+) -> None:
+    with pytest.raises(InputError, match=f"stage.cascade.*.converged.{names}"):
+        cascade_of(world, *rule(*values))
+
+
+class Noted:
+    """Notes when it is opened, checked and closed."""
+
+    head = None
+
+    def __init__(self, cfg: TeacherConfig, notes: list[str]) -> None:
+        self.identity = cfg.path.split("/")[-2]
+        self.notes = notes
+        notes.append(f"open {self.identity}")
+
+    def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
+        return []
+
+    def take_counts(self) -> Counter[str]:
+        return Counter()
+
+    def close(self) -> None:
+        self.notes.append(f"close {self.identity}")
+
+
+@pytest.fixture
+def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    found: list[str] = []
+
+    def check(teacher: Noted, *_: Any) -> None:
+        found.append(f"check {teacher.identity}")
+        if "second" in teacher.identity and len(found) > 8:
+            raise InputError("not fit")
+
+    monkeypatch.setattr(cascade, "build_teacher", lambda cfg, _: Noted(cfg, found))
+    monkeypatch.setattr(cascade, "check_scores", check)
+    return found
+
+
+def test_the_next_teacher_is_checked_before_the_former_goes(world: World, notes: list[str]) -> None:
+    found = cascade_of(world)
+    for step in (0, 9, 10, 13):
+        found.teacher_at(step)
+    first, second = "teacher_first", "teacher_second"
+    assert notes == [
+        *(f"open {first}", f"check {first}"),
+        *(f"open {second}", f"check {second}", f"close {first}"),
+    ]
+    found.close()
+    assert notes.pop() == f"close {second}"
+
+    notes[:] = ["before"] * 7
+    unfit = cascade_of(world)
+    unfit.teacher_at(9)
+    with pytest.raises(InputError, match="not fit"):
+        unfit.teacher_at(10)
+    assert f"close {first}" not in notes

@@ -1,0 +1,111 @@
+"""vLLM in this process as a teacher: numbers as transformers gives them, a trainer left alone."""
+
+import importlib.util
+import os
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from marco_train.config import Objective, TeacherBackend, TopKFrom
+from marco_train.models.hf_io import save_model
+from marco_train.models.weights import random_model
+from marco_train.teachers.build import build_teacher
+from marco_train.teachers.preflight import check_scores, probe_rollouts
+from marco_train.types import Rollout
+from tests.conftest import DENSE, World, architecture, teacher_config, wanted_of
+from tests.ranks import run_on_ranks
+from tests.unit.test_teachers import rollouts
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
+)
+
+KINDS = [
+    (Objective.sampled, 0, TopKFrom.sampler),
+    (Objective.topk, 5, TopKFrom.sampler),
+    (Objective.topk, 5, TopKFrom.teacher),
+    (Objective.full, 0, TopKFrom.sampler),
+]
+SHAPES = {"dense": DENSE, "mixture": {}}
+
+
+@pytest.fixture(scope="module")
+def teachers(world: World) -> str:
+    """Models whose heads are as wide as vLLM's kernels for CPUs need them."""
+    for seed, (name, changes) in enumerate(SHAPES.items()):
+        model = random_model(architecture(head_dim=32, **changes), torch.float32, seed)
+        save_model(model, Path(world.path("vllm", name)), world.path("data", "tokenizer"))
+    return world.path("vllm")
+
+
+def scores_of(backend: TeacherBackend, path: str, stop_id: int | None) -> list[list[Tensor]]:
+    """Scores of each kind, and of the probe sentences."""
+    found = []
+    for kind in KINDS:
+        wanted = wanted_of(*kind)
+        teacher = build_teacher(teacher_config(path, backend, stop_id=stop_id), wanted)
+        mine = [r for r in rollouts() if r.prompt.index % dist.get_world_size() == dist.get_rank()]
+        mine += [r for r in [ended()] if dist.get_rank() == 0]
+        found += [[v.float() for v in vars(s.scores).values()] for s in teacher.score(mine)]
+        check_scores(teacher, probe_rollouts(path, wanted), 320, "teacher")
+        teacher.close()
+    return found
+
+
+def ended() -> Rollout:
+    """A rollout that ends with the student's stop token."""
+    first = rollouts()[1]
+    return replace(first, response_ids=[*first.response_ids[:-1], 2])
+
+
+@pytest.mark.parametrize(("name", "stop_id"), [("dense", 0), ("mixture", None)])
+def test_the_scores_are_those_of_transformers(
+    name: str, stop_id: int | None, teachers: str
+) -> None:
+    path = f"{teachers}/{name}"
+    ours = run_on_ranks(1, scores_of, TeacherBackend.vllm, path, stop_id)[0]
+    theirs = run_on_ranks(1, scores_of, TeacherBackend.hf, path, stop_id)[0]
+    assert len(ours) == len(theirs) == 4 * 6
+    for found, expected in zip(ours, theirs, strict=True):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def leave_no_trace(path: str) -> list[str]:
+    """What building, using and closing engines changes of the process."""
+    os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size())
+    random.seed(1)
+    np.random.seed(2)
+    torch.manual_seed(3)
+    threads = torch.get_num_threads()
+    environment = dict(os.environ)
+    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    for kind in KINDS[:2]:
+        teacher = build_teacher(teacher_config(path, TeacherBackend.vllm), wanted_of(*kind))
+        teacher.score(rollouts()[: dist.get_rank() + 1])  # ranks need not do the same
+        teacher.close()
+    changed = []
+    if dict(os.environ) != environment:
+        changed.append("environment")
+    if random.getstate() != states[0] or np.random.get_state()[1].tolist() != states[1]:
+        changed.append("generators")
+    if not torch.equal(torch.get_rng_state(), states[2]):
+        changed.append("torch's generator")
+    torch.set_num_threads(threads + 1)
+    if torch.get_num_threads() != threads + 1:
+        changed.append("threads")
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    if total != dist.get_world_size():
+        changed.append("process group")
+    return changed
+
+
+def test_the_trainer_is_left_alone_on_two_ranks(teachers: str) -> None:
+    assert run_on_ranks(2, leave_no_trace, f"{teachers}/dense") == [[], []]
