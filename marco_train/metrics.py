@@ -26,6 +26,11 @@ NAMES = {
     "kl/ratio_truncated": "share of tokens whose policy/sampler ratio was truncated",
     "kl/sampler_mismatch": "mean |log policy - log sampler| of the sampled tokens, nats",
     "kl/sampler": "sampler against policy, estimated from the sampled tokens, nats a token",
+    "eval/reverse_kl": "on held-out prompts before this step, nats a token",
+    "teacher/rejected": "rollouts of this step left out, as no usable score came",
+    "teacher/missing_tokens": "tokens of this step left out, as their score was no number",
+    "teacher/repeated_requests": "of this step, after an error, a time-out or an unusable answer",
+    "teacher/seconds": "from the first request of this step to the last answer, mean over ranks",
     "teacher/cache_hits": "share of rollouts whose scores were on disk",
     "teacher/cache_corrupt": "scores on disk that were broken, and were computed again",
     "rollout/response_length": "mean, tokens",
@@ -51,6 +56,7 @@ NAMES = {
     "time/sample": "seconds",
     "time/score": "seconds",
     "time/train": "seconds",
+    "time/evaluate": "seconds",
     "cascade/phase": "position in the cascade, from 0",
 }
 """Every metric and its unit.

@@ -2,14 +2,13 @@
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-from marco_train.architecture import InputError
 from marco_train.checkpoint import (
     find_checkpoint,
     generator_tensors,
@@ -20,8 +19,11 @@ from marco_train.checkpoint import (
 )
 from marco_train.config import FINISHED, TrainConfig, field_difference, identity, plain_config
 from marco_train.distributed import barrier, is_main, rank, seed_everything
+from marco_train.errors import AwayError, InputError
 from marco_train.metrics import Metrics
 from marco_train.tracking import Tracker, say
+
+T = TypeVar("T")
 
 
 class Trainable(Protocol):
@@ -62,10 +64,12 @@ class Run:
         self._parts = parts
         self._directory = Path(cfg.output_dir)
         self._timers: dict[str, float] = {}
+        self._inner_seconds = 0.0  # of timers that ended inside the one that runs
         self._until = 0
         self._started = time.perf_counter()
         self._step_started = self._started
         self._first = 0
+        self._saved = policy.num_updates if resumed else None
         self._tracker: Tracker | None = None
         if is_main():
             plain = plain_config(cfg)
@@ -102,10 +106,37 @@ class Run:
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
-        """Add the time of a block to this step's `time/<name>`, in seconds."""
+        """Add the time of a block to this step's `time/<name>`, in seconds.
+
+        A timer inside another takes its time from it.
+        """
         start = time.perf_counter()
+        outside, self._inner_seconds = self._inner_seconds, 0.0
         yield
-        self._timers[name] = self._timers.get(name, 0.0) + time.perf_counter() - start
+        spent = time.perf_counter() - start
+        self._timers[name] = self._timers.get(name, 0.0) + spent - self._inner_seconds
+        self._inner_seconds = outside + spent
+
+    def timed(self, name: str, items: Iterator[T]) -> "TimedStream[T]":
+        """Items as they come, the wait for each of which counts as `time/<name>`."""
+        return TimedStream(self, name, items)
+
+    def outlast(self, step: int, ask: Callable[[], T]) -> T:
+        """Ask for something; while it is away, save the run as it stands and ask again.
+
+        Raises:
+            AwayError: It was away for too long; the run is saved.
+        """
+        while True:
+            try:
+                return ask()
+            except AwayError as error:
+                if step > self._first:  # else nothing was learnt since it was opened
+                    self._save(step)
+                if error.final:
+                    raise
+                if is_main():
+                    say(f"step {step}: {error}; the run is saved, and waits")
 
     def log(self, step: int, metrics: Metrics, phase: str | None = None) -> None:
         """Record what a step measured, with its times."""
@@ -121,9 +152,14 @@ class Run:
 
     def save_if_due(self, step: int) -> None:
         """Save a checkpoint every `checkpoint.save_every` updates; all ranks take part."""
-        if not due(step, self._cfg.checkpoint.save_every):
+        if due(step, self._cfg.checkpoint.save_every):
+            self._save(step + 1)
+
+    def _save(self, num_updates: int) -> None:
+        """Save a checkpoint, unless there is one of so many updates; all ranks take part."""
+        if self._saved == num_updates:
             return
-        num_updates = step + 1
+        self._saved = num_updates
         state: dict[str, Any] = {part.name: part.state_at(num_updates) for part in self._parts}
         state |= {"num_updates": num_updates, "config": plain_config(self._cfg)}
         tensors = self._policy.state_tensors() | generator_tensors()
@@ -143,6 +179,26 @@ class Run:
             mark_finished(self._cfg)
             say(f"{self._cfg.name}: finished, {self._directory / 'export'}")
         barrier()
+
+
+class TimedStream(Generic[T]):
+    """Items of an iterator, kept: whoever iterates again gets the same ones again."""
+
+    def __init__(self, run: Run, name: str, items: Iterator[T]) -> None:
+        self._run = run
+        self._name = name
+        self._items = items
+        self._kept: list[T] = []
+
+    def __iter__(self) -> Iterator[T]:
+        yield from list(self._kept)
+        while True:
+            with self._run.timer(self._name):
+                item = next(self._items, None)
+            if item is None:
+                return
+            self._kept.append(item)
+            yield item
 
 
 def due(step: int, every: int | None) -> bool:

@@ -8,7 +8,6 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, MissingMandatoryValue
 
-from marco_train.architecture import InputError
 from marco_train.config import (
     StageKind,
     TrainConfig,
@@ -17,11 +16,14 @@ from marco_train.config import (
     register_schemas,
     to_run,
 )
+from marco_train.errors import AwayError, InputError
 
 PACKAGE = Path(__file__).resolve().parent
 # Beside the package in a checkout, inside it in a wheel; absolute, so that the console script
 # works from any directory.
 CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+# The exit status by which schedulers know that a run may be queued again (EX_TEMPFAIL).
+TRY_AGAIN_LATER = 75
 # How long ranks that have nothing to say leave to the one that has.
 SECONDS_TO_SAY_IT = 10
 
@@ -48,6 +50,10 @@ def main(composed: DictConfig) -> None:
         run_stage(cfg)
     except InputError as error:
         sys.exit(f"error: {error}")
+    except AwayError as error:  # the same on every rank
+        if is_first_rank():
+            print(f"error: {error}; the run is saved: launch it again later", file=sys.stderr)
+        sys.exit(TRY_AGAIN_LATER)
 
 
 def is_first_rank() -> bool:

@@ -15,8 +15,8 @@ from hydra.errors import HydraException
 from omegaconf import MissingMandatoryValue
 from omegaconf.errors import OmegaConfBaseException
 
-from marco_train.architecture import InputError
 from marco_train.config import StageKind, TrainConfig, to_run
+from marco_train.errors import AwayError, InputError
 from marco_train.train import CONFIG_DIR
 
 T = TypeVar("T")
@@ -28,9 +28,18 @@ def main() -> None:
     try:
         cfg = checked("config", lambda: composed(sys.argv[1:]))
         check_stage(cfg)
-    except (InputError, MissingMandatoryValue, HydraException, OmegaConfBaseException) as error:
+    except (
+        AwayError,
+        InputError,
+        MissingMandatoryValue,
+        HydraException,
+        OmegaConfBaseException,
+    ) as error:
         sys.exit(f"error: {error}")
     print(f"all is well, {time.perf_counter() - start:.0f} s")
+
+
+REFUSALS = (AwayError, InputError, MissingMandatoryValue, HydraException, OmegaConfBaseException)
 
 
 def composed(overrides: list[str]) -> TrainConfig:
@@ -71,12 +80,13 @@ def check_stage(cfg: TrainConfig) -> None:
     if stage.kind is StageKind.sft:
         checked("data", lambda: SFTLoader(cfg.data, stage, tokenizer, cfg.seed))
     else:
-        checked("data", lambda: PromptLoader(cfg.data, stage, tokenizer, cfg.seed))
+        prompts = checked("data", lambda: PromptLoader(cfg.data, stage, tokenizer, cfg.seed))
         template = tokenizer.chat_template
         cascade = checked(
             "teachers' files",
             lambda: Cascade(stage, cfg.model.tokenizer, template, student.vocab_size),
         )
+        cascade.check_groups(prompts.groups())
         for phase in cascade.phases:
             checked(f"teacher {phase.name!r}", partial(cascade.teacher_at, phase.first))
     distributed.stop()

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, TypeVar
 
-from marco_train.architecture import InputError
 from marco_train.config import DataConfig, OPDConfig, SFTConfig, SourceConfig, StageConfig
 from marco_train.data.chat import (
     Tokenizer,
@@ -17,9 +16,10 @@ from marco_train.data.mixture import Mixture
 from marco_train.data.packing import pack_examples
 from marco_train.data.sources import Source
 from marco_train.distributed import rank, reduce_sums, world_size
+from marco_train.errors import InputError
 from marco_train.metrics import Metrics
 from marco_train.tracking import say
-from marco_train.types import Conversation, Example, Microbatch, Prompt
+from marco_train.types import GROUPED_BY, Conversation, Example, Microbatch, Prompt
 
 T = TypeVar("T", Example, Prompt)
 
@@ -45,6 +45,10 @@ class ConversationStream:
     def __getitem__(self, index: int) -> Conversation:
         source, row = self._mixture.sample(index)
         return self._sources[source][row]
+
+    def values(self, column: str) -> set[str]:
+        """What stands in a column of any source."""
+        return set().union(*(source.values(column) for source in self._sources.values()))
 
     def epoch(self, index: int) -> float:
         """How often the most repeated source has been walked through before `index`."""
@@ -161,6 +165,26 @@ class PromptLoader(_Loader):
 
     def __next__(self) -> list[Prompt]:
         return self._next_share(self._render)
+
+    def groups(self) -> set[str]:
+        """Names of the groups of rollouts that these prompts give, as `category_math`."""
+        return {f"{kind}_{name}" for kind in GROUPED_BY for name in self._stream.values(kind)}
+
+    def held_out(self, count: int) -> list[Prompt]:
+        """Render this rank's share of `count` held-out prompts; rows at fault are left out.
+
+        Raises:
+            InputError: There are none.
+        """
+        if count == 0:
+            return []
+        if self._data.held_out is None:
+            raise InputError(
+                "stage.cascade.*.converged measures the KL on held-out prompts: set data.held_out"
+            )
+        stream = ConversationStream(self._data.held_out, None, seed=0)
+        rendered = [self._render(i, stream[i]) for i in range(rank(), count, world_size())]
+        return [prompt for prompt in rendered if not isinstance(prompt, str)]
 
     def _render(self, index: int, conversation: Conversation) -> Prompt | str:
         if holds_control_tokens(self._tokenizer, conversation):

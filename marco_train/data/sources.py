@@ -6,8 +6,8 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from marco_train.architecture import InputError
 from marco_train.config import SourceConfig, SourceKind
+from marco_train.errors import InputError
 from marco_train.types import Conversation, Message
 
 ROLES = {"system", "user", "assistant", "tool"}
@@ -36,6 +36,16 @@ class Source:
 
     def __getitem__(self, row: int) -> Conversation:
         return self._conversation(self._kept[row])
+
+    def values(self, column: str) -> set[str]:
+        """What stands in a column of text, over all rows; `category` falls back on the source's."""
+        default = self._category if column == "category" else ""
+        if isinstance(self._rows, list):
+            found = {row.get(column) for row in self._rows}
+        else:  # a dataset reads one column alone
+            known = column in self._rows.column_names  # type: ignore[attr-defined]
+            found = set(self._rows.unique(column)) if known else {None}  # type: ignore[attr-defined]
+        return {value or default for value in found}
 
     def _conversation(self, row: int) -> Conversation:
         found = self._rows[row]

@@ -242,12 +242,13 @@ class FullReverseKL:
         return LossOutput(found.reverse.sum(), values, spreads={})
 
 
-def build_reverse_kl(cfg: OPDConfig, teacher_head: Tensor) -> LossFn:
-    """Choose the objective by its config; `teacher_head` is [V, D']."""
+def build_reverse_kl(cfg: OPDConfig, teacher_head: Tensor | None) -> LossFn:
+    """Choose the objective by its config; `teacher_head` is [V, D'] for `full`."""
     match cfg.objective:
         case Objective.sampled:
             return SampledReverseKL(cfg.max_importance_ratio, cfg.max_advantage)
         case Objective.topk:
             return TopKReverseKL()
         case Objective.full:
+            assert teacher_head is not None, "the teacher has no head"
             return FullReverseKL(teacher_head)

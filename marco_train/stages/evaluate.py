@@ -9,18 +9,20 @@ from typing import Any
 
 import torch
 
-from marco_train.architecture import InputError, read_architecture
-from marco_train.config import EvaluateConfig, Objective, TopKFrom, TrainConfig
+from marco_train.architecture import read_architecture
+from marco_train.config import EvaluateConfig, Objective, TopKFrom, TrainConfig, longest_sequence
 from marco_train.data.chat import Tokenizer, load_tokenizer
 from marco_train.data.loader import Question, held_out_questions
 from marco_train.data.packing import pack_rollouts
 from marco_train.distributed import barrier, device, is_main, rank, reduce_sums, world_size
+from marco_train.errors import InputError
 from marco_train.evaluation.accuracy import accuracy_by_category
 from marco_train.evaluation.signatures import language_signatures, signature_report
 from marco_train.evaluation.verifiers import check_verifier, verify
 from marco_train.losses.distillation import FullReverseKL
 from marco_train.models import Qwen3Moe, load_model
 from marco_train.models.hf_io import stop_token_ids
+from marco_train.rollout.base import in_order
 from marco_train.rollout.hf import HFSampler
 from marco_train.run import begin, mark_finished
 from marco_train.teachers.base import Teacher, Wanted
@@ -59,7 +61,14 @@ def run_evaluate(cfg: TrainConfig) -> None:
     mine = questions[rank() :: world_size()]
     if is_main():
         begin(cfg)
-    states = Wanted(Objective.full, top_k=0, top_k_from=TopKFrom.teacher)
+    states = Wanted(
+        Objective.full,
+        top_k=0,
+        top_k_from=TopKFrom.teacher,
+        vocab_size=vocab_size,
+        max_length=longest_sequence(stage),
+        stop_id=stop_token_ids(cfg.model.tokenizer)[0],
+    )
     teachers = {name: build_teacher(t, states) for name, t in stage.teachers.items()}
     report: dict[str, Any] = {
         "num_questions": len(questions),
@@ -119,7 +128,7 @@ def sample_answers(
         seed=cfg.seed,
         weight_version=0,
     )
-    rollouts = sampler.sample([q.prompt for q in questions], stage.responses_per_prompt)
+    rollouts = in_order(sampler.sample([q.prompt for q in questions], stage.responses_per_prompt))
     by_index = {q.prompt.index: q for q in questions}
     return [
         (by_index[r.prompt.index], r, tokenizer.decode(r.response_ids, skip_special_tokens=True))
@@ -132,6 +141,7 @@ def mean_reverse_kl(
     cfg: TrainConfig, model: Qwen3Moe, rollouts: Sequence[Rollout], teacher: Teacher
 ) -> float:
     """Exact reverse KL over the vocabulary, mean over the sampled tokens of all ranks."""
+    assert teacher.head is not None
     objective = FullReverseKL(teacher.head)
     total, num_tokens = 0.0, 0
     scored = teacher.score(rollouts)

@@ -1,21 +1,27 @@
 """Cascaded on-policy distillation."""
 
-import torch
+from collections.abc import Sequence
+from functools import partial
 
 from marco_train.architecture import ArchitectureConfig, read_architecture
 from marco_train.config import TrainConfig
 from marco_train.data.chat import load_tokenizer
 from marco_train.data.loader import PromptLoader
 from marco_train.data.packing import pack_rollouts
-from marco_train.engine.policy import build_policy
+from marco_train.engine.policy import Policy, build_policy
 from marco_train.losses.distillation import build_reverse_kl
 from marco_train.models.hf_io import stop_token_ids
-from marco_train.rollout.base import summarize
-from marco_train.rollout.hf import build_sampler
+from marco_train.rollout.base import Sampler, summarize
+from marco_train.rollout.build import build_sampler
 from marco_train.rollout.sync import sync_weights
 from marco_train.run import Run
 from marco_train.teachers.cascade import Cascade
 from marco_train.teachers.vocab import check_student_vocabulary
+from marco_train.types import Prompt
+
+
+class RolloutMismatchError(RuntimeError):
+    """The sampler does not sample from the policy."""
 
 
 def run_opd(cfg: TrainConfig) -> None:
@@ -31,42 +37,78 @@ def run_opd(cfg: TrainConfig) -> None:
     cascade = Cascade(  # refuses a teacher of other tokens, turns or stops
         opd, cfg.model.tokenizer, tokenizer.chat_template, student.vocab_size
     )
+    cascade.check_groups(prompts.groups())
     policy = build_policy(
         cfg.model, cfg.optim, cfg.parallel, cascade.num_steps, cfg.seed, tokenizer.chat_template
     )
-    sampler = build_sampler(
-        opd.rollout,
-        student,
-        getattr(torch, cfg.model.dtype.value),
-        stop_token_ids(cfg.model.tokenizer),
-        opd.max_response_length,
-        opd.num_sampler_topk,
-        cfg.seed,
-    )
+    held_out = prompts.held_out(cascade.num_held_out)
+    stop_ids = stop_token_ids(cfg.model.tokenizer)
+    sampler = build_sampler(opd, student, cfg.model.dtype, stop_ids, cfg.seed)
     run = Run.open(cfg, policy, prompts, cascade)
 
     for step in run.steps(until=cascade.num_steps):
-        teacher = cascade.teacher_at(step)  # changes only where a phase begins
-
         with run.timer("sync"):  # verified: checksums and canary
             sync_weights(policy, sampler, step, student.vocab_size, opd.rollout.canary_tolerance)
-        with run.timer("sample"):
-            rollouts = sampler.sample(next(prompts), opd.responses_per_prompt)
-        with run.timer("score"):
-            scored = teacher.score(rollouts)
+        if cascade.measure_due(step):
+            end_converged_phases(cfg, run, step, policy, sampler, cascade, held_out)
+            if step == cascade.num_steps:
+                break
+        teacher = run.outlast(step, partial(cascade.teacher_at, step))  # changes with the phase
+
+        rollouts = run.timed("sample", sampler.sample(next(prompts), opd.responses_per_prompt))
+        with run.timer("score"):  # servers begin with the first response that has ended
+            scored = run.outlast(step, partial(teacher.score, rollouts))
         with run.timer("train"):
             packed = pack_rollouts(scored, opd.objective, cfg.data.max_tokens_per_microbatch)
-            reverse_kl = build_reverse_kl(opd, teacher.head)
-            metrics = policy.train_step(packed, reverse_kl)
+            metrics = policy.train_step(packed, build_reverse_kl(opd, teacher.head))
 
         metrics |= summarize(rollouts) | prompts.metrics() | cascade.metrics(step)
         phase = cascade.phase_at(step).name
         run.log(step, metrics, phase)
+        refuse_mismatch(step, metrics["kl/sampler_mismatch"], opd.max_mismatch)
         if cascade.ends_at(step):
             run.export(f"export-{phase}")
         run.save_if_due(step)
 
+    cascade.close()
+    sampler.close()
     run.finish()
+
+
+def end_converged_phases(
+    cfg: TrainConfig,
+    run: Run,
+    step: int,
+    policy: Policy,
+    sampler: Sampler,
+    cascade: Cascade,
+    held_out: Sequence[Prompt],
+) -> None:
+    """Measure the reverse KL on held-out prompts, and end the phase where it falls no more."""
+    with run.timer("evaluate"):
+        while cascade.measure_due(step):  # of the next phase too, where one ends
+            teacher = run.outlast(step, partial(cascade.teacher_at, step))
+            rollouts = list(sampler.sample(held_out, 1))
+            scored = run.outlast(step, partial(teacher.score, rollouts))
+            packed = pack_rollouts(scored, cfg.stage.objective, cfg.data.max_tokens_per_microbatch)
+            found = policy.measure(packed, build_reverse_kl(cfg.stage, teacher.head))
+            converged = cascade.observe(step, found["kl/reverse"])
+            if converged is not None:
+                run.export(f"export-{converged}")
+
+
+def refuse_mismatch(step: int, mismatch: float, bound: float | None) -> None:
+    """Stop where the sampler's log-probabilities are not the policy's.
+
+    Raises:
+        RolloutMismatchError: Gives both numbers.
+    """
+    if bound is not None and mismatch > bound:
+        raise RolloutMismatchError(
+            f"step {step}: log-probabilities of sampler and policy differ by {mismatch:.3g} nats "
+            f"a token in the mean, more than stage.max_mismatch {bound}: the responses are of "
+            "another distribution than the one that is trained. The last checkpoint is intact"
+        )
 
 
 def student_architecture(cfg: TrainConfig) -> ArchitectureConfig:

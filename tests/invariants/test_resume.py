@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from marco_train.architecture import InputError
 from marco_train.checkpoint import complete_checkpoints
 from marco_train.config import TrainConfig, check_resume, is_finished
 from marco_train.engine.policy import Policy
+from marco_train.errors import InputError
 from marco_train.run import mark_finished
 from marco_train.stages.opd import run_opd
 from marco_train.stages.sft import run_sft
@@ -112,6 +112,34 @@ def test_three_a_crash_and_three_more_are_six_updates(
     assert [line["step"] for line in losses(parts)] == [1, 2, 3, 4, 5, 6]
     for export in ("export", *(("export-first", "export-second") if stage == "opd" else ())):
         files = [(path / export / "model.safetensors").read_bytes() for path in (whole, parts)]
+        assert files[0] == files[1]
+
+
+def test_a_phase_converges_at_the_same_step_after_a_resumption(
+    world: World, tmp_path: Path
+) -> None:
+    outs = [tmp_path / "whole", tmp_path / "parts"]
+    for out, crash_at in zip(outs, (None, 3), strict=True):
+        rule = {"measure_every": 2, "num_prompts": 3, "num_measures": 1, "min_fall": 5.0}
+        given = [
+            *overrides("opd", world, out, 1),
+            "checkpoint.save_every=1",
+            "stage.cascade.second.num_steps=4",
+            # The first before step 2, the second before step 4, which ends the run.
+            *(f"stage.cascade.first.converged.{name}={v}" for name, v in rule.items()),
+            *(f"stage.cascade.second.converged.{name}={v}" for name, v in rule.items()),
+        ]
+        cfg = compose_config("quickstart_opd", *given)
+        for crash in (crash_at, None):
+            run_on_ranks(1, run, cfg, "opd", crash)
+    whole, parts = (losses(out) for out in outs)
+    assert whole == parts
+    assert [line["cascade/phase"] for line in whole] == [0, 0, 1, 1]
+    # The second phase is measured first where the former ended, with its own teacher.
+    assert ["eval/reverse_kl" in line for line in whole] == [True, False, True, False]
+    assert whole[0]["eval/reverse_kl"] > 0
+    for export in ("export", "export-first", "export-second"):
+        files = [(out / export / "model.safetensors").read_bytes() for out in outs]
         assert files[0] == files[1]
 
 
