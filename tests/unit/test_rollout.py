@@ -9,9 +9,9 @@ from torch import Tensor
 from marco_train.config import RolloutConfig, SamplerBackend
 from marco_train.losses.logprobs import token_logprobs, topk_logprobs
 from marco_train.models import Qwen3Moe
-from marco_train.models.weights import named_weights, random_model
+from marco_train.models.weights import empty_model, named_weights, random_model
 from marco_train.rollout.base import in_order, response_seed, summarize
-from marco_train.rollout.hf import HFSampler, build_sampler, draw_tokens
+from marco_train.rollout.hf import HFSampler, draw_tokens
 from marco_train.rollout.sync import WeightSyncError, checksum, sync_weights
 from marco_train.types import FinishReason, Prompt, Rollout
 from tests.conftest import architecture
@@ -23,7 +23,12 @@ TOP_K = 3
 
 def config(batch_size: int = 64) -> RolloutConfig:
     return RolloutConfig(
-        backend=SamplerBackend.hf, batch_size=batch_size, temperature=1.0, canary_tolerance=1e-4
+        backend=SamplerBackend.hf,
+        batch_size=batch_size,
+        temperature=1.0,
+        canary_tolerance=1e-4,
+        max_tokens_per_batch=None,
+        kv_cache_gib=None,
     )
 
 
@@ -131,9 +136,8 @@ class FakePolicy:
 
 
 def fresh_sampler() -> HFSampler:
-    return build_sampler(
-        config(), architecture(vocab_size=16), torch.float32, STOP_IDS, LIMIT, TOP_K, seed=7
-    )
+    model = empty_model(architecture(vocab_size=16), torch.float32, ep_group=None)
+    return HFSampler(config(), model, STOP_IDS, LIMIT, TOP_K, seed=7)
 
 
 def test_a_sync_makes_the_sampler_the_policy() -> None:
