@@ -22,7 +22,7 @@ from marco_train.engine.optim import LearningRate, build_schedule, parameter_gro
 from marco_train.engine.routing import UpdateRouting
 from marco_train.engine.zero import deepspeed_config
 from marco_train.errors import InputError
-from marco_train.losses.logprobs import token_logprobs
+from marco_train.losses.logprobs import sequence_logprobs
 from marco_train.metrics import Metrics, MetricSums
 from marco_train.models.hf_io import check_architecture, load_model, save_model
 from marco_train.models.qwen3_moe import Qwen3Moe
@@ -149,16 +149,13 @@ class Policy:
         return totals.mean(max(1.0, num_tokens))
 
     @torch.no_grad()
-    def score(self, input_ids: list[int]) -> Tensor:
-        """Log-probability of each token of one sequence given those before it, [T - 1] float32.
+    def score(self, sequences: Sequence[list[int]]) -> Tensor:
+        """Log-probabilities of the tokens of sequences; see `sequence_logprobs`.
 
         All ranks take part; a probe for what a sampler makes of the same weights.
         """
         self._engine.eval()
-        ids = torch.tensor([input_ids], device=device())
-        positions = torch.arange(len(input_ids), device=device())[None]
-        hidden = self._engine(ids, positions)
-        return token_logprobs(hidden[:-1], self.model.head, ids[0, 1:])[0]
+        return sequence_logprobs(self._engine, self.model.head, sequences)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream all weights under their checkpoint names; all ranks take part."""

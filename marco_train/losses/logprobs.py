@@ -8,7 +8,7 @@ Legend: N tokens with loss, M tokens asked for in each place, V vocabulary, B of
 tile, D width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -138,6 +138,28 @@ def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tenso
 
 
 @torch.no_grad()
+def sequence_logprobs(
+    forward: Callable[[Tensor, Tensor], Tensor], head: Tensor, sequences: Sequence[list[int]]
+) -> Tensor:
+    """Log-probability of each token of sequences given those before it in its own.
+
+    Args:
+        forward: Hidden states [T, D] of packed ids [1, T] at positions [1, T].
+        head: [V, D].
+        sequences: Token ids.
+
+    Returns:
+        [T - number of sequences] float32, in order; the first token of each has none.
+    """
+    ids = torch.tensor([token for sequence in sequences for token in sequence], device=head.device)
+    places = [place for sequence in sequences for place in range(len(sequence))]
+    positions = torch.tensor(places, device=head.device)
+    given = positions > 0
+    predicting = torch.cat([given[1:], given.new_zeros(1)])
+    hidden = forward(ids[None], positions[None])
+    return token_logprobs(hidden[predicting], head, ids[given])[0]
+
+
 def topk_logprobs(hidden: Tensor, head: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k likeliest tokens in each place, likeliest first; no gradient.
 

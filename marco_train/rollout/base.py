@@ -20,8 +20,8 @@ class Sampler(Protocol):
     def sample(self, prompts: Sequence[Prompt], num_responses: int) -> Iterator[Rollout]:
         """Sample responses of each prompt; yields each as it ends."""
 
-    def score(self, input_ids: list[int]) -> Tensor:
-        """Log-probability of each token of one sequence given those before it, [T - 1]."""
+    def score(self, sequences: Sequence[list[int]]) -> Tensor:
+        """Log-probabilities of the tokens of sequences; the first token of each has none."""
 
     def checksums(self) -> dict[str, int] | None:
         """Digest every weight that the sampler holds, under its checkpoint name.

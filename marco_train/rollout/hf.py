@@ -10,7 +10,7 @@ from torch import Tensor
 
 from marco_train.config import RolloutConfig
 from marco_train.distributed import device
-from marco_train.losses.logprobs import token_logprobs
+from marco_train.losses.logprobs import sequence_logprobs
 from marco_train.models.attention import KVCache
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.weights import named_weights, receive_weights
@@ -62,12 +62,9 @@ class HFSampler:
         """Nothing but memory is held, which goes with the object."""
 
     @torch.inference_mode()
-    def score(self, input_ids: list[int]) -> Tensor:
-        """Log-probability of each token of one sequence given those before it, [T - 1] float32."""
-        ids = torch.tensor([input_ids], device=device())
-        positions = torch.arange(len(input_ids), device=device())[None]
-        hidden = self._model(ids, positions)
-        return token_logprobs(hidden[:-1], self._model.head, ids[0, 1:])[0]
+    def score(self, sequences: Sequence[list[int]]) -> Tensor:
+        """Log-probabilities of the tokens of sequences; see `sequence_logprobs`."""
+        return sequence_logprobs(self._model, self._model.head, sequences)
 
     def sample(self, prompts: Sequence[Prompt], num_responses: int) -> Iterator[Rollout]:
         """Sample responses of each prompt at temperature 1; yields each as it ends.

@@ -2,19 +2,24 @@
 
 Two proofs, since elsewhere this is where runs are silently lost: every weight's checksum as it
 left the policy equals the checksum of what the sampler holds, and both give the same
-log-probabilities of a fixed sequence.
+log-probabilities of fixed sequences. A sampler that packs its weights for kernels has no checksums;
+it accounts for names and shapes, and the sequences prove the numbers.
 """
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from marco_train.distributed import device
+from marco_train.metrics import Metrics
 from marco_train.rollout.base import Sampler
 
-# Tokens of the canary: enough to touch most experts, few enough to cost nothing.
+# Of the canary: enough to touch most experts, few enough to cost little.
+CANARY_SEQUENCES = 4
 CANARY_TOKENS = 32
 # Positions are weighed, so that a transposed or shifted weight changes its checksum.
 POSITION_PERIOD = 65_521
@@ -31,8 +36,8 @@ class SyncSource(Protocol):
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
         """Stream all weights; all ranks take part."""
 
-    def score(self, input_ids: list[int]) -> Tensor:
-        """Log-probability of each token of one sequence; all ranks take part."""
+    def score(self, sequences: Sequence[list[int]]) -> Tensor:
+        """Log-probabilities of the tokens of sequences; all ranks take part."""
 
 
 def checksum(weight: Tensor) -> int:
@@ -50,23 +55,32 @@ def _places(device: torch.device) -> Tensor:
     return torch.arange(CHECKSUM_CHUNK, device=device) % POSITION_PERIOD + 1
 
 
-def canary_ids(vocab_size: int) -> list[int]:
-    """A fixed sequence spread over the vocabulary."""
-    return [(7 + 7919 * place) % vocab_size for place in range(CANARY_TOKENS)]
+def canaries(vocab_size: int) -> list[list[int]]:
+    """Fixed sequences spread over the vocabulary."""
+    places = range(CANARY_SEQUENCES * CANARY_TOKENS)
+    ids = [(7 + 7919 * place) % vocab_size for place in places]
+    return [ids[start : start + CANARY_TOKENS] for start in places[::CANARY_TOKENS]]
 
 
 def sync_weights(
     policy: SyncSource, sampler: Sampler, version: int, vocab_size: int, tolerance: float
-) -> None:
+) -> Metrics:
     """Hand the policy's weights to the sampler and prove that they arrived.
+
+    Returns:
+        How fast they went, with their checksums and without the canary.
 
     Raises:
         WeightSyncError: Names the weights that differ, or by how much the canary does.
     """
     sent: dict[str, int] = {}
+    num_bytes = 0
+    start = time.perf_counter()
 
     def watched() -> Iterator[tuple[str, Tensor]]:
+        nonlocal num_bytes
         for name, weight in policy.named_weights():
+            num_bytes += weight.nbytes
             sent[name] = checksum(weight)
             yield name, weight
 
@@ -82,10 +96,12 @@ def sync_weights(
             f"step {version}: {len(differing)} of {len(sent)} weights of the sampler are not the "
             f"policy's: {', '.join(differing[:10])}"
         )
-    probe = canary_ids(vocab_size)
-    difference = float((policy.score(probe) - sampler.score(probe)).abs().max())
+    gib_per_second = num_bytes / 2**30 / (time.perf_counter() - start)
+    probes = canaries(vocab_size)
+    difference = float((policy.score(probes) - sampler.score(probes).to(device())).abs().max())
     if not difference <= tolerance:
         raise WeightSyncError(
             f"step {version}: the canary's log-probabilities differ by {difference:.3g} nats "
             f"between policy and sampler, more than stage.rollout.canary_tolerance {tolerance:.3g}"
         )
+    return {"rollout/sync_gib_per_s": gib_per_second}

@@ -88,10 +88,10 @@ class VLLMSampler:
     def checksums(self) -> None:
         """None: the engine packs weights for its kernels, and the canary has to prove them."""
 
-    def score(self, input_ids: list[int]) -> Tensor:
-        """Log-probability of each token of one sequence given those before it, [T - 1] float32."""
-        ((_, logprobs),) = self._engine.token_logprobs([input_ids], num_topk=0)
-        return logprobs[:, 0]
+    def score(self, sequences: Sequence[list[int]]) -> Tensor:
+        """Log-probabilities of the tokens of sequences; the first token of each has none."""
+        scored = self._engine.token_logprobs(sequences, num_topk=0)
+        return torch.cat([logprobs[:, 0] for _, logprobs in scored])
 
     def sample(self, prompts: Sequence[Prompt], num_responses: int) -> Iterator[Rollout]:
         """Sample responses of each prompt at temperature 1; yields each as it ends.

@@ -48,7 +48,8 @@ def run_opd(cfg: TrainConfig) -> None:
 
     for step in run.steps(until=cascade.num_steps):
         with run.timer("sync"):  # verified: checksums and canary
-            sync_weights(policy, sampler, step, student.vocab_size, opd.rollout.canary_tolerance)
+            tolerance = opd.rollout.canary_tolerance
+            synced = sync_weights(policy, sampler, step, student.vocab_size, tolerance)
         if cascade.measure_due(step):
             end_converged_phases(cfg, run, step, policy, sampler, cascade, held_out)
             if step == cascade.num_steps:
@@ -62,7 +63,7 @@ def run_opd(cfg: TrainConfig) -> None:
             packed = pack_rollouts(scored, opd.objective, cfg.data.max_tokens_per_microbatch)
             metrics = policy.train_step(packed, build_reverse_kl(opd, teacher.head))
 
-        metrics |= summarize(rollouts) | prompts.metrics() | cascade.metrics(step)
+        metrics |= synced | summarize(rollouts) | prompts.metrics() | cascade.metrics(step)
         phase = cascade.phase_at(step).name
         run.log(step, metrics, phase)
         refuse_mismatch(step, metrics["kl/sampler_mismatch"], opd.max_mismatch)

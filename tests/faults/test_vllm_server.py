@@ -6,7 +6,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +28,7 @@ pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
 )
 
+SERVE = Path(__file__).parents[2] / "recipes" / "serve_teacher.sh"
 START_SECONDS = 240
 # What would change every score, if a request left a field to the server.
 ADVERSE = {"temperature": 0.3, "top_k": 1, "top_p": 0.1, "repetition_penalty": 3.0, "max_tokens": 9}
@@ -43,12 +43,11 @@ class RealServer:
             port = free.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         command = [
-            *(sys.executable, "-m", "vllm.entrypoints.openai.api_server"),
-            *("--model", str(model), "--served-model-name", "teacher"),
-            *("--dtype", "float32", "--enforce-eager", "--max-model-len", "256"),
-            *("--kv-cache-memory-bytes", str(64 << 20), "--max-logprobs", "-1"),
-            *("--no-enable-chunked-prefill", "--max-num-batched-tokens", "4096"),
-            *("--enable-scale-out", "--host", "127.0.0.1", "--port", str(port)),
+            *(str(SERVE), str(model), "--dtype", "float32", "--enforce-eager"),
+            *("--max-model-len", "256", "--max-num-batched-tokens", "4096"),
+            *("--kv-cache-memory-bytes", str(64 << 20)),
+            # The adverse fields: a server that somebody else started would let them in.
+            *("--generation-config", "auto"),
         ]
         with log.open("w") as output:
             self._process = subprocess.Popen(
@@ -56,7 +55,7 @@ class RealServer:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"},
+                env=os.environ | {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "PORT": str(port)},
             )
         deadline = time.monotonic() + START_SECONDS
         while not self._is_up():

@@ -1,13 +1,13 @@
 """The sampler samples the model's distribution, by seed, and holds the policy's weights."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
 from torch import Tensor
 
 from marco_train.config import RolloutConfig, SamplerBackend
-from marco_train.losses.logprobs import token_logprobs, topk_logprobs
+from marco_train.losses.logprobs import sequence_logprobs, token_logprobs, topk_logprobs
 from marco_train.models import Qwen3Moe
 from marco_train.models.weights import empty_model, named_weights, random_model
 from marco_train.rollout.base import in_order, response_seed, summarize
@@ -129,10 +129,8 @@ class FakePolicy:
         yield from named_weights(self.model)
 
     @torch.no_grad()
-    def score(self, input_ids: list[int]) -> Tensor:
-        ids = torch.tensor([input_ids])
-        hidden = self.model(ids, torch.arange(len(input_ids))[None])
-        return token_logprobs(hidden[:-1], self.model.head, ids[0, 1:])[0]
+    def score(self, sequences: Sequence[list[int]]) -> Tensor:
+        return sequence_logprobs(self.model, self.model.head, sequences)
 
 
 def fresh_sampler() -> HFSampler:
@@ -189,8 +187,8 @@ def test_a_weight_that_did_not_arrive_is_named() -> None:
 class Miscalculating(HFSampler):
     """Holds the right weights and computes with others, as a packed expert kernel can."""
 
-    def score(self, input_ids: list[int]) -> Tensor:
-        return super().score(input_ids) + 0.01
+    def score(self, sequences: Sequence[list[int]]) -> Tensor:
+        return super().score(sequences) + 0.01
 
 
 def test_a_sampler_that_computes_something_else_is_caught_by_the_canary() -> None:

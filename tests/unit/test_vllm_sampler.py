@@ -3,7 +3,7 @@
 import importlib.util
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from marco_train import vllm_engine
 from marco_train.config import DType, OPDConfig
-from marco_train.losses.logprobs import token_logprobs
+from marco_train.losses.logprobs import sequence_logprobs
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.weights import named_weights, random_model
 from marco_train.rollout.base import Sampler, in_order
@@ -41,10 +41,8 @@ class Fixed:
         return named_weights(self.model)
 
     @torch.no_grad()
-    def score(self, input_ids: list[int]) -> Tensor:
-        ids = torch.tensor([input_ids])
-        hidden = self.model(ids, torch.arange(len(input_ids))[None])
-        return token_logprobs(hidden[:-1], self.model.head, ids[0, 1:])[0]
+    def score(self, sequences: Sequence[list[int]]) -> Tensor:
+        return sequence_logprobs(self.model, self.model.head, sequences)
 
 
 def spread(seed: int) -> Fixed:
@@ -102,7 +100,7 @@ def check_samples() -> None:
         found = in_order(sampler.sample(prompts(), 4))
         assert len(found) == 24
         for r in found:
-            logprobs = policy.score(r.input_ids)[len(r.prompt.input_ids) - 1 :]
+            logprobs = policy.score([r.input_ids])[len(r.prompt.input_ids) - 1 :]
             torch.testing.assert_close(
                 torch.tensor(r.sampler_logprobs), logprobs, rtol=1e-4, atol=1e-4
             )
