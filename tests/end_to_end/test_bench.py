@@ -1,4 +1,4 @@
-"""The benchmark runs on a CPU, and every side computes the same."""
+"""The benchmarks run on a CPU, and every side computes the same."""
 
 import json
 import subprocess
@@ -8,8 +8,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 
 
-def bench(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "bench_model.py"), *arguments]
+def bench(*arguments: str, script: str = "bench_model.py") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "scripts" / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -41,3 +41,29 @@ def test_a_gpu_that_is_not_there_is_said_in_one_sentence(tmp_path: Path) -> None
     done = bench("--device", "cuda", "--json", str(tmp_path / "bench.json"))
     assert done.returncode == 1
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_objectives_take_the_same_steps_and_the_share_of_a_run_is_read(tmp_path: Path) -> None:
+    file, run = tmp_path / "bench.json", tmp_path / "run"
+    run.mkdir()
+    times = {"time/sync": 1, "time/sample": 1, "time/score": 1, "time/train": 1, "time/step": 4}
+    lines = [json.dumps(times | {"cascade/phase": phase}) for phase in (0, 0, 0, 1, 1)]
+    (run / "metrics.jsonl").write_text("\n".join(lines))
+    done = bench(
+        *("--shapes", "quickstart", "--tokens", "16", "--repeats", "1"),
+        *("--run", str(run), "--json", str(file)),
+        script="bench_opd.py",
+    )
+    assert done.returncode == 0, done.stderr
+    parts = json.loads(file.read_text())["parts"]
+    assert [row["objective"] for row in parts["objectives"]] == ["sampled", "topk", "full"]
+    assert all(row["ms"] > 0 and row["error"] < 1e-5 for row in parts["objectives"])
+    assert len(parts["memory"]) == 12
+    assert [row["score / step"] for row in parts["teacher_share"]] == [0.25, 0.25]
+    assert "time / sampled" in done.stdout
+
+
+def test_a_comparison_without_its_interpreter_is_refused(tmp_path: Path) -> None:
+    done = bench("--only", "trl", "--json", str(tmp_path / "b.json"), script="bench_opd.py")
+    assert done.returncode == 2
+    assert "--trl-python" in done.stderr.splitlines()[-1]
