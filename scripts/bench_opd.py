@@ -50,15 +50,22 @@ from torch import Tensor
 
 from marco_train import distributed
 from marco_train.architecture import ArchitectureConfig, read_architecture
-from marco_train.config import Objective, OPDConfig, TrainConfig, plain_config, to_run
+from marco_train.config import (
+    Objective,
+    OPDConfig,
+    TrainConfig,
+    longest_sequence,
+    plain_config,
+    to_run,
+)
 from marco_train.data.packing import pack_rollouts
 from marco_train.losses.distillation import bucketed_kl, build_reverse_kl
 from marco_train.metrics import Metrics
 from marco_train.models import save_model
 from marco_train.models.hf_io import stop_token_ids
 from marco_train.models.weights import random_model
-from marco_train.rollout.base import summarize
-from marco_train.rollout.hf import build_sampler
+from marco_train.rollout.base import in_order, summarize
+from marco_train.rollout.build import build_sampler
 from marco_train.rollout.sync import sync_weights
 from marco_train.teachers.base import Wanted, scores_from_hidden
 from marco_train.teachers.build import build_teacher
@@ -178,19 +185,12 @@ class Distillation:
         self.vocab_size = student.vocab_size
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
         self.texts: list[str] = json.loads((directory / "prompts.json").read_text())
-        wanted = Wanted(opd.objective, opd.top_k or 0, opd.top_k_from)
+        wanted = wanted_of(opd, student.vocab_size, self.tokenizer.eos_token_id)
         self.teacher = build_teacher(opd.cascade["first"].teacher, wanted)
         self.policy = build_policy(cfg.model, cfg.optim, cfg.parallel, 1, cfg.seed, "")
         stops = self.tokenizer.eos_token_id < student.vocab_size
-        self.sampler = build_sampler(
-            opd.rollout,
-            student,
-            torch.float32,
-            stop_token_ids(tokenizer_dir) if stops else [],
-            opd.max_response_length,
-            opd.num_sampler_topk,
-            cfg.seed,
-        )
+        stop_ids = stop_token_ids(tokenizer_dir) if stops else []
+        self.sampler = build_sampler(opd, student, cfg.model.dtype, stop_ids, cfg.seed)
         self.rollouts: list[Rollout] = []
         self.tokens: list[int] = []
         self.seconds: dict[str, list[float]] = {part: [] for part in ("step", *STEP_PARTS)}
@@ -203,7 +203,7 @@ class Distillation:
         marks.append(time.perf_counter())
         first = number * opd.global_batch_size
         prompts = self.tokenised(self.texts[first : first + opd.global_batch_size])
-        self.rollouts = self.sampler.sample(prompts, opd.responses_per_prompt)
+        self.rollouts = in_order(self.sampler.sample(prompts, opd.responses_per_prompt))
         marks.append(time.perf_counter())
         scored = self.teacher.score(self.rollouts)
         marks.append(time.perf_counter())
@@ -225,6 +225,12 @@ class Distillation:
         """Make an update."""
         packed = pack_rollouts(scored, self.opd.objective, self.cfg.data.max_tokens_per_microbatch)
         return self.policy.train_step(packed, build_reverse_kl(self.opd, self.teacher.head))
+
+
+def wanted_of(cfg: OPDConfig, vocab_size: int, stop_id: int) -> Wanted:
+    """What an objective needs of its teacher."""
+    length = longest_sequence(cfg)
+    return Wanted(cfg.objective, cfg.top_k or 0, cfg.top_k_from, vocab_size, length, stop_id)
 
 
 def rollout_of(prompt: Prompt, response: list[int], topk_ids: list[list[int]]) -> Rollout:
@@ -278,6 +284,7 @@ def whole_logits(loop: Distillation) -> dict[Objective, float]:
         assert isinstance(batch, FullMicrobatch)
         output, targets = loop.policy.forward(batch), batch.targets[batch.loss_mask, None]
         logp = F.linear(output.hidden[batch.loss_mask], output.head).log_softmax(-1)
+        assert loop.teacher.head is not None
         logq = F.linear(batch.teacher_hidden, loop.teacher.head).log_softmax(-1)
         ids = logp.topk(TOP_K).indices
         values = {
@@ -327,7 +334,7 @@ def loss_peak(cfg: OPDConfig, tokens: int, head: Tensor, teacher_head: Tensor) -
     ids = torch.randint(0, vocab_size, (tokens, 1 + cfg.num_sampler_topk)).tolist()
     prompt = Prompt(0, [0], "bench", "none", "none")
     rollout = rollout_of(prompt, [row[0] for row in ids], [row[1:] for row in ids])
-    wanted = Wanted(cfg.objective, cfg.top_k or 0, cfg.top_k_from)
+    wanted = wanted_of(cfg, vocab_size, stop_id=0)
     scored = Scored(rollout, scores_from_hidden(rollout, of_teacher, teacher_head, wanted))
     (batch,) = pack_rollouts([scored], cfg.objective, max_tokens=tokens)
     output = PolicyOutput(hidden.requires_grad_(), head.requires_grad_())
