@@ -87,6 +87,8 @@ class VLLMEngine:
                 "scripts/setup_vllm_cpu for trials without one, or choose backend=hf"
             )
         options: dict[str, Any] = {}
+        # Only an engine that gets its weights again and again can let go of them.
+        self._sleeps = torch.cuda.is_available() and not with_weights
         max_tokens_per_batch = max(max_tokens_per_batch, max_length)
         with _process_left_alone():
             from vllm import LLM
@@ -106,6 +108,7 @@ class VLLMEngine:
                 max_num_batched_tokens=max_tokens_per_batch,
                 max_num_seqs=min(max_sequences, max_tokens_per_batch),
                 load_format="auto" if with_weights else "dummy",
+                enable_sleep_mode=self._sleeps,
                 skip_tokenizer_init=purpose is Purpose.generate,
                 kv_cache_memory_bytes=kv_cache_bytes,
                 enforce_eager=not torch.cuda.is_available(),
@@ -140,6 +143,8 @@ class VLLMEngine:
         from vllm.model_executor.model_loader.reload import layerwise
 
         config = self._llm.llm_engine.vllm_config.model_config
+        if self._sleeps:
+            self._llm.wake_up(tags=["weights"])
 
         def replace(model: Any) -> list[str]:
             needed = {name for name, _ in model.named_parameters()}
@@ -155,7 +160,19 @@ class VLLMEngine:
         (not_reached,) = self._llm.apply_model(replace)
         if not_reached:
             raise RuntimeError(f"vLLM took no new {', '.join(not_reached[:10])}")
+        if self._sleeps:
+            self._llm.wake_up(tags=["kv_cache"])
         self._llm.reset_prefix_cache()
+
+    def sleep(self) -> bool:
+        """Give the memory of weights, keys and values to the trainer until `load_weights`.
+
+        Returns:
+            Whether it did; it cannot on a CPU.
+        """
+        if self._sleeps:
+            self._llm.sleep(level=2)
+        return self._sleeps
 
     def generate(
         self,

@@ -66,7 +66,7 @@ from marco_train.models.hf_io import stop_token_ids
 from marco_train.models.weights import random_model
 from marco_train.rollout.base import in_order, summarize
 from marco_train.rollout.build import build_sampler
-from marco_train.rollout.sync import sync_weights
+from marco_train.rollout.sync import canaries, sync_weights
 from marco_train.teachers.base import Wanted, scores_from_hidden
 from marco_train.teachers.build import build_teacher
 from marco_train.train import CONFIG_DIR
@@ -92,6 +92,11 @@ STILL, MOVING = (
     [f"optim.learning_rate={rate}", f"optim.min_learning_rate={rate}"] for rate in (1e-30, 1e-6)
 )
 MEMORY_WIDTHS = (64, 96)  # of policy and teacher
+SAMPLERS = {
+    "hf": [],
+    "vllm": ["stage.rollout.kv_cache_gib=0.25", "stage.rollout.max_tokens_per_batch=4096"],
+}
+SYNC_PARTS = ("sync", "copy", "canary")
 STEP_PARTS = ("sync", "sample", "score", "train")
 TOLERANCE = 1e-4
 THEIR_SCRIPT = Path(__file__).with_name("bench_trl.py")
@@ -357,8 +362,95 @@ def bench_teacher_share(bench: Bench, args: argparse.Namespace) -> None:
         for part in ("step", *STEP_PARTS):
             cells[f"{part} ms"] = 1e3 * median(step[f"time/{part}"] for step in steps)
         cells |= {"score / step": median(shares), "range": span(shares), "goal": 0.4}
+        if "teacher/seconds" in steps[0]:  # of servers, from the first request to the last answer
+            idle = [step["time/score"] / step["teacher/seconds"] for step in steps]
+            cells["scoring ms"] = 1e3 * median(step["teacher/seconds"] for step in steps)
+            cells |= {"idle / scoring": median(idle), "idle range": span(idle), "idle goal": 0.2}
         bench.add("teacher_share", cells, shares)
-    bench.note("teacher_share", "without the first step of each phase, which opens its teacher")
+    bench.note("teacher_share", "without the first step of each phase, which opens its teacher;")
+    bench.note("teacher_share", "score is the wait for a teacher once all is sampled")
+
+
+def bench_sampler(bench: Bench, _: argparse.Namespace) -> None:
+    """Time both samplers and their syncs."""
+    for shape in bench.shapes:
+        with tempfile.TemporaryDirectory() as directory:
+            make_inputs(Path(directory), shape, argparse.Namespace(), 1)
+            task = {"directory": directory, "repeats": bench.repeats}
+            found = run_job([sys.executable, __file__, "--job"], {}, job="sampler", **task)
+        times = {side: found[side]["sample"] for side in SAMPLERS}
+        for side in SAMPLERS:
+            parts = found[side]
+            cells: dict[str, Any] = {"shape": shape, "sampler": side, "MiB": found["bytes"] / MIB}
+            cells |= compared(times, side, base="vllm")
+            rates = [n / s for n, s in zip(parts["tokens"], times[side], strict=True)]
+            cells["tokens/s"] = median(rates)
+            cells |= {f"{part} ms": 1e3 * median(parts[part]) for part in SYNC_PARTS}
+            each = zip(*(parts[part] for part in SYNC_PARTS), strict=True)
+            over = [sync / (2 * copy + canary) for sync, copy, canary in each]
+            cells |= {"sync / bound": median(over), "bound range": span(over)}
+            bench.add("sampler", cells, parts)
+    bench.note(
+        "sampler", "goals: hf at least 1.3 times the time of vllm; a sync at most its bound,"
+    )
+    bench.note(
+        "sampler", "which is two copies of its bytes and the canary; tokens are sampled ones"
+    )
+    bench.note("sampler", "goal: all names of Mini accounted for in 1 s: " + accounting())
+
+
+def accounting() -> str:
+    """How long the vLLM sampler takes to check a stream of Mini's weights, without their bytes."""
+    from marco_train.models.weights import meta_model, weight_shapes
+    from marco_train.rollout.vllm import VLLMSampler
+
+    sampler = object.__new__(VLLMSampler)
+    sampler._shapes = weight_shapes(meta_model(MINI))
+    stream = [(name, torch.empty(s, device="meta")) for name, s in sampler._shapes.items()]
+    start = time.perf_counter()
+    count = sum(1 for _ in sampler._checked(stream))
+    return f"{count} weights in {time.perf_counter() - start:.3f} s"
+
+
+def sampler_job(directory: str, repeats: int) -> dict[str, Any]:
+    """Job: seconds of sampling, of syncs and of what syncs are made of, the samplers in turn."""
+    loops = {
+        side: Distillation(Path(directory), f"rollout@stage.rollout={side}", *given, *STILL)
+        for side, given in SAMPLERS.items()
+    }
+    policy = next(iter(loops.values())).policy
+    found: dict[str, Any] = {"bytes": sum(w.nbytes for _, w in policy.named_weights())}
+    for side in loops:
+        found[side] = {part: [] for part in (*SYNC_PARTS, "sample", "tokens")}
+    for number in range(1 + repeats):  # the first warms up
+        for side, loop in loops.items():
+            prompts = loop.tokenised(loop.texts)
+            probes = canaries(loop.vocab_size)
+            marks = [time.perf_counter()]
+            sync_weights(
+                loop.policy,
+                loop.sampler,
+                number,
+                loop.vocab_size,
+                loop.opd.rollout.canary_tolerance,
+            )
+            marks.append(time.perf_counter())
+            copies = [weight.clone() for _, weight in loop.policy.named_weights()]
+            marks.append(time.perf_counter())
+            loop.policy.score(probes), loop.sampler.score(probes)
+            marks.append(time.perf_counter())
+            rollouts = list(loop.sampler.sample(prompts, loop.opd.responses_per_prompt))
+            marks.append(time.perf_counter())
+            del copies
+            if number == 0:
+                continue
+            parts = (*SYNC_PARTS, "sample")
+            for part, start, end in zip(parts, marks[:-1], marks[1:], strict=True):
+                found[side][part].append(end - start)
+            found[side]["tokens"].append(sum(len(r.response_ids) for r in rollouts))
+    for loop in loops.values():
+        loop.sampler.close()
+    return found
 
 
 def our_job(directory: str, steps: int, warm_ups: int, check: bool) -> dict[str, Any]:
@@ -455,10 +547,15 @@ def same(one: dict[str, Any], other: dict[str, Any]) -> bool:
     return one["prompts"] == other["prompts"] and all(close)
 
 
-JOBS: dict[str, Callable[..., Any]] = {"memory": memory_job, "ours": our_job}
+JOBS: dict[str, Callable[..., Any]] = {
+    "memory": memory_job,
+    "ours": our_job,
+    "sampler": sampler_job,
+}
 PARTS: dict[str, Callable[[Bench, argparse.Namespace], None]] = {
     "objectives": bench_objectives,
     "teacher_share": bench_teacher_share,
+    "sampler": bench_sampler,
     "trl": bench_trl,
 }
 

@@ -29,6 +29,9 @@ class Sampler(Protocol):
         None where it keeps them in another form, which the canary alone can prove.
         """
 
+    def sleep(self) -> None:
+        """Leave memory to the trainer until `load_weights`, where there is a way to."""
+
     def close(self) -> None:
         """Let go of memory."""
 

@@ -58,6 +58,9 @@ class HFSampler:
         """Digest every weight that this sampler holds."""
         return {name: checksum(weight) for name, weight in named_weights(self._model)}
 
+    def sleep(self) -> None:
+        """It keeps its weights."""
+
     def close(self) -> None:
         """Nothing but memory is held, which goes with the object."""
 

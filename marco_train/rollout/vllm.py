@@ -126,6 +126,11 @@ class VLLMSampler:
                 weight_version=version,
             )
 
+    def sleep(self) -> None:
+        """Give up weights and memory until the next sync; nothing happens on a CPU."""
+        if self._engine.sleep():
+            self._weight_version = None
+
     def close(self) -> None:
         """Free the engine's memory."""
         self._engine.close()

@@ -60,6 +60,7 @@ def run_opd(cfg: TrainConfig) -> None:
         with run.timer("score"):  # servers begin with the first response that has ended
             scored = run.outlast(step, partial(teacher.score, rollouts))
         with run.timer("train"):
+            sampler.sleep()  # its memory is the trainer's until the next sync
             packed = pack_rollouts(scored, opd.objective, cfg.data.max_tokens_per_microbatch)
             metrics = policy.train_step(packed, build_reverse_kl(opd, teacher.head))
 
