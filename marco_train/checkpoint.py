@@ -21,9 +21,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from marco_train.config import MANIFEST
 from marco_train.distributed import barrier, gather_objects, is_main, rank, world_size
 from marco_train.errors import InputError
+from marco_train.resumption import MANIFEST
 
 STEP_NAME = re.compile(r"step_(\d{6,})$")
 

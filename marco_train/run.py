@@ -17,10 +17,11 @@ from marco_train.checkpoint import (
     save_checkpoint,
     set_aside_newer,
 )
-from marco_train.config import FINISHED, TrainConfig, field_difference, identity, plain_config
+from marco_train.config import TrainConfig
 from marco_train.distributed import barrier, is_main, rank, seed_everything
 from marco_train.errors import AwayError, InputError
 from marco_train.metrics import Metrics
+from marco_train.resumption import FINISHED, field_difference, identity, plain_config
 from marco_train.tracking import Tracker, say
 
 T = TypeVar("T")

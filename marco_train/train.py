@@ -8,15 +8,9 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, MissingMandatoryValue
 
-from marco_train.config import (
-    StageKind,
-    TrainConfig,
-    check_resume,
-    is_finished,
-    register_schemas,
-    to_run,
-)
+from marco_train.config import StageKind, TrainConfig, register_schemas, to_run
 from marco_train.errors import AwayError, InputError
+from marco_train.resumption import check_resume, is_finished
 
 PACKAGE = Path(__file__).resolve().parent
 # Beside the package in a checkout, inside it in a wheel; absolute, so that the console script

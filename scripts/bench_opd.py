@@ -50,20 +50,14 @@ from torch import Tensor
 
 from marco_train import distributed
 from marco_train.architecture import ArchitectureConfig, read_architecture
-from marco_train.config import (
-    Objective,
-    OPDConfig,
-    TrainConfig,
-    longest_sequence,
-    plain_config,
-    to_run,
-)
+from marco_train.config import Objective, OPDConfig, TrainConfig, longest_sequence, to_run
 from marco_train.data.packing import pack_rollouts
 from marco_train.losses.distillation import bucketed_kl, build_reverse_kl
 from marco_train.metrics import Metrics
 from marco_train.models import save_model
 from marco_train.models.hf_io import stop_token_ids
 from marco_train.models.weights import random_model
+from marco_train.resumption import plain_config
 from marco_train.rollout.base import in_order, summarize
 from marco_train.rollout.build import build_sampler
 from marco_train.rollout.sync import canaries, sync_weights

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from marco_train.architecture import ArchitectureConfig, read_architecture
-from marco_train.config import field_difference
 from marco_train.distributed import gather_objects, is_main, rank, world_size
 from marco_train.errors import InputError
 from marco_train.models.qwen3_moe import Qwen3Moe
@@ -36,6 +35,7 @@ from marco_train.models.weights import (
     name_first,
     weight_shapes,
 )
+from marco_train.resumption import field_difference
 
 SHARD_BYTES = 4 * 2**30
 WEIGHTS = "model.safetensors"

@@ -8,8 +8,9 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from marco_train.config import ModelConfig, field_difference
+from marco_train.config import ModelConfig
 from marco_train.errors import InputError
+from marco_train.resumption import field_difference
 
 # What turns text into ids; the rest of tokenizer.json is padding and truncation.
 MEANING = ["added_tokens", "normalizer", "pre_tokenizer", "model"]
