@@ -182,7 +182,8 @@ class Cascade:
         """Load a teacher and check its numbers before it teaches anything."""
         teacher = build_teacher(cfg, self._wanted)
         probes = probe_rollouts(self._student_tokenizer, self._wanted)
-        check_scores(teacher, probes, self._wanted.vocab_size, f"teacher {phase!r} ({cfg.path})")
+        name = f"teacher {phase!r} ({cfg.path})"
+        check_scores(teacher, probes, self._wanted.vocab_size, cfg.dtype, name)
         teacher.take_counts()  # of the probes
         if self._cfg.score_cache.path is None:
             return teacher

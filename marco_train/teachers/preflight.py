@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marco_train.config import TeacherConfig
+from marco_train.config import DType, TeacherConfig
 from marco_train.errors import require
 from marco_train.losses.logprobs import token_logprobs
 from marco_train.models.hf_io import stop_token_ids
-from marco_train.teachers.base import Teacher, Wanted
+from marco_train.teachers.base import SAME_ANSWER, Teacher, Wanted
 from marco_train.teachers.vocab import check_head_rows, check_vocabulary
 from marco_train.types import (
     FinishReason,
@@ -61,8 +61,6 @@ PROBES = {
     "ne": "बिहान नदी शान्त थियो।",
     "az": "Səhər çay sakit idi.",
 }
-# Nats by which two answers to one question may differ: kernels may add in another order.
-SAME_ANSWER = 1e-3
 # A model whose log-probabilities all lie this near to those of a uniform guess has no opinion.
 UNIFORM_SPREAD = 0.05
 # A mean log-probability this many times worse than a uniform guess is of no language model.
@@ -172,7 +170,9 @@ def probe_rollouts(tokenizer_dir: str, wanted: Wanted) -> list[Rollout]:
     return rollouts
 
 
-def check_scores(teacher: Teacher, rollouts: Sequence[Rollout], vocab_size: int, name: str) -> None:
+def check_scores(
+    teacher: Teacher, rollouts: Sequence[Rollout], vocab_size: int, dtype: DType, name: str
+) -> None:
     """Refuse a teacher whose numbers cannot be trusted; every rank takes part.
 
     Raises:
@@ -198,14 +198,14 @@ def check_scores(teacher: Teacher, rollouts: Sequence[Rollout], vocab_size: int,
                 bool(value.isfinite().all()),
                 f"{name} gave {field} that are not finite: its weights or its type are broken",
             )
-            difference = (value.double() - vars(other.scores)[field].double()).abs()
-            worst = float(difference.max()) if difference.numel() else 0.0
-            require(
-                worst <= SAME_ANSWER,
-                f"{name} answered one question twice with {field} that differ by {worst:.3g} "
-                f"(bound {SAME_ANSWER}): scores depend on what else it computes; switch that off",
-            )
         logprobs.append(_token_logprobs(teacher, scored))
+        difference = float((logprobs[-1] - _token_logprobs(teacher, other)).abs().max())
+        require(
+            difference <= SAME_ANSWER[dtype],
+            f"{name} answered one question twice with log-probabilities that differ by "
+            f"{difference:.3g} nats (bound {SAME_ANSWER[dtype]}): scores depend on what else it "
+            "computes; switch that off",
+        )
     _check_opinion(torch.cat(logprobs), vocab_size, name)
 
 

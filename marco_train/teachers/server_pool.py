@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import httpx
 from tenacity import (
@@ -61,6 +61,16 @@ class Server:
     num_open: int = 0
     trusted: bool = False
     passed_over_until: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Question(Generic[T]):
+    """What `ServerPool.submit` was given."""
+
+    path: str
+    body: dict[str, Any] | None
+    read: Callable[[Any], T]
+    server: Server | None
 
 
 Ask = Callable[[str, dict[str, Any] | None], Any]
@@ -115,8 +125,9 @@ class ServerPool:
             A future of the value. It fails with `RejectedError` where no answer could be used, and
             with `InputError` where a server refuses the request.
         """
+        question = _Question(path, body, read, server)
         future: Future[T] = Future()
-        self._requests.put((future, partial(self._until_answered, path, body, read, server)))
+        self._requests.put((future, partial(self._until_answered, question)))
         return future
 
     def start_waiting(self) -> None:
@@ -150,13 +161,7 @@ class ServerPool:
             except BaseException as error:
                 future.set_exception(error)
 
-    def _until_answered(
-        self,
-        path: str,
-        body: dict[str, Any] | None,
-        read: Callable[[Any], T],
-        server: Server | None,
-    ) -> T:
+    def _until_answered(self, question: _Question[T]) -> T:
         num_attempts = num_unusable = 0
 
         def attempt() -> T:
@@ -165,7 +170,7 @@ class ServerPool:
             if num_attempts > 1:
                 self._count("repeated_requests")
             try:
-                return self._attempt(path, body, read, server)
+                return self._attempt(question)
             except UnusableAnswerError as error:
                 self.last_error = str(error)
                 num_unusable += 1
@@ -183,19 +188,13 @@ class ServerPool:
         answer: T = attempts(attempt)
         return answer
 
-    def _attempt(
-        self,
-        path: str,
-        body: dict[str, Any] | None,
-        read: Callable[[Any], T],
-        chosen: Server | None,
-    ) -> T:
-        server = self._take(chosen)
+    def _attempt(self, question: _Question[T]) -> T:
+        server = self._take(question.server)
         try:
             if not server.trusted:
                 self._trust(server.url, lambda p, b: self._request(server, p, b))
                 server.trusted = True
-            value = read(self._request(server, path, body))
+            value = question.read(self._request(server, question.path, question.body))
         except _AgainError as error:
             self.last_error = f"{server.url}: {error}"
             raise

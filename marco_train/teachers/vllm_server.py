@@ -22,10 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from marco_train.config import DType, Objective, TeacherConfig, TopKFrom
+from marco_train.config import Objective, TeacherConfig, TopKFrom
 from marco_train.distributed import reduce_max, reduce_sums
 from marco_train.errors import AwayError, InputError, require
-from marco_train.teachers.base import Wanted, model_identity, trade_places
+from marco_train.teachers.base import SAME_ANSWER, Wanted, model_identity, trade_places
 from marco_train.teachers.server_pool import Ask, RejectedError, ServerPool, UnusableAnswerError
 from marco_train.tracking import say
 from marco_train.types import Rollout, ScoredRollout, Scores, TokenScores, TopKScores, known_places
@@ -40,8 +40,6 @@ NO_NUMBER = -9999.0
 ROUNDING = 1e-3
 # Share of a response's places without a number above which the whole rollout is left out.
 MAX_MISSING = 0.1
-# Nats by which a server that comes back may differ from what the servers said at first.
-SAME_ANSWER = {DType.float32: 1e-3, DType.bfloat16: 0.1}
 PROBE_LENGTH = 16
 POLL_SECONDS = 1.0
 

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,13 @@ def commands_of_the_readme() -> list[str]:
 
 def test_the_readme_opens_with_the_two_commands() -> None:
     assert commands_of_the_readme() == ["recipes/quickstart/run.sh", "scripts/test"]
+
+
+def test_the_readme_shows_the_loop_as_it_stands() -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    (shown,) = re.findall(r"```python\n(for step in run\.steps.*?)```", readme, re.DOTALL)
+    source = (REPOSITORY / "marco_train" / "stages" / "opd.py").read_text()
+    assert textwrap.indent(shown, "    ") in source
 
 
 def single_process_weights(clone: Path, out: Path) -> list[bytes]:

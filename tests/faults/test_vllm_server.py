@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 
-from marco_train.config import Objective, ServersConfig, TeacherBackend, TopKFrom
+from marco_train.config import DType, Objective, ServersConfig, TeacherBackend, TopKFrom
 from marco_train.errors import AwayError, InputError
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
@@ -122,7 +122,7 @@ def test_the_scores_are_those_of_transformers(
             vars(found.scores).values(), vars(expected.scores).values(), strict=True
         ):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    check_scores(teacher, probe_rollouts(str(model), wanted), 320, "teacher")
+    check_scores(teacher, probe_rollouts(str(model), wanted), 320, DType.float32, "teacher")
     counts = teacher.take_counts()
     assert counts.pop("milliseconds") > 0 and not counts
     teacher.close()

@@ -1,5 +1,7 @@
 """Sequences end to end, shifted once."""
 
+from dataclasses import replace
+
 import torch
 
 from marco_train.config import Objective
@@ -112,3 +114,49 @@ def test_no_rollouts_at_all_still_make_a_microbatch() -> None:
     for objective in Objective:
         (batch,) = pack_rollouts([], objective, max_tokens=16)
         assert batch.num_loss_tokens == 0
+
+
+NAN = float("nan")
+
+
+def test_places_that_the_teacher_did_not_score_have_no_loss() -> None:
+    one = rollout([1, 2], [3, 4, 5], [-0.1, -0.2, -0.3])
+    other = replace(rollout([6], [7, 8], [-0.4, -0.5]), sample_index=1)
+    empty = replace(rollout([9, 9], [], []), sample_index=2)
+
+    def scored_by(*scores: TokenScores | TopKScores) -> list[ScoredRollout]:
+        return [ScoredRollout(r, s) for r, s in zip((one, other, empty), scores, strict=True)]
+
+    tokens = scored_by(
+        TokenScores(torch.tensor([-1.0, NAN, -3.0])),
+        TokenScores(torch.tensor([NAN, -5.0])),
+        TokenScores(torch.zeros(0)),
+    )
+    # In whichever order they come, they are laid by prompt and sample; the longest is first.
+    (sampled,) = pack_rollouts(tokens[::-1], Objective.sampled, max_tokens=16)
+    assert isinstance(sampled, SampledMicrobatch)
+    assert sampled.targets[sampled.loss_mask].tolist() == [3, 5, 8]
+    assert sampled.num_loss_tokens == len(sampled.group_ids) == 3
+    found = sampled.sampler_logprobs[sampled.loss_mask], sampled.teacher_logprobs[sampled.loss_mask]
+    torch.testing.assert_close(torch.stack(found), torch.tensor([[-0.1, -0.3, -0.5], [-1, -3, -5]]))
+
+    def likeliest(logprobs: list[list[float]]) -> TopKScores:
+        count = len(logprobs)
+        ids = torch.arange(2 * count).view(count, 2)
+        return TopKScores(ids, torch.tensor(logprobs).view(count, 2), torch.arange(count) / 4)
+
+    (topk,) = pack_rollouts(
+        scored_by(
+            likeliest([[-1.0, -2.0], [-1.0, NAN], [-3.0, -4.0]]),
+            likeliest([[NAN, NAN], [-5.0, -6.0]]),
+            likeliest([]),
+        ),
+        Objective.topk,
+        max_tokens=16,
+    )
+    assert isinstance(topk, TopKMicrobatch)
+    assert topk.targets[topk.loss_mask].tolist() == [3, 5, 8]
+    assert topk.topk_ids.tolist() == [[0, 1], [4, 5], [2, 3]]
+    assert topk.teacher_topk_logprobs.tolist() == [[-1, -2], [-3, -4], [-5, -6]]
+    assert topk.topk_overlap.tolist() == [0, 0.5, 0.25]
+    assert len(topk.group_ids) == 3

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from marco_train.config import Objective, TeacherBackend
+from marco_train.config import DType, Objective, TeacherBackend
 from marco_train.data.chat import CHATML
 from marco_train.errors import InputError
 from marco_train.teachers.base import Wanted
@@ -79,7 +79,7 @@ def test_the_numbers_of_real_teachers_pass(
     teacher = build_teacher(cfg, wanted_for(objective))
     probes = probe_rollouts(world.path("data", "tokenizer"), wanted_for(objective))
     assert [r.prompt.language for r in probes] == list(PROBES)
-    check_scores(teacher, probes, 320, "teacher")
+    check_scores(teacher, probes, 320, DType.float32, "teacher")
 
 
 class Scripted:
@@ -110,7 +110,7 @@ FAULTS: dict[str, tuple[Callable[[Tensor, int], Tensor], str]] = {
     "minus infinity": (lambda x, _: torch.where(x > -2.01, -float("inf"), x), "not finite"),
     "another answer each time": (
         lambda x, calls: x + 0.01 * calls,
-        r"one question twice with teacher_logprobs that differ by 0.01 \(bound 0.001\)",
+        r"one question twice with log-probabilities that differ by 0.01 nats \(bound 0.001\)",
     ),
     "no opinion": (lambda x, _: torch.full_like(x, UNIFORM), "finds all tokens alike"),
     "nonsense": (lambda x, _: x - 40, "gives plain sentences"),
@@ -122,9 +122,9 @@ def test_a_teacher_with_a_fault_is_refused(
     fault: Callable[[Tensor, int], Tensor], names: str, world: World
 ) -> None:
     probes = probe_rollouts(world.path("data", "tokenizer"), wanted_for())
-    check_scores(Scripted(lambda x, _: x), probes, 320, "teacher")
+    check_scores(Scripted(lambda x, _: x), probes, 320, DType.float32, "teacher")
     with pytest.raises(InputError, match=names):
-        check_scores(Scripted(fault), probes, 320, "teacher")
+        check_scores(Scripted(fault), probes, 320, DType.float32, "teacher")
 
 
 class Elsewhere(Scripted):
@@ -147,6 +147,6 @@ class Forgetful(Scripted):
 def test_scores_of_other_tokens_or_fewer_rollouts_are_refused(world: World) -> None:
     probes = probe_rollouts(world.path("data", "tokenizer"), wanted_for())
     with pytest.raises(InputError, match="scored other tokens than it was sent"):
-        check_scores(Elsewhere(lambda x, _: x), probes, 320, "teacher")
+        check_scores(Elsewhere(lambda x, _: x), probes, 320, DType.float32, "teacher")
     with pytest.raises(InputError, match="answered 28 of 29 rollouts"):
-        check_scores(Forgetful(lambda x, _: x), probes, 320, "teacher")
+        check_scores(Forgetful(lambda x, _: x), probes, 320, DType.float32, "teacher")

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from marco_train.config import Objective, TeacherBackend, TopKFrom
+from marco_train.config import DType, Objective, TeacherBackend, TopKFrom
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
 from marco_train.teachers.build import build_teacher
@@ -53,7 +53,7 @@ def scores_of(backend: TeacherBackend, path: str, stop_id: int | None) -> list[l
         mine = [r for r in rollouts() if r.prompt.index % dist.get_world_size() == dist.get_rank()]
         mine += [r for r in [ended()] if dist.get_rank() == 0]
         found += [[v.float() for v in vars(s.scores).values()] for s in teacher.score(mine)]
-        check_scores(teacher, probe_rollouts(path, wanted), 320, "teacher")
+        check_scores(teacher, probe_rollouts(path, wanted), 320, DType.float32, "teacher")
         teacher.close()
     return found
 
