@@ -52,6 +52,7 @@ CURVES = {
     "falls by too little": ([1.0, 0.8, 0.75], (1, 0.1), 4),
     "falls by too little once, with patience": ([1.0, 0.8, 0.75, 0.6, 0.4], (2, 0.1), None),
     "falls by too little twice": ([1.0, 0.8, 0.75, 0.74], (2, 0.1), 6),
+    "falls and rises again": ([1.0, 0.9, 0.5, 0.85], (2, 0.1), None),
     "rises": ([1.0, 0.5, 0.9, 0.8], (2, 0.0), 6),
     "one measure is no curve": ([1.0], (1, 5.0), None),
     "must fall by more than it can": ([1.0, 0.0], (1, 5.0), 2),

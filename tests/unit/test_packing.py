@@ -121,7 +121,7 @@ NAN = float("nan")
 
 def test_places_that_the_teacher_did_not_score_have_no_loss() -> None:
     one = rollout([1, 2], [3, 4, 5], [-0.1, -0.2, -0.3])
-    other = replace(rollout([6], [7, 8], [-0.4, -0.5]), sample_index=1)
+    other = replace(rollout([6, 6, 6], [7, 8], [-0.4, -0.5]), sample_index=1)
     empty = replace(rollout([9, 9], [], []), sample_index=2)
 
     def scored_by(*scores: TokenScores | TopKScores) -> list[ScoredRollout]:
@@ -132,7 +132,7 @@ def test_places_that_the_teacher_did_not_score_have_no_loss() -> None:
         TokenScores(torch.tensor([NAN, -5.0])),
         TokenScores(torch.zeros(0)),
     )
-    # In whichever order they come, they are laid by prompt and sample; the longest is first.
+    # In whichever order they come, those of one length are laid by prompt and sample.
     (sampled,) = pack_rollouts(tokens[::-1], Objective.sampled, max_tokens=16)
     assert isinstance(sampled, SampledMicrobatch)
     assert sampled.targets[sampled.loss_mask].tolist() == [3, 5, 8]
