@@ -89,6 +89,7 @@ def check_stage(cfg: TrainConfig) -> None:
         cascade.check_groups(prompts.groups())
         for phase in cascade.phases:
             checked(f"teacher {phase.name!r}", partial(cascade.teacher_at, phase.first))
+        cascade.close()
     distributed.stop()
 
 

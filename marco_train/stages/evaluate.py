@@ -104,6 +104,8 @@ def run_evaluate(cfg: TrainConfig) -> None:
             accuracy = found["avg_at_n"]["all"]
             say(f"{name}: avg@{stage.responses_per_prompt} {accuracy:.1f} %, {spent}")
 
+    for teacher in teachers.values():
+        teacher.close()
     if is_main():
         text = json.dumps(report, indent=2, ensure_ascii=False)
         (Path(cfg.output_dir) / "evaluation.json").write_text(text, encoding="utf-8")
