@@ -102,7 +102,8 @@ class ServerPool:
         self._changed = threading.Condition()
         self._max_open = float(cfg.max_requests)
         self._bound = float(cfg.max_requests)
-        self._answered = time.monotonic()
+        self._num_waiting = 0
+        self._answered = 0.0
         self.last_error = "no answer yet"
         self._counts: Counter[str] = Counter()
 
@@ -127,16 +128,17 @@ class ServerPool:
         """
         question = _Question(path, body, read, server)
         future: Future[T] = Future()
+        with self._changed:
+            if self._num_waiting == 0:
+                self._answered = time.monotonic()
+            self._num_waiting += 1
         self._requests.put((future, partial(self._until_answered, question)))
         return future
 
-    def start_waiting(self) -> None:
-        """Count the time without an answer from now on."""
-        self._answered = time.monotonic()
-
     def seconds_without_answer(self) -> float:
-        """How long no server has answered anything."""
-        return time.monotonic() - self._answered
+        """How long there have been questions and no answer to any."""
+        with self._changed:
+            return time.monotonic() - self._answered if self._num_waiting else 0.0
 
     def take_counts(self) -> Counter[str]:
         """Repeated requests since last taken."""
@@ -160,6 +162,9 @@ class ServerPool:
                 future.set_result(ask())
             except BaseException as error:
                 future.set_exception(error)
+            finally:
+                with self._changed:
+                    self._num_waiting -= 1
 
     def _until_answered(self, question: _Question[T]) -> T:
         num_attempts = num_unusable = 0

@@ -102,7 +102,6 @@ class ServerTeacher:
             if not self._asked:
                 self._asked_at = time.perf_counter()
                 self._save_at = self._servers.save_after_seconds
-                self._pool.start_waiting()
             for rollout in rollouts:
                 if id(rollout) not in self._asked:
                     self._asked[id(rollout)] = rollout, self._ask(rollout)

@@ -62,7 +62,11 @@ def distil(cfg: TrainConfig, socket: int) -> None:
 def learnt(out: Path) -> tuple[list[dict[str, float]], bytes]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [
-        {k: v for k, v in line.items() if not k.startswith(("time/", "perf/", "teacher/"))}
+        {
+            k: v
+            for k, v in line.items()
+            if not k.startswith(("time/", "perf/", "teacher/", "rollout/sync"))
+        }
         for line in lines
     ]
     return steps, (out / "export" / "model.safetensors").read_bytes()

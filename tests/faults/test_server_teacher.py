@@ -279,6 +279,20 @@ def test_scoring_begins_before_sampling_ends(world: World, servers: list[FakeSer
     check_tokens(teacher.score(as_they_come()), asked)
 
 
+def test_slow_sampling_is_no_absence_of_the_teacher(
+    world: World, servers: list[FakeServer]
+) -> None:
+    asked = rollouts()
+    teacher = teacher_of(world, servers, save_after_seconds=0.3, give_up_after_seconds=0.6)
+
+    def as_they_come() -> Iterator[Rollout]:
+        for rollout in asked[:3]:
+            time.sleep(0.8)
+            yield rollout
+
+    check_tokens(teacher.score(as_they_come()), asked[:3])
+
+
 def test_open_requests_are_bounded_and_fewer_where_a_server_is_busy(world: World) -> None:
     asked = [
         replace(r, prompt=replace(r.prompt, index=i)) for i in range(8) for r in rollouts()[:1]

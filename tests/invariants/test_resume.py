@@ -68,7 +68,8 @@ def run(cfg: TrainConfig, stage: str, crash_at: int | None) -> None:
 def losses(out: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [
-        {k: v for k, v in line.items() if not k.startswith(("time/", "perf/"))} for line in lines
+        {k: v for k, v in line.items() if not k.startswith(("time/", "perf/", "rollout/sync"))}
+        for line in lines
     ]
 
 
