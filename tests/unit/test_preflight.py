@@ -55,6 +55,20 @@ def test_another_stop_at_the_end_of_a_turn_is_refused(world: World, teacher_dir:
         check(world, teacher_dir)
 
 
+def test_a_stated_stop_of_the_teacher_is_one_of_its_own(world: World, teacher_dir: Path) -> None:
+    (teacher_dir / "generation_config.json").write_text('{"eos_token_id": [0]}')
+
+    def check_with(stop_id: int) -> None:
+        cfg = teacher_config(str(teacher_dir), TeacherBackend.hf, stop_id=stop_id)
+        check_files(world.path("data", "tokenizer"), TEMPLATE, 320, cfg, "teacher")
+
+    check_with(0)
+    with pytest.raises(InputError, match=r"stops at \[0\] .*, and its stop_id is 5: give one of"):
+        check_with(5)
+    with pytest.raises(InputError, match="stop_id is 320, and must be one of the 320 ids"):
+        check_with(320)
+
+
 def test_another_template_is_refused(world: World, teacher_dir: Path) -> None:
     file = teacher_dir / "chat_template.jinja"
     file.write_text("{% for m in messages %}{{ 'Q: ' + m['content'] + ' A: ' }}{% endfor %}")
