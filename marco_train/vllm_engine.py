@@ -51,6 +51,10 @@ class Generation(NamedTuple):
     topk_ids: list[list[int]]  # [R, K], the likeliest tokens in each place
 
 
+# The engines of this process; vLLM's groups are theirs together.
+_OPEN: set[int] = set()
+
+
 class VLLMEngine:
     """One engine on this rank; every rank builds one at the same time, as building exchanges."""
 
@@ -126,6 +130,7 @@ class VLLMEngine:
                 disable_log_stats=True,
                 **options,
             )
+        _OPEN.add(id(self))
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> None:
         """Replace all weights by a stream under checkpoint names, layer by layer.
@@ -262,6 +267,7 @@ class VLLMEngine:
         """Shut the engine down, and leave the trainer's process group as it is."""
         import vllm.v1.engine.core as engine_core
 
+        _OPEN.discard(id(self))
         theirs = engine_core.cleanup_dist_env_and_memory
         engine_core.cleanup_dist_env_and_memory = _cleanup_of_their_groups
         try:
@@ -335,12 +341,17 @@ def _generators_left_alone() -> Iterator[None]:
 
 
 def _cleanup_of_their_groups(*_: Any, **__: Any) -> None:
-    """What vLLM does on leaving, but for the default process group, which is the trainer's."""
+    """What vLLM does on leaving, but for groups that others use.
+
+    The default process group is the trainer's, and vLLM's own serve every engine that is open.
+    """
     from vllm.distributed import parallel_state
 
+    gc.collect()
+    if _OPEN:
+        return
     parallel_state.destroy_model_parallel()
     if parallel_state._WORLD is not None:
         parallel_state._WORLD.destroy()
     parallel_state._WORLD = None
     parallel_state._NODE_COUNT = None
-    gc.collect()

@@ -109,3 +109,31 @@ def leave_no_trace(path: str) -> list[str]:
 
 def test_the_trainer_is_left_alone_on_two_ranks(teachers: str) -> None:
     assert run_on_ranks(2, leave_no_trace, f"{teachers}/dense") == [[], []]
+
+
+def use_one_after_another_closed(path: str) -> list[float]:
+    """What a teacher says before and after another engine of this process was closed."""
+    asked, wanted = rollouts(), wanted_of(Objective.sampled)
+    first, second = (
+        build_teacher(teacher_config(path, TeacherBackend.vllm), wanted) for _ in range(2)
+    )
+    before = second.score(asked)
+    first.close()
+    after = second.score(asked)
+    third = build_teacher(teacher_config(path, TeacherBackend.vllm), wanted)
+    second.close()
+    last = third.score(asked)
+    third.close()
+    fresh = build_teacher(teacher_config(path, TeacherBackend.vllm), wanted)
+    newest = fresh.score(asked)
+    fresh.close()
+    return [
+        float((vars(s.scores)["teacher_logprobs"] - vars(o.scores)["teacher_logprobs"]).abs().max())
+        for found in (after, last, newest)
+        for s, o in zip(found, before, strict=True)
+    ]
+
+
+def test_closing_an_engine_leaves_the_others_at_work(teachers: str) -> None:
+    for differences in run_on_ranks(2, use_one_after_another_closed, f"{teachers}/dense"):
+        assert max(differences) < 1e-5
