@@ -141,7 +141,7 @@ def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tenso
 def sequence_logprobs(
     forward: Callable[[Tensor, Tensor], Tensor], head: Tensor, sequences: Sequence[list[int]]
 ) -> Tensor:
-    """Log-probability of each token of sequences given those before it in its own.
+    """Log-probability of each token of sequences given those before it in its own; no gradient.
 
     Args:
         forward: Hidden states [T, D] of packed ids [1, T] at positions [1, T].
@@ -160,6 +160,7 @@ def sequence_logprobs(
     return token_logprobs(hidden[predicting], head, ids[given])[0]
 
 
+@torch.no_grad()
 def topk_logprobs(hidden: Tensor, head: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k likeliest tokens in each place, likeliest first; no gradient.
 

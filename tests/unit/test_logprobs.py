@@ -8,6 +8,7 @@ from torch import Tensor
 import marco_train.losses.logprobs as logprobs_module
 from marco_train.losses.logprobs import (
     gather_logprobs,
+    sequence_logprobs,
     token_logprobs,
     topk_logprobs,
     vocabulary_blocks,
@@ -66,7 +67,26 @@ def test_the_likeliest_tokens_come_in_order(k: int) -> None:
     logprobs, ids = topk_logprobs(hidden, head, k)
     wanted = F.linear(hidden.double(), head.double()).log_softmax(-1).topk(k, dim=1)
     assert torch.equal(ids, wanted.indices)
+    assert not logprobs.requires_grad
     torch.testing.assert_close(logprobs.double(), wanted.values.detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_packed_sequences_are_scored_each_on_its_own() -> None:
+    hidden, head, _ = draw(torch.float64)
+    sequences = [[3, 1, 4, 1], [5], [9, 2, 6]]
+    seen: list[list[int]] = []
+
+    def forward(ids: Tensor, positions: Tensor) -> Tensor:
+        seen.extend([ids[0].tolist(), positions[0].tolist()])
+        return hidden[: ids.shape[1]]
+
+    found = sequence_logprobs(forward, head, sequences)
+    assert seen == [[3, 1, 4, 1, 5, 9, 2, 6], [0, 1, 2, 3, 0, 0, 1, 2]]
+    whole = F.linear(hidden, head).log_softmax(-1)
+    places = [(0, 1), (1, 4), (2, 1), (5, 2), (6, 6)]  # a state and the token that follows it
+    wanted = torch.stack([whole[place, token] for place, token in places])
+    torch.testing.assert_close(found.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
+    assert not found.requires_grad
 
 
 def test_bfloat16_gradients_of_the_head_are_summed_in_float32() -> None:
