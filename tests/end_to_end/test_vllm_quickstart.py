@@ -1,4 +1,4 @@
-"""The quickstart's distillation with vLLM as the sampler, cut short."""
+"""The quickstart's distillation with vLLM as sampler and as both teachers, cut short."""
 
 import importlib.util
 import json
@@ -50,6 +50,10 @@ def distil(root: Path, out: Path, num_ranks: int) -> list[dict[str, Any]]:
         "parallel.expert_parallel_size": num_ranks,
         "optim.warmup_steps": 0,
     }
+    for phase in ("first", "second"):  # the second is opened while the first and the sampler live
+        teacher = f"stage.cascade.{phase}.teacher"
+        given |= {f"teacher@{teacher}": "vllm", f"{teacher}.dtype": "float32"}
+        given |= {f"{teacher}.kv_cache_gib": 0.0625, f"{teacher}.max_tokens_per_batch": 512}
     cfg = compose_config("quickstart_opd", *(f"{name}={value}" for name, value in given.items()))
     run_on_ranks(num_ranks, run_opd, cfg)
     lines = (out / "metrics.jsonl").read_text().splitlines()
