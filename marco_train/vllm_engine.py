@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from marco_train import distributed
-from marco_train.errors import InputError
+from marco_train.errors import require
 
 # Settings of the process that vLLM reads; each is as in the engines that were measured.
 ENVIRONMENT = {
@@ -49,6 +49,19 @@ class Generation(NamedTuple):
     token_ids: list[int]  # [R], with the stop token, if there is one
     logprobs: list[float]  # [R], at temperature 1
     topk_ids: list[list[int]]  # [R, K], the likeliest tokens in each place
+
+
+def require_vllm() -> None:
+    """Refuse to go on without vLLM; costs nothing where it is there.
+
+    Raises:
+        InputError: Says what to install.
+    """
+    require(
+        importlib.util.find_spec("vllm") is not None,
+        "vLLM is not installed: pip install 'marco-train[vllm]' on a machine with a GPU, "
+        "scripts/setup_vllm_cpu for trials without one, or choose backend=hf",
+    )
 
 
 # The engines of this process; vLLM's groups are theirs together.
@@ -85,11 +98,7 @@ class VLLMEngine:
         Raises:
             InputError: vLLM is not installed, or cannot serve this model.
         """
-        if importlib.util.find_spec("vllm") is None:
-            raise InputError(
-                "vLLM is not installed: pip install 'marco-train[vllm]' on a machine with a GPU, "
-                "scripts/setup_vllm_cpu for trials without one, or choose backend=hf"
-            )
+        require_vllm()
         options: dict[str, Any] = {}
         # Only an engine that gets its weights again and again can let go of them.
         self._sleeps = torch.cuda.is_available() and not with_weights

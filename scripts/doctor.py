@@ -63,6 +63,7 @@ def check_stage(cfg: TrainConfig) -> None:
     from marco_train.data.chat import load_tokenizer
     from marco_train.data.loader import PromptLoader, SFTLoader
     from marco_train.models.hf_io import stored_weights
+    from marco_train.rollout.build import check_sampler
     from marco_train.stages.opd import student_architecture
     from marco_train.teachers.cascade import Cascade
     from marco_train.teachers.vocab import check_student_vocabulary
@@ -87,6 +88,8 @@ def check_stage(cfg: TrainConfig) -> None:
             lambda: Cascade(stage, cfg.model.tokenizer, template, student.vocab_size),
         )
         cascade.check_groups(prompts.groups())
+        prompts.held_out(cascade.num_held_out)
+        check_sampler(stage.rollout)
         for phase in cascade.phases:
             checked(f"teacher {phase.name!r}", partial(cascade.teacher_at, phase.first))
         cascade.close()

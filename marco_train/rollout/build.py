@@ -5,9 +5,20 @@ from collections.abc import Sequence
 import torch
 
 from marco_train.architecture import ArchitectureConfig
-from marco_train.config import DType, OPDConfig, SamplerBackend, longest_sequence
+from marco_train.config import DType, OPDConfig, RolloutConfig, SamplerBackend, longest_sequence
 from marco_train.models.weights import empty_model
 from marco_train.rollout.base import Sampler
+from marco_train.vllm_engine import require_vllm
+
+
+def check_sampler(cfg: RolloutConfig) -> None:
+    """Refuse a sampler that cannot be built here, before anything is loaded.
+
+    Raises:
+        InputError: Says what to install.
+    """
+    if cfg.backend is SamplerBackend.vllm:
+        require_vllm()
 
 
 def build_sampler(

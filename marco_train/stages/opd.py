@@ -12,7 +12,7 @@ from marco_train.engine.policy import Policy, build_policy
 from marco_train.losses.distillation import build_reverse_kl
 from marco_train.models.hf_io import stop_token_ids
 from marco_train.rollout.base import Sampler, summarize
-from marco_train.rollout.build import build_sampler
+from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.sync import sync_weights
 from marco_train.run import Run
 from marco_train.teachers.cascade import Cascade
@@ -32,16 +32,17 @@ def run_opd(cfg: TrainConfig) -> None:
     """
     opd, student = cfg.stage, student_architecture(cfg)
     check_student_vocabulary(cfg.model)
+    check_sampler(opd.rollout)
     tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
     prompts = PromptLoader(cfg.data, opd, tokenizer, cfg.seed)
     cascade = Cascade(  # refuses a teacher of other tokens, turns or stops
         opd, cfg.model.tokenizer, tokenizer.chat_template, student.vocab_size
     )
     cascade.check_groups(prompts.groups())
+    held_out = prompts.held_out(cascade.num_held_out)
     policy = build_policy(
         cfg.model, cfg.optim, cfg.parallel, cascade.num_steps, cfg.seed, tokenizer.chat_template
     )
-    held_out = prompts.held_out(cascade.num_held_out)
     stop_ids = stop_token_ids(cfg.model.tokenizer)
     sampler = build_sampler(opd, student, cfg.model.dtype, stop_ids, cfg.seed)
     run = Run.open(cfg, policy, prompts, cascade)

@@ -25,6 +25,7 @@ from marco_train.teachers.cache import ScoreCache
 from marco_train.teachers.preflight import check_files, check_scores, probe_rollouts
 from marco_train.teachers.routed import RoutedTeacher
 from marco_train.tracking import say
+from marco_train.vllm_engine import require_vllm
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,8 @@ class Cascade:
         )
         for name, phase in cfg.cascade.items():
             for key, teacher in _teachers(phase).items():
+                if teacher.backend is TeacherBackend.vllm:
+                    require_vllm()
                 if not (Path(teacher.path) / "config.json").is_file():
                     raise InputError(
                         f"stage.cascade.{name}.{key}.path: there is no model at {teacher.path!r}"

@@ -1,5 +1,6 @@
 """Phases end where the config says, or where the held-out reverse KL falls no more."""
 
+import importlib.util
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 
 from marco_train.config import TeacherConfig
 from marco_train.errors import InputError
+from marco_train.rollout.build import check_sampler
 from marco_train.teachers import cascade
 from marco_train.teachers.cascade import Cascade
 from marco_train.types import Rollout, ScoredRollout
@@ -163,3 +165,21 @@ def test_the_next_teacher_is_checked_before_the_former_goes(world: World, notes:
     with pytest.raises(InputError, match="not fit"):
         unfit.teacher_at(10)
     assert f"close {first}" not in notes
+
+
+def test_without_vllm_a_run_that_asks_for_it_is_refused_before_anything_is_loaded(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    cfg = compose_config(
+        "quickstart_opd",
+        f"root={world.root}",
+        "rollout@stage.rollout=vllm",
+        "teacher@stage.cascade.second.teacher=vllm",
+    )
+    needed = r"vLLM is not installed: pip install 'marco-train\[vllm\]'.*scripts/setup_vllm_cpu"
+    with pytest.raises(InputError, match=needed):
+        Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
+    with pytest.raises(InputError, match=needed):
+        check_sampler(cfg.stage.rollout)
+    check_sampler(compose_config("quickstart_opd").stage.rollout)
