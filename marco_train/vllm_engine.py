@@ -10,9 +10,10 @@ import gc
 import importlib.util
 import os
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,8 +33,12 @@ ENVIRONMENT = {
 # Overrides the size that an engine is given.
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 MAX_SEQUENCES = 256
-# Without it, a mixture on a CPU goes on with old experts and says nothing; off in a test alone.
+EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+# Without the first, a mixture on a CPU goes on with old experts and says nothing; with caching and
+# without a reset, prompts go on with old keys. Other values are for tests, which see both caught.
 FORGET_PACKED_EXPERTS = True
+PREFIX_CACHING = False
+RESET_PREFIX_CACHE = True
 
 
 class Purpose(Enum):
@@ -102,6 +107,7 @@ class VLLMEngine:
         options: dict[str, Any] = {}
         # Only an engine that gets its weights again and again can let go of them.
         self._sleeps = torch.cuda.is_available() and not with_weights
+        self._asleep = False
         max_tokens_per_batch = max(max_tokens_per_batch, max_length)
         with _process_left_alone():
             from vllm import LLM
@@ -126,7 +132,7 @@ class VLLMEngine:
                 kv_cache_memory_bytes=kv_cache_bytes,
                 enforce_eager=not torch.cuda.is_available(),
                 # Keys of old weights would outlive a change of weights.
-                enable_prefix_caching=False,
+                enable_prefix_caching=PREFIX_CACHING,
                 # A prompt that is split over steps breaks seeds on CPU.
                 enable_chunked_prefill=False,
                 # Takes LOCAL_RANK for its device; the default would put all ranks on the first.
@@ -148,35 +154,21 @@ class VLLMEngine:
         this path has lost weights without an error before.
 
         Args:
-            weights: Tensors that nobody changes afterwards; some are kept until their layer is
-                complete.
+            weights: Tensors that nobody changes meanwhile; some are kept until their layer is
+                complete, and then copied.
 
         Raises:
             RuntimeError: The engine has weights that the stream did not reach.
         """
-        from vllm.model_executor.model_loader.reload import layerwise
-
         config = self._llm.llm_engine.vllm_config.model_config
-        if self._sleeps:
+        if self._asleep:
             self._llm.wake_up(tags=["weights"])
-
-        def replace(model: Any) -> list[str]:
-            needed = {name for name, _ in model.named_parameters()}
-            for module in model.modules():
-                method: Any = getattr(module, "quant_method", None)
-                if FORGET_PACKED_EXPERTS and hasattr(method, "moe_kernel"):
-                    method.moe_kernel = None  # else it keeps the old experts, packed
-            layerwise.initialize_layerwise_reload(model)
-            loaded = model.load_weights(weights)
-            layerwise.finalize_layerwise_reload(model, config)
-            return sorted(needed - loaded)
-
-        (not_reached,) = self._llm.apply_model(replace)
-        if not_reached:
-            raise RuntimeError(f"vLLM took no new {', '.join(not_reached[:10])}")
-        if self._sleeps:
+        self._llm.apply_model(partial(replace_weights, weights=weights, config=config))
+        if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
-        self._llm.reset_prefix_cache()
+            self._asleep = False
+        if RESET_PREFIX_CACHE:
+            self._llm.reset_prefix_cache()
 
     def sleep(self) -> bool:
         """Give the memory of weights, keys and values to the trainer until `load_weights`.
@@ -184,9 +176,10 @@ class VLLMEngine:
         Returns:
             Whether it did; it cannot on a CPU.
         """
-        if self._sleeps:
+        if self._sleeps and not self._asleep:
             self._llm.sleep(level=2)
-        return self._sleeps
+            self._asleep = True
+        return self._asleep
 
     def generate(
         self,
@@ -260,6 +253,21 @@ class VLLMEngine:
             pairs.append((named, torch.tensor(flat.logprobs, dtype=torch.float32).view(shape)))
         return pairs
 
+    def next_logprob(self, prompt: list[int], token: int) -> float:
+        """Log-probability with which the engine, as it samples, draws a token after a prompt."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            **neutral_sampling(max_tokens=1),
+            allowed_token_ids=[token],
+            logprobs=0,
+            ignore_eos=True,
+            detokenize=False,
+        )
+        with _generators_left_alone():
+            (found,) = self._llm.generate(_token_prompts([prompt]), params, use_tqdm=False)
+        return float(found.outputs[0].logprobs[0][token].logprob)
+
     def hidden_states(self, sequences: Sequence[list[int]]) -> list[Tensor]:
         """Last hidden states [T, D] float32 of sequences, after the final norm, on the CPU."""
         from vllm import PoolingParams
@@ -284,6 +292,44 @@ class VLLMEngine:
         finally:
             engine_core.cleanup_dist_env_and_memory = theirs
         del self._llm
+
+
+def replace_weights(model: Any, weights: Iterable[tuple[str, Tensor]], config: Any) -> None:
+    """Load a complete stream over a model that vLLM has in use.
+
+    Args:
+        model: Of vLLM.
+        weights: Under checkpoint names, the head of a tied model included.
+        config: The `ModelConfig` that it was built with.
+
+    Raises:
+        RuntimeError: The model has weights that the stream did not reach.
+    """
+    from vllm.model_executor.model_loader.reload import layerwise
+
+    needed = {name for name, _ in model.named_parameters()}
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if FORGET_PACKED_EXPERTS and hasattr(method, "moe_kernel"):
+            method.moe_kernel = None  # else it keeps the old experts, packed
+    layerwise.initialize_layerwise_reload(model)
+    loaded = model.load_weights(weights)
+    layerwise.finalize_layerwise_reload(model, config)
+    if not_reached := sorted(needed - loaded):
+        raise RuntimeError(f"vLLM took no new {', '.join(not_reached[:10])}")
+
+
+def with_tied_head(
+    weights: Iterable[tuple[str, Tensor]], names: Container[str]
+) -> Iterator[tuple[str, Tensor]]:
+    """Pass on a stream with the head of a model that ties it, whose `names` have none.
+
+    On a CPU vLLM packs it for a kernel of its own, which would go on with the old one.
+    """
+    for name, weight in weights:
+        yield name, weight
+        if name == EMBEDDINGS and HEAD not in names:
+            yield HEAD, weight
 
 
 def neutral_sampling(max_tokens: int) -> dict[str, Any]:

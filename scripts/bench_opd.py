@@ -56,7 +56,7 @@ from marco_train.losses.distillation import bucketed_kl, build_reverse_kl
 from marco_train.metrics import Metrics
 from marco_train.models import save_model
 from marco_train.models.hf_io import stop_token_ids
-from marco_train.models.weights import random_model
+from marco_train.models.weights import accounted, meta_model, random_model, weight_shapes
 from marco_train.resumption import plain_config
 from marco_train.rollout.base import in_order, summarize
 from marco_train.rollout.build import build_sampler
@@ -66,6 +66,7 @@ from marco_train.teachers.build import build_teacher
 from marco_train.train import CONFIG_DIR
 from marco_train.types import FinishReason, FullMicrobatch, PolicyOutput, Prompt, Rollout
 from marco_train.types import ScoredRollout as Scored
+from marco_train.vllm_engine import with_tied_head
 
 SHAPES = {
     "quickstart": QUICKSTART,
@@ -182,6 +183,7 @@ class Distillation:
         self.opd = opd = cfg.stage
         student, tokenizer_dir = read_architecture(directory / "student"), directory / "tokenizer"
         self.vocab_size = student.vocab_size
+        self.probes = canaries(student.vocab_size, longest_sequence(opd))
         self.tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
         self.texts: list[str] = json.loads((directory / "prompts.json").read_text())
         wanted = wanted_of(opd, student.vocab_size, self.tokenizer.eos_token_id)
@@ -198,7 +200,7 @@ class Distillation:
         """Make one step and note the seconds of its parts."""
         opd, number, marks = self.opd, len(self.tokens), [time.perf_counter()]
         tolerance = opd.rollout.canary_tolerance
-        sync_weights(self.policy, self.sampler, number, self.vocab_size, tolerance)
+        sync_weights(self.policy, self.sampler, number, self.probes, tolerance)
         marks.append(time.perf_counter())
         first = number * opd.global_batch_size
         prompts = self.tokenised(self.texts[first : first + opd.global_batch_size])
@@ -394,15 +396,11 @@ def bench_sampler(bench: Bench, _: argparse.Namespace) -> None:
 
 
 def accounting() -> str:
-    """How long the vLLM sampler takes to check a stream of Mini's weights, without their bytes."""
-    from marco_train.models.weights import meta_model, weight_shapes
-    from marco_train.rollout.vllm import VLLMSampler
-
-    sampler = object.__new__(VLLMSampler)
-    sampler._shapes = weight_shapes(meta_model(MINI))
-    stream = [(name, torch.empty(s, device="meta")) for name, s in sampler._shapes.items()]
+    """How long samplers take to check a stream of Mini's weights, without their bytes."""
+    shapes = weight_shapes(meta_model(MINI))
+    stream = [(name, torch.empty(shape, device="meta")) for name, shape in shapes.items()]
     start = time.perf_counter()
-    count = sum(1 for _ in sampler._checked(stream))
+    count = sum(1 for _ in with_tied_head(accounted(stream, shapes), shapes))
     return f"{count} weights in {time.perf_counter() - start:.3f} s"
 
 
@@ -419,19 +417,18 @@ def sampler_job(directory: str, repeats: int) -> dict[str, Any]:
     for number in range(1 + repeats):  # the first warms up
         for side, loop in loops.items():
             prompts = loop.tokenised(loop.texts)
-            probes = canaries(loop.vocab_size)
             marks = [time.perf_counter()]
             sync_weights(
                 loop.policy,
                 loop.sampler,
                 number,
-                loop.vocab_size,
+                loop.probes,
                 loop.opd.rollout.canary_tolerance,
             )
             marks.append(time.perf_counter())
             copies = [weight.clone() for _, weight in loop.policy.named_weights()]
             marks.append(time.perf_counter())
-            loop.policy.score(probes), loop.sampler.score(probes)
+            loop.policy.score(loop.probes), loop.sampler.score(loop.probes)
             marks.append(time.perf_counter())
             rollouts = list(loop.sampler.sample(prompts, loop.opd.responses_per_prompt))
             marks.append(time.perf_counter())

@@ -5,7 +5,7 @@ One 2-D tensor per expert matrix, as the hub stores them, in the order of the mo
 """
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -88,26 +88,37 @@ def meta_model(
         return Qwen3Moe(architecture, ep_group)
 
 
+def accounted(
+    weights: Iterable[tuple[str, Tensor]], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[tuple[str, Tensor]]:
+    """Pass on a stream of exactly the weights of these shapes, in any order.
+
+    Raises:
+        InputError: A name is unknown, comes twice or never, or a shape differs.
+    """
+    missing = dict(shapes)
+    for name, weight in weights:
+        shape = missing.pop(name, None)
+        if shape is None:
+            state = "came twice" if name in shapes else "is not of this model"
+            raise InputError(f"weight {name} {state}")
+        if tuple(weight.shape) != tuple(shape):
+            raise InputError(f"weight {name} is {list(weight.shape)}, not {list(shape)}")
+        yield name, weight
+    if missing:
+        raise InputError(f"{len(missing)} weights are missing: {name_first(list(missing))}")
+
+
 def receive_weights(model: Qwen3Moe, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Fill this rank's share of a model from a complete stream.
 
     Raises:
         InputError: A name is unknown, comes twice or never, or a shape differs.
     """
-    shapes = weight_shapes(model)
     mine = dict(local_weights(model))
-    for name, tensor in weights:
-        if name not in shapes:
-            raise InputError(f"{name} is not a weight of this model, or came twice")
-        if tuple(tensor.shape) != shapes.pop(name):
-            raise InputError(
-                f"{name} has shape {tuple(tensor.shape)}, and the model expects "
-                f"{tuple(mine[name].shape) if name in mine else 'another'}"
-            )
+    for name, weight in accounted(weights, weight_shapes(model)):
         if name in mine:
-            mine[name].copy_(tensor)
-    if shapes:
-        raise InputError(f"{len(shapes)} weights are missing: {name_first(list(shapes))}")
+            mine[name].copy_(weight)
 
 
 def name_first(names: Sequence[str]) -> str:

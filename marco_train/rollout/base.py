@@ -14,6 +14,9 @@ from marco_train.types import FinishReason, Prompt, Rollout, rollout_groups
 class Sampler(Protocol):
     """Makes responses with the policy's weights."""
 
+    gives_checksums: bool
+    """False where it keeps weights in another form, which the canary alone can prove."""
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take a complete stream of named weights."""
 
@@ -23,11 +26,8 @@ class Sampler(Protocol):
     def score(self, sequences: Sequence[list[int]]) -> Tensor:
         """Log-probabilities of the tokens of sequences; the first token of each has none."""
 
-    def checksums(self) -> dict[str, int] | None:
-        """Digest every weight that the sampler holds, under its checkpoint name.
-
-        None where it keeps them in another form, which the canary alone can prove.
-        """
+    def checksums(self) -> dict[str, int]:
+        """Digest every weight that the sampler holds, under its checkpoint name."""
 
     def sleep(self) -> None:
         """Leave memory to the trainer until `load_weights`, where there is a way to."""

@@ -22,6 +22,8 @@ from marco_train.types import FinishReason, Prompt, Rollout
 class HFSampler:
     """Samples on this rank, alone: every rank holds all experts and its own prompts."""
 
+    gives_checksums = True
+
     def __init__(
         self,
         cfg: RolloutConfig,
@@ -48,7 +50,7 @@ class HFSampler:
         """Take a complete stream of named weights.
 
         Raises:
-            ValueError: A weight is missing, doubled, unknown or misshapen.
+            InputError: A weight is missing, doubled, unknown or misshapen.
         """
         self._weight_version = None
         receive_weights(self._model, weights)

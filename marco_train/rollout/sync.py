@@ -1,14 +1,15 @@
 """The policy's weights into the sampler, proved by numbers each time.
 
-Two proofs, since elsewhere this is where runs are silently lost: every weight's checksum as it
-left the policy equals the checksum of what the sampler holds, and both give the same
-log-probabilities of fixed sequences. A sampler that packs its weights for kernels has no checksums;
-it accounts for names and shapes, and the sequences prove the numbers.
+Elsewhere this is where runs are silently lost. Names, shapes and count of the weights are
+accounted for; then both sides have to give the same log-probabilities of fixed sequences, the
+canary. Where the sampler keeps its weights as they came, their checksums have to be those of the
+policy's as well; one that packs them for kernels is proved by the canary alone.
 """
 
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
+from itertools import count, islice
 from typing import Protocol
 
 import torch
@@ -18,9 +19,9 @@ from marco_train.distributed import device
 from marco_train.metrics import Metrics
 from marco_train.rollout.base import Sampler
 
-# Of the canary: enough to touch most experts, few enough to cost little.
-CANARY_SEQUENCES = 4
-CANARY_TOKENS = 32
+# Tokens of the canary's sequences: enough to touch most experts, few enough to cost little. The
+# last is longer than a block of vLLM's prefix cache, 128 tokens on a CPU.
+CANARY_LENGTHS = (32, 32, 32, 160)
 # Positions are weighed, so that a transposed or shifted weight changes its checksum.
 POSITION_PERIOD = 65_521
 CHECKSUM_CHUNK = 2**22  # elements multiplied at once
@@ -55,17 +56,27 @@ def _places(device: torch.device) -> Tensor:
     return torch.arange(CHECKSUM_CHUNK, device=device) % POSITION_PERIOD + 1
 
 
-def canaries(vocab_size: int) -> list[list[int]]:
-    """Fixed sequences spread over the vocabulary."""
-    places = range(CANARY_SEQUENCES * CANARY_TOKENS)
-    ids = [(7 + 7919 * place) % vocab_size for place in places]
-    return [ids[start : start + CANARY_TOKENS] for start in places[::CANARY_TOKENS]]
+def canaries(vocab_size: int, max_length: int) -> list[list[int]]:
+    """Fixed sequences spread over the vocabulary, none longer than the run's."""
+    ids = ((7 + 7919 * place) % vocab_size for place in count())
+    return [list(islice(ids, min(length, max_length))) for length in CANARY_LENGTHS]
 
 
 def sync_weights(
-    policy: SyncSource, sampler: Sampler, version: int, vocab_size: int, tolerance: float
+    policy: SyncSource,
+    sampler: Sampler,
+    version: int,
+    probes: Sequence[list[int]],
+    tolerance: float,
 ) -> Metrics:
     """Hand the policy's weights to the sampler and prove that they arrived.
+
+    Args:
+        policy: Has the weights.
+        sampler: Takes them.
+        version: The policy's step.
+        probes: The canary, as `canaries` makes it.
+        tolerance: Largest difference of its log-probabilities, nats.
 
     Returns:
         How fast they went, with their checksums and without the canary.
@@ -81,23 +92,19 @@ def sync_weights(
         nonlocal num_bytes
         for name, weight in policy.named_weights():
             num_bytes += weight.nbytes
-            sent[name] = checksum(weight)
+            if sampler.gives_checksums:
+                sent[name] = checksum(weight)
             yield name, weight
 
     sampler.load_weights(watched(), version)
-    held = sampler.checksums()
-    differing = sorted(
-        name
-        for name in sent.keys() | (held or {}).keys()
-        if held is not None and sent.get(name) != held.get(name)
-    )
+    held = sampler.checksums() if sampler.gives_checksums else {}
+    differing = sorted(n for n in sent.keys() | held.keys() if sent.get(n) != held.get(n))
     if differing:
         raise WeightSyncError(
             f"step {version}: {len(differing)} of {len(sent)} weights of the sampler are not the "
             f"policy's: {', '.join(differing[:10])}"
         )
     gib_per_second = num_bytes / 2**30 / (time.perf_counter() - start)
-    probes = canaries(vocab_size)
     difference = float((policy.score(probes) - sampler.score(probes).to(device())).abs().max())
     if not difference <= tolerance:
         raise WeightSyncError(

@@ -15,16 +15,16 @@ from torch import Tensor
 from marco_train.architecture import ArchitectureConfig
 from marco_train.config import DType, RolloutConfig
 from marco_train.models.hf_io import hf_config
-from marco_train.models.weights import meta_model, name_first, weight_shapes
+from marco_train.models.weights import accounted, meta_model, weight_shapes
 from marco_train.rollout.base import NO_WEIGHTS, response_seed
 from marco_train.types import FinishReason, Prompt, Rollout
-from marco_train.vllm_engine import VLLMEngine
-
-EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+from marco_train.vllm_engine import VLLMEngine, with_tied_head
 
 
 class VLLMSampler:
     """Samples on this rank, alone; every rank builds one at the same time."""
+
+    gives_checksums = False
 
     def __init__(
         self,
@@ -62,36 +62,27 @@ class VLLMSampler:
         """Take a complete stream of named weights.
 
         Raises:
-            ValueError: A weight is missing, doubled, unknown or misshapen.
+            InputError: A weight is missing, doubled, unknown or misshapen.
         """
         self._weight_version = None
-        self._engine.load_weights(self._checked(weights))
+        self._engine.load_weights(with_tied_head(accounted(weights, self._shapes), self._shapes))
         self._weight_version = version
 
-    def _checked(self, weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-        """Pass on a stream that is complete, or fail where it is not."""
-        missing = dict(self._shapes)
-        for name, weight in weights:
-            shape = missing.pop(name, None)
-            if shape is None:
-                state = "twice" if name in self._shapes else "but is not of this model"
-                raise ValueError(f"weight {name} came {state}")
-            if tuple(weight.shape) != tuple(shape):
-                raise ValueError(f"weight {name} is {list(weight.shape)}, not {list(shape)}")
-            copy = weight.clone()  # the engine holds on to some until their layer is complete
-            yield name, copy
-            if name == EMBEDDINGS and HEAD not in self._shapes:
-                yield HEAD, copy  # tied, and packed for a kernel of its own on a CPU
-        if missing:
-            raise ValueError(f"{len(missing)} weights are missing: {name_first(list(missing))}")
-
-    def checksums(self) -> None:
-        """None: the engine packs weights for its kernels, and the canary has to prove them."""
+    def checksums(self) -> dict[str, int]:
+        """Not given: the engine packs weights for its kernels."""
+        raise NotImplementedError
 
     def score(self, sequences: Sequence[list[int]]) -> Tensor:
-        """Log-probabilities of the tokens of sequences; the first token of each has none."""
+        """Log-probabilities of the tokens of sequences; the first token of each has none.
+
+        The last token of the longest sequence is sampled, so that a cache of other weights shows.
+        """
         scored = self._engine.token_logprobs(sequences, num_topk=0)
-        return torch.cat([logprobs[:, 0] for _, logprobs in scored])
+        logprobs = [found[:, 0] for _, found in scored]
+        place = max(range(len(sequences)), key=lambda i: len(sequences[i]))
+        *prompt, token = sequences[place]
+        logprobs[place][-1] = self._engine.next_logprob(prompt, token)
+        return torch.cat(logprobs)
 
     def sample(self, prompts: Sequence[Prompt], num_responses: int) -> Iterator[Rollout]:
         """Sample responses of each prompt at temperature 1; yields each as it ends.

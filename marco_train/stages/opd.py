@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from marco_train.architecture import ArchitectureConfig, read_architecture
-from marco_train.config import TrainConfig
+from marco_train.config import TrainConfig, longest_sequence
 from marco_train.data.chat import load_tokenizer
 from marco_train.data.loader import PromptLoader
 from marco_train.data.packing import pack_rollouts
@@ -13,7 +13,7 @@ from marco_train.losses.distillation import build_reverse_kl
 from marco_train.models.hf_io import stop_token_ids
 from marco_train.rollout.base import Sampler, summarize
 from marco_train.rollout.build import build_sampler, check_sampler
-from marco_train.rollout.sync import sync_weights
+from marco_train.rollout.sync import canaries, sync_weights
 from marco_train.run import Run
 from marco_train.teachers.cascade import Cascade
 from marco_train.teachers.vocab import check_student_vocabulary
@@ -45,12 +45,13 @@ def run_opd(cfg: TrainConfig) -> None:
     )
     stop_ids = stop_token_ids(cfg.model.tokenizer)
     sampler = build_sampler(opd, student, cfg.model.dtype, stop_ids, cfg.seed)
+    probes = canaries(student.vocab_size, longest_sequence(opd))
     run = Run.open(cfg, policy, prompts, cascade)
 
     for step in run.steps(until=cascade.num_steps):
         with run.timer("sync"):  # verified: checksums and canary
             tolerance = opd.rollout.canary_tolerance
-            synced = sync_weights(policy, sampler, step, student.vocab_size, tolerance)
+            synced = sync_weights(policy, sampler, step, probes, tolerance)
         if cascade.measure_due(step):
             end_converged_phases(cfg, run, step, policy, sampler, cascade, held_out)
             if step == cascade.num_steps:

@@ -12,13 +12,14 @@ from marco_train.models import Qwen3Moe
 from marco_train.models.weights import empty_model, named_weights, random_model
 from marco_train.rollout.base import in_order, response_seed, summarize
 from marco_train.rollout.hf import HFSampler, draw_tokens
-from marco_train.rollout.sync import WeightSyncError, checksum, sync_weights
+from marco_train.rollout.sync import WeightSyncError, canaries, checksum, sync_weights
 from marco_train.types import FinishReason, Prompt, Rollout
 from tests.conftest import architecture
 
 STOP_IDS = [2, 0]
 LIMIT = 12
 TOP_K = 3
+PROBES = canaries(16, 200)
 
 
 def config(batch_size: int = 64) -> RolloutConfig:
@@ -140,7 +141,7 @@ def fresh_sampler() -> HFSampler:
 
 def test_a_sync_makes_the_sampler_the_policy() -> None:
     policy, target = FakePolicy(spread_model(seed=4)), fresh_sampler()
-    sync_weights(policy, target, version=5, vocab_size=16, tolerance=1e-4)
+    sync_weights(policy, target, version=5, probes=PROBES, tolerance=1e-4)
     found = in_order(target.sample(prompts(), 1))
     assert [r.response_ids for r in found] == [
         r.response_ids for r in in_order(sampler(policy.model).sample(prompts(), 1))
@@ -163,7 +164,7 @@ class LossyPolicy(FakePolicy):
 def test_a_weight_that_is_missing_stops_the_sync() -> None:
     target = fresh_sampler()
     with pytest.raises(ValueError, match=r"2 weights are missing: .*experts\.3\.up_proj"):
-        sync_weights(LossyPolicy(spread_model()), target, 0, 16, 1e-4)
+        sync_weights(LossyPolicy(spread_model()), target, 0, PROBES, 1e-4)
     with pytest.raises(RuntimeError, match="no complete weights"):
         target.sample(prompts(), 1)
 
@@ -181,7 +182,7 @@ class DeafSampler(HFSampler):
 def test_a_weight_that_did_not_arrive_is_named() -> None:
     deaf = DeafSampler(config(), spread_model(seed=1), STOP_IDS, LIMIT, TOP_K, seed=7)
     with pytest.raises(WeightSyncError, match=r"8 of \d+ weights .*layers.1.mlp.experts.0.down"):
-        sync_weights(FakePolicy(spread_model(seed=2)), deaf, 0, 16, 1e-4)
+        sync_weights(FakePolicy(spread_model(seed=2)), deaf, 0, PROBES, 1e-4)
 
 
 class Miscalculating(HFSampler):
@@ -194,7 +195,7 @@ class Miscalculating(HFSampler):
 def test_a_sampler_that_computes_something_else_is_caught_by_the_canary() -> None:
     wrong = Miscalculating(config(), spread_model(seed=1), STOP_IDS, LIMIT, TOP_K, seed=7)
     with pytest.raises(WeightSyncError, match=r"canary's log-probabilities differ by 0.01"):
-        sync_weights(FakePolicy(spread_model(seed=2)), wrong, 0, 16, 1e-4)
+        sync_weights(FakePolicy(spread_model(seed=2)), wrong, 0, PROBES, 1e-4)
 
 
 def test_the_checksum_sees_bits_and_places() -> None:

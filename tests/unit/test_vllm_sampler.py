@@ -4,6 +4,7 @@ import importlib.util
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.weights import named_weights, random_model
 from marco_train.rollout.base import Sampler, in_order
 from marco_train.rollout.build import build_sampler
-from marco_train.rollout.sync import WeightSyncError, sync_weights
+from marco_train.rollout.sync import WeightSyncError, canaries, sync_weights
 from marco_train.types import FinishReason, Prompt, Rollout
 from tests.conftest import VOCAB_SIZE, architecture, compose_config
 from tests.ranks import run_on_ranks
@@ -28,6 +29,8 @@ pytestmark = pytest.mark.skipif(
 )
 
 STOP_IDS = [2, 0, *range(100, 140)]
+MAX_PROMPT_LENGTH = 150
+PROBES = canaries(VOCAB_SIZE, MAX_PROMPT_LENGTH)
 SHAPE = architecture(head_dim=32, moe_intermediate_size=32)  # what its CPU kernels take
 
 
@@ -61,6 +64,7 @@ def sampler_of(backend: str, limit: int = 12, batch_size: int = 64, top_k: int =
         "quickstart_opd",
         f"rollout@stage.rollout={backend}",
         f"stage.rollout.batch_size={batch_size}",
+        f"stage.max_prompt_length={MAX_PROMPT_LENGTH}",
         f"stage.max_response_length={limit}",
         *more,
     ).stage
@@ -83,7 +87,7 @@ def prompts(count: int = 6) -> list[Prompt]:
 
 
 def sync(policy: Fixed, sampler: Sampler, version: int = 1) -> None:
-    sync_weights(policy, sampler, version, VOCAB_SIZE, tolerance=1e-4)
+    sync_weights(policy, sampler, version, PROBES, tolerance=1e-4)
 
 
 def sampled_ids(rollouts: list[Rollout]) -> list[list[int]]:
@@ -223,21 +227,52 @@ def test_a_sync_that_is_not_complete_or_not_right_is_caught() -> None:
         assert re.search(message, found), said
 
 
-def corrupt_as_vllm_does() -> str:
-    """Sync without the workaround: packed experts stay the old ones."""
-    policy, sampler = spread(1), sampler_of("vllm")
-    sync(policy, sampler)
-    vllm_engine.FORGET_PACKED_EXPERTS = False
+def sync_twice(**settings: bool) -> str:
+    """What the second sync says, where vLLM is left to itself in some way."""
+    for name, value in settings.items():
+        assert hasattr(vllm_engine, name)
+        setattr(vllm_engine, name, value)
+    sampler = sampler_of("vllm")
     try:
-        sync(spread(2), sampler, version=2)
+        for version in (1, 2):
+            sync(spread(version), sampler, version)
     except WeightSyncError as error:
         return str(error)
-    return "not caught"
+    return "fine"
 
 
-def test_vllms_own_reload_corrupts_experts_and_the_canary_sees_it() -> None:
-    (said,) = run_on_ranks(1, corrupt_as_vllm_does)
-    assert "the canary's log-probabilities differ by" in said
+@pytest.mark.parametrize(
+    ("settings", "step"),
+    [
+        ({"FORGET_PACKED_EXPERTS": False}, 1),  # the first sync finds those of random weights
+        ({"PREFIX_CACHING": True, "RESET_PREFIX_CACHE": False}, 2),
+        ({"PREFIX_CACHING": True}, None),
+    ],
+    ids=["packed experts", "prefix cache", "prefix cache with a reset"],
+)
+def test_the_canary_sees_what_vllm_keeps_of_old_weights(
+    settings: dict[str, bool], step: int | None
+) -> None:
+    (said,) = run_on_ranks(1, partial(sync_twice, **settings))
+    caught = f"step {step}: the canary's log-probabilities differ by"
+    assert said.startswith("fine" if step is None else caught)
+
+
+def change_after_sync() -> Tensor:
+    """How far the sampler's scores move when the policy's weights change in place."""
+    policy, sampler = spread(1), sampler_of("vllm")
+    sync(policy, sampler)
+    probes = PROBES
+    before = sampler.score(probes)
+    with torch.no_grad():
+        for parameter in policy.model.parameters():
+            parameter.mul_(3.0).add_(1.0)
+    return (sampler.score(probes) - before).abs().max()
+
+
+def test_the_engine_keeps_none_of_the_policys_tensors() -> None:
+    (moved,) = run_on_ranks(1, change_after_sync)
+    assert moved == 0
 
 
 def sample_my_share() -> list[Any]:
