@@ -6,7 +6,7 @@ tensor library, so that a run is composed, printed and refused in well under a s
 
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, ClassVar
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
@@ -100,11 +100,12 @@ class SamplerBackend(Enum):
     """Who makes the rollouts.
 
     hf: our own model with a cache of keys and values; vllm: an engine of vLLM in each rank's
-    process.
+    process; vllm_server: servers of vLLM over HTTP.
     """
 
     hf = "hf"
     vllm = "vllm"
+    vllm_server = "vllm_server"
 
 
 class TeacherBackend(Enum):
@@ -261,40 +262,10 @@ class SFTConfig(StageConfig):
 
 
 @dataclass(kw_only=True)
-class RolloutConfig:
-    """How responses are sampled."""
-
-    backend: SamplerBackend = MISSING
-    batch_size: int = MISSING
-    """Responses decoded together on one rank."""
-    temperature: float = MISSING
-    canary_tolerance: float = MISSING
-    """Largest difference of a log-probability between policy and sampler after a sync, in nats."""
-    max_tokens_per_batch: int | None = MISSING
-    """Tokens of one forward pass of a `vllm` sampler on one rank. None for any other."""
-    kv_cache_gib: float | None = MISSING
-    """Memory for keys and values of a `vllm` sampler on one rank. None for any other."""
-
-    def __post_init__(self) -> None:
-        require_positive(
-            "stage.rollout",
-            batch_size=self.batch_size,
-            temperature=self.temperature,
-            canary_tolerance=self.canary_tolerance,
-            max_tokens_per_batch=self.max_tokens_per_batch,
-            kv_cache_gib=self.kv_cache_gib,
-        )
-        for name in ("max_tokens_per_batch", "kv_cache_gib"):
-            require(
-                (getattr(self, name) is not None) == (self.backend is SamplerBackend.vllm),
-                f"stage.rollout.{name} is {getattr(self, name)} and stage.rollout.backend is "
-                f"{self.backend.value}; give it with backend=vllm, null with any other",
-            )
-
-
-@dataclass(kw_only=True)
 class ServersConfig:
-    """Servers that score over HTTP, all of one model; see `teachers/server_pool.py`."""
+    """Servers of vLLM over HTTP, all of one model; see `server_pool.py`."""
+
+    owner: ClassVar[str] = "stage.rollout.servers"
 
     urls: list[str] = MISSING
     """As http://host:port; requests go to the one with the fewest open."""
@@ -306,27 +277,93 @@ class ServersConfig:
     """Without any answer, after which the run saves a checkpoint and goes on waiting."""
     give_up_after_seconds: float = MISSING
     """Without any answer, after which the run ends; it can be resumed."""
-    max_rejected: float = MISSING
-    """Share of a step's rollouts without a usable score that may be left out of the update."""
 
     def __post_init__(self) -> None:
         require_positive(
-            "teacher.servers",
+            self.owner,
             max_requests=self.max_requests,
             request_timeout_seconds=self.request_timeout_seconds,
             save_after_seconds=self.save_after_seconds,
         )
-        require(len(self.urls) > 0, "teacher.servers.urls is empty: name at least one server")
+        require(len(self.urls) > 0, f"{self.owner}.urls is empty: name at least one server")
         for url in self.urls:
             require(
                 url.startswith(("http://", "https://")),
-                f"teacher.servers.urls names {url!r}; write it as http://host:port",
+                f"{self.owner}.urls names {url!r}; write it as http://host:port",
             )
         require(
             self.save_after_seconds <= self.give_up_after_seconds,
-            f"teacher.servers.give_up_after_seconds is {self.give_up_after_seconds}, below "
+            f"{self.owner}.give_up_after_seconds is {self.give_up_after_seconds}, below "
             f"save_after_seconds {self.save_after_seconds}",
         )
+
+
+@dataclass(kw_only=True)
+class RolloutConfig:
+    """How responses are sampled."""
+
+    backend: SamplerBackend = MISSING
+    batch_size: int | None = MISSING
+    """Responses decoded together on one rank. None for `vllm_server`, which decides itself."""
+    temperature: float = MISSING
+    canary_tolerance: float = MISSING
+    """Largest difference of a log-probability between policy and sampler after a sync, in nats."""
+    max_tokens_per_batch: int | None = MISSING
+    """Tokens of one forward pass of a `vllm` sampler on one rank. None for any other."""
+    kv_cache_gib: float | None = MISSING
+    """Memory for keys and values of a `vllm` sampler on one rank. None for any other."""
+    servers: ServersConfig | None = MISSING
+    """None for any other than `vllm_server`."""
+    sync_path: str | None = MISSING
+    """Directory that trainer and servers reach under the same name, through which the weights go.
+    None for any other than `vllm_server`."""
+    max_staleness: int = MISSING
+    """Updates that the policy may be ahead of the weights that sampled. 0: on-policy; 1: servers
+    sample for the coming step while this one trains."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "stage.rollout",
+            batch_size=self.batch_size,
+            temperature=self.temperature,
+            canary_tolerance=self.canary_tolerance,
+            max_tokens_per_batch=self.max_tokens_per_batch,
+            kv_cache_gib=self.kv_cache_gib,
+        )
+        in_process, over_http = {SamplerBackend.vllm}, {SamplerBackend.vllm_server}
+        for name, owners in (
+            ("batch_size", set(SamplerBackend) - over_http),
+            ("max_tokens_per_batch", in_process),
+            ("kv_cache_gib", in_process),
+            ("servers", over_http),
+            ("sync_path", over_http),
+        ):
+            named = " or ".join(sorted(owner.value for owner in owners))
+            require(
+                (getattr(self, name) is not None) == (self.backend in owners),
+                f"stage.rollout.{name} is {getattr(self, name)} and stage.rollout.backend is "
+                f"{self.backend.value}; give it with backend={named}, null with any other",
+            )
+        most = 1 if self.backend in over_http else 0
+        require(
+            0 <= self.max_staleness <= most,
+            f"stage.rollout.max_staleness is {self.max_staleness}, and must lie between 0 and "
+            f"{most} with backend={self.backend.value}: servers sample one step ahead, and a "
+            "sampler in the trainer's process waits while it trains",
+        )
+
+
+@dataclass(kw_only=True)
+class TeacherServersConfig(ServersConfig):
+    """Servers that score."""
+
+    owner: ClassVar[str] = "teacher.servers"
+
+    max_rejected: float = MISSING
+    """Share of a step's rollouts without a usable score that may be left out of the update."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         require(
             0 <= self.max_rejected < 1,
             f"teacher.servers.max_rejected is {self.max_rejected}, and must lie in [0, 1)",
@@ -352,7 +389,7 @@ class TeacherConfig:
     trade places in every score. None: both end with the same."""
     kv_cache_gib: float | None = MISSING
     """Memory for keys and values of a `vllm` teacher. None for any other."""
-    servers: ServersConfig | None = MISSING
+    servers: TeacherServersConfig | None = MISSING
     """None for any other than `vllm_server`."""
 
     def __post_init__(self) -> None:

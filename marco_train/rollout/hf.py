@@ -38,6 +38,7 @@ class HFSampler:
 
         Rollouts name the `num_topk` likeliest tokens in each place.
         """
+        assert cfg.batch_size is not None
         self._model = model.eval()
         self._batch_size = cfg.batch_size
         self._stop_ids = frozenset(stop_ids)

@@ -39,6 +39,7 @@ class VLLMSampler:
     ) -> None:
         """Build the engine of a model of this shape."""
         assert cfg.kv_cache_gib is not None and cfg.max_tokens_per_batch is not None
+        assert cfg.batch_size is not None
         self._shapes = weight_shapes(meta_model(architecture))
         self._stop_ids = list(stop_ids)
         self._max_response_length = max_response_length

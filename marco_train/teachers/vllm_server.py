@@ -23,25 +23,34 @@ import torch
 from torch import Tensor
 
 from marco_train.config import Objective, TeacherConfig, TopKFrom
-from marco_train.distributed import reduce_max, reduce_sums
+from marco_train.distributed import reduce_sums
 from marco_train.errors import AwayError, InputError, require
+from marco_train.server_pool import (
+    POLL_SECONDS,
+    Ask,
+    Patience,
+    RejectedError,
+    ServerPool,
+    UnusableAnswerError,
+)
 from marco_train.teachers.base import SAME_ANSWER, Wanted, model_identity, trade_places
-from marco_train.teachers.server_pool import Ask, RejectedError, ServerPool, UnusableAnswerError
 from marco_train.tracking import say
 from marco_train.types import Rollout, ScoredRollout, Scores, TokenScores, TopKScores, known_places
 from marco_train.vllm_engine import neutral_sampling
+from marco_train.vllm_http import (
+    COMPLETIONS,
+    GENERATE,
+    MODELS,
+    ROUNDING,
+    check_served,
+    only_choice,
+    read_places,
+    read_tokens,
+)
 
-COMPLETIONS = "/v1/completions"
-GENERATE = "/inference/v1/generate"
-MODELS = "/v1/models"
-# What JSON has no sign for: vLLM writes minus infinity as this.
-NO_NUMBER = -9999.0
-# By which a log-probability may lie above 0.
-ROUNDING = 1e-3
 # Share of a response's places without a number above which the whole rollout is left out.
 MAX_MISSING = 0.1
 PROBE_LENGTH = 16
-POLL_SECONDS = 1.0
 
 
 class ServerTeacher:
@@ -72,9 +81,9 @@ class ServerTeacher:
         self._trusting = Lock()
         self._asked: dict[int, tuple[Rollout, Future[Scores]]] = {}
         self._asked_at = 0.0
-        self._save_at = cfg.servers.give_up_after_seconds  # nothing is there to be saved yet
         self._counts: Counter[str] = Counter()
         self._pool = ServerPool(cfg.servers, self._trust)
+        self._patience = Patience(self._pool, cfg.servers, "the teacher's servers")
         try:
             opened = [self._pool.submit(MODELS, None, bool, s) for s in self._pool.servers]
             self._wait(opened)
@@ -101,7 +110,7 @@ class ServerTeacher:
         try:
             if not self._asked:
                 self._asked_at = time.perf_counter()
-                self._save_at = self._servers.save_after_seconds
+                self._patience.renew()
             for rollout in rollouts:
                 if id(rollout) not in self._asked:
                     self._asked[id(rollout)] = rollout, self._ask(rollout)
@@ -124,24 +133,12 @@ class ServerTeacher:
     def _wait(self, futures: Sequence[Future[Any]]) -> None:
         """Wait until all ranks have their answers, or until one has waited too long."""
         waiting = set(futures)
-        limit = min(self._save_at, self._servers.give_up_after_seconds)
-        while waiting and self._pool.seconds_without_answer() < limit:
+        while waiting and not self._patience.is_over:
             done, waiting = wait(waiting, POLL_SECONDS, return_when=FIRST_COMPLETED)
             for future in done:
                 if isinstance(error := future.exception(), InputError):
                     raise error
-        silent = self._pool.seconds_without_answer()
-        given_up = silent >= self._servers.give_up_after_seconds
-        worst = reduce_max(0 if not waiting else 2 if given_up else 1)
-        if worst == 0:
-            return
-        self._save_at = silent + self._servers.save_after_seconds
-        raise AwayError(
-            f"no answer for {silent:.0f} s from the teacher's servers "
-            f"{', '.join(self._servers.urls)}, {len(waiting)} of {len(futures)} requests of this "
-            f"rank are open; the last error: {self._pool.last_error}",
-            final=worst == 2,
-        )
+        self._patience.agree(len(waiting), len(futures))
 
     def _take_scores(self) -> list[ScoredRollout]:
         """Collect all answers; refuse a step of which too much is missing."""
@@ -174,25 +171,15 @@ class ServerTeacher:
             InputError: It serves another model than the others or than before.
         """
         with self._trusting:
-            try:
-                served = ask(MODELS, None)["data"][0]
-                model, window = served["id"], served.get("max_model_len")
-            except (AttributeError, KeyError, IndexError, TypeError) as error:
-                raise UnusableAnswerError(f"{url}{MODELS} lists no model") from error
-            self._model = self._model or model
+            served = check_served(url, ask(MODELS, None), self._wanted.max_length + 1)
+            self._model = self._model or served
             require(
-                model == self._model,
-                f"{url} serves {model!r}, and the teacher is {self._model!r}: give "
+                served == self._model,
+                f"{url} serves {served!r}, and the teacher is {self._model!r}: give "
                 "teacher.servers.urls servers of one model, under one --served-model-name",
             )
-            needed = self._wanted.max_length + 1
-            require(
-                window is None or window >= needed,
-                f"{url} takes sequences of {window} tokens, and the longest prompt with its "
-                f"response and one token needs {needed}: start it with --max-model-len {needed}",
-            )
             probe = [(7 + 7919 * i) % self._wanted.vocab_size for i in range(PROBE_LENGTH)]
-            found = _read_tokens(ask(COMPLETIONS, self._completion(probe, 0)), probe, 1)
+            found = read_tokens(only_choice(ask(COMPLETIONS, self._completion(probe, 0))), probe, 1)
             if self._probe_scores is None:
                 self._probe_scores = found
             difference = float((found - self._probe_scores).abs().max())
@@ -230,7 +217,9 @@ class ServerTeacher:
             return self._pool.submit(
                 COMPLETIONS,
                 self._completion(ids, 0),
-                lambda answer: TokenScores(_refuse_gaps(_read_tokens(answer, ids, first))),
+                lambda answer: TokenScores(
+                    _refuse_gaps(read_tokens(only_choice(answer), ids, first))
+                ),
             )
         if not self._gives_topk_of_sampler:
             return self._pool.submit(
@@ -275,7 +264,7 @@ class ServerTeacher:
 
     def _own_topk(self, answer: Any, ids: list[int], first: int) -> TopKScores:
         """The teacher's likeliest tokens, [R, K]."""
-        choice = _only_choice(answer)
+        choice = only_choice(answer)
         named, logprobs = _read_likeliest(choice, ids, first, self._wanted.top_k)
         named = trade_places(named, self._wanted.stop_id, self._stop_id)
         return TopKScores(named, _refuse_gaps(logprobs), torch.ones(len(named)))
@@ -314,43 +303,10 @@ def _no_scores(wanted: Wanted) -> Scores:
     return TopKScores(ids, torch.zeros(0, wanted.top_k), torch.zeros(0))
 
 
-def _only_choice(answer: Any) -> Any:
-    try:
-        return answer["choices"][0]
-    except (KeyError, IndexError, TypeError) as error:
-        raise UnusableAnswerError("an answer without choices") from error
-
-
-def _places(holder: Any, ids: list[int], first: int) -> list[dict[int, float]]:
-    """What a server says of each place from `first` on: log-probabilities by token id."""
-    echoed, places = holder.get("prompt_token_ids"), holder.get("prompt_logprobs")
-    if echoed != ids:
-        raise UnusableAnswerError(f"scores of other tokens than the {len(ids)} that were sent")
-    if not isinstance(places, list) or len(places) != len(ids):
-        count = len(places) if isinstance(places, list) else "no"
-        raise UnusableAnswerError(f"{count} places with log-probabilities for {len(ids)} tokens")
-    try:
-        return [{int(i): _number(x["logprob"]) for i, x in p.items()} for p in places[first:]]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UnusableAnswerError(f"log-probabilities in another form: {error}") from error
-
-
-def _number(value: Any) -> float:
-    """A log-probability; not a number for whatever cannot be one."""
-    found = math.nan if value is None else float(value)
-    return found if NO_NUMBER < found < ROUNDING else math.nan
-
-
-def _read_tokens(answer: Any, ids: list[int], first: int) -> Tensor:
-    """Log-probabilities of the tokens from `first` on, [R] float32; not a number where absent."""
-    places = _places(_only_choice(answer), ids, first)
-    return torch.tensor([p.get(i, math.nan) for i, p in zip(ids[first:], places, strict=True)])
-
-
 def _read_likeliest(holder: Any, ids: list[int], first: int, top_k: int) -> tuple[Tensor, Tensor]:
     """The K likeliest tokens from `first` on and their log-probabilities, [R, K] each."""
     named, logprobs = [], []
-    for place in _places(holder, ids, first):
+    for place in read_places(holder, ids, first):
         # The token that stands there comes as well, whether it is among them or not.
         best = sorted(place, key=lambda i: -place[i] if place[i] < ROUNDING else math.inf)[:top_k]
         gaps = top_k - len(best)

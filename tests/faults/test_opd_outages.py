@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from marco_train import server_pool
 from marco_train.config import TrainConfig
 from marco_train.errors import AwayError
 from marco_train.rollout import hf
 from marco_train.stages.opd import RolloutMismatchError, run_opd
-from marco_train.teachers import server_pool
 from marco_train.teachers.preflight import PROBES
 from tests.conftest import World, compose_config
 from tests.faults.fake_server import FakeServer, fake_servers

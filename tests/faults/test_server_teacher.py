@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from marco_train.config import Objective, ServersConfig, TeacherBackend, TopKFrom
+from marco_train import server_pool
+from marco_train.config import Objective, TeacherBackend, TeacherServersConfig, TopKFrom
 from marco_train.errors import AwayError, InputError
-from marco_train.teachers import server_pool
 from marco_train.teachers.vllm_server import ServerTeacher
 from marco_train.types import Rollout, ScoredRollout, TokenScores, TopKScores
 from tests.conftest import World, teacher_config, wanted_of
@@ -70,7 +70,7 @@ def teacher_of(
         world.path("teacher_first", "export"),
         TeacherBackend.vllm_server,
         stop_id=stop_id,
-        servers=ServersConfig(**fields | changes),
+        servers=TeacherServersConfig(**fields | changes),
     )
     OPENED.append(ServerTeacher(cfg, wanted_of(*(kind or (Objective.sampled,)))))
     return OPENED[-1]

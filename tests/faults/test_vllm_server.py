@@ -14,7 +14,7 @@ import httpx
 import pytest
 import torch
 
-from marco_train.config import DType, Objective, ServersConfig, TeacherBackend, TopKFrom
+from marco_train.config import DType, Objective, TeacherBackend, TeacherServersConfig, TopKFrom
 from marco_train.errors import AwayError, InputError
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
@@ -94,7 +94,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Re
 
 
 def teacher_of(server: RealServer, model: Path, *kind: object) -> ServerTeacher:
-    servers = ServersConfig(
+    servers = TeacherServersConfig(
         urls=[server.url],
         max_requests=4,
         request_timeout_seconds=60.0,

@@ -30,6 +30,9 @@ def config(batch_size: int = 64) -> RolloutConfig:
         canary_tolerance=1e-4,
         max_tokens_per_batch=None,
         kv_cache_gib=None,
+        servers=None,
+        sync_path=None,
+        max_staleness=0,
     )
 
 

@@ -2,8 +2,8 @@
 
 A request goes to the server with the fewest open ones and is made anew, after a jittered pause,
 until it is answered: by another server, where there is one. A busy server (429, 503) halves the
-number of open requests, answers raise it again. A server that failed is asked for its identity
-before it is trusted again. Whoever waits decides how long; see `seconds_without_answer`.
+number of open requests, answers raise it again. A server that failed, or gave an answer that cannot
+be used, is checked before it is trusted again. Whoever waits decides how long; see `Patience`.
 """
 
 import threading
@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
@@ -27,7 +27,8 @@ from tenacity import (
 )
 
 from marco_train.config import ServersConfig
-from marco_train.errors import InputError
+from marco_train.distributed import reduce_max
+from marco_train.errors import AwayError, InputError
 
 T = TypeVar("T")
 
@@ -38,6 +39,8 @@ LONGEST_PAUSE_SECONDS = 20.0
 PASSED_OVER_SECONDS = 5.0
 # Times that a question is asked whose answers cannot be used.
 MAX_UNUSABLE = 3
+# Seconds between two looks at how long servers have been silent.
+POLL_SECONDS = 1.0
 BUSY = {429, 503}
 
 
@@ -60,6 +63,8 @@ class Server:
     url: str
     num_open: int = 0
     trusted: bool = False
+    checking: threading.Lock = field(default_factory=threading.Lock)
+    num_failures: int = 0
     passed_over_until: float = 0.0
 
 
@@ -135,6 +140,16 @@ class ServerPool:
         self._requests.put((future, partial(self._until_answered, question)))
         return future
 
+    def check_anew(self) -> None:
+        """Trust no server any more until it was checked; while no question is open."""
+        for server in self.servers:
+            server.trusted = False
+
+    def trust_all(self) -> None:
+        """Take all servers as checked: other ranks have."""
+        for server in self.servers:
+            server.trusted = True
+
     def seconds_without_answer(self) -> float:
         """How long there have been questions and no answer to any."""
         with self._changed:
@@ -196,12 +211,13 @@ class ServerPool:
     def _attempt(self, question: _Question[T]) -> T:
         server = self._take(question.server)
         try:
-            if not server.trusted:
-                self._trust(server.url, lambda p, b: self._request(server, p, b))
-                server.trusted = True
+            self._check(server)
             value = question.read(self._request(server, question.path, question.body))
         except _AgainError as error:
             self.last_error = f"{server.url}: {error}"
+            raise
+        except UnusableAnswerError:
+            server.trusted = False
             raise
         finally:
             self._give_back(server)
@@ -209,6 +225,17 @@ class ServerPool:
         with self._changed:
             self._max_open = min(self._bound, self._max_open + 1 / self._max_open)
         return value
+
+    def _check(self, server: Server) -> None:
+        """See that a server is trusted; of many that ask for it, one does the work."""
+        known = server.num_failures
+        with server.checking:
+            if server.trusted:
+                return
+            if server.num_failures > known:
+                raise _AgainError("was found away a moment ago")
+            self._trust(server.url, lambda path, body: self._request(server, path, body))
+            server.trusted = True
 
     def _request(self, server: Server, path: str, body: dict[str, Any] | None) -> Any:
         """Ask one server once."""
@@ -258,8 +285,53 @@ class ServerPool:
 
     def _pass_over(self, server: Server) -> None:
         server.trusted = False
+        server.num_failures += 1
         server.passed_over_until = time.monotonic() + PASSED_OVER_SECONDS
 
     def _count(self, name: str) -> None:
         with self._changed:
             self._counts[name] += 1
+
+
+class Patience:
+    """How long servers may be silent, which all ranks decide together."""
+
+    def __init__(self, pool: ServerPool, cfg: ServersConfig, name: str) -> None:
+        """Wait for a pool until `cfg` gives up; `name` is what its servers are to a reader."""
+        self._pool = pool
+        self._cfg = cfg
+        self._name = name
+        self._save_at = cfg.give_up_after_seconds  # nothing is there to be saved yet
+
+    def renew(self) -> None:
+        """New questions were asked: from now on the run is to be saved while it waits."""
+        self._save_at = self._cfg.save_after_seconds
+
+    @property
+    def is_over(self) -> bool:
+        """Whether this rank has waited long enough to ask the others."""
+        limit = min(self._save_at, self._cfg.give_up_after_seconds)
+        return self._pool.seconds_without_answer() >= limit
+
+    def agree(self, num_open: int, num_asked: int) -> None:
+        """Go on if no rank waits for an answer any more; every rank takes part.
+
+        Args:
+            num_open: Questions of this rank that are not answered.
+            num_asked: All that it asked.
+
+        Raises:
+            AwayError: On every rank, where any still waits; `final` says that the time is up.
+        """
+        silent = self._pool.seconds_without_answer()
+        given_up = silent >= self._cfg.give_up_after_seconds
+        worst = reduce_max(0 if not num_open else 2 if given_up else 1)
+        if worst == 0:
+            return
+        self._save_at = silent + self._cfg.save_after_seconds
+        raise AwayError(
+            f"no answer for {silent:.0f} s from {self._name} "
+            f"{', '.join(self._cfg.urls)}, {num_open} of {num_asked} requests of this "
+            f"rank are open; the last error: {self._pool.last_error}",
+            final=worst == 2,
+        )
