@@ -34,6 +34,7 @@ NAMES = {
     "teacher/cache_hits": "share of rollouts whose scores were on disk",
     "teacher/cache_corrupt": "scores on disk that were broken, and were computed again",
     "rollout/sync_gib_per_s": "weights to the sampler on this rank, without the canary",
+    "rollout/staleness": "updates that the policy is ahead of the weights that sampled",
     "rollout/response_length": "mean, tokens",
     "rollout/truncated": "share of responses cut at the limit",
     "rollout/empty": "share of responses that are a stop token alone",

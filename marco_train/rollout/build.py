@@ -54,3 +54,16 @@ def build_sampler(
                 cfg.num_sampler_topk,
                 seed,
             )
+        case SamplerBackend.vllm_server:
+            from marco_train.rollout.vllm_server import ServerSampler
+
+            return ServerSampler(
+                cfg.rollout,
+                architecture,
+                dtype,
+                stop_ids,
+                longest_sequence(cfg) + 1,
+                cfg.max_response_length,
+                cfg.num_sampler_topk,
+                seed,
+            )

@@ -11,6 +11,7 @@ from marco_train.data.packing import pack_rollouts
 from marco_train.engine.policy import Policy, build_policy
 from marco_train.losses.distillation import build_reverse_kl
 from marco_train.models.hf_io import stop_token_ids
+from marco_train.rollout.ahead import Ahead
 from marco_train.rollout.base import Sampler, summarize
 from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.sync import canaries, sync_weights
@@ -45,20 +46,24 @@ def run_opd(cfg: TrainConfig) -> None:
     )
     stop_ids = stop_token_ids(cfg.model.tokenizer)
     sampler = build_sampler(opd, student, cfg.model.dtype, stop_ids, cfg.seed)
+    ahead = Ahead(opd, sampler, prompts)
     probes = canaries(student.vocab_size, longest_sequence(opd))
     run = Run.open(cfg, policy, prompts, cascade)
 
     for step in run.steps(until=cascade.num_steps):
-        with run.timer("sync"):  # verified: checksums and canary
+        with run.timer("sample"):  # what was asked for ahead, by choice
+            run.outlast(step, ahead.settle)
+        with run.timer("sync"):  # verified by numbers
             tolerance = opd.rollout.canary_tolerance
-            synced = sync_weights(policy, sampler, step, probes, tolerance)
+            hand_over = partial(sync_weights, policy, sampler, step, probes, tolerance)
+            synced = run.outlast(step, hand_over)
         if cascade.measure_due(step):
             end_converged_phases(cfg, run, step, policy, sampler, cascade, held_out)
             if step == cascade.num_steps:
                 break
         teacher = run.outlast(step, partial(cascade.teacher_at, step))  # changes with the phase
 
-        rollouts = run.timed("sample", sampler.sample(next(prompts), opd.responses_per_prompt))
+        rollouts = run.timed("sample", ahead.rollouts(step, cascade.num_steps))
         with run.timer("score"):  # servers begin with the first response that has ended
             scored = run.outlast(step, partial(teacher.score, rollouts))
         with run.timer("train"):
@@ -66,7 +71,8 @@ def run_opd(cfg: TrainConfig) -> None:
             packed = pack_rollouts(scored, opd.objective, cfg.data.max_tokens_per_microbatch)
             metrics = policy.train_step(packed, build_reverse_kl(opd, teacher.head))
 
-        metrics |= synced | summarize(rollouts) | prompts.metrics() | cascade.metrics(step)
+        metrics |= synced | summarize(rollouts) | ahead.metrics()
+        metrics |= prompts.metrics() | cascade.metrics(step)
         phase = cascade.phase_at(step).name
         run.log(step, metrics, phase)
         refuse_mismatch(step, metrics["kl/sampler_mismatch"], opd.max_mismatch)
@@ -92,7 +98,7 @@ def end_converged_phases(
     with run.timer("evaluate"):
         while cascade.measure_due(step):  # of the next phase too, where one ends
             teacher = run.outlast(step, partial(cascade.teacher_at, step))
-            rollouts = list(sampler.sample(held_out, 1))
+            rollouts = run.timed("sample", sampler.sample(held_out, 1))
             scored = run.outlast(step, partial(teacher.score, rollouts))
             packed = pack_rollouts(scored, cfg.stage.objective, cfg.data.max_tokens_per_microbatch)
             found = policy.measure(packed, build_reverse_kl(cfg.stage, teacher.head))

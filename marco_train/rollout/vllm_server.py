@@ -1,0 +1,344 @@
+"""The sampler behind servers of vLLM: prompts go out as token ids, responses come back.
+
+Weights go through a file that trainer and servers reach. A server that ends and comes back has
+random weights under another version: it is found out before it answers anything, gets the file
+again, and has to say of fixed sequences what the others said. A request is made anew until it is
+answered, and its response is the same wherever and whenever it is made.
+
+Legend: R tokens of a response, K likeliest tokens.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from pathlib import Path
+from typing import Any, Self
+from uuid import uuid4
+
+import torch
+from torch import Tensor
+
+from marco_train.architecture import ArchitectureConfig
+from marco_train.config import DType, RolloutConfig
+from marco_train.distributed import barrier, gather_objects, is_main, rank, world_size
+from marco_train.errors import InputError, require
+from marco_train.models.safetensors_io import ShardFile
+from marco_train.models.weights import accounted, meta_model, weight_shapes
+from marco_train.rollout.base import NO_WEIGHTS, response_seed
+from marco_train.server_pool import (
+    POLL_SECONDS,
+    Ask,
+    Patience,
+    RejectedError,
+    ServerPool,
+    UnusableAnswerError,
+)
+from marco_train.types import FinishReason, Prompt, Rollout
+from marco_train.vllm_engine import neutral_sampling
+from marco_train.vllm_http import (
+    CALL_WORKERS,
+    GENERATE,
+    MODELS,
+    RESET_PREFIX_CACHE,
+    UPDATE_WEIGHT_VERSION,
+    WEIGHT_INFO,
+    check_served,
+    only_choice,
+    read_number,
+    read_tokens,
+)
+
+
+class ServerSampler:
+    """Samples over HTTP; every rank asks for its own prompts."""
+
+    gives_checksums = False
+
+    def __init__(
+        self,
+        cfg: RolloutConfig,
+        architecture: ArchitectureConfig,
+        dtype: DType,
+        stop_ids: Sequence[int],
+        max_length: int,
+        max_response_length: int,
+        num_topk: int,
+        seed: int,
+    ) -> None:
+        """Nothing is asked yet: servers may still be starting."""
+        assert cfg.servers is not None and cfg.sync_path is not None
+        self._shapes = weight_shapes(meta_model(architecture))
+        self._dtype: torch.dtype = getattr(torch, dtype.value)
+        self._stop_ids = list(stop_ids)
+        self._max_length = max_length
+        self._max_response_length = max_response_length
+        self._num_topk = num_topk
+        self._seed = seed
+        self._tolerance = cfg.canary_tolerance
+        self._directory = Path(cfg.sync_path).resolve()
+        # Servers may outlive runs: no version of one run is also another's.
+        self._run = gather_objects(uuid4().hex[:12])[0]
+        self._file: Path | None = None  # the weights that servers have to have
+        self._canary: tuple[list[list[int]], Tensor] | None = None  # and what they say with them
+        self._weight_version: int | None = None
+        self._pool = ServerPool(cfg.servers, self._trust)
+        self._patience = Patience(self._pool, cfg.servers, "the sampler's servers")
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
+        """Write a complete stream of named weights and have every server load it.
+
+        Raises:
+            InputError: A weight is missing, doubled, unknown or misshapen; or a server cannot
+                serve this run.
+            AwayError: A server does not answer.
+        """
+        self._weight_version = self._canary = None
+        former, self._file = self._file, self._directory / f"{self._run}-{version}.safetensors"
+        self._write(accounted(weights, self._shapes), self._file)
+        barrier()
+        self._pool.check_anew()
+        self._wait([self._pool.submit(WEIGHT_INFO, None, bool, s) for s in self._my_servers])
+        self._pool.trust_all()
+        if is_main() and former is not None and former != self._file:
+            former.unlink(missing_ok=True)
+        self._weight_version = version
+
+    def _write(self, weights: Iterator[tuple[str, Tensor]], file: Path) -> None:
+        """Write a file on the first rank; the others take part in the stream."""
+        if is_main():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            shard = ShardFile(file, self._dtype, self._shapes)
+            shard.create()
+        for name, weight in weights:
+            if is_main():
+                shard.write(name, weight)
+
+    @property
+    def _my_servers(self) -> list[Any]:
+        """Servers that this rank sees to; all ranks together see to all."""
+        servers = self._pool.servers
+        return servers[rank() :: world_size()] or [servers[rank() % len(servers)]]
+
+    def _trust(self, url: str, ask: Ask) -> None:
+        """See that a server has the weights that it has to have, by its word and by numbers.
+
+        Raises:
+            InputError: It serves something else, or its numbers are not those of the others.
+        """
+        assert self._file is not None
+        check_served(url, ask(MODELS, None), self._max_length)
+        version = self._file.stem
+        if ask(WEIGHT_INFO, None).get("weight_version") != version:
+            given = {"path": str(self._file), "num_weights": str(len(self._shapes))}
+            ask(CALL_WORKERS, {"method": "load_checkpoint", "kwargs": given})
+            ask(RESET_PREFIX_CACHE, {})  # keys of old weights would outlive them
+            ask(UPDATE_WEIGHT_VERSION, {"new_version": version})
+        if self._canary is None:
+            return
+        sequences, known = self._canary
+        parts = [read(ask(GENERATE, body)) for body, read in self._score_requests(sequences)]
+        difference = float((torch.cat(parts) - known).abs().max())
+        require(
+            difference <= self._tolerance,
+            f"{url} came back, and with the weights of {version} its log-probabilities of the "
+            f"canary are {difference:.3g} nats from what was proved at the sync, more than "
+            f"stage.rollout.canary_tolerance {self._tolerance:.3g}",
+        )
+
+    def checksums(self) -> dict[str, int]:
+        """Not given: servers pack weights for their kernels."""
+        raise NotImplementedError
+
+    def score(self, sequences: Sequence[list[int]]) -> Tensor:
+        """Log-probabilities of the tokens of sequences, [servers, N], of those this rank sees to.
+
+        The first token of each has none, the last of the longest is sampled. What they say is what
+        a server that comes back has to say.
+        """
+        futures = [
+            [self._pool.submit(GENERATE, body, read, server) for body, read in requests]
+            for server in self._my_servers
+            for requests in [self._score_requests(sequences)]
+        ]
+        self._wait([future for each in futures for future in each])
+        found = torch.stack([torch.cat([f.result() for f in each]) for each in futures])
+        self._canary = list(sequences), found[0]
+        return found
+
+    def _score_requests(self, sequences: Sequence[list[int]]) -> list[tuple[dict[str, Any], Any]]:
+        """Bodies that ask for log-probabilities, and how their answers are read."""
+        longest = max(range(len(sequences)), key=lambda i: len(sequences[i]))
+        requests: list[tuple[dict[str, Any], Any]] = []
+        for number, ids in enumerate(sequences):
+            sampled = number == longest
+            requests.append(
+                (
+                    _body(ids, neutral_sampling(max_tokens=1) | {"prompt_logprobs": 0}),
+                    lambda answer, ids=ids, cut=sampled: read_tokens(answer, ids, 1)[
+                        : len(ids) - 1 - cut
+                    ],
+                )
+            )
+            if sampled:
+                *prompt, token = ids
+                drawn = {"allowed_token_ids": [token], "logprobs": 0, "ignore_eos": True}
+                requests.append(
+                    (
+                        _body(prompt, neutral_sampling(max_tokens=1) | drawn),
+                        lambda answer: torch.tensor(self._read_response(answer, 0)[1]),
+                    )
+                )
+        return requests
+
+    def sample(self, prompts: Sequence[Prompt], num_responses: int) -> Iterator[Rollout]:
+        """Ask for responses of each prompt at temperature 1, at once; yields each as it ends.
+
+        Where it raises `AwayError`, the same iterator goes on afterwards; every rank takes part in
+        its end.
+
+        Raises:
+            RuntimeError: No weights were loaded.
+            AwayError: No server has answered for long; `final` says that the time is up.
+            InputError: A server refuses a request, or no server gives a usable answer.
+        """
+        if self._weight_version is None:
+            raise RuntimeError(NO_WEIGHTS)
+        self._patience.renew()
+        version = self._weight_version
+        return _Responses(
+            {
+                self._ask(prompt, number, version): prompt
+                for prompt in prompts
+                for number in range(num_responses)
+            },
+            self._patience,
+        )
+
+    def _ask(self, prompt: Prompt, sample_index: int, version: int) -> "Future[Rollout]":
+        params = neutral_sampling(self._max_response_length) | {
+            "seed": response_seed(self._seed, prompt.index, sample_index),
+            "stop_token_ids": self._stop_ids,
+            "ignore_eos": True,
+            # The drawn token takes the place of one.
+            "logprobs": self._num_topk + 1 if self._num_topk else 0,
+        }
+
+        def read(answer: Any) -> Rollout:
+            ids, logprobs, topk_ids = self._read_response(answer, self._num_topk)
+            stopped = ids[-1] in self._stop_ids
+            if not stopped and len(ids) != self._max_response_length:
+                raise UnusableAnswerError(
+                    f"a response of {len(ids)} tokens without an end, of "
+                    f"{self._max_response_length} that were asked for"
+                )
+            return Rollout(
+                prompt=prompt,
+                sample_index=sample_index,
+                response_ids=ids,
+                sampler_logprobs=logprobs,
+                topk_ids=topk_ids,
+                finish_reason=FinishReason.stop if stopped else FinishReason.length,
+                weight_version=version,
+            )
+
+        return self._pool.submit(GENERATE, _body(prompt.input_ids, params), read)
+
+    def _read_response(
+        self, answer: Any, num_topk: int
+    ) -> tuple[list[int], list[float], list[list[int]]]:
+        """Tokens [R] of a response, their log-probabilities [R] and the likeliest [R, K].
+
+        Raises:
+            UnusableAnswerError: It is not complete, or of other weights.
+        """
+        assert self._file is not None
+        choice = only_choice(answer)
+        try:
+            ids = [int(token) for token in choice["token_ids"]]
+            places = choice["logprobs"]["content"]
+            logprobs = [read_number(place["logprob"]) for place in places]
+            ranked = [sorted(p["top_logprobs"], key=lambda t: t["rank"]) for p in places]
+            topk_ids = [[int(t["token_id"]) for t in p[:num_topk]] for p in ranked]
+            drawn = [place["token_id"] for place in places]
+            versions = {span["version"] for span in choice["weight_versions"]}
+        except (KeyError, TypeError, ValueError) as error:
+            raise UnusableAnswerError(f"a response in another form: {error}") from error
+        if not ids or drawn != ids or not all(math.isfinite(x) for x in logprobs):
+            raise UnusableAnswerError(f"{len(drawn)} log-probabilities of {len(ids)} tokens")
+        if versions != {self._file.stem}:
+            raise UnusableAnswerError(f"a response of the weights {json.dumps(sorted(versions))}")
+        if any(len(named) != num_topk for named in topk_ids):
+            raise UnusableAnswerError(f"not the {num_topk} likeliest tokens of every place")
+        return ids, logprobs, topk_ids
+
+    def _wait(self, futures: Sequence[Future[Any]]) -> None:
+        """Wait until all ranks have their answers.
+
+        Raises:
+            AwayError: One has waited too long.
+            InputError: A question cannot be answered.
+        """
+        waiting = set(futures)
+        while waiting and not self._patience.is_over:
+            done, waiting = wait(waiting, POLL_SECONDS, return_when=FIRST_COMPLETED)
+            for future in done:
+                _result(future)
+        self._patience.agree(len(waiting), len(futures))
+
+    def sleep(self) -> None:
+        """Servers have memory of their own."""
+
+    def close(self) -> None:
+        """Drop the connections and the file of weights."""
+        self._pool.close()
+        barrier()
+        if is_main() and self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+
+class _Responses:
+    """Rollouts of one rank in the order in which they end."""
+
+    def __init__(self, asked: dict["Future[Rollout]", Prompt], patience: Patience) -> None:
+        self._num_asked = len(asked)
+        self._waiting = set(asked)
+        self._done: list[Future[Rollout]] = []
+        self._patience = patience
+        self._ended = False
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Rollout:
+        while not self._done and self._waiting:
+            done, self._waiting = wait(self._waiting, POLL_SECONDS, return_when=FIRST_COMPLETED)
+            self._done = list(done)
+            if not done and self._patience.is_over:
+                self._agree()
+        if self._done:
+            rollout: Rollout = _result(self._done.pop())
+            return rollout
+        if not self._ended:
+            self._agree()
+            self._ended = True
+        raise StopIteration
+
+    def _agree(self) -> None:
+        self._patience.agree(len(self._waiting), self._num_asked)
+
+
+def _result(future: "Future[Any]") -> Any:
+    """What a question gave.
+
+    Raises:
+        InputError: No server answers it as it has to be.
+    """
+    try:
+        return future.result()
+    except RejectedError as error:
+        raise InputError(f"a server of the sampler does not work: {error}") from error
+
+
+def _body(ids: list[int], params: dict[str, Any]) -> dict[str, Any]:
+    return {"token_ids": ids, "sampling_params": params, "return_token_ids": True}

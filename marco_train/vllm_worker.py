@@ -1,0 +1,84 @@
+"""The half of a sampler's server that runs in vLLM's workers; see `scripts/serve_sampler.sh`.
+
+vLLM mixes `Receiver` into its worker class (`--worker-extension-cls`), and its methods are then
+called over HTTP.
+"""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from marco_train.errors import require
+from marco_train.models.safetensors_io import read, read_header
+from marco_train.vllm_engine import replace_weights, with_tied_head
+
+# The process whose end ends the server.
+OWNER_VARIABLE = "MARCO_TRAIN_OWNER"
+WATCH_SECONDS = 1.0
+
+
+class Receiver:
+    """Takes weights from a checkpoint."""
+
+    model_runner: Any  # the worker's, as are all attributes
+    vllm_config: Any
+
+    def load_checkpoint(self, path: str, num_weights: str) -> int:
+        """Replace all weights by those of a safetensors file.
+
+        Args:
+            path: The file, with exactly the weights of the model under checkpoint names.
+            num_weights: How many it has to hold.
+
+        Returns:
+            How many it held.
+
+        Raises:
+            InputError: The file is cut short or another; nothing was touched.
+            RuntimeError: The model has weights that the file did not reach.
+        """
+        stored = read_header(Path(path))
+        require(
+            len(stored) == int(num_weights),
+            f"{path} has {len(stored)} weights, and the trainer wrote {num_weights}",
+        )
+        weights = ((name, read(place)) for name, place in stored.items())
+        replace_weights(
+            self.model_runner.get_model(),
+            with_tied_head(weights, stored),
+            self.vllm_config.model_config,
+        )
+        return len(stored)
+
+
+def end_with_owner() -> None:
+    """End this server's processes once its owner, or the process that leads them, is gone.
+
+    A server that is killed leaves its engine and workers behind, which ignore SIGTERM.
+    """
+    if OWNER_VARIABLE not in os.environ:
+        return
+    group = os.getpgrp()
+    watched = {int(os.environ[OWNER_VARIABLE]), group}
+
+    def watch() -> None:
+        while all(_is_alive(process) for process in watched):
+            time.sleep(WATCH_SECONDS)
+        os.killpg(group, signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _is_alive(process: int) -> bool:
+    """Whether a process runs; one that ended and waits for its parent does not."""
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state != "Z"
+
+
+end_with_owner()

@@ -1,0 +1,70 @@
+#!/usr/bin/env bash
+# Serve the student for `rollout@stage.rollout=vllm_server`, as long as a command runs:
+#
+#   scripts/serve_sampler.sh <model directory> [vLLM's options] -- <command>
+#
+# Without `--` and a command the servers run until they are interrupted. The weights come from the
+# trainer, so config.json is enough in the directory. A server that ends is started again; nothing
+# of it is left when the command or this script ends, however that happens.
+#
+#   NUM_SERVERS=1   the first listens on PORT, the next on PORT + 1 ...
+#   PORT=8100
+#   HOST=127.0.0.1  whoever reaches a server can replace its weights
+#   GPUS            devices, one a server: GPUS="6 7" NUM_SERVERS=2
+#   MAX_RESTARTS=3  of one server
+#   DRY_RUN=1       print the command of the first server and do nothing
+#
+# The run takes their addresses:
+#   stage.rollout.servers.urls=[http://127.0.0.1:8100,http://127.0.0.1:8101]
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+model=${1:?usage: scripts/serve_sampler.sh <model directory> [options] [-- <command>]}; shift
+options=()
+while [ $# -gt 0 ] && [ "$1" != -- ]; do options+=("$1"); shift; done
+[ $# -gt 0 ] && shift
+if [ -x "$root/.venv/bin/python" ]; then PATH="$root/.venv/bin:$PATH"; fi
+port=${PORT:-8100}
+
+# Random weights until the trainer's come. generation_config.json has no say.
+command=(python -m vllm.entrypoints.openai.api_server --model "$model" --served-model-name student
+  --host "${HOST:-127.0.0.1}" --load-format dummy --skip-tokenizer-init --generation-config vllm
+  --logprobs-mode raw_logprobs --max-logprobs -1 --enable-scale-out --no-enable-chunked-prefill
+  --no-enable-prefix-caching --worker-extension-cls marco_train.vllm_worker.Receiver "${options[@]}")
+if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "${command[@]}" --port "$port"; echo; exit; fi
+
+export VLLM_SERVER_DEV_MODE=1 MARCO_TRAIN_OWNER=$$ PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+gpus=(${GPUS:-})
+
+keep_up() { # number: one server, started anew where it ends
+  local number=$1 server="" restarts
+  trap 'if [ -n "$server" ]; then kill -KILL -- "-$server" 2>/dev/null || true; fi; exit' TERM EXIT
+  if [ ${#gpus[@]} -gt 0 ]; then export CUDA_VISIBLE_DEVICES=${gpus[$number]}; fi
+  for ((restarts = 0; restarts <= ${MAX_RESTARTS:-3}; restarts++)); do
+    # A group of its own, so that its engine and workers end with it.
+    setsid "${command[@]}" --port $((port + number)) &
+    server=$!
+    wait "$server" || true
+    kill -KILL -- "-$server" 2>/dev/null || true
+    kill -0 $$ 2>/dev/null || exit # this script was killed, which its servers see too
+    echo "serve_sampler: the server on port $((port + number)) ended" >&2
+  done
+  server=""
+  echo "serve_sampler: gave up port $((port + number)) after ${MAX_RESTARTS:-3} restarts" >&2
+}
+
+keepers=()
+for ((number = 0; number < ${NUM_SERVERS:-1}; number++)); do
+  keep_up "$number" &
+  keepers+=($!)
+done
+run=""
+trap 'kill -TERM "${keepers[@]}" 2>/dev/null || true; wait "${keepers[@]}" 2>/dev/null || true' EXIT
+trap 'if [ -n "$run" ]; then kill -TERM "$run" 2>/dev/null || true; else exit 130; fi' INT TERM
+if [ $# -gt 0 ]; then
+  "$@" &
+  run=$!
+  status=0
+  while kill -0 "$run" 2>/dev/null; do wait "$run" && status=0 || status=$?; done # signals end a wait
+  exit "$status"
+fi
+wait
