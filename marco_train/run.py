@@ -113,10 +113,12 @@ class Run:
         """
         start = time.perf_counter()
         outside, self._inner_seconds = self._inner_seconds, 0.0
-        yield
-        spent = time.perf_counter() - start
-        self._timers[name] = self._timers.get(name, 0.0) + spent - self._inner_seconds
-        self._inner_seconds = outside + spent
+        try:
+            yield
+        finally:  # what breaks off has taken its time too
+            spent = time.perf_counter() - start
+            self._timers[name] = self._timers.get(name, 0.0) + spent - self._inner_seconds
+            self._inner_seconds = outside + spent
 
     def timed(self, name: str, items: Iterator[T]) -> "TimedStream[T]":
         """Items as they come, the wait for each of which counts as `time/<name>`."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from marco_train import run as run_module
+from marco_train.errors import AwayError
 from marco_train.run import Run
 from tests.conftest import World, compose_config
 
@@ -33,12 +34,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return found
 
 
-def test_a_timer_inside_another_takes_its_time_from_it(
-    clock: Clock, world: World, tmp_path: Path
-) -> None:
+@pytest.fixture
+def run(world: World, tmp_path: Path) -> Run:
     cfg = compose_config("quickstart_opd", f"root={world.root}", f"output_dir={tmp_path}")
-    run = Run(cfg, Untrained(), [], resumed=False)  # type: ignore[arg-type]
+    return Run(cfg, Untrained(), [], resumed=False)  # type: ignore[arg-type]
 
+
+def test_a_timer_inside_another_takes_its_time_from_it(clock: Clock, run: Run) -> None:
     def sampled() -> Iterator[int]:
         for item in range(3):
             clock.now += 10
@@ -56,3 +58,19 @@ def test_a_timer_inside_another_takes_its_time_from_it(
         clock.now += 1
     assert list(stream) == [0, 1, 2]  # again, and at no cost
     assert run._timers == {"sample": 30, "score": 5, "sync": 100}
+
+
+def test_a_timer_counts_what_breaks_off_inside_it(clock: Clock, run: Run) -> None:
+    def score() -> None:
+        with run.timer("score"):
+            clock.now += 2
+            with run.timer("sync"):
+                clock.now += 10
+            raise AwayError("no answer", final=False)
+
+    with run.timer("evaluate"):
+        clock.now += 1
+        with pytest.raises(AwayError):
+            score()
+        clock.now += 5
+    assert run._timers == {"evaluate": 6, "score": 2, "sync": 10}
