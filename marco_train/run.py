@@ -125,10 +125,10 @@ class Run:
         return TimedStream(self, name, items)
 
     def outlast(self, step: int, ask: Callable[[], T]) -> T:
-        """Ask for something; while it is away, save the run as it stands and ask again.
+        """Ask for something; while it is away, save what was learnt and ask again.
 
         Raises:
-            AwayError: It was away for too long; the run is saved.
+            AwayError: It was away for too long; what was learnt is saved.
         """
         while True:
             try:
@@ -139,7 +139,7 @@ class Run:
                 if error.final:
                     raise
                 if is_main():
-                    say(f"step {step}: {error}; the run is saved, and waits")
+                    say(f"step {step}: {error}; nothing is lost, and the run waits")
 
     def log(self, step: int, metrics: Metrics, phase: str | None = None) -> None:
         """Record what a step measured, with its times."""

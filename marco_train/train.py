@@ -46,7 +46,7 @@ def main(composed: DictConfig) -> None:
         sys.exit(f"error: {error}")
     except AwayError as error:  # the same on every rank
         if is_first_rank():
-            print(f"error: {error}; the run is saved: launch it again later", file=sys.stderr)
+            print(f"error: {error}; nothing is lost: launch it again later", file=sys.stderr)
         sys.exit(TRY_AGAIN_LATER)
 
 

@@ -74,3 +74,21 @@ def test_a_timer_counts_what_breaks_off_inside_it(clock: Clock, run: Run) -> Non
             score()
         clock.now += 5
     assert run._timers == {"evaluate": 6, "score": 2, "sync": 10}
+
+
+def test_a_wait_before_anything_is_learnt_saves_nothing_and_says_so(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = iter([AwayError("no answer", final=False), "here"])
+
+    def ask() -> str:
+        answer = next(answers)
+        if isinstance(answer, AwayError):
+            raise answer
+        return str(answer)
+
+    assert run.outlast(next(run.steps(until=4)), ask) == "here"
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "step 0: no answer; nothing is lost, and the run waits"
+    )
+    assert not (tmp_path / "checkpoints").exists()
