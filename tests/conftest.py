@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -167,6 +169,18 @@ def compose_config(experiment: str, *overrides: str) -> TrainConfig:
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
         composed = compose("train", overrides=[f"experiment={experiment}", *overrides])
     return to_run(composed)
+
+
+def launch(*overrides: str) -> subprocess.CompletedProcess[str]:
+    """Run the command line in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "marco_train.train", *overrides],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=Path(__file__).parents[1],
+        env={k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE"}},
+    )
 
 
 # What makes AdamW plain gradient descent with rate 1: Adam's own scaling would hide a gradient

@@ -1,10 +1,7 @@
 """What a user can get wrong is refused in a sentence that names it."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,7 +18,7 @@ from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
 from marco_train.teachers.cascade import Cascade
 from marco_train.teachers.vocab import check_student_vocabulary
-from tests.conftest import DENSE, World, architecture, compose_config, make_tokenizer
+from tests.conftest import DENSE, World, architecture, compose_config, launch, make_tokenizer
 
 REFUSED = [
     ("quickstart_sft", "optim.learnin_rate=1", "learnin_rate"),
@@ -80,17 +77,6 @@ def test_a_wrong_override_is_refused_by_name(experiment: str, override: str, nam
 def test_the_sampled_objective_says_why_temperature_one() -> None:
     with pytest.raises(InputError, match=r"sampled-token objective .* temperature 1.0 only"):
         compose_config("quickstart_opd", "stage.objective=sampled", "stage.rollout.temperature=1.2")
-
-
-def launch(*overrides: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "marco_train.train", *overrides],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=Path(__file__).parents[2],
-        env={k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE"}},
-    )
 
 
 def test_the_command_line_fails_in_one_sentence_without_a_traceback(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from marco_train.errors import AwayError
 from marco_train.rollout import hf
 from marco_train.stages.opd import RolloutMismatchError, run_opd
 from marco_train.teachers.preflight import PROBES
-from tests.conftest import World, compose_config
+from tests.conftest import World, compose_config, launch
 from tests.faults.fake_server import FakeServer, fake_servers
 from tests.ranks import run_on_ranks
 
@@ -29,12 +30,15 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def config(world: World, out: Path, server: FakeServer, num_ranks: int, *more: str) -> TrainConfig:
-    return compose_config(
-        "quickstart_opd",
+    return compose_config("quickstart_opd", *overrides(world, out, server.url, num_ranks), *more)
+
+
+def overrides(world: World, out: Path, url: str, num_ranks: int) -> list[str]:
+    return [
         f"root={world.root}",
         f"output_dir={out}",
         "teacher@stage.cascade.first.teacher=vllm_server",
-        f"stage.cascade.first.teacher.servers.urls=[{server.url}]",
+        f"stage.cascade.first.teacher.servers.urls=[{url}]",
         "stage.cascade.first.teacher.dtype=float32",
         "stage.cascade.first.teacher.servers.max_requests=2",
         "stage.cascade.first.teacher.servers.request_timeout_seconds=2",
@@ -49,13 +53,12 @@ def config(world: World, out: Path, server: FakeServer, num_ranks: int, *more: s
         "checkpoint.save_every=100",
         f"parallel.expert_parallel_size={num_ranks}",
         "logging.console_every=100",
-        *more,
-    )
+    ]
 
 
-def distil(cfg: TrainConfig, socket: int) -> None:
+def distil(cfg: TrainConfig, listening: int) -> None:
     """Run on a rank, which as a fork must not keep the server's port open."""
-    os.close(socket)
+    os.close(listening)
     run_opd(cfg)
 
 
@@ -136,6 +139,23 @@ def test_a_run_that_gave_up_is_saved_and_can_be_resumed(world: World, tmp_path: 
         server.model = "teacher"
         run_on_ranks(1, distil, cfg, server.socket)
     assert learnt(parts) == learnt(whole)
+
+
+def test_a_launch_that_gave_up_says_so_and_may_be_queued_again(
+    world: World, tmp_path: Path
+) -> None:
+    with socket.socket() as closed:  # bound, so that no other takes the port; nobody listens
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        given = overrides(world, tmp_path, url, num_ranks=1)
+        give_up = "stage.cascade.first.teacher.servers.give_up_after_seconds=1"
+        done = launch("experiment=quickstart_opd", *given, give_up)
+    assert done.returncode == 75, done.stdout + done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert said.startswith(f"error: no answer for 1 s from the teacher's servers {url}, ")
+    assert said.endswith("; nothing is lost: launch it again later")
+    assert not (tmp_path / "finished.json").exists()
 
 
 def test_a_second_run_over_the_same_rollouts_asks_no_server(world: World, tmp_path: Path) -> None:
