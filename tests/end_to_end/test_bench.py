@@ -63,6 +63,24 @@ def test_objectives_take_the_same_steps_and_the_share_of_a_run_is_read(tmp_path:
     assert "time / sampled" in done.stdout
 
 
+def test_the_wait_for_servers_is_read_and_a_phase_of_one_step_is_left_out(tmp_path: Path) -> None:
+    file, run = tmp_path / "bench.json", tmp_path / "run"
+    run.mkdir()
+    times = {"time/sync": 1, "time/sample": 1, "time/train": 1, "time/step": 4}
+    servers = {"cascade/phase": 0, "teacher/seconds": 4}
+    lines = [times | servers | {"time/score": score} for score in (4, 1, 3, 2)]
+    lines += [times | {"cascade/phase": 1, "time/score": 1}]
+    (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    done = bench(
+        *("--only", "teacher_share", "--run", str(run), "--json", str(file)),
+        script="bench_opd.py",
+    )
+    assert done.returncode == 0, done.stderr
+    behind_servers, short = json.loads(file.read_text())["parts"]["teacher_share"]
+    assert behind_servers["wait / scoring"] == 0.5
+    assert short["note"] == "only its first step, left out" and short["note"] in done.stdout
+
+
 def test_a_comparison_without_its_interpreter_is_refused(tmp_path: Path) -> None:
     done = bench("--only", "trl", "--json", str(tmp_path / "b.json"), script="bench_opd.py")
     assert done.returncode == 2
