@@ -88,6 +88,14 @@ def trade_places(ids: Tensor, one: int, other: int | None) -> Tensor:
     return traded
 
 
+def ids_for_teacher(ids: list[int], wanted: Wanted, stop_id: int | None) -> list[int]:
+    """Ids with the stop tokens of student and teacher in each other's place; None: as they are."""
+    traded: list[int] = trade_places(
+        torch.tensor(ids, dtype=torch.int64), wanted.stop_id, stop_id
+    ).tolist()
+    return traded
+
+
 def head_for_student(head: Tensor, wanted: Wanted, stop_id: int | None) -> Tensor:
     """The teacher's head [V, D] with its stop token in the row of the student's."""
     if stop_id is None:

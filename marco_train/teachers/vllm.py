@@ -17,10 +17,10 @@ from marco_train.models.hf_io import read_head
 from marco_train.teachers.base import (
     Wanted,
     head_for_student,
+    ids_for_teacher,
     model_identity,
     refuse_non_finite,
     scores_from_hidden,
-    trade_places,
 )
 from marco_train.types import Rollout, ScoredRollout, TokenScores
 from marco_train.vllm_engine import Purpose, VLLMEngine
@@ -56,7 +56,10 @@ class VLLMTeacher:
         return self._token_scores(rollouts) if self.head is None else self._by_state(rollouts)
 
     def _token_scores(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
-        sequences = [self._for_teacher(rollout) for rollout in rollouts]
+        sequences = [
+            r.prompt.input_ids + ids_for_teacher(r.response_ids, self._wanted, self._stop_id)
+            for r in rollouts
+        ]
         scored = []
         pairs = self._engine.token_logprobs(sequences, num_topk=0)
         for rollout, (_, logprobs) in zip(rollouts, pairs, strict=True):
@@ -64,12 +67,6 @@ class VLLMTeacher:
             refuse_non_finite(logprobs)
             scored.append(ScoredRollout(rollout, TokenScores(logprobs[first:, 0].clone())))
         return scored
-
-    def _for_teacher(self, rollout: Rollout) -> list[int]:
-        """The sequence as the teacher would end it."""
-        response = torch.tensor(rollout.response_ids, dtype=torch.int64)
-        traded: list[int] = trade_places(response, self._wanted.stop_id, self._stop_id).tolist()
-        return rollout.prompt.input_ids + traded
 
     def _by_state(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
         assert self.head is not None

@@ -15,6 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
 from threading import Lock
 from typing import Any
 
@@ -33,7 +34,13 @@ from marco_train.server_pool import (
     ServerPool,
     UnusableAnswerError,
 )
-from marco_train.teachers.base import SAME_ANSWER, Wanted, model_identity, trade_places
+from marco_train.teachers.base import (
+    SAME_ANSWER,
+    Wanted,
+    ids_for_teacher,
+    model_identity,
+    trade_places,
+)
 from marco_train.tracking import say
 from marco_train.types import Rollout, ScoredRollout, Scores, TokenScores, TopKScores, known_places
 from marco_train.vllm_engine import neutral_sampling
@@ -210,7 +217,8 @@ class ServerTeacher:
     def _ask(self, rollout: Rollout) -> Future[Scores]:
         """Send the request for one rollout."""
         first, top_k = len(rollout.prompt.input_ids), self._wanted.top_k
-        ids = rollout.prompt.input_ids + self._traded(rollout.response_ids)
+        traded = partial(ids_for_teacher, wanted=self._wanted, stop_id=self._stop_id)
+        ids = rollout.prompt.input_ids + traded(rollout.response_ids)
         if not rollout.response_ids:
             return _done(_no_scores(self._wanted))
         if self._wanted.objective is Objective.sampled:
@@ -227,7 +235,7 @@ class ServerTeacher:
                 self._completion(ids, top_k),
                 lambda answer: self._own_topk(answer, ids, first),
             )
-        wanted_ids = [self._traded(row) for row in rollout.topk_ids]
+        wanted_ids = [traded(row) for row in rollout.topk_ids]
         return self._pool.submit(
             GENERATE,
             self._generation(ids, first, wanted_ids),
@@ -254,13 +262,6 @@ class ServerTeacher:
             },
             "return_token_ids": True,
         }
-
-    def _traded(self, ids: list[int]) -> list[int]:
-        """Ids with the stop tokens of student and teacher in each other's place."""
-        found: list[int] = trade_places(
-            torch.tensor(ids, dtype=torch.int64), self._wanted.stop_id, self._stop_id
-        ).tolist()
-        return found
 
     def _own_topk(self, answer: Any, ids: list[int], first: int) -> TopKScores:
         """The teacher's likeliest tokens, [R, K]."""
