@@ -65,8 +65,13 @@ def scores_from_hidden(
                 ids = torch.tensor(rollout.topk_ids, dtype=torch.int64, device=hidden.device)
                 ids = ids.view(len(rollout.response_ids), wanted.top_k)
                 logprobs, _ = gather_logprobs(hidden, head, ids)
-            overlap = (ids[:, :, None] == likeliest[:, None]).any(2).float().mean(1)
+            overlap = overlap_with(likeliest, ids)
             return TopKScores(ids.cpu().clone(), logprobs.cpu().clone(), overlap.cpu())
+
+
+def overlap_with(likeliest: Tensor, ids: Tensor) -> Tensor:
+    """Share [R] of each row of ids [R, K] that is among the teacher's likeliest [R, K]."""
+    return (ids[:, :, None] == likeliest[:, None]).any(2).float().mean(1)
 
 
 def refuse_non_finite(values: Tensor) -> None:

@@ -39,6 +39,7 @@ from marco_train.teachers.base import (
     Wanted,
     ids_for_teacher,
     model_identity,
+    overlap_with,
     trade_places,
 )
 from marco_train.tracking import say
@@ -285,8 +286,7 @@ class ServerTeacher:
             raise UnusableAnswerError(
                 f"log-probabilities of shape {list(found.shape)} for {list(shape)} given ids"
             )
-        asked = torch.tensor(wanted)
-        overlap = (asked[:, :, None] == likeliest[:, None]).any(2).float().mean(1)
+        overlap = overlap_with(likeliest, torch.tensor(wanted))
         return TopKScores(torch.tensor(rollout.topk_ids), _refuse_gaps(found), overlap)
 
 
