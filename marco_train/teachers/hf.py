@@ -12,11 +12,13 @@ from torch import Tensor
 from marco_train.config import TeacherConfig
 from marco_train.distributed import device
 from marco_train.errors import InputError
+from marco_train.models.probe import probe_ids
 from marco_train.teachers.base import Wanted, head_for_student, model_identity, scores_from_hidden
 from marco_train.types import Rollout, ScoredRollout
 
 # Nats by which hidden states times head may miss the model's own log-probabilities.
 HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
+PROBE_LENGTH = 16
 
 
 class HFTeacher:
@@ -41,8 +43,7 @@ class HFTeacher:
     @torch.inference_mode()
     def _check_head(self, head: Tensor, path: str, tolerance: float) -> None:
         """Refuse a model whose logits are more than hidden states times head."""
-        vocab_size = head.shape[0]
-        probe = torch.arange(1, 17, device=device())[None] * 7919 % vocab_size
+        probe = torch.tensor([probe_ids(PROBE_LENGTH, len(head))], device=device())
         theirs = self._model(input_ids=probe).logits[0].float().log_softmax(-1)
         ours = (self._hidden(probe, torch.ones_like(probe))[0] @ head.T).float()
         difference = float((ours.log_softmax(-1) - theirs).abs().max())

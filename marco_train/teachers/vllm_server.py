@@ -26,6 +26,7 @@ from torch import Tensor
 from marco_train.config import Objective, TeacherConfig, TopKFrom
 from marco_train.distributed import reduce_sums
 from marco_train.errors import AwayError, InputError, require
+from marco_train.models.probe import probe_ids
 from marco_train.server_pool import (
     POLL_SECONDS,
     Ask,
@@ -186,7 +187,7 @@ class ServerTeacher:
                 f"{url} serves {served!r}, and the teacher is {self._model!r}: give "
                 "teacher.servers.urls servers of one model, under one --served-model-name",
             )
-            probe = [(7 + 7919 * i) % self._wanted.vocab_size for i in range(PROBE_LENGTH)]
+            probe = probe_ids(PROBE_LENGTH, self._wanted.vocab_size)
             found = read_tokens(only_choice(ask(COMPLETIONS, self._completion(probe, 0))), probe, 1)
             if self._probe_scores is None:
                 self._probe_scores = found
