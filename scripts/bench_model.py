@@ -1036,6 +1036,13 @@ def write(bench: Bench, path: Path) -> None:
     path.write_text(json.dumps(about | {"parts": bench.parts, "notes": bench.notes}, indent=1))
 
 
+def report(bench: Bench) -> None:
+    """Print a table of each part, with its notes."""
+    print(f"{machine(bench.device)}, torch {torch.__version__}, {bench.repeats} repeats")
+    for part, rows in bench.parts.items():
+        print("", part, table(rows), *bench.notes.get(part, []), sep="\n")
+
+
 def parse_arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
@@ -1079,9 +1086,7 @@ def main() -> None:
         PARTS[part](bench)
         release(bench.device)
         write(bench, args.json)
-    print(f"{machine(bench.device)}, torch {torch.__version__}, {bench.repeats} repeats")
-    for part, rows in bench.parts.items():
-        print("", part, table(rows), *bench.notes.get(part, []), sep="\n")
+    report(bench)
     distributed.stop()
 
 

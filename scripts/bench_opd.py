@@ -38,11 +38,10 @@ from bench_model import (
     QUICKSTART,
     Bench,
     compared,
-    machine,
     peak_bytes,
     release,
+    report,
     span,
-    table,
     write,
 )
 from hydra import compose, initialize_config_dir
@@ -598,9 +597,7 @@ def main() -> None:
     for part in args.only:
         PARTS[part](bench, args)
         write(bench, args.json)
-    print(f"{machine(bench.device)}, torch {torch.__version__}, {bench.repeats} repeats")
-    for part, rows in bench.parts.items():
-        print("", part, table(rows), *bench.notes.get(part, []), sep="\n")
+    report(bench)
     distributed.stop()
 
 
