@@ -47,29 +47,12 @@ def run_evaluate(cfg: TrainConfig) -> None:
         *(("models", name, path) for name, path in stage.models.items()),
         *(("teachers", name, teacher.path) for name, teacher in stage.teachers.items()),
     ]
-    vocab_size = read_architecture(measured[0][2]).vocab_size
-    for _, name, path in measured:
-        check_vocabulary(cfg.model.tokenizer, path, name)
-        check_head_rows(vocab_size, path, name)
-    if cfg.data.held_out is None:
-        raise InputError("an evaluation asks held-out prompts: set data.held_out")
-    questions = held_out_questions(
-        cfg.data.held_out, stage.num_prompts, stage.max_prompt_length, tokenizer
-    )
-    for question in questions:
-        check_verifier(question.verifier)
+    vocab_size = check_models(cfg.model.tokenizer, measured)
+    questions = checked_questions(cfg, tokenizer)
     mine = questions[rank() :: world_size()]
     if is_main():
         begin(cfg)
-    states = Wanted(
-        Objective.full,
-        top_k=0,
-        top_k_from=TopKFrom.teacher,
-        vocab_size=vocab_size,
-        max_length=longest_sequence(stage),
-        stop_id=stop_token_ids(cfg.model.tokenizer)[0],
-    )
-    teachers = {name: build_teacher(t, states) for name, t in stage.teachers.items()}
+    teachers = open_teachers(cfg, vocab_size)
     report: dict[str, Any] = {
         "num_questions": len(questions),
         "num_dropped": stage.num_prompts - len(questions),  # over the limit, or control tokens
@@ -77,27 +60,21 @@ def run_evaluate(cfg: TrainConfig) -> None:
         "teachers": {},
         "answers": {},
     }
-
     signatures: dict[str, Any] = {}
 
     for kind, name, path in measured:
         start = time.perf_counter()
         model = load_model(path, getattr(torch, cfg.model.dtype.value))
         answers = sample_answers(cfg, model, mine, tokenizer)
-        grades = [(q.prompt.category, verify(a, q.reference, q.verifier)) for q, _, a in answers]
-        found: dict[str, Any] = {"avg_at_n": accuracy_by_category(grades)}
+        found = report[kind][name] = {"avg_at_n": accuracy_of(answers)}
         if kind == "models":
             scored = [r for _, r, _ in answers if r.sample_index < stage.num_kl_responses]
             found["reverse_kl"] = {
-                teacher: mean_reverse_kl(cfg, model, scored, teachers[teacher])
-                for teacher in teachers
+                each: mean_reverse_kl(cfg, model, scored, teacher)
+                for each, teacher in teachers.items()
             }
             if stage.signatures and model.architecture.is_moe:
-                texts = ((r.prompt.language, r.input_ids) for r in scored)
-                signatures[name] = signature_report(
-                    language_signatures(model, texts, cfg.data.max_tokens_per_microbatch)
-                )
-        report[kind][name] = found
+                signatures[name] = signatures_of(cfg, model, scored)
         if is_main():
             report["answers"][name] = shown_answers(answers, stage.num_shown)
             spent = format_seconds(time.perf_counter() - start)
@@ -107,12 +84,53 @@ def run_evaluate(cfg: TrainConfig) -> None:
     for teacher in teachers.values():
         teacher.close()
     if is_main():
-        text = json.dumps(report, indent=2, ensure_ascii=False)
-        (Path(cfg.output_dir) / "evaluation.json").write_text(text, encoding="utf-8")
-        if signatures:
-            (Path(cfg.output_dir) / "signatures.json").write_text(json.dumps(signatures))
+        write_reports(cfg, report, signatures)
         mark_finished(cfg)
     barrier()
+
+
+def check_models(tokenizer_dir: str, measured: Sequence[tuple[str, str, str]]) -> int:
+    """Give the vocabulary that all models share.
+
+    Raises:
+        InputError: One has other tokens, or a head of another size.
+    """
+    vocab_size = read_architecture(measured[0][2]).vocab_size
+    for _, name, path in measured:
+        check_vocabulary(tokenizer_dir, path, name)
+        check_head_rows(vocab_size, path, name)
+    return vocab_size
+
+
+def checked_questions(cfg: TrainConfig, tokenizer: Tokenizer) -> list[Question]:
+    """Read the held-out questions, each with a verifier that we have.
+
+    Raises:
+        InputError: There are none, or a verifier is unknown.
+    """
+    stage: EvaluateConfig = cfg.stage
+    if cfg.data.held_out is None:
+        raise InputError("an evaluation asks held-out prompts: set data.held_out")
+    questions = held_out_questions(
+        cfg.data.held_out, stage.num_prompts, stage.max_prompt_length, tokenizer
+    )
+    for question in questions:
+        check_verifier(question.verifier)
+    return questions
+
+
+def open_teachers(cfg: TrainConfig, vocab_size: int) -> dict[str, Teacher]:
+    """Open all teachers, for their hidden states."""
+    stage: EvaluateConfig = cfg.stage
+    states = Wanted(
+        Objective.full,
+        top_k=0,
+        top_k_from=TopKFrom.teacher,
+        vocab_size=vocab_size,
+        max_length=longest_sequence(stage),
+        stop_id=stop_token_ids(cfg.model.tokenizer)[0],
+    )
+    return {name: build_teacher(teacher, states) for name, teacher in stage.teachers.items()}
 
 
 def sample_answers(
@@ -138,6 +156,13 @@ def sample_answers(
     ]
 
 
+def accuracy_of(answers: Answers) -> dict[str, float]:
+    """Per cent of accepted answers by category; all ranks take part."""
+    return accuracy_by_category(
+        [(q.prompt.category, verify(text, q.reference, q.verifier)) for q, _, text in answers]
+    )
+
+
 @torch.no_grad()
 def mean_reverse_kl(
     cfg: TrainConfig, model: Qwen3Moe, rollouts: Sequence[Rollout], teacher: Teacher
@@ -155,6 +180,12 @@ def mean_reverse_kl(
         num_tokens += microbatch.num_loss_tokens
     all_kl, all_tokens = reduce_sums([total, num_tokens])
     return all_kl / all_tokens
+
+
+def signatures_of(cfg: TrainConfig, model: Qwen3Moe, rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """Which experts each language of the rollouts uses; all ranks take part."""
+    texts = ((r.prompt.language, r.input_ids) for r in rollouts)
+    return signature_report(language_signatures(model, texts, cfg.data.max_tokens_per_microbatch))
 
 
 def shown_answers(answers: Answers, count: int) -> list[dict[str, Any]]:
@@ -176,3 +207,12 @@ def shown_answers(answers: Answers, count: int) -> list[dict[str, Any]]:
         }
         for _, question, answer in sorted(turns, key=lambda turn: turn[0])[:count]
     ]
+
+
+def write_reports(cfg: TrainConfig, report: dict[str, Any], signatures: dict[str, Any]) -> None:
+    """Write evaluation.json, and signatures.json where there are any."""
+    directory = Path(cfg.output_dir)
+    text = json.dumps(report, indent=2, ensure_ascii=False)
+    (directory / "evaluation.json").write_text(text, encoding="utf-8")
+    if signatures:
+        (directory / "signatures.json").write_text(json.dumps(signatures))
