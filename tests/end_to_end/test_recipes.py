@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -196,3 +197,26 @@ def test_two_nodes_meet_at_a_master() -> None:
         "torchrun --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 29500 "
         "--nproc_per_node 8 -m marco_train.train experiment=marco_mini_opd"
     )
+
+
+def test_a_server_is_printed_without_being_started(tmp_path: Path) -> None:
+    recipe, python = tmp_path / "recipes" / "serve_teacher.sh", tmp_path / "python"
+    recipe.parent.mkdir()
+    shutil.copy(REPOSITORY / "recipes" / recipe.name, recipe)  # away from this environment
+    python.write_text(
+        "#!/usr/bin/env bash\nprintf '%q ' python \"$@\" > started; echo >> started\n"
+    )
+    python.chmod(0o755)
+    given = [str(recipe), "/models/the teacher", "--seed", "3"]
+    path = f"{tmp_path}:/usr/local/bin:/usr/bin:/bin"
+    done = run(tmp_path, *given, DRY_RUN="1", PATH=path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(
+        "python -m vllm.entrypoints.openai.api_server --model /models/the\\ teacher "
+        "--served-model-name teacher --host 127.0.0.1 --port 8000 "
+    )
+    assert not (tmp_path / "started").exists()
+    started = run(tmp_path, *given, PATH=path)
+    assert started.returncode == 0, started.stderr
+    assert (tmp_path / "started").read_text() == done.stdout
+    assert done.stdout.endswith(" --seed 3 \n")
