@@ -9,7 +9,7 @@ policy's as well; one that packs them for kernels is proved by the canary alone.
 import time
 from collections.abc import Iterator, Sequence
 from functools import cache
-from itertools import count, islice
+from itertools import islice
 from typing import Protocol
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from marco_train.distributed import device
 from marco_train.metrics import Metrics
+from marco_train.models.probe import probe_ids
 from marco_train.rollout.base import Sampler
 
 # Tokens of the canary's sequences: enough to touch most experts, few enough to cost little. The
@@ -58,7 +59,7 @@ def _places(device: torch.device) -> Tensor:
 
 def canaries(vocab_size: int, max_length: int) -> list[list[int]]:
     """Fixed sequences spread over the vocabulary, none longer than the run's."""
-    ids = ((7 + 7919 * place) % vocab_size for place in count())
+    ids = iter(probe_ids(sum(CANARY_LENGTHS), vocab_size))
     return [list(islice(ids, min(length, max_length))) for length in CANARY_LENGTHS]
 
 
