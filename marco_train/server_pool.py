@@ -56,6 +56,10 @@ class _AgainError(RuntimeError):
     """A request failed in a way that may pass."""
 
 
+class _AwayJustNowError(_AgainError):
+    """Another question found the server away while this one waited to ask."""
+
+
 @dataclass
 class Server:
     """One server as the pool sees it."""
@@ -213,6 +217,8 @@ class ServerPool:
         try:
             self._check(server)
             value = question.read(self._request(server, question.path, question.body))
+        except _AwayJustNowError:
+            raise
         except _AgainError as error:
             self.last_error = f"{server.url}: {error}"
             raise
@@ -233,7 +239,7 @@ class ServerPool:
             if server.trusted:
                 return
             if server.num_failures > known:
-                raise _AgainError("was found away a moment ago")
+                raise _AwayJustNowError
             self._trust(server.url, lambda path, body: self._request(server, path, body))
             server.trusted = True
 

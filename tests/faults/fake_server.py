@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -40,6 +40,7 @@ class FakeServer:
         self.outcomes: Counter[str] = Counter()
         self.num_open = self.most_open = 0
         self._lock = threading.Lock()
+        self._stopping = threading.Event()
         self._port = port
         self._http: ThreadingHTTPServer | None = None
         self.start()
@@ -48,6 +49,11 @@ class FakeServer:
     def url(self) -> str:
         """Where it listens; the same after a restart."""
         return f"http://127.0.0.1:{self._port}"
+
+    @property
+    def is_up(self) -> bool:
+        """Whether it listens."""
+        return self._http is not None
 
     @property
     def socket(self) -> int:
@@ -61,8 +67,7 @@ class FakeServer:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                served = {"id": server.model, "max_model_len": server.window}
-                server.send(self, 200, {"data": [served]})
+                server.send(self, 200, server.tell(self.path))
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -84,6 +89,13 @@ class FakeServer:
             self._http.server_close()
             self._http = None
 
+    def leave(self) -> None:
+        """Stop, for good."""
+        self.stop()
+        self._stopping.set()
+        while self.num_open:
+            time.sleep(0.01)
+
     def send(self, handler: BaseHTTPRequestHandler, status: int, content: Any) -> None:
         """Send JSON."""
         data = content if isinstance(content, bytes) else json.dumps(content).encode()
@@ -92,10 +104,18 @@ class FakeServer:
         handler.end_headers()
         handler.wfile.write(data)
 
-    def answer(self, handler: BaseHTTPRequestHandler, path: str, body: dict[str, Any]) -> None:
-        """Score, or do what the script says."""
+    def tell(self, path: str) -> dict[str, Any]:
+        """What the server says of itself."""
+        return {"data": [{"id": self.model, "max_model_len": self.window}]}
+
+    def is_probe(self, path: str, body: dict[str, Any]) -> bool:
+        """Whether a question is a check of the server, which nothing happens to."""
         ids = body.get("prompt") or body["token_ids"]
-        is_probe = ids[0] == 7 and len(ids) == 16
+        return ids[0] == 7 and len(ids) == 16
+
+    def answer(self, handler: BaseHTTPRequestHandler, path: str, body: dict[str, Any]) -> None:
+        """Answer, or do what the script says."""
+        is_probe = self.is_probe(path, body)
         with self._lock:
             self.num_open += 1
             self.most_open = max(self.most_open, self.num_open)
@@ -104,8 +124,8 @@ class FakeServer:
                 self.bodies.append(body | {"path": path})
                 self.outcomes[fault or "fine"] += 1
         try:
-            time.sleep(HANG_SECONDS if fault == "hangs" else self.slowness)
-            self._respond(handler, path, body, ids, fault)
+            self._stopping.wait(HANG_SECONDS if fault == "hangs" else self.slowness)
+            self._respond(handler, path, body, fault)
         except (BrokenPipeError, ConnectionResetError):
             pass
         finally:
@@ -117,7 +137,6 @@ class FakeServer:
         handler: BaseHTTPRequestHandler,
         path: str,
         body: dict[str, Any],
-        ids: list[int],
         fault: str,
     ) -> None:
         if fault.isdigit():
@@ -132,12 +151,16 @@ class FakeServer:
             self.send(handler, 200, b"<html>")
         elif fault == "no choices":
             self.send(handler, 200, {"choices": []})
-        elif not path.endswith("/generate"):
-            self.send(handler, 200, self._completed(body, ids, fault))
-        elif self.scores_given_ids:
-            self.send(handler, 200, self._generated(body, ids))
         else:
-            self.send(handler, 404, {"detail": "Not Found"})
+            self.send(handler, *self.respond(path, body, fault))
+
+    def respond(self, path: str, body: dict[str, Any], fault: str) -> tuple[int, Any]:
+        """Status and content of an answer."""
+        if not path.endswith("/generate"):
+            return 200, self._completed(body, body["prompt"], fault)
+        if self.scores_given_ids:
+            return 200, self._generated(body, body["token_ids"])
+        return 404, {"detail": "Not Found"}
 
     def _completed(self, body: dict[str, Any], ids: list[int], fault: str) -> dict[str, Any]:
         places = self._places(ids, body["prompt_logprobs"])
@@ -185,5 +208,10 @@ def fake_servers(count: int) -> Iterator[list[FakeServer]]:
     try:
         yield servers
     finally:
-        for server in servers:
-            server.stop()
+        stop_all(servers)
+
+
+def stop_all(servers: Sequence[FakeServer]) -> None:
+    """Refuse connections, and wait for what is still being answered."""
+    for server in servers:
+        server.leave()

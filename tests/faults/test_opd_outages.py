@@ -56,9 +56,10 @@ def overrides(world: World, out: Path, url: str, num_ranks: int) -> list[str]:
     ]
 
 
-def distil(cfg: TrainConfig, listening: int) -> None:
-    """Run on a rank, which as a fork must not keep the server's port open."""
-    os.close(listening)
+def distil(cfg: TrainConfig, *listening: int) -> None:
+    """Run on a rank, which as a fork must not keep the servers' ports open."""
+    for each in listening:
+        os.close(each)
     run_opd(cfg)
 
 

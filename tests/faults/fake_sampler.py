@@ -1,0 +1,147 @@
+"""A real small HTTP server that samples from the weights it is given, and misbehaves on script."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from marco_train.models.qwen3_moe import Qwen3Moe
+from marco_train.models.safetensors_io import read, read_header
+from marco_train.models.weights import random_model, receive_weights
+from tests.conftest import architecture
+from tests.faults.fake_server import FakeServer, stop_all
+
+
+@torch.no_grad()
+def logprobs_of(model: Qwen3Moe, ids: list[int]) -> Tensor:
+    """What a model says after each token of a sequence, [T, V]."""
+    hidden = model(torch.tensor([ids]), torch.arange(len(ids))[None])
+    return model.logits(hidden).log_softmax(-1)
+
+
+def draw(model: Qwen3Moe, prompt: list[int], params: dict[str, Any]) -> list[tuple[int, Tensor]]:
+    """The tokens of a response, each with what it was drawn from, [V]."""
+    generator = torch.Generator().manual_seed(params.get("seed", 0))
+    found: list[tuple[int, Tensor]] = []
+    while len(found) < params["max_tokens"]:
+        logprobs = logprobs_of(model, prompt + [token for token, _ in found])[-1]
+        allowed = params.get("allowed_token_ids", range(len(logprobs)))
+        chances = torch.zeros_like(logprobs)
+        chances[list(allowed)] = logprobs.exp()[list(allowed)]
+        token = int(torch.multinomial(chances, 1, generator=generator))
+        found.append((token, logprobs))
+        if token in params.get("stop_token_ids", []):
+            break
+    return found
+
+
+class FakeSampler(FakeServer):
+    """Has random weights until some are loaded, and again after a restart."""
+
+    def __init__(self) -> None:
+        self.loads: list[str] = []  # versions, in turn
+        self.answered: list[tuple[str, list[int]]] = []  # version and prompt of each response
+        self.spoil: Callable[[Qwen3Moe], None] = lambda _: None  # what a load does beside
+        self.deaf = False  # says that it loads, and does not
+        self.begin_anew()
+        super().__init__()
+
+    def begin_anew(self) -> None:
+        """Be a new process."""
+        self.version = "default"
+        self._shown = random_model(architecture(), torch.float32, seed=99)
+
+    def tell(self, path: str) -> dict[str, Any]:
+        """What the server says of itself; all is well, whatever happens to questions."""
+        known = {"/weight_info": {"weight_version": self.version}, "/health": {}}
+        return known.get(path) or super().tell(path)
+
+    def is_probe(self, path: str, body: dict[str, Any]) -> bool:
+        """Faults are for responses alone."""
+        return "seed" not in body.get("sampling_params", {})
+
+    def respond(self, path: str, body: dict[str, Any], fault: str) -> tuple[int, Any]:
+        """Status and content of an answer."""
+        match path:
+            case "/collective_rpc":
+                assert body["method"] == "load_checkpoint"
+                return self._load(**body["kwargs"])
+            case "/update_weight_version":
+                self.version = body["new_version"]
+                return 200, {"success": True}
+            case "/reset_prefix_cache":
+                return 200, {"success": True}
+        assert path == "/inference/v1/generate"
+        params, ids = body["sampling_params"], body["token_ids"]
+        if "prompt_logprobs" in params:
+            return 200, self._scored(ids)
+        return 200, self._response(ids, params, fault)
+
+    def _load(self, path: str, num_weights: str) -> tuple[int, Any]:
+        self.loads.append(Path(path).stem)
+        if not self.deaf:
+            stored = read_header(Path(path))
+            assert len(stored) == int(num_weights)
+            model = random_model(architecture(), torch.float32, seed=0)
+            receive_weights(model, ((name, read(place)) for name, place in stored.items()))
+            self.spoil(model)
+            self._shown = model
+        return 200, {"results": [num_weights]}
+
+    def _scored(self, ids: list[int]) -> dict[str, Any]:
+        logprobs = logprobs_of(self._shown, ids)
+        pairs = zip(ids[1:], logprobs[:-1], strict=True)
+        places = [{str(token): {"logprob": float(says[token])}} for token, says in pairs]
+        return {"prompt_token_ids": ids, "prompt_logprobs": [None, *places], "choices": [{}]}
+
+    def _response(self, prompt: list[int], params: dict[str, Any], fault: str) -> dict[str, Any]:
+        version, drawn = self.version, draw(self._shown, prompt, params)
+        if "seed" in params:
+            self.answered.append((version, prompt))
+        content = [
+            {
+                "token_id": token,
+                "logprob": float(logprobs[token]),
+                "top_logprobs": likeliest(token, logprobs, params["logprobs"]),
+            }
+            for token, logprobs in drawn
+        ]
+        ids = [token for token, _ in drawn]
+        match fault:
+            case "one place short":
+                content.pop()
+            case "NaN":
+                content[-1]["logprob"] = None
+            case "other ids":
+                ids[0] = (ids[0] + 1) % 320
+            case "cut":
+                ids, content = ids[:-1], content[:-1]
+            case "fewer candidates":
+                content[-1]["top_logprobs"].pop()
+            case "stale":
+                version = "default"
+        spans = [{"version": version, "start": 0, "end": len(ids)}]
+        choice = {"token_ids": ids, "logprobs": {"content": content}, "weight_versions": spans}
+        return {"choices": [choice]}
+
+
+def likeliest(token: int, logprobs: Tensor, count: int) -> list[dict[str, Any]]:
+    """As vLLM lists candidates: the drawn token, then the others by rank; `count` in all."""
+    order = logprobs.argsort(descending=True, stable=True).tolist()
+    named = [token, *(other for other in order[: count + 1] if other != token)][: max(1, count)]
+    return [
+        {"token_id": i, "logprob": float(logprobs[i]), "rank": order.index(i) + 1} for i in named
+    ]
+
+
+@contextmanager
+def fake_samplers(count: int) -> Iterator[list[FakeSampler]]:
+    """Run several."""
+    servers = [FakeSampler() for _ in range(count)]
+    try:
+        yield servers
+    finally:
+        stop_all(servers)

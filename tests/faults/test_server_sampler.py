@@ -1,0 +1,405 @@
+"""A sampler behind servers: whose responses they are, and what it does while they misbehave."""
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from marco_train import server_pool
+from marco_train.config import DType, OPDConfig, TrainConfig
+from marco_train.errors import AwayError, InputError
+from marco_train.losses.logprobs import sequence_logprobs
+from marco_train.models.qwen3_moe import Qwen3Moe
+from marco_train.models.weights import named_weights, random_model
+from marco_train.rollout.base import Sampler, in_order, response_seed
+from marco_train.rollout.build import build_sampler
+from marco_train.rollout.sync import WeightSyncError, canaries, sync_weights
+from marco_train.types import FinishReason, Prompt, Rollout
+from marco_train.vllm_worker import Receiver
+from tests.conftest import VOCAB_SIZE, World, architecture, compose_config
+from tests.faults.fake_sampler import FakeSampler, draw, fake_samplers
+from tests.faults.test_opd_outages import distil, learnt, num_steps_of, saved_steps, soon
+from tests.faults.test_server_teacher import NEUTRAL
+from tests.ranks import run_on_ranks
+
+STOP_IDS = [2, *range(100, 140)]
+LIMIT = 8
+TOP_K = 3
+PROBES = canaries(VOCAB_SIZE, 80)
+OPENED: list[Sampler] = []
+
+
+@pytest.fixture(autouse=True)
+def close_samplers() -> Iterator[None]:
+    yield
+    while OPENED:
+        OPENED.pop().close()
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_pool, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(server_pool, "LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(server_pool, "PASSED_OVER_SECONDS", 0.05)
+
+
+@pytest.fixture
+def servers() -> Iterator[list[FakeSampler]]:
+    with fake_samplers(2) as found:
+        yield found
+
+
+class Fixed:
+    """The part of a policy that a sync needs, far from sure and far from uniform."""
+
+    def __init__(self, seed: int) -> None:
+        self.model = random_model(architecture(), torch.float32, seed)
+        with torch.no_grad():
+            self.model.head.mul_(4)
+
+    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return named_weights(self.model)
+
+    @torch.no_grad()
+    def score(self, sequences: Sequence[list[int]]) -> Tensor:
+        return sequence_logprobs(self.model, self.model.head, sequences)
+
+
+def sampler_of(servers: list[FakeSampler], path: Path, **changes: Any) -> Sampler:
+    given = {"max_requests": 4, "request_timeout_seconds": 1.0, "save_after_seconds": 20.0}
+    given |= {"give_up_after_seconds": 40.0, **changes}
+    cfg: OPDConfig = compose_config(
+        "quickstart_opd",
+        "rollout@stage.rollout=vllm_server",
+        f"stage.rollout.servers.urls=[{','.join(server.url for server in servers)}]",
+        f"stage.rollout.sync_path={path}",
+        "stage.objective=topk",
+        f"stage.top_k={TOP_K}",
+        f"stage.max_response_length={LIMIT}",
+        *(f"stage.rollout.servers.{name}={value}" for name, value in given.items()),
+    ).stage
+    OPENED.append(build_sampler(cfg, architecture(), DType.float32, STOP_IDS, seed=5))
+    return OPENED[-1]
+
+
+def sync(policy: Fixed, sampler: Sampler, version: int = 1) -> None:
+    sync_weights(policy, sampler, version, PROBES, tolerance=1e-4)
+
+
+def prompts(count: int = 5) -> list[Prompt]:
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(3, 320, (3 + i,), generator=generator).tolist() for i in range(count)]
+    return [Prompt(i, prompt, "s", "c", "en") for i, prompt in enumerate(ids)]
+
+
+def expected(model: Qwen3Moe, version: int = 1, num_responses: int = 2) -> list[Rollout]:
+    """What the servers have to sample from a model."""
+    found = []
+    for prompt in prompts():
+        for number in range(num_responses):
+            seed = response_seed(5, prompt.index, number)
+            params = {"seed": seed, "stop_token_ids": STOP_IDS, "max_tokens": LIMIT}
+            drawn = draw(model, prompt.input_ids, params)
+            ids = [token for token, _ in drawn]
+            stopped = ids[-1] in STOP_IDS
+            found.append(
+                Rollout(
+                    prompt,
+                    number,
+                    ids,
+                    [float(logprobs[token]) for token, logprobs in drawn],
+                    [logprobs.topk(TOP_K).indices.tolist() for _, logprobs in drawn],
+                    FinishReason.stop if stopped else FinishReason.length,
+                    version,
+                )
+            )
+    return found
+
+
+def test_two_servers_sample_from_the_policy_after_each_sync(
+    servers: list[FakeSampler], tmp_path: Path
+) -> None:
+    sampler = sampler_of(servers, tmp_path)
+    with pytest.raises(RuntimeError, match="no complete weights"):
+        sampler.sample(prompts(), 1)
+    for server in servers:
+        server.slowness = 0.02
+    for version in (1, 2):
+        policy = Fixed(version)
+        sync(policy, sampler, version)
+        found = in_order(sampler.sample(prompts(), 2))
+        assert found == expected(policy.model, version)
+        assert {r.finish_reason for r in found} == set(FinishReason)
+        assert any(r.response_ids[0] not in r.topk_ids[0] for r in found)
+        backwards = in_order(sampler.sample(prompts()[::-1], 2))
+        assert found == backwards
+        (file,) = tmp_path.glob("*.safetensors")  # and not that of the former version
+        assert file.stem.endswith(f"-{version}")
+    for server in servers:
+        assert len(server.loads) == 2
+        asked = [body["sampling_params"] for body in server.bodies]
+        assert len(asked) > 5  # of 40; both take part
+        wanted = NEUTRAL | {"max_tokens": LIMIT, "ignore_eos": True, "stop_token_ids": STOP_IDS}
+        assert all(wanted.items() <= params.items() for params in asked)
+    OPENED.pop().close()
+    assert not list(tmp_path.glob("*"))
+
+
+ANSWERED_ANEW = [
+    *("hangs", "429", "500", "503", "dies mid-answer", "no JSON", "no choices"),
+    *("one place short", "NaN", "other ids", "cut", "fewer candidates", "stale"),
+]
+
+
+@pytest.mark.parametrize("fault", ANSWERED_ANEW)
+def test_a_fault_costs_a_request_and_no_prompt(
+    fault: str, servers: list[FakeSampler], tmp_path: Path
+) -> None:
+    policy, sampler = Fixed(1), sampler_of(servers, tmp_path)
+    sync(policy, sampler)
+    for server in servers:
+        server.script = [fault]
+    assert in_order(sampler.sample(prompts(), 2)) == expected(policy.model)
+    assert sum(server.outcomes[fault] for server in servers) >= 1
+    assert all(len(server.loads) == 1 for server in servers)  # none was lost
+
+
+def test_a_server_that_comes_back_gets_the_weights_before_it_answers(
+    servers: list[FakeSampler], tmp_path: Path
+) -> None:
+    policy, sampler = Fixed(1), sampler_of(servers, tmp_path)
+    sync(policy, sampler)
+    lost = servers[0]
+    lost.script = ["dies mid-answer"]
+    lost.begin_anew()  # says random weights of its first answer, or takes the next question
+    assert in_order(sampler.sample(prompts(), 2)) == expected(policy.model)
+    soon(lambda: lost.version != "default" or not lost.answered)
+    assert in_order(sampler.sample(prompts(), 2)) == expected(policy.model)
+    assert len(lost.loads) == 2 and lost.loads[0] == lost.loads[1]
+    assert len(servers[1].loads) == 1
+
+
+def test_a_server_that_comes_back_broken_stops_the_run(
+    servers: list[FakeSampler], tmp_path: Path
+) -> None:
+    sampler = sampler_of(servers[:1], tmp_path)
+    sync(Fixed(1), sampler)
+    servers[0].spoil = lambda model: model.model.layers[1].mlp.experts.down_proj.data.mul_(1.1)
+    servers[0].begin_anew()
+    with pytest.raises(InputError, match=r"came back, and with the weights of .*-1 .* canary are"):
+        list(sampler.sample(prompts(), 2))
+
+
+def test_no_usable_answer_stops_the_run(servers: list[FakeSampler], tmp_path: Path) -> None:
+    sampler = sampler_of(servers, tmp_path)
+    sync(Fixed(1), sampler)
+    for server in servers:
+        server.script = ["NaN"] * 100
+    with pytest.raises(InputError, match=r"does not work: \d log-probabilities of \d tokens"):
+        list(sampler.sample(prompts(), 2))
+
+
+def test_an_engine_that_hangs_behind_a_healthy_server_is_away_and_no_prompt_is_lost(
+    servers: list[FakeSampler], tmp_path: Path
+) -> None:
+    policy = Fixed(1)
+    bounds = {"request_timeout_seconds": 1.0, "save_after_seconds": 1.5}
+    sampler = sampler_of(servers, tmp_path, **bounds)
+    sync(policy, sampler)
+    for server in servers:
+        server.script = ["hangs"] * 1000
+    responses = sampler.sample(prompts(), 2)
+    for _ in range(2):  # the same iterator, as often as it takes
+        with pytest.raises(AwayError, match=r"no answer for .* from the sampler's") as said:
+            next(responses)
+        assert not said.value.final
+    for server in servers:
+        server.script = []
+    assert in_order(responses) == expected(policy.model)
+
+
+Stream = Iterator[tuple[str, Tensor]]
+
+
+def without_one(stream: Stream) -> Stream:
+    return (item for item in stream if not item[0].endswith("layers.1.self_attn.k_proj.weight"))
+
+
+def with_one_twice(stream: Stream) -> Stream:
+    for item in stream:
+        yield item
+        if item[0].endswith("experts.3.up_proj.weight"):
+            yield item
+
+
+def transposed(stream: Stream) -> Stream:
+    for name, weight in stream:
+        turned = weight.flip(0) if name.endswith("layers.1.self_attn.v_proj.weight") else weight
+        yield name, turned.contiguous()
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        (without_one, "1 weights are missing: .*k_proj"),
+        (with_one_twice, "experts.3.up_proj.weight came twice"),
+        (transposed, "the canary's log-probabilities differ by"),
+    ],
+)
+def test_a_sync_that_is_not_complete_or_not_right_is_caught(
+    fault: Callable[[Stream], Stream], said: str, servers: list[FakeSampler], tmp_path: Path
+) -> None:
+    sampler, policy = sampler_of(servers, tmp_path), Fixed(2)
+    sync(Fixed(1), sampler)
+    stream = fault(policy.named_weights())
+    policy.named_weights = lambda: stream  # type: ignore[method-assign]
+    with pytest.raises((InputError, WeightSyncError), match=said):
+        sync(policy, sampler, version=2)
+
+
+def test_one_server_that_only_says_that_it_loads_is_caught(
+    servers: list[FakeSampler], tmp_path: Path
+) -> None:
+    sampler = sampler_of(servers, tmp_path)
+    sync(Fixed(1), sampler)
+    servers[1].deaf = True
+    with pytest.raises(WeightSyncError, match="the canary's log-probabilities differ by"):
+        sync(Fixed(2), sampler, version=2)
+
+
+def test_a_server_with_a_short_window_is_refused(
+    servers: list[FakeSampler], tmp_path: Path
+) -> None:
+    servers[0].window = 72 + LIMIT
+    with pytest.raises(InputError, match=rf"takes sequences of 80 .* --max-model-len {81}"):
+        sync(Fixed(1), sampler_of(servers, tmp_path))
+
+
+def test_the_worker_refuses_a_file_before_it_touches_a_weight(
+    servers: list[FakeSampler], tmp_path: Path
+) -> None:
+    sync(Fixed(1), sampler_of(servers, tmp_path))
+    (file,) = tmp_path.glob("*.safetensors")
+    with pytest.raises(InputError, match=r"has \d+ weights, and the trainer wrote 3"):
+        Receiver().load_checkpoint(str(file), "3")
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(InputError, match="cut short"):
+        Receiver().load_checkpoint(str(file), "3")
+
+
+NUM_STEPS = 5
+
+
+def config(
+    world: World, out: Path, servers: list[FakeSampler], num_ranks: int, *more: str
+) -> TrainConfig:
+    return compose_config(
+        "quickstart_opd",
+        f"root={world.root}",
+        f"output_dir={out}",
+        "rollout@stage.rollout=vllm_server",
+        f"stage.rollout.servers.urls=[{','.join(server.url for server in servers)}]",
+        "stage.rollout.servers.max_requests=4",
+        "stage.rollout.servers.request_timeout_seconds=5",
+        "stage.rollout.servers.save_after_seconds=0.3",
+        "stage.rollout.servers.give_up_after_seconds=30",
+        "stage.cascade.first.num_steps=3",
+        "stage.cascade.second.num_steps=2",
+        "stage.objective=sampled",
+        "stage.global_batch_size=4",
+        "stage.max_response_length=6",
+        "data.max_tokens_per_microbatch=128",
+        "checkpoint.save_every=100",
+        f"parallel.expert_parallel_size={num_ranks}",
+        "logging.console_every=100",
+        *more,
+    )
+
+
+def sockets(servers: list[FakeSampler]) -> list[int]:
+    """Descriptors of all that listen; a fork has to close them."""
+    return [server.socket for server in servers if server.is_up]
+
+
+AHEAD = "stage.rollout.max_staleness=1"
+
+
+@pytest.mark.parametrize("more", [[], [AHEAD]], ids=["on-policy", "one step ahead"])
+def test_a_run_whose_servers_end_and_come_back_learns_the_same(
+    more: list[str], world: World, servers: list[FakeSampler], tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for server in servers:
+        server.slowness = 0.05
+    run_on_ranks(2, distil, config(world, whole, servers, 2, *more), *sockets(servers))
+
+    def end_and_come_back() -> None:
+        soon(lambda: num_steps_of(parts) >= 2)
+        for server in servers:
+            server.stop()
+            server.begin_anew()
+        soon(lambda: len(saved_steps(parts)) > 0)
+        for server in servers:
+            server.start()
+
+    absence = threading.Thread(target=end_and_come_back)
+    absence.start()
+    run_on_ranks(2, distil, config(world, parts, servers, 2, *more), *sockets(servers))
+    absence.join()
+    assert learnt(parts) == learnt(whole)
+    steps = learnt(whole)[0]
+    assert [step["step"] for step in steps] == list(range(1, NUM_STEPS + 1))
+    late = 1 if more else 0
+    assert [step["rollout/staleness"] for step in steps] == [0, *[late] * (NUM_STEPS - 1)]
+    assert all(step["kl/sampler_mismatch"] < 1e-5 for step in steps[: 1 if more else NUM_STEPS])
+    if more:
+        assert all(step["kl/sampler_mismatch"] > 1e-5 for step in steps[1:])
+
+
+def test_one_step_ahead_the_weights_are_one_update_older(
+    world: World, servers: list[FakeSampler], tmp_path: Path
+) -> None:
+    versions = {}
+    for name, more in (("with", []), ("ahead", [AHEAD])):
+        for server in servers:
+            server.answered.clear()
+        cfg = config(world, tmp_path / name, servers, 1, *more)
+        run_on_ranks(1, distil, cfg, *sockets(servers))
+        answered = [pair for server in servers for pair in server.answered]
+        versions[name] = {
+            tuple(prompt): int(version.rpartition("-")[2]) for version, prompt in answered
+        }
+        assert len(answered) == NUM_STEPS * 4 * 2
+    assert versions["with"].keys() == versions["ahead"].keys()
+    for prompt, version in versions["with"].items():
+        assert versions["ahead"][prompt] == max(0, version - 1)
+
+
+def test_a_run_that_gave_up_on_its_samplers_is_saved_and_resumes(
+    world: World, servers: list[FakeSampler], tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    server = servers[:1]
+    run_on_ranks(1, distil, config(world, whole, server, 1), *sockets(servers))
+    server[0].slowness = 0.05
+
+    def end() -> None:
+        soon(lambda: num_steps_of(parts) >= 2)
+        server[0].stop()
+
+    absence = threading.Thread(target=end)
+    absence.start()
+    give_up = "stage.rollout.servers.give_up_after_seconds=1"
+    with pytest.raises(AssertionError, match="AwayError: no answer for 1 s from the sampler's"):
+        run_on_ranks(1, distil, config(world, parts, server, 1, give_up), *sockets(servers))
+    absence.join()
+    (saved,) = saved_steps(parts)
+    assert saved >= 2
+    server[0].begin_anew()
+    server[0].start()
+    run_on_ranks(1, distil, config(world, parts, server, 1, give_up), *sockets(servers))
+    assert learnt(parts) == learnt(whole)
