@@ -35,33 +35,46 @@ def root(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def distil(root: Path, out: Path, num_ranks: int) -> list[dict[str, Any]]:
-    given = {
-        "root": root,
-        "output_dir": out,
-        "rollout@stage.rollout": "vllm",
-        "stage.rollout.kv_cache_gib": 0.0625,
-        "stage.rollout.max_tokens_per_batch": 512,
-        "stage.global_batch_size": 6,
-        "stage.max_response_length": 8,
-        "stage.cascade.first.num_steps": 2,
-        "stage.cascade.second.num_steps": 1,
-        "data.max_tokens_per_microbatch": 128,
-        "parallel.expert_parallel_size": num_ranks,
-        "optim.warmup_steps": 0,
-    }
-    for phase in ("first", "second"):  # the second is opened while the first and the sampler live
-        teacher = f"stage.cascade.{phase}.teacher"
-        given |= {f"teacher@{teacher}": "vllm", f"{teacher}.dtype": "float32"}
-        given |= {f"{teacher}.kv_cache_gib": 0.0625, f"{teacher}.max_tokens_per_batch": 512}
-    cfg = compose_config("quickstart_opd", *(f"{name}={value}" for name, value in given.items()))
+IN_PROCESS = [
+    "rollout@stage.rollout=vllm",
+    "stage.rollout.kv_cache_gib=0.0625",
+    "stage.rollout.max_tokens_per_batch=512",
+]
+TEACHERS = [
+    override
+    for teacher in ("stage.cascade.first.teacher", "stage.cascade.second.teacher")
+    for override in (
+        f"teacher@{teacher}=vllm",
+        f"{teacher}.dtype=float32",
+        f"{teacher}.kv_cache_gib=0.0625",
+        f"{teacher}.max_tokens_per_batch=512",
+    )
+]
+
+
+def distil(root: Path, out: Path, num_ranks: int, *overrides: str) -> list[dict[str, Any]]:
+    """Make three steps, the last with the second teacher; what each measured."""
+    cfg = compose_config(
+        "quickstart_opd",
+        f"root={root}",
+        f"output_dir={out}",
+        "stage.global_batch_size=6",
+        "stage.max_response_length=8",
+        "stage.cascade.first.num_steps=2",
+        "stage.cascade.second.num_steps=1",
+        "data.max_tokens_per_microbatch=128",
+        f"parallel.expert_parallel_size={num_ranks}",
+        "optim.warmup_steps=0",
+        *overrides,
+    )
     run_on_ranks(num_ranks, run_opd, cfg)
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
 def test_two_ranks_distil_with_vllm_as_one_does(root: Path, tmp_path: Path) -> None:
-    one, two = (distil(root, tmp_path / str(n), n) for n in (1, 2))
+    # The second teacher is opened while the first and the sampler hold engines.
+    one, two = (distil(root, tmp_path / str(n), n, *IN_PROCESS, *TEACHERS) for n in (1, 2))
     assert [step["cascade/phase"] for step in one] == [0, 0, 1]
     for alone, shared in zip(one, two, strict=True):
         for step in (alone, shared):
