@@ -13,6 +13,7 @@ from itertools import islice
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from marco_train.distributed import device
@@ -23,9 +24,10 @@ from marco_train.rollout.base import Sampler
 # Tokens of the canary's sequences: enough to touch most experts, few enough to cost little. The
 # last is longer than a block of vLLM's prefix cache, 128 tokens on a CPU.
 CANARY_LENGTHS = (32, 32, 32, 160)
+WORD_BYTES = 8
 # Positions are weighed, so that a transposed or shifted weight changes its checksum.
 POSITION_PERIOD = 65_521
-CHECKSUM_CHUNK = 2**22  # elements multiplied at once
+CHECKSUM_CHUNK = 2**18  # words multiplied at once, few enough for a cache
 
 
 class WeightSyncError(RuntimeError):
@@ -44,17 +46,20 @@ class SyncSource(Protocol):
 
 def checksum(weight: Tensor) -> int:
     """Digest the bits and the order of a weight on its device, modulo 2**64."""
-    bits = {2: torch.int16, 4: torch.int32}[weight.element_size()]
-    words = weight.detach().contiguous().view(bits).flatten()
-    places = _places(words.device)
-    starts = range(0, len(words), CHECKSUM_CHUNK)
-    parts = [words[start : start + CHECKSUM_CHUNK] for start in starts]
+    flat = weight.detach().contiguous().flatten()
+    if flat.storage_offset() * flat.element_size() % WORD_BYTES:
+        flat = flat.clone()
+    if flat.nbytes % WORD_BYTES:
+        flat = F.pad(flat, (0, (-flat.nbytes % WORD_BYTES) // flat.element_size()))
+    parts = flat.view(torch.int64).split(CHECKSUM_CHUNK)
+    places = _places(flat.device)
     return int(torch.stack([(part * places[: len(part)]).sum() for part in parts]).sum())
 
 
 @cache
 def _places(device: torch.device) -> Tensor:
-    return torch.arange(CHECKSUM_CHUNK, device=device) % POSITION_PERIOD + 1
+    """Odd numbers: a product with one is 0 modulo 2**64 for no word but 0."""
+    return torch.arange(CHECKSUM_CHUNK, device=device) % POSITION_PERIOD * 2 + 1
 
 
 def canaries(vocab_size: int, max_length: int) -> list[list[int]]:

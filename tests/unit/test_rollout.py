@@ -209,6 +209,14 @@ def test_the_checksum_sees_bits_and_places() -> None:
     assert checksum(weight) != checksum(flipped)
     assert checksum(weight) != checksum(weight.T)
     assert checksum(weight.bfloat16()) != checksum(weight.bfloat16().flip(0))
+    for dtype, size in ((torch.float32, 7), (torch.bfloat16, 9)):  # no whole number of words
+        odd = torch.arange(1.0, 1 + size).to(dtype)
+        shifted = torch.cat([odd[:1], odd])[1:]  # the same from another place in memory
+        assert checksum(shifted) == checksum(odd)
+        for place in range(size):
+            negated = odd.clone()
+            negated[place] *= -1  # the uppermost bit of a word, in some places
+            assert checksum(negated) != checksum(odd)
 
 
 def test_the_summary_counts_lengths_cuts_and_empty_answers() -> None:
