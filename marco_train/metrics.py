@@ -43,6 +43,8 @@ NAMES = {
     "moe/max_violation": "(largest load - mean) / mean of the experts; worst layer, and by layer",
     "moe/router_entropy": "nats a token; mean over layers, and by layer",
     "moe/dead_experts": "that no token of the step reached; sum over layers, and by layer",
+    "moe/replay_mismatch": "share of the sampler's pairs of token and expert that the policy's "
+    "routers would not choose; with routing replay; mean over layers, and by layer",
     "optim/grad_norm": "before clipping",
     "optim/lr": "",
     "data/num_sequences": "of this step",

@@ -20,7 +20,8 @@ class UpdateRouting:
         """Begin an update of `num_tokens` tokens, over all ranks."""
         self._optim = optim
         self._num_tokens = num_tokens
-        # Of this rank: load and probability [L, E], entropy and squared logsumexp [L].
+        # Of this rank: load and probability [L, E], entropy and squared logsumexp [L], pairs
+        # replayed [L, 2].
         self._sums: tuple[Tensor, ...] | None = None
         self._load_of_all: Tensor | None = None  # [L, E], of all ranks so far
 
@@ -34,7 +35,13 @@ class UpdateRouting:
         is_real = float(num_tokens > 0)
         load = routing.load * is_real
         load_of_scope = self._load_of_scope(load)
-        sums = (load, routing.probability, routing.entropy, routing.squared_logsumexp)
+        sums = (
+            load,
+            routing.probability,
+            routing.entropy,
+            routing.squared_logsumexp,
+            routing.replayed,
+        )
         seen = tuple(x.detach() * is_real for x in sums)
         if self._sums is not None:
             seen = tuple(a + b for a, b in zip(self._sums, seen, strict=True))
@@ -64,7 +71,7 @@ class UpdateRouting:
         sizes = [x.numel() for x in self._sums]
         total = all_reduce_sum(torch.cat([x.flatten() for x in self._sums]))
         parts = torch.split(total, sizes)
-        load, probability, entropy, squared_logsumexp = (
+        load, probability, entropy, squared_logsumexp, replayed = (
             x.view_as(like) for x, like in zip(parts, self._sums, strict=True)
         )
         num_tokens, num_layers = round(self._num_tokens), len(load)
@@ -80,4 +87,9 @@ class UpdateRouting:
             metrics[f"moe/max_violation/layer_{number}"] = layer.max_violation
             metrics[f"moe/router_entropy/layer_{number}"] = layer.entropy
             metrics[f"moe/dead_experts/layer_{number}"] = float(layer.num_dead)
+        if replayed.any():
+            shares = (replayed[:, 1] / replayed[:, 0]).tolist()
+            metrics["moe/replay_mismatch"] = sum(shares) / num_layers
+            for number, share in enumerate(shares):
+                metrics[f"moe/replay_mismatch/layer_{number}"] = share
         return metrics

@@ -10,6 +10,9 @@ It is 1 for an even load and grows to E. `f` is of this rank's microbatch, or of
 microbatches of the update so far (arXiv 2501.11873): what is even over a batch need not be so in
 each sequence, and experts may specialise. transformers' router_aux_loss is K times this.
 
+Under routing replay `f` counts the experts that were taken, which are the sampler's: they computed
+and learn from these tokens. `P` and the z-loss are of the policy's own routers, which they move.
+
 z-loss, for one layer (ST-MoE, arXiv 2202.08906, equation 5): the mean of logsumexp(logits)^2.
 
 Both are summed over layers. Legend: L layers, E experts.

@@ -3,7 +3,6 @@
 Legend: T tokens, D width, E experts, K experts a token, L layers.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -20,6 +19,7 @@ class LayerRouting(NamedTuple):
     probability: Tensor  # [E] float32, sum of the softmax over all experts; differentiable
     squared_logsumexp: Tensor  # scalar float32; differentiable
     entropy: Tensor  # scalar float32, of the softmax over all experts, nats
+    replayed: Tensor  # [2] float32: pairs given, and those that are not the router's own choice
 
 
 class Router(nn.Module):
@@ -61,19 +61,33 @@ class Router(nn.Module):
         logsumexp = logits.logsumexp(-1)
         entropy = (logsumexp - torch.linalg.vecdot(probabilities, logits)).sum().detach()
         seen = LayerRouting(
-            expert_ids, load, probabilities.sum(0), logsumexp.square().sum(), entropy
+            expert_ids,
+            load,
+            probabilities.sum(0),
+            logsumexp.square().sum(),
+            entropy,
+            self._replayed(probabilities, given),
         )
         return weights, expert_ids, seen
+
+    @torch.no_grad()
+    def _replayed(self, probabilities: Tensor, given: Tensor | None) -> Tensor:
+        """Count the pairs of token and expert that were given, and the foreign ones, [2]."""
+        if given is None:
+            return probabilities.new_zeros(2)
+        own = probabilities.topk(self.top_k, dim=-1).indices
+        foreign = (given[:, :, None] != own[:, None]).all(-1)  # [T, K], as a set: in any order
+        return torch.stack([torch.ones_like(foreign).sum(), foreign.sum()]).float()
 
 
 class Routing:
     """The routing of one forward pass: given to it, or observed in it.
 
     Pass one to the model to have it filled, layer by layer; with `expert_ids` the routers take
-    those experts, as a sampler chose them (routing replay).
+    those experts, [L, T, K] int64, as a sampler chose them (routing replay).
     """
 
-    def __init__(self, expert_ids: Sequence[Tensor] | None = None) -> None:
+    def __init__(self, expert_ids: Tensor | None = None) -> None:
         self._given = expert_ids
         self._layers: list[LayerRouting] = []
 
@@ -114,6 +128,11 @@ class Routing:
     def entropy(self) -> Tensor:
         """[L] float32, nats, summed over tokens."""
         return torch.stack([layer.entropy for layer in self._layers])
+
+    @property
+    def replayed(self) -> Tensor:
+        """[L, 2] float32: pairs given, and those that are not the router's own choice."""
+        return torch.stack([layer.replayed for layer in self._layers])
 
 
 @dataclass(frozen=True)

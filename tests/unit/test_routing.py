@@ -57,6 +57,20 @@ def test_given_experts_are_taken_with_the_routers_weights() -> None:
     assert seen.load.tolist() == torch.bincount(given.flatten(), minlength=EXPERTS).tolist()
 
 
+def test_given_experts_are_compared_with_the_routers_own_as_sets() -> None:
+    gate, hidden = router()
+    _, own, seen = gate(hidden, None, observe=True)
+    assert seen.replayed.tolist() == [0, 0]
+    _, _, seen = gate(hidden, own.flip(1), observe=True)
+    assert seen.replayed.tolist() == [TOKENS * TOP_K, 0]
+    others = own.clone()
+    for token, place in ((0, 1), (7, 0), (7, 1)):
+        free = set(range(EXPERTS)) - set(own[token].tolist()) - set(others[token].tolist())
+        others[token, place] = min(free)
+    _, _, seen = gate(hidden, others, observe=True)
+    assert seen.replayed.tolist() == [TOKENS * TOP_K, 3]
+
+
 def test_the_sums_of_a_router_are_those_of_its_tokens() -> None:
     gate, hidden = router()
     _, ids, seen = gate(hidden, None, observe=True)
