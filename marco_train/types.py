@@ -4,12 +4,12 @@
     OPD  Conversation -> Prompt -> Rollout -> ScoredRollout -> SampledMicrobatch | TopKMicrobatch |
                                                            FullMicrobatch
 
-Legend: T packed tokens, R tokens of a response, K likeliest tokens, V vocabulary, D width of the
-teacher.
+Legend: T packed tokens, S tokens of prompt and response, R tokens of a response, K likeliest
+tokens, V vocabulary, D width of the teacher, L layers, k experts a token.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import Any, Self
 
@@ -64,6 +64,11 @@ class FinishReason(Enum):
     length = "length"
 
 
+def no_experts() -> Tensor:
+    """What stands for the experts of tokens where routing is not replayed, [0, 0, 0] int16."""
+    return torch.zeros(0, 0, 0, dtype=torch.int16)
+
+
 @dataclass(frozen=True)
 class Rollout:
     """One sampled response."""
@@ -79,6 +84,10 @@ class Rollout:
     finish_reason: FinishReason
     weight_version: int
     """The policy's step whose weights sampled it."""
+    routed_experts: Tensor = field(default_factory=no_experts, compare=False)
+    """[S - 1, L, k] int16, the experts that prompt and response took while they were sampled, for
+    routing replay; the last token was never computed. Tensors have no `==` of one truth value, so
+    it has no part in a rollout's."""
 
     @property
     def input_ids(self) -> list[int]:
@@ -148,6 +157,7 @@ class Microbatch:
     groups: tuple[str, ...]
     """Names of the groups that metrics are told apart by, as `category_math`."""
     group_ids: Tensor  # [N, G] int64, the groups of each loss token
+    routed_experts: Tensor  # [L, T, k] int64, to be taken; empty where the routers choose
 
     def to(self, device: torch.device) -> Self:
         """Move the tensors to a device."""

@@ -1,7 +1,8 @@
 """Sequences to packed microbatches under a token budget, the same number on every rank.
 
 Prompt and response are joined here, once, and inputs and targets are shifted here, once.
-Legend: T packed tokens, N tokens with loss, R tokens of a response, D width of the teacher.
+Legend: T packed tokens, N tokens with loss, R tokens of a response, D width of the teacher,
+L layers, k experts a token.
 """
 
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ from marco_train.types import (
     TopKMicrobatch,
     TopKScores,
     known_places,
+    no_experts,
     rollout_groups,
 )
 
@@ -113,7 +115,15 @@ def _join_rollouts(scored: Sequence[ScoredRollout]) -> tuple[Microbatch, Tensor]
     repeats = torch.tensor([int(k.sum()) for k in known_of], dtype=torch.int64)
     group_ids = torch.tensor(ids, dtype=torch.int64).view(len(scored), len(GROUPED_BY))
     group_ids = group_ids.repeat_interleave(repeats, dim=0)
-    return replace(joined, groups=groups, group_ids=group_ids), known
+    routed = _join_experts([s.rollout for s in scored])
+    assert routed.numel() == 0 or routed.shape[1] == joined.num_tokens, "experts of other tokens"
+    return replace(joined, groups=groups, group_ids=group_ids, routed_experts=routed), known
+
+
+def _join_experts(rollouts: Sequence[Rollout]) -> Tensor:
+    """Lay the experts of rollouts end to end, as their inputs lie; [L, T, k] int64."""
+    parts = [rollout.routed_experts for rollout in rollouts] or [no_experts()]
+    return torch.cat(parts).long().transpose(0, 1).contiguous()
 
 
 def _as_example(rollout: Rollout, known: Tensor) -> Example:
@@ -154,6 +164,7 @@ def _join(examples: Sequence[Example]) -> Microbatch:
         num_loss_tokens=sum(loss_mask),
         groups=(),
         group_ids=torch.zeros(sum(loss_mask), 0, dtype=torch.int64),
+        routed_experts=no_experts().long(),
     )
 
 

@@ -101,7 +101,7 @@ class Policy:
         routers = UpdateRouting(self._optim, num_inputs)
         for microbatch in microbatches:
             on_device = microbatch.to(device())
-            routing = Routing()
+            routing = routing_of(on_device)
             output = loss_fn(self.forward(on_device, routing), on_device)
             loss = output.loss / num_tokens + routers.loss(routing, microbatch.num_tokens)
             # DeepSpeed averages gradients over ranks; undo that.
@@ -145,7 +145,8 @@ class Policy:
         totals = MetricSums()
         for microbatch in microbatches:
             on_device = microbatch.to(device())
-            totals.add(loss_fn(self.forward(on_device), on_device), on_device)
+            output = loss_fn(self.forward(on_device, routing_of(on_device)), on_device)
+            totals.add(output, on_device)
         return totals.mean(max(1.0, num_tokens))
 
     @torch.no_grad()
@@ -204,6 +205,12 @@ class Policy:
                 if name.startswith(prefix)
             }
         self.num_updates = num_updates
+
+
+def routing_of(microbatch: Microbatch) -> Routing:
+    """Let a forward pass take the experts of its microbatch, or the routers choose."""
+    given = microbatch.routed_experts
+    return Routing(given if given.numel() else None)
 
 
 def build_policy(

@@ -21,6 +21,7 @@ from marco_train.types import (
     PolicyOutput,
     SampledMicrobatch,
     TopKMicrobatch,
+    no_experts,
 )
 
 TOKENS, WIDTH, TEACHER_WIDTH, VOCAB = 11, 6, 5, 9
@@ -82,6 +83,7 @@ def microbatch(targets: Tensor, mask: Tensor) -> Microbatch:
         num_loss_tokens=int(mask.sum()),
         groups=(),
         group_ids=torch.zeros(int(mask.sum()), 0, dtype=torch.int64),
+        routed_experts=no_experts().long(),
     )
 
 

@@ -6,7 +6,14 @@ import torch.distributed as dist
 
 from marco_train.metrics import MetricSums, check_names
 from marco_train.rollout.base import summarize
-from marco_train.types import FinishReason, LossOutput, Microbatch, Prompt, Rollout
+from marco_train.types import (
+    FinishReason,
+    LossOutput,
+    Microbatch,
+    Prompt,
+    Rollout,
+    no_experts,
+)
 from tests.ranks import run_on_ranks
 
 
@@ -21,6 +28,7 @@ def microbatch(groups: tuple[str, ...], ids: list[list[int]]) -> Microbatch:
         num_loss_tokens=count,
         groups=groups,
         group_ids=torch.tensor(ids, dtype=torch.int64).view(count, 2 if ids else 0),
+        routed_experts=no_experts().long(),
     )
 
 

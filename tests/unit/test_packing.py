@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import pytest
 import torch
 
 from marco_train.config import Objective
@@ -114,6 +115,48 @@ def test_no_rollouts_at_all_still_make_a_microbatch() -> None:
     for objective in Objective:
         (batch,) = pack_rollouts([], objective, max_tokens=16)
         assert batch.num_loss_tokens == 0
+
+
+def scores_for(objective: Objective, count: int) -> TokenScores | TopKScores | HiddenScores:
+    match objective:
+        case Objective.sampled:
+            return TokenScores(torch.zeros(count))
+        case Objective.topk:
+            ids = torch.zeros(count, 2, dtype=torch.int64)
+            return TopKScores(ids, torch.zeros(count, 2), torch.zeros(count))
+        case Objective.full:
+            return HiddenScores(torch.zeros(count, 4))
+
+
+@pytest.mark.parametrize("objective", Objective, ids=lambda objective: objective.value)
+def test_experts_stand_at_the_inputs_that_took_them(objective: Objective) -> None:
+    scored = []
+    for number, lengths in enumerate([(2, 3), (4, 1), (1, 6)]):
+        total = sum(lengths)
+        ids = list(range(10 * number, 10 * number + total))
+        plain = rollout(ids[: lengths[0]], ids[lengths[0] :], [0.0] * lengths[1])
+        # In three layers, experts that tell of the token that took them.
+        taken = 100 * torch.tensor(ids[:-1])[:, None, None] + torch.arange(6).view(3, 2)
+        plain = replace(plain, topk_ids=[[0, 0]] * lengths[1], routed_experts=taken.short())
+        scored.append(ScoredRollout(plain, scores_for(objective, lengths[1])))
+    one, two = pack_rollouts(scored, objective, max_tokens=10)
+    for batch in (one, two):
+        assert batch.routed_experts.dtype == torch.int64
+        assert batch.routed_experts.shape == (3, batch.num_tokens, 2)
+        for token, experts in zip(
+            batch.input_ids[0].tolist(), batch.routed_experts.unbind(1), strict=True
+        ):
+            assert experts.flatten().tolist() == [100 * token + place for place in range(6)]
+    assert (one.num_tokens, two.num_tokens) == (10, 4)
+
+
+def test_without_replay_or_without_rollouts_there_are_no_experts() -> None:
+    plain = ScoredRollout(rollout([1], [2], [-1.0]), TokenScores(torch.zeros(1)))
+    for scored in ([plain], []):
+        (batch,) = pack_rollouts(scored, Objective.sampled, max_tokens=16)
+        assert batch.routed_experts.numel() == 0
+    (batch,) = pack_examples([Example([1, 2], [True] * 2)], max_tokens=16)
+    assert batch.routed_experts.numel() == 0
 
 
 NAN = float("nan")
