@@ -308,6 +308,9 @@ class RolloutConfig:
     temperature: float = MISSING
     canary_tolerance: float = MISSING
     """Largest difference of a log-probability between policy and sampler after a sync, in nats."""
+    replay_routing: bool = MISSING
+    """Whether the policy's update takes the experts that the sampler chose for each token, with
+    the weights of its own routers."""
     max_tokens_per_batch: int | None = MISSING
     """Tokens of one forward pass of a `vllm` sampler on one rank. None for any other."""
     kv_cache_gib: float | None = MISSING
@@ -587,6 +590,11 @@ class EvaluateConfig(StageConfig):
             "temperature 1.0 (Marco-MoE section 4.3): set it to 1.0",
         )
         require(
+            not self.rollout.replay_routing,
+            "stage.rollout.replay_routing is true, and an evaluation makes no update that could "
+            "take the sampler's experts: set it to false",
+        )
+        require(
             0 < self.num_kl_responses <= self.responses_per_prompt,
             f"stage.num_kl_responses is {self.num_kl_responses}, and must lie between 1 and "
             f"stage.responses_per_prompt {self.responses_per_prompt}",
@@ -727,11 +735,22 @@ class TrainConfig:
                 f"the stage allows sequences of {longest} tokens, and the model has "
                 f"{architecture.max_position_embeddings} positions",
             )
+            if isinstance(self.stage, OPDConfig):
+                check_replay(self.stage.rollout, architecture)
         require(
             longest <= self.data.max_tokens_per_microbatch,
             f"data.max_tokens_per_microbatch is {self.data.max_tokens_per_microbatch}, below the "
             f"longest sequence the stage allows, {longest} tokens",
         )
+
+
+def check_replay(rollout: RolloutConfig, student: ArchitectureConfig) -> None:
+    """Refuse to replay the routing of a student without routers."""
+    require(
+        student.is_moe or not rollout.replay_routing,
+        "stage.rollout.replay_routing is true, but the student is dense and has no experts: set it "
+        "to false",
+    )
 
 
 def longest_sequence(stage: StageConfig) -> int:

@@ -6,6 +6,7 @@ import torch
 
 from marco_train.architecture import ArchitectureConfig
 from marco_train.config import DType, OPDConfig, RolloutConfig, SamplerBackend, longest_sequence
+from marco_train.errors import require
 from marco_train.models.weights import empty_model
 from marco_train.rollout.base import Sampler
 from marco_train.vllm_engine import require_vllm
@@ -15,10 +16,16 @@ def check_sampler(cfg: RolloutConfig) -> None:
     """Refuse a sampler that cannot be built here, before anything is loaded.
 
     Raises:
-        InputError: Says what to install.
+        InputError: Says what to install or to change.
     """
     if cfg.backend is SamplerBackend.vllm:
         require_vllm()
+        require(
+            not cfg.replay_routing or torch.cuda.is_available(),
+            "stage.rollout.replay_routing is true, and there is no GPU: vLLM says which experts it "
+            "took with its V2 model runner only, which needs Triton; set it to false, or choose "
+            "stage.rollout.backend=hf",
+        )
 
 
 def build_sampler(

@@ -1,6 +1,7 @@
 """The sampler that needs no server: a copy of the model and a key-value cache, batched.
 
-Legend: B responses decoded together, V vocabulary, L new tokens at most.
+Legend: B responses decoded together, V vocabulary, L new tokens at most, T tokens of one forward
+pass, S tokens of prompt and response, N layers, K experts a token.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -13,10 +14,11 @@ from marco_train.distributed import device
 from marco_train.losses.logprobs import sequence_logprobs
 from marco_train.models.attention import KVCache
 from marco_train.models.qwen3_moe import Qwen3Moe
+from marco_train.models.routing import Routing
 from marco_train.models.weights import named_weights, receive_weights
 from marco_train.rollout.base import NO_WEIGHTS, response_seed
 from marco_train.rollout.sync import checksum
-from marco_train.types import FinishReason, Prompt, Rollout
+from marco_train.types import FinishReason, Prompt, Rollout, no_experts
 
 
 class HFSampler:
@@ -41,6 +43,7 @@ class HFSampler:
         assert cfg.batch_size is not None
         self._model = model.eval()
         self._batch_size = cfg.batch_size
+        self._replay_routing = cfg.replay_routing
         self._stop_ids = frozenset(stop_ids)
         self._max_response_length = max_response_length
         self._num_topk = num_topk
@@ -101,7 +104,8 @@ class HFSampler:
         response_ids: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[float]] = [[] for _ in requests]
         topk_ids: list[list[list[int]]] = [[] for _ in requests]
-        logits = self._prefill([prompt.input_ids for prompt, _ in requests], cache)  # [B, V]
+        experts = ExpertRecord(len(requests), self._replay_routing)
+        logits = self._prefill([prompt.input_ids for prompt, _ in requests], cache, experts)
         active = list(range(len(requests)))
         for place in range(self._max_response_length):
             tokens, token_lps = draw_tokens(logits, uniforms[active, place])
@@ -126,6 +130,7 @@ class HFSampler:
                     topk_ids=topk_ids[request],
                     finish_reason=FinishReason.stop if stopped else FinishReason.length,
                     weight_version=weight_version,
+                    routed_experts=experts.of(request),
                 )
             if not running:
                 return
@@ -134,16 +139,22 @@ class HFSampler:
                 cache.keep(kept)
                 tokens = tokens[kept]
                 active = [active[row] for row in running]
-            hidden = self._model(tokens[None], cache.advance(), cache)
+            routing = experts.routing()
+            hidden = self._model(tokens[None], cache.advance(), cache, routing)
+            experts.add(routing, active, lengths=[1] * len(active))
             logits = self._model.logits(hidden)
 
-    def _prefill(self, prompts: Sequence[list[int]], cache: KVCache) -> Tensor:
+    def _prefill(
+        self, prompts: Sequence[list[int]], cache: KVCache, experts: "ExpertRecord"
+    ) -> Tensor:
         """Run the packed prompts; logits [B, V] of each one's last token."""
         lengths = torch.tensor([len(ids) for ids in prompts])
         input_ids = torch.tensor([[token for ids in prompts for token in ids]], device=device())
         positions = torch.cat([torch.arange(n) for n in lengths.tolist()])[None].to(device())
         cache.start(positions)
-        hidden = self._model(input_ids, positions, cache)
+        routing = experts.routing()
+        hidden = self._model(input_ids, positions, cache, routing)
+        experts.add(routing, range(len(prompts)), lengths.tolist())
         return self._model.logits(hidden[(lengths.cumsum(0) - 1).to(device())])
 
     def _uniforms(self, requests: Sequence[tuple[Prompt, int]]) -> Tensor:
@@ -156,6 +167,31 @@ class HFSampler:
                 torch.rand(self._max_response_length, generator=generator, dtype=torch.float64)
             )
         return torch.stack(rows).to(device())
+
+
+class ExpertRecord:
+    """The experts that the tokens of a batch take while it is sampled, if they are wanted."""
+
+    def __init__(self, num_requests: int, wanted: bool) -> None:
+        self._wanted = wanted
+        self._parts: list[list[Tensor]] = [[] for _ in range(num_requests)]  # [tokens, N, K]
+
+    def routing(self) -> Routing | None:
+        """Make what a forward pass fills. None: nothing is wanted of it."""
+        return Routing() if self._wanted else None
+
+    def add(self, routing: Routing | None, requests: Sequence[int], lengths: Sequence[int]) -> None:
+        """Take what a forward pass filled, whose T tokens are `lengths` of each request."""
+        if routing is None:
+            return
+        taken = routing.expert_ids.transpose(0, 1).to("cpu", torch.int16)  # [T, N, K]
+        parts = torch.split(taken, list(lengths))
+        for request, part in zip(requests, parts, strict=True):
+            self._parts[request].append(part)
+
+    def of(self, request: int) -> Tensor:
+        """Experts of all tokens of a request so far, [S - 1, N, K] int16 at its end."""
+        return torch.cat(self._parts[request]) if self._wanted else no_experts()
 
 
 def draw_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,13 +9,14 @@ import torch
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from marco_train.config import ChatTemplate, Objective, SourceConfig, SourceKind
+from marco_train.config import ChatTemplate, Objective, SourceConfig, SourceKind, check_replay
 from marco_train.data.chat import CHATML, load_tokenizer
 from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions
 from marco_train.errors import InputError
 from marco_train.evaluation.verifiers import check_verifier
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
+from marco_train.stages.opd import run_opd
 from marco_train.teachers.cascade import Cascade
 from marco_train.teachers.vocab import check_student_vocabulary
 from tests.conftest import DENSE, World, architecture, compose_config, launch, make_tokenizer
@@ -57,6 +58,8 @@ REFUSED = [
     ("quickstart_opd", "stage.rollout.temperature=0.7", "temperature is 0.7"),
     ("quickstart_opd", "teacher@stage.cascade.first.teacher=oracle", "oracle"),
     ("quickstart_opd", "stage.cascade.first.teacher.backend=api", "api"),
+    ("quickstart_opd", "stage.rollout.replay_routing=perhaps", "perhaps"),
+    ("quickstart_evaluate", "stage.rollout.replay_routing=true", "an evaluation makes no update"),
     ("quickstart_evaluate", "stage.num_kl_responses=9", "num_kl_responses is 9"),
     ("quickstart_evaluate", "stage.rollout.temperature=0.5", "temperature is 0.5"),
     ("quickstart_base", "stage.max_length=300", "sequences of 300 tokens, and the model has 256"),
@@ -77,6 +80,30 @@ def test_a_wrong_override_is_refused_by_name(experiment: str, override: str, nam
 def test_the_sampled_objective_says_why_temperature_one() -> None:
     with pytest.raises(InputError, match=r"sampled-token objective .* temperature 1.0 only"):
         compose_config("quickstart_opd", "stage.objective=sampled", "stage.rollout.temperature=1.2")
+
+
+def test_routing_of_a_dense_student_is_not_replayed(world: World) -> None:
+    dense = r"replay_routing is true, but the student is dense and has no experts: set it to false"
+    asked = [f"root={world.root}", "stage.rollout.replay_routing=true"]
+    with pytest.raises(InputError, match=dense):
+        compose_config(
+            "quickstart_opd",
+            *asked,
+            "model=quickstart_small",
+            "model.path=null",
+            "parallel.expert_parallel_size=1",
+        )
+    # Its shape is known to its files alone; refused before any data are read.
+    cfg = compose_config(
+        "quickstart_opd",
+        *asked,
+        f"model.path={world.path('teacher_first', 'export')}",
+        f"data.sources.math.path={world.path('none.jsonl')}",
+    )
+    assert cfg.model.architecture is None
+    with pytest.raises(InputError, match=dense):
+        run_opd(cfg)
+    check_replay(cfg.stage.rollout, architecture())
 
 
 def test_the_command_line_fails_in_one_sentence_without_a_traceback(tmp_path: Path) -> None:

@@ -82,6 +82,11 @@ CASES = {
     "opd, one rank": ("opd", 1, []),
     "opd, experts over two ranks": ("opd", 2, []),
     "opd, experts over two ranks, bfloat16": ("opd", 2, BFLOAT16),
+    "opd, experts over two ranks, bfloat16, replayed": (
+        "opd",
+        2,
+        [*BFLOAT16, "stage.rollout.replay_routing=true"],
+    ),
     "opd, one rank, sampled": ("opd", 1, ["stage.objective=sampled"]),
 }
 

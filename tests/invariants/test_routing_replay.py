@@ -1,10 +1,14 @@
 """The policy's forward pass takes the experts that it is given."""
 
+import json
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor
 
 from marco_train.config import TrainConfig
@@ -16,8 +20,10 @@ from marco_train.metrics import check_names
 from marco_train.models import Qwen3Moe, load_model
 from marco_train.models.attention import PackedSequences
 from marco_train.models.qwen3_moe import rotary_angles
-from marco_train.models.routing import Routing
-from marco_train.models.weights import named_weights
+from marco_train.models.routing import Router, Routing
+from marco_train.models.weights import empty_model, named_weights
+from marco_train.rollout import build as rollout_build
+from marco_train.stages.opd import run_opd
 from marco_train.types import Microbatch
 from tests.conftest import GRADIENT_DESCENT, World, compose_config
 from tests.ranks import run_on_ranks
@@ -185,3 +191,79 @@ def test_a_rank_without_a_sequence_joins_a_replayed_update(world: World) -> None
         assert metrics == pytest.approx(wanted, rel=1e-5, abs=1e-6)
         for name, weight in weights.items():
             torch.testing.assert_close(weight, wanted_weights[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+def distil(
+    world: World, out: Path, num_ranks: int, *more: str
+) -> tuple[list[dict[str, float]], dict[str, Tensor]]:
+    """A short run of on-policy distillation: what its steps measured, and what it exports."""
+    cfg = compose_config(
+        "quickstart_opd",
+        f"root={world.root}",
+        f"output_dir={out}",
+        "stage.global_batch_size=5",  # uneven over two ranks
+        "stage.max_response_length=8",
+        "stage.cascade.first.num_steps=3",
+        "stage.cascade.first.converged.measure_every=2",
+        "stage.cascade.second.num_steps=1",
+        "data.max_tokens_per_microbatch=128",
+        "optim.warmup_steps=0",
+        f"parallel.expert_parallel_size={num_ranks}",
+        *more,
+    )
+    run_on_ranks(num_ranks, run_opd, cfg)
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    steps = [
+        {k: v for k, v in line.items() if not k.startswith(("time/", "perf/", "rollout/sync"))}
+        for line in lines
+    ]
+    return steps, load_file(out / "export" / "model.safetensors")
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("objective", ["full", "sampled"])
+def test_in_float32_a_replayed_run_is_the_run_without_replay(
+    objective: str, num_ranks: int, world: World, tmp_path: Path
+) -> None:
+    asked = f"stage.objective={objective}"
+    plain, wanted = distil(world, tmp_path / "plain", num_ranks, asked)
+    replayed, weights = distil(
+        world, tmp_path / "replayed", num_ranks, asked, "stage.rollout.replay_routing=true"
+    )
+    assert len(plain) == 4 and not any("moe/replay_mismatch" in step for step in plain)
+    for step, expected in zip(replayed, plain, strict=True):
+        metrics, mismatch = without_mismatch(step)
+        assert mismatch == {f"moe/replay_mismatch{x}": 0.0 for x in ("", "/layer_0", "/layer_1")}
+        assert metrics == pytest.approx(expected, rel=1e-6, abs=1e-7)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, wanted[name], rtol=1e-6, atol=1e-6, msg=name)
+
+
+class ContraryRouter(Router):
+    """Takes the unlikeliest experts, as a sampler that rounds otherwise takes unlikelier ones."""
+
+    def forward(self, hidden: Tensor, given: Tensor | None, observe: bool) -> object:
+        assert given is None
+        return super().forward(hidden, (-hidden @ self.weight.T).topk(self.top_k).indices, observe)
+
+
+def contrary_model(*shape: Any, **more: Any) -> Qwen3Moe:
+    model = empty_model(*shape, **more)
+    for layer in model.model.layers:
+        layer.mlp.gate.__class__ = ContraryRouter
+    return model
+
+
+def test_the_policy_follows_a_sampler_that_chooses_other_experts(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout_build, "empty_model", contrary_model)
+    lenient = "stage.rollout.canary_tolerance=10"
+    plain, _ = distil(world, tmp_path / "plain", 1, lenient, "stage.max_mismatch=null")
+    replay = "stage.rollout.replay_routing=true"
+    for num_ranks in (1, 2):
+        replayed, _ = distil(world, tmp_path / str(num_ranks), num_ranks, lenient, replay)
+        for step, without in zip(replayed, plain, strict=True):
+            assert step["kl/sampler_mismatch"] < 1e-5
+            assert without["kl/sampler_mismatch"] > 0.1
+            assert step["moe/replay_mismatch"] > 0.9

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import pytest
+import torch
 
 from marco_train.config import TeacherConfig
 from marco_train.errors import InputError
@@ -183,3 +184,17 @@ def test_without_vllm_a_run_that_asks_for_it_is_refused_before_anything_is_loade
     with pytest.raises(InputError, match=needed):
         check_sampler(cfg.stage.rollout)
     check_sampler(compose_config("quickstart_opd").stage.rollout)
+
+
+def test_without_a_gpu_vllm_cannot_replay_routing(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    asked = [f"root={world.root}", "stage.rollout.replay_routing=true"]
+    cfg = compose_config("quickstart_opd", "rollout@stage.rollout=vllm", *asked)
+    with pytest.raises(InputError, match=r"replay_routing is true, and there is no GPU: .*Triton"):
+        check_sampler(cfg.stage.rollout)
+    check_sampler(compose_config("quickstart_opd", *asked).stage.rollout)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    check_sampler(cfg.stage.rollout)

@@ -9,6 +9,7 @@ from torch import Tensor
 from marco_train.config import RolloutConfig, SamplerBackend
 from marco_train.losses.logprobs import sequence_logprobs, token_logprobs, topk_logprobs
 from marco_train.models import Qwen3Moe
+from marco_train.models.routing import Router, Routing
 from marco_train.models.weights import empty_model, named_weights, random_model
 from marco_train.rollout.base import in_order, response_seed, summarize
 from marco_train.rollout.hf import HFSampler, draw_tokens
@@ -22,12 +23,13 @@ TOP_K = 3
 PROBES = canaries(16, 200)
 
 
-def config(batch_size: int = 64) -> RolloutConfig:
+def config(batch_size: int = 64, replay_routing: bool = False) -> RolloutConfig:
     return RolloutConfig(
         backend=SamplerBackend.hf,
         batch_size=batch_size,
         temperature=1.0,
         canary_tolerance=1e-4,
+        replay_routing=replay_routing,
         max_tokens_per_batch=None,
         kv_cache_gib=None,
         servers=None,
@@ -69,6 +71,40 @@ def test_the_logprobs_with_a_cache_are_those_of_a_full_forward_pass() -> None:
         torch.testing.assert_close(torch.tensor(r.sampler_logprobs), wanted, rtol=0, atol=1e-5)
         _, likeliest = topk_logprobs(hidden[len(r.prompt.input_ids) - 1 : -1], model.head, TOP_K)
         assert r.topk_ids == likeliest.tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 64])
+def test_the_experts_recorded_are_those_of_a_full_forward_pass(batch_size: int) -> None:
+    model = spread_model()
+    recording = HFSampler(config(batch_size, True), model, STOP_IDS, LIMIT, TOP_K, 7, 3)
+    rollouts = in_order(recording.sample(prompts(), 6))
+    assert len({len(r.response_ids) for r in rollouts}) > 2, "lengths should differ"
+    assert rollouts == in_order(sampler(model, batch_size).sample(prompts(), 6))
+    for r in rollouts:
+        inputs = torch.tensor([r.input_ids[:-1]])
+        seen = Routing()
+        model(inputs, torch.arange(inputs.shape[1])[None], routing=seen)
+        assert r.routed_experts.dtype == torch.int16
+        assert r.routed_experts.device.type == "cpu"
+        assert torch.equal(r.routed_experts.transpose(0, 1).long(), seen.expert_ids)
+    assert len(torch.cat([r.routed_experts.flatten() for r in rollouts]).unique()) == 8
+
+
+def test_no_experts_are_recorded_unless_they_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = spread_model()
+    observed = []
+    plain = Router.forward
+
+    def forward(self: Router, hidden: Tensor, given: Tensor | None, observe: bool) -> object:
+        observed.append(observe)
+        return plain(self, hidden, given, observe)
+
+    monkeypatch.setattr(Router, "forward", forward)
+    rollouts = list(sampler(model).sample(prompts(), 2))
+    assert {r.routed_experts.shape for r in rollouts} == {(0, 0, 0)}
+    assert not any(observed)
 
 
 def test_a_response_ends_at_its_first_stop_token_or_at_the_limit() -> None:
