@@ -54,6 +54,7 @@ class Generation(NamedTuple):
     token_ids: list[int]  # [R], with the stop token, if there is one
     logprobs: list[float]  # [R], at temperature 1
     topk_ids: list[list[int]]  # [R, K], the likeliest tokens in each place
+    routed_experts: Any  # as vLLM gives them, if the engine was asked for them; else None
 
 
 def require_vllm() -> None:
@@ -86,6 +87,7 @@ class VLLMEngine:
         max_sequences: int = MAX_SEQUENCES,
         purpose: Purpose = Purpose.generate,
         with_weights: bool = True,
+        with_experts: bool = False,
     ) -> None:
         """Build an engine.
 
@@ -99,6 +101,8 @@ class VLLMEngine:
             purpose: What it can do.
             with_weights: Whether to load them; else `load_weights` has to bring them, and
                 config.json is enough under `path`.
+            with_experts: Whether generations name the experts that their tokens took; on a GPU
+                only.
 
         Raises:
             InputError: vLLM is not installed, or cannot serve this model.
@@ -131,8 +135,10 @@ class VLLMEngine:
                 skip_tokenizer_init=purpose is Purpose.generate,
                 kv_cache_memory_bytes=kv_cache_bytes,
                 enforce_eager=not torch.cuda.is_available(),
-                # Keys of old weights would outlive a change of weights.
-                enable_prefix_caching=PREFIX_CACHING,
+                enable_return_routed_experts=with_experts,
+                # Keys of old weights would outlive a change of weights. vLLM keeps the experts
+                # beside the keys, and insists; nothing reads them.
+                enable_prefix_caching=with_experts or PREFIX_CACHING,
                 # A prompt that is split over steps breaks seeds on CPU.
                 enable_chunked_prefill=False,
                 # Takes LOCAL_RANK for its device; the default would put all ranks on the first.
@@ -212,6 +218,7 @@ class VLLMEngine:
                 logprobs=num_topk,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
+                skip_reading_prefix_cache=True,
             )
             engine.add_request(str(number), {"prompt_token_ids": prompt}, params)
         while engine.has_unfinished_requests():
@@ -359,7 +366,7 @@ def _generation(output: Any, num_topk: int) -> Generation:
         logprobs.append(place[token].logprob)
         ranked = sorted(place, key=lambda i: place[i].rank)  # with the token, whatever its rank
         likeliest.append(ranked[:num_topk])
-    return Generation(ids, logprobs, likeliest)
+    return Generation(ids, logprobs, likeliest, output.routed_experts)
 
 
 @contextmanager

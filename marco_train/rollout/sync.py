@@ -51,7 +51,7 @@ def checksum(weight: Tensor) -> int:
         flat = flat.clone()
     if flat.nbytes % WORD_BYTES:
         flat = F.pad(flat, (0, (-flat.nbytes % WORD_BYTES) // flat.element_size()))
-    parts = flat.view(torch.int64).split(CHECKSUM_CHUNK)
+    parts = torch.split(flat.view(torch.int64), CHECKSUM_CHUNK)
     places = _places(flat.device)
     return int(torch.stack([(part * places[: len(part)]).sum() for part in parts]).sum())
 

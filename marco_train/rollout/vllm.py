@@ -8,7 +8,9 @@ import json
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +19,7 @@ from marco_train.config import DType, RolloutConfig
 from marco_train.models.hf_io import hf_config
 from marco_train.models.weights import accounted, meta_model, weight_shapes
 from marco_train.rollout.base import NO_WEIGHTS, response_seed
-from marco_train.types import FinishReason, Prompt, Rollout
+from marco_train.types import FinishReason, Prompt, Rollout, no_experts
 from marco_train.vllm_engine import VLLMEngine, with_tied_head
 
 
@@ -40,6 +42,8 @@ class VLLMSampler:
         """Build the engine of a model of this shape."""
         assert cfg.kv_cache_gib is not None and cfg.max_tokens_per_batch is not None
         assert cfg.batch_size is not None
+        self._architecture = architecture
+        self._replay_routing = cfg.replay_routing
         self._shapes = weight_shapes(meta_model(architecture))
         self._stop_ids = list(stop_ids)
         self._max_response_length = max_response_length
@@ -57,6 +61,7 @@ class VLLMSampler:
                 kv_cache_bytes=int(cfg.kv_cache_gib * 2**30),
                 max_sequences=cfg.batch_size,
                 with_weights=False,
+                with_experts=cfg.replay_routing,
             )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -108,6 +113,10 @@ class VLLMSampler:
         for number, generation in generations:
             prompt, sample_index = asked[number]
             stopped = generation.token_ids[-1] in self._stop_ids
+            experts = no_experts()
+            if self._replay_routing:
+                num_inputs = len(prompt.input_ids) + len(generation.token_ids) - 1
+                experts = check_experts(generation.routed_experts, num_inputs, self._architecture)
             yield Rollout(
                 prompt=prompt,
                 sample_index=sample_index,
@@ -116,6 +125,7 @@ class VLLMSampler:
                 topk_ids=generation.topk_ids,
                 finish_reason=FinishReason.stop if stopped else FinishReason.length,
                 weight_version=version,
+                routed_experts=experts,
             )
 
     def sleep(self) -> None:
@@ -126,3 +136,40 @@ class VLLMSampler:
     def close(self) -> None:
         """Free the engine's memory."""
         self._engine.close()
+
+
+def check_experts(found: Any, num_inputs: int, architecture: ArchitectureConfig) -> Tensor:
+    """Take the experts that vLLM names for the inputs of a sequence, or refuse them.
+
+    Written after the sources of vLLM 0.32.0, where `CompletionOutput.routed_experts` is a numpy
+    array [S - 1, L, K] of uint8 or uint16; they come on a GPU only, where this has not been run.
+    A layer that was not watched is zeros there, which no token can take twice.
+
+    Args:
+        found: What vLLM gave.
+        num_inputs: S - 1, for S tokens of prompt and response.
+        architecture: Says L, K and how many experts there are.
+
+    Returns:
+        [S - 1, L, K] int16.
+
+    Raises:
+        RuntimeError: Says what came and what should have.
+    """
+    assert architecture.num_experts is not None and architecture.num_experts_per_tok is not None
+    shape = (num_inputs, architecture.num_hidden_layers, architecture.num_experts_per_tok)
+    if not isinstance(found, np.ndarray) or found.shape != shape:
+        came = found.shape if isinstance(found, np.ndarray) else type(found).__name__
+        raise RuntimeError(
+            f"vLLM named the experts of a sequence as {came}, and should have as {shape}: inputs, "
+            "layers, experts a token; set stage.rollout.replay_routing to false"
+        )
+    experts = np.sort(found.astype(np.int64), axis=-1)
+    in_range = experts[..., 0].min() >= 0 and experts[..., -1].max() < architecture.num_experts
+    if not in_range or bool((experts[..., 1:] == experts[..., :-1]).any()):
+        raise RuntimeError(
+            f"vLLM named experts from {experts.min()} to {experts.max()} for the tokens of a "
+            f"sequence, which should be {shape[2]} different ones of {architecture.num_experts} "
+            "in each layer; set stage.rollout.replay_routing to false"
+        )
+    return torch.from_numpy(found.astype(np.int16))

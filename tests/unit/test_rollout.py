@@ -1,20 +1,25 @@
 """The sampler samples the model's distribution, by seed, and holds the policy's weights."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from marco_train.config import RolloutConfig, SamplerBackend
+from marco_train.config import DType, RolloutConfig, SamplerBackend
 from marco_train.losses.logprobs import sequence_logprobs, token_logprobs, topk_logprobs
 from marco_train.models import Qwen3Moe
 from marco_train.models.routing import Router, Routing
 from marco_train.models.weights import empty_model, named_weights, random_model
+from marco_train.rollout import vllm as rollout_vllm
 from marco_train.rollout.base import in_order, response_seed, summarize
 from marco_train.rollout.hf import HFSampler, draw_tokens
 from marco_train.rollout.sync import WeightSyncError, canaries, checksum, sync_weights
+from marco_train.rollout.vllm import VLLMSampler, check_experts
 from marco_train.types import FinishReason, Prompt, Rollout
+from marco_train.vllm_engine import Generation
 from tests.conftest import architecture
 
 STOP_IDS = [2, 0]
@@ -88,6 +93,73 @@ def test_the_experts_recorded_are_those_of_a_full_forward_pass(batch_size: int) 
         assert r.routed_experts.device.type == "cpu"
         assert torch.equal(r.routed_experts.transpose(0, 1).long(), seen.expert_ids)
     assert len(torch.cat([r.routed_experts.flatten() for r in rollouts]).unique()) == 8
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.int32])
+def test_the_experts_that_vllm_names_are_taken_as_they_are(dtype: type) -> None:
+    named = np.random.default_rng(0).permuted(np.tile(np.arange(8), (11, 2, 1)), axis=-1)[..., :2]
+    found = check_experts(named.astype(dtype), 11, architecture())
+    assert found.dtype == torch.int16
+    assert found.tolist() == named.tolist()
+
+
+PAIRS = np.tile(np.array([3, 7], dtype=np.uint8), (11, 2, 1))
+WRONG_EXPERTS = {
+    "none": (None, r"as NoneType, and should have as \(11, 2, 2\)"),
+    "one more": (np.tile(PAIRS[:1], (12, 1, 1)), r"as \(12, 2, 2\), and"),
+    "layers first": (PAIRS.swapaxes(0, 1), r"as \(2, 11, 2\), and"),
+    "one of two": (PAIRS[..., :1], r"as \(11, 2, 1\), and"),
+    "beyond the last": (PAIRS + np.uint8(1), "from 4 to 8 .* 2 different ones of 8"),
+    "padding": (PAIRS.astype(np.int32) - 4, "from -1 to 3"),
+    "an unwatched layer": (PAIRS * np.array([[1], [0]], dtype=np.uint8), "from 0 to 7"),
+}
+
+
+@pytest.mark.parametrize(("named", "said"), WRONG_EXPERTS.values(), ids=WRONG_EXPERTS.keys())
+def test_experts_that_cannot_be_those_of_the_tokens_are_refused(
+    named: np.ndarray | None, said: str
+) -> None:
+    with pytest.raises(RuntimeError, match=said):
+        check_experts(named, 11, architecture())
+
+
+class FakeEngine:
+    """Answers every request with two tokens, and experts that tell of the request."""
+
+    def __init__(self, *_: object, with_experts: bool, **__: object) -> None:
+        self._with_experts = with_experts
+
+    def load_weights(self, weights: Iterator[tuple[str, Tensor]]) -> None:
+        list(weights)
+
+    def generate(
+        self, requests: Sequence[tuple[list[int], int]], *_: object
+    ) -> Iterator[tuple[int, Generation]]:
+        for number, (prompt, _) in reversed(list(enumerate(requests))):
+            first = np.full((len(prompt) + 1, 2, 1), number % 7, dtype=np.uint8)
+            experts = np.concatenate([first, first + 1], -1) if self._with_experts else None
+            yield number, Generation([5, 2], [-1.0, -1.0], [[], []], experts)
+
+
+@pytest.mark.parametrize("replay_routing", [True, False])
+def test_experts_come_from_vllm_with_the_rollout_where_they_are_asked_for(
+    replay_routing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout_vllm, "VLLMEngine", FakeEngine)
+    cfg = replace(
+        config(replay_routing=replay_routing),
+        backend=SamplerBackend.vllm,
+        max_tokens_per_batch=256,
+        kv_cache_gib=1.0,
+    )
+    shape = architecture(vocab_size=16)
+    target = VLLMSampler(cfg, shape, DType.float32, STOP_IDS, 64, LIMIT, num_topk=0, seed=7)
+    target.load_weights(named_weights(spread_model()), version=1)
+    rollouts = in_order(target.sample(prompts(), 2))
+    for number, r in enumerate(rollouts):
+        rows = len(r.input_ids) - 1
+        wanted = [[[number % 7, number % 7 + 1]] * 2] * rows if replay_routing else []
+        assert r.routed_experts.tolist() == wanted
 
 
 def test_no_experts_are_recorded_unless_they_are_asked_for(
