@@ -89,7 +89,7 @@ def check_stage(cfg: TrainConfig) -> None:
         )
         cascade.check_groups(prompts.groups())
         prompts.held_out(cascade.num_held_out)
-        check_sampler(stage.rollout)
+        check_sampler(stage.rollout, student)
         for phase in cascade.phases:
             checked(f"teacher {phase.name!r}", partial(cascade.teacher_at, phase.first))
         cascade.close()

@@ -5,19 +5,27 @@ from collections.abc import Sequence
 import torch
 
 from marco_train.architecture import ArchitectureConfig
-from marco_train.config import DType, OPDConfig, RolloutConfig, SamplerBackend, longest_sequence
+from marco_train.config import (
+    DType,
+    OPDConfig,
+    RolloutConfig,
+    SamplerBackend,
+    check_replay,
+    longest_sequence,
+)
 from marco_train.errors import require
 from marco_train.models.weights import empty_model
 from marco_train.rollout.base import Sampler
 from marco_train.vllm_engine import require_vllm
 
 
-def check_sampler(cfg: RolloutConfig) -> None:
+def check_sampler(cfg: RolloutConfig, student: ArchitectureConfig) -> None:
     """Refuse a sampler that cannot be built here, before anything is loaded.
 
     Raises:
         InputError: Says what to install or to change.
     """
+    check_replay(cfg, student)
     if cfg.backend is SamplerBackend.vllm:
         require_vllm()
         require(

@@ -8,6 +8,8 @@ answered, and its response is the same wherever and whenever it is made.
 Legend: R tokens of a response, K likeliest tokens.
 """
 
+import base64
+import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +18,7 @@ from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -26,6 +29,7 @@ from marco_train.errors import InputError, require
 from marco_train.models.safetensors_io import ShardFile
 from marco_train.models.weights import accounted, meta_model, weight_shapes
 from marco_train.rollout.base import NO_WEIGHTS, response_seed
+from marco_train.rollout.vllm import check_experts
 from marco_train.server_pool import (
     POLL_SECONDS,
     Ask,
@@ -34,7 +38,7 @@ from marco_train.server_pool import (
     ServerPool,
     UnusableAnswerError,
 )
-from marco_train.types import FinishReason, Prompt, Rollout
+from marco_train.types import FinishReason, Prompt, Rollout, no_experts
 from marco_train.vllm_engine import neutral_sampling
 from marco_train.vllm_http import (
     CALL_WORKERS,
@@ -68,6 +72,8 @@ class ServerSampler:
     ) -> None:
         """Nothing is asked yet: servers may still be starting."""
         assert cfg.servers is not None and cfg.sync_path is not None
+        self._architecture = architecture
+        self._replay_routing = cfg.replay_routing
         self._shapes = weight_shapes(meta_model(architecture))
         self._dtype: torch.dtype = getattr(torch, dtype.value)
         self._stop_ids = list(stop_ids)
@@ -220,6 +226,7 @@ class ServerSampler:
             "seed": response_seed(self._seed, prompt.index, sample_index),
             "stop_token_ids": self._stop_ids,
             "ignore_eos": True,
+            "skip_reading_prefix_cache": True,
             # The drawn token takes the place of one.
             "logprobs": self._num_topk + 1 if self._num_topk else 0,
         }
@@ -232,6 +239,9 @@ class ServerSampler:
                     f"a response of {len(ids)} tokens without an end, of "
                     f"{self._max_response_length} that were asked for"
                 )
+            experts = no_experts()
+            if self._replay_routing:
+                experts = self._read_experts(answer, len(prompt.input_ids) + len(ids) - 1)
             return Rollout(
                 prompt=prompt,
                 sample_index=sample_index,
@@ -240,9 +250,26 @@ class ServerSampler:
                 topk_ids=topk_ids,
                 finish_reason=FinishReason.stop if stopped else FinishReason.length,
                 weight_version=version,
+                routed_experts=experts,
             )
 
         return self._pool.submit(GENERATE, _body(prompt.input_ids, params), read)
+
+    def _read_experts(self, answer: Any, num_inputs: int) -> Tensor:
+        """Experts of the inputs of a sequence, [S - 1, L, k] int16.
+
+        Raises:
+            UnusableAnswerError: They are not there or cannot be.
+        """
+        try:
+            content = base64.b64decode(only_choice(answer)["routed_experts"])
+            found = np.load(io.BytesIO(content), allow_pickle=False)
+            return check_experts(found, num_inputs, self._architecture)
+        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+            raise UnusableAnswerError(
+                f"no experts to replay (start servers with --enable-return-routed-experts and "
+                f"--enable-prefix-caching): {error}"
+            ) from error
 
     def _read_response(
         self, answer: Any, num_topk: int

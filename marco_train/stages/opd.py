@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from functools import partial
 
 from marco_train.architecture import ArchitectureConfig, read_architecture
-from marco_train.config import TrainConfig, check_replay, longest_sequence
+from marco_train.config import TrainConfig, longest_sequence
 from marco_train.data.chat import load_tokenizer
 from marco_train.data.loader import PromptLoader
 from marco_train.data.packing import pack_rollouts
@@ -33,8 +33,7 @@ def run_opd(cfg: TrainConfig) -> None:
     """
     opd, student = cfg.stage, student_architecture(cfg)
     check_student_vocabulary(cfg.model)
-    check_sampler(opd.rollout)
-    check_replay(opd.rollout, student)
+    check_sampler(opd.rollout, student)
     tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
     prompts = PromptLoader(cfg.data, opd, tokenizer, cfg.seed)
     cascade = Cascade(  # refuses a teacher of other tokens, turns or stops

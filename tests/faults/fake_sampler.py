@@ -1,18 +1,32 @@
 """A real small HTTP server that samples from the weights it is given, and misbehaves on script."""
 
+import base64
+import io
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from marco_train.models.qwen3_moe import Qwen3Moe
+from marco_train.models.routing import Routing
 from marco_train.models.safetensors_io import read, read_header
 from marco_train.models.weights import random_model, receive_weights
 from tests.conftest import architecture
 from tests.faults.fake_server import FakeServer, stop_all
+
+
+@torch.no_grad()
+def experts_of(model: Qwen3Moe, ids: list[int]) -> str:
+    """Experts of all tokens but the last, as vLLM writes them, [S - 1, L, k] uint8."""
+    routing = Routing()
+    model(torch.tensor([ids[:-1]]), torch.arange(len(ids) - 1)[None], routing=routing)
+    content = io.BytesIO()
+    np.save(content, routing.expert_ids.transpose(0, 1).numpy().astype(np.uint8))
+    return base64.b64encode(content.getvalue()).decode()
 
 
 @torch.no_grad()
@@ -45,6 +59,7 @@ class FakeSampler(FakeServer):
         self.loads: list[str] = []  # versions, in turn
         self.answered: list[tuple[str, list[int]]] = []  # version and prompt of each response
         self.spoil: Callable[[Qwen3Moe], None] = lambda _: None  # what a load does beside
+        self.names_experts = False
         self.deaf = False  # says that it loads, and does not
         self.begin_anew()
         super().__init__()
@@ -125,6 +140,8 @@ class FakeSampler(FakeServer):
                 version = "default"
         spans = [{"version": version, "start": 0, "end": len(ids)}]
         choice = {"token_ids": ids, "logprobs": {"content": content}, "weight_versions": spans}
+        if self.names_experts:
+            choice["routed_experts"] = experts_of(self._shown, prompt + ids)
         return {"choices": [choice]}
 
 

@@ -379,6 +379,24 @@ def test_one_step_ahead_the_weights_are_one_update_older(
         assert versions["ahead"][prompt] == max(0, version - 1)
 
 
+def test_a_run_replays_the_routing_that_its_servers_name(
+    world: World, servers: list[FakeSampler], tmp_path: Path
+) -> None:
+    replay = "stage.rollout.replay_routing=true"
+    cfg = config(world, tmp_path / "unnamed", servers, 1, replay)
+    with pytest.raises(AssertionError, match=r"no experts to replay \(start servers with --enable"):
+        run_on_ranks(1, distil, cfg, *sockets(servers))
+    for server in servers:
+        server.names_experts = True
+    for out, more in (("without", []), ("with", [replay])):
+        cfg = config(world, tmp_path / out, servers, 1, *more)
+        run_on_ranks(1, distil, cfg, *sockets(servers))
+    plain, replayed = (learnt(tmp_path / out)[0] for out in ("without", "with"))
+    for one, other in zip(plain, replayed, strict=True):
+        assert other["moe/replay_mismatch"] == 0
+        assert one["kl/reverse"] == pytest.approx(other["kl/reverse"], rel=1e-5)
+
+
 def test_a_run_that_gave_up_on_its_samplers_is_saved_and_resumes(
     world: World, servers: list[FakeSampler], tmp_path: Path
 ) -> None:

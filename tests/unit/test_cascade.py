@@ -14,7 +14,7 @@ from marco_train.rollout.build import check_sampler
 from marco_train.teachers import cascade
 from marco_train.teachers.cascade import Cascade
 from marco_train.types import Rollout, ScoredRollout
-from tests.conftest import World, compose_config
+from tests.conftest import World, architecture, compose_config
 from tests.unit.test_teachers import TEMPLATE
 
 LENGTHS = ["stage.cascade.first.num_steps=10", "stage.cascade.second.num_steps=4"]
@@ -182,8 +182,8 @@ def test_without_vllm_a_run_that_asks_for_it_is_refused_before_anything_is_loade
     with pytest.raises(InputError, match=needed):
         Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
     with pytest.raises(InputError, match=needed):
-        check_sampler(cfg.stage.rollout)
-    check_sampler(compose_config("quickstart_opd").stage.rollout)
+        check_sampler(cfg.stage.rollout, architecture())
+    check_sampler(compose_config("quickstart_opd").stage.rollout, architecture())
 
 
 def test_without_a_gpu_vllm_cannot_replay_routing(
@@ -194,7 +194,7 @@ def test_without_a_gpu_vllm_cannot_replay_routing(
     asked = [f"root={world.root}", "stage.rollout.replay_routing=true"]
     cfg = compose_config("quickstart_opd", "rollout@stage.rollout=vllm", *asked)
     with pytest.raises(InputError, match=r"replay_routing is true, and there is no GPU: .*Triton"):
-        check_sampler(cfg.stage.rollout)
-    check_sampler(compose_config("quickstart_opd", *asked).stage.rollout)
+        check_sampler(cfg.stage.rollout, architecture())
+    check_sampler(compose_config("quickstart_opd", *asked).stage.rollout, architecture())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    check_sampler(cfg.stage.rollout)
+    check_sampler(cfg.stage.rollout, architecture())
