@@ -4,6 +4,14 @@ Elsewhere this is where runs are silently lost. Names, shapes and count of the w
 accounted for; then both sides have to give the same log-probabilities of fixed sequences, the
 canary. Where the sampler keeps its weights as they came, their checksums have to be those of the
 policy's as well; one that packs them for kernels is proved by the canary alone.
+
+What it takes for Mini (28 layers, 256 experts of 768, width 1,024) in bfloat16 with experts over 8
+ranks: 34.6 GB in 21,759 tensors. Two matrices of experts a layer are gathered, 56 collectives in
+all: 805 and 403 MB, of which a rank receives seven eighths, 29.6 GB in total, 0.1 s at 300 GB/s. Of
+extra memory one gathered matrix and the parts that it is joined from, 1.6 GB. The canary is one
+forward pass of 256 tokens on each side. Copying 34.6 GB within a GPU's memory takes some 0.02 s.
+What remains is the engine's work for each tensor: 0.4 ms on a CPU (120 tensors in 50 ms), which
+would be 9 s.
 """
 
 import time
