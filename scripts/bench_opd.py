@@ -37,6 +37,7 @@ from bench_model import (
     OURS,
     QUICKSTART,
     Bench,
+    architecture,
     compared,
     peak_bytes,
     release,
@@ -70,6 +71,7 @@ from marco_train.vllm_engine import with_tied_head
 SHAPES = {
     "quickstart": QUICKSTART,
     "medium": MEDIUM,
+    "five_million": architecture(1536, 3, 4, 32, width=128, experts=32, top_k=4, expert_width=128),
     "vocabulary": replace(MEDIUM, vocab_size=MINI.vocab_size),
 }
 GIVEN = "given"
