@@ -590,6 +590,11 @@ class EvaluateConfig(StageConfig):
             "temperature 1.0 (Marco-MoE section 4.3): set it to 1.0",
         )
         require(
+            self.rollout.backend is SamplerBackend.hf,
+            f"stage.rollout.backend is {self.rollout.backend.value}, and an evaluation samples "
+            "from exported weights in its own process: choose rollout@stage.rollout=hf",
+        )
+        require(
             not self.rollout.replay_routing,
             "stage.rollout.replay_routing is true, and an evaluation makes no update that could "
             "take the sampler's experts: set it to false",

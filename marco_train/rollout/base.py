@@ -1,11 +1,14 @@
 """What a sampler is, and the seed of a response."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Protocol
 
 from torch import Tensor
 
+from marco_train.architecture import ArchitectureConfig
+from marco_train.config import DType
 from marco_train.distributed import gather_objects
 from marco_train.metrics import Metrics
 from marco_train.types import FinishReason, Prompt, Rollout, rollout_groups
@@ -34,6 +37,21 @@ class Sampler(Protocol):
 
     def close(self) -> None:
         """Let go of memory."""
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What a run samples with an engine of vLLM, wherever it runs."""
+
+    architecture: ArchitectureConfig
+    dtype: DType
+    stop_ids: list[int]
+    max_length: int
+    """Tokens of the longest sequence and one more, which scoring a sequence makes."""
+    max_response_length: int
+    num_topk: int
+    """Likeliest tokens to name in each place."""
+    seed: int
 
 
 NO_WEIGHTS = "the sampler has no complete weights: load_weights comes first"

@@ -15,7 +15,7 @@ from marco_train.config import (
 )
 from marco_train.errors import require
 from marco_train.models.weights import empty_model
-from marco_train.rollout.base import Sampler
+from marco_train.rollout.base import Sampler, Sampling
 from marco_train.vllm_engine import require_vllm
 
 
@@ -44,6 +44,15 @@ def build_sampler(
     seed: int,
 ) -> Sampler:
     """Make the sampler of a run, without weights yet; every rank takes part."""
+    sampling = Sampling(
+        architecture,
+        dtype,
+        list(stop_ids),
+        longest_sequence(cfg) + 1,
+        cfg.max_response_length,
+        cfg.num_sampler_topk,
+        seed,
+    )
     match cfg.rollout.backend:
         case SamplerBackend.hf:
             from marco_train.rollout.hf import HFSampler
@@ -59,26 +68,8 @@ def build_sampler(
         case SamplerBackend.vllm:
             from marco_train.rollout.vllm import VLLMSampler
 
-            return VLLMSampler(
-                cfg.rollout,
-                architecture,
-                dtype,
-                stop_ids,
-                longest_sequence(cfg) + 1,  # a sequence that is scored makes one token more
-                cfg.max_response_length,
-                cfg.num_sampler_topk,
-                seed,
-            )
+            return VLLMSampler(cfg.rollout, sampling)
         case SamplerBackend.vllm_server:
             from marco_train.rollout.vllm_server import ServerSampler
 
-            return ServerSampler(
-                cfg.rollout,
-                architecture,
-                dtype,
-                stop_ids,
-                longest_sequence(cfg) + 1,
-                cfg.max_response_length,
-                cfg.num_sampler_topk,
-                seed,
-            )
+            return ServerSampler(cfg.rollout, sampling)

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from marco_train.architecture import ArchitectureConfig
-from marco_train.config import DType, RolloutConfig
+from marco_train.config import RolloutConfig
 from marco_train.models.hf_io import hf_config
 from marco_train.models.weights import accounted, meta_model, weight_shapes
-from marco_train.rollout.base import NO_WEIGHTS, response_seed
+from marco_train.rollout.base import NO_WEIGHTS, Sampling, response_seed
 from marco_train.types import FinishReason, Prompt, Rollout, no_experts
 from marco_train.vllm_engine import VLLMEngine, with_tied_head
 
@@ -28,35 +28,21 @@ class VLLMSampler:
 
     gives_checksums = False
 
-    def __init__(
-        self,
-        cfg: RolloutConfig,
-        architecture: ArchitectureConfig,
-        dtype: DType,
-        stop_ids: Sequence[int],
-        max_length: int,
-        max_response_length: int,
-        num_topk: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, cfg: RolloutConfig, sampling: Sampling) -> None:
         """Build the engine of a model of this shape."""
         assert cfg.kv_cache_gib is not None and cfg.max_tokens_per_batch is not None
         assert cfg.batch_size is not None
-        self._architecture = architecture
+        self._sampling = sampling
         self._replay_routing = cfg.replay_routing
-        self._shapes = weight_shapes(meta_model(architecture))
-        self._stop_ids = list(stop_ids)
-        self._max_response_length = max_response_length
-        self._num_topk = num_topk
-        self._seed = seed
+        self._shapes = weight_shapes(meta_model(sampling.architecture))
         self._weight_version: int | None = None
         with tempfile.TemporaryDirectory() as directory:
-            config = hf_config(architecture, getattr(torch, dtype.value))
+            config = hf_config(sampling.architecture, getattr(torch, sampling.dtype.value))
             (Path(directory) / "config.json").write_text(json.dumps(config))
             self._engine = VLLMEngine(
                 directory,
-                dtype.value,
-                max_length=max_length,
+                sampling.dtype.value,
+                max_length=sampling.max_length,
                 max_tokens_per_batch=cfg.max_tokens_per_batch,
                 kv_cache_bytes=int(cfg.kv_cache_gib * 2**30),
                 max_sequences=cfg.batch_size,
@@ -105,18 +91,24 @@ class VLLMSampler:
     ) -> Iterator[Rollout]:
         asked = [(prompt, n) for prompt in prompts for n in range(num_responses)]
         requests = [
-            (prompt.input_ids, response_seed(self._seed, prompt.index, n)) for prompt, n in asked
+            (prompt.input_ids, response_seed(self._sampling.seed, prompt.index, n))
+            for prompt, n in asked
         ]
         generations = self._engine.generate(
-            requests, self._max_response_length, self._stop_ids, self._num_topk
+            requests,
+            self._sampling.max_response_length,
+            self._sampling.stop_ids,
+            self._sampling.num_topk,
         )
         for number, generation in generations:
             prompt, sample_index = asked[number]
-            stopped = generation.token_ids[-1] in self._stop_ids
+            stopped = generation.token_ids[-1] in self._sampling.stop_ids
             experts = no_experts()
             if self._replay_routing:
                 num_inputs = len(prompt.input_ids) + len(generation.token_ids) - 1
-                experts = check_experts(generation.routed_experts, num_inputs, self._architecture)
+                experts = check_experts(
+                    generation.routed_experts, num_inputs, self._sampling.architecture
+                )
             yield Rollout(
                 prompt=prompt,
                 sample_index=sample_index,

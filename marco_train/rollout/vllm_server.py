@@ -22,13 +22,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from marco_train.architecture import ArchitectureConfig
-from marco_train.config import DType, RolloutConfig
+from marco_train.config import RolloutConfig
 from marco_train.distributed import barrier, gather_objects, is_main, rank, world_size
 from marco_train.errors import InputError, require
 from marco_train.models.safetensors_io import ShardFile
 from marco_train.models.weights import accounted, meta_model, weight_shapes
-from marco_train.rollout.base import NO_WEIGHTS, response_seed
+from marco_train.rollout.base import NO_WEIGHTS, Sampling, response_seed
 from marco_train.rollout.vllm import check_experts
 from marco_train.server_pool import (
     POLL_SECONDS,
@@ -59,28 +58,13 @@ class ServerSampler:
 
     gives_checksums = False
 
-    def __init__(
-        self,
-        cfg: RolloutConfig,
-        architecture: ArchitectureConfig,
-        dtype: DType,
-        stop_ids: Sequence[int],
-        max_length: int,
-        max_response_length: int,
-        num_topk: int,
-        seed: int,
-    ) -> None:
+    def __init__(self, cfg: RolloutConfig, sampling: Sampling) -> None:
         """Nothing is asked yet: servers may still be starting."""
         assert cfg.servers is not None and cfg.sync_path is not None
-        self._architecture = architecture
+        self._sampling = sampling
         self._replay_routing = cfg.replay_routing
-        self._shapes = weight_shapes(meta_model(architecture))
-        self._dtype: torch.dtype = getattr(torch, dtype.value)
-        self._stop_ids = list(stop_ids)
-        self._max_length = max_length
-        self._max_response_length = max_response_length
-        self._num_topk = num_topk
-        self._seed = seed
+        self._shapes = weight_shapes(meta_model(sampling.architecture))
+        self._dtype: torch.dtype = getattr(torch, sampling.dtype.value)
         self._tolerance = cfg.canary_tolerance
         self._directory = Path(cfg.sync_path).resolve()
         # Servers may outlive runs: no version of one run is also another's.
@@ -133,7 +117,7 @@ class ServerSampler:
             InputError: It serves something else, or its numbers are not those of the others.
         """
         assert self._file is not None
-        check_served(url, ask(MODELS, None), self._max_length)
+        check_served(url, ask(MODELS, None), self._sampling.max_length)
         version = self._file.stem
         if ask(WEIGHT_INFO, None).get("weight_version") != version:
             given = {"path": str(self._file), "num_weights": str(len(self._shapes))}
@@ -222,22 +206,22 @@ class ServerSampler:
         )
 
     def _ask(self, prompt: Prompt, sample_index: int, version: int) -> "Future[Rollout]":
-        params = neutral_sampling(self._max_response_length) | {
-            "seed": response_seed(self._seed, prompt.index, sample_index),
-            "stop_token_ids": self._stop_ids,
+        params = neutral_sampling(self._sampling.max_response_length) | {
+            "seed": response_seed(self._sampling.seed, prompt.index, sample_index),
+            "stop_token_ids": self._sampling.stop_ids,
             "ignore_eos": True,
             "skip_reading_prefix_cache": True,
             # The drawn token takes the place of one.
-            "logprobs": self._num_topk + 1 if self._num_topk else 0,
+            "logprobs": self._sampling.num_topk + 1 if self._sampling.num_topk else 0,
         }
 
         def read(answer: Any) -> Rollout:
-            ids, logprobs, topk_ids = self._read_response(answer, self._num_topk)
-            stopped = ids[-1] in self._stop_ids
-            if not stopped and len(ids) != self._max_response_length:
+            ids, logprobs, topk_ids = self._read_response(answer, self._sampling.num_topk)
+            stopped = ids[-1] in self._sampling.stop_ids
+            if not stopped and len(ids) != self._sampling.max_response_length:
                 raise UnusableAnswerError(
                     f"a response of {len(ids)} tokens without an end, of "
-                    f"{self._max_response_length} that were asked for"
+                    f"{self._sampling.max_response_length} that were asked for"
                 )
             experts = no_experts()
             if self._replay_routing:
@@ -264,7 +248,7 @@ class ServerSampler:
         try:
             content = base64.b64decode(only_choice(answer)["routed_experts"])
             found = np.load(io.BytesIO(content), allow_pickle=False)
-            return check_experts(found, num_inputs, self._architecture)
+            return check_experts(found, num_inputs, self._sampling.architecture)
         except (KeyError, TypeError, ValueError, RuntimeError) as error:
             raise UnusableAnswerError(
                 f"no experts to replay (start servers with --enable-return-routed-experts and "

@@ -22,6 +22,10 @@ from marco_train.teachers.vocab import check_student_vocabulary
 from tests.conftest import DENSE, World, architecture, compose_config, launch, make_tokenizer
 
 REFUSED = [
+    ("quickstart_evaluate", "rollout@stage.rollout=vllm_server", "choose rollout@stage.rollout=hf"),
+    ("quickstart_opd", "stage.rollout.max_staleness=1", "between 0 and 0 with backend=hf"),
+    ("quickstart_opd", "stage.rollout.sync_path=x", "give it with backend=vllm_server"),
+    ("quickstart_opd", "stage.rollout.batch_size=null", "with backend=hf or vllm, null with any"),
     ("quickstart_sft", "optim.learnin_rate=1", "learnin_rate"),
     ("quickstart_sft", "+optim.momentum=0.9", "momentum"),
     ("quickstart_sft", "optim.learning_rate=fast", "fast"),

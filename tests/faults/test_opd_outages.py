@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from marco_train import server_pool
 from marco_train.config import TrainConfig
 from marco_train.errors import AwayError
 from marco_train.rollout import hf
@@ -21,12 +20,6 @@ from tests.faults.fake_server import FakeServer, fake_servers
 from tests.ranks import run_on_ranks
 
 NUM_STEPS = 6
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_pool, "FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(server_pool, "LONGEST_PAUSE_SECONDS", 0.05)
 
 
 def config(world: World, out: Path, server: FakeServer, num_ranks: int, *more: str) -> TrainConfig:

@@ -1,5 +1,6 @@
 """A sampler behind servers: whose responses they are, and what it does while they misbehave."""
 
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -7,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from marco_train import server_pool
 from marco_train.config import DType, OPDConfig, TrainConfig
 from marco_train.errors import AwayError, InputError
 from marco_train.losses.logprobs import sequence_logprobs
@@ -25,6 +26,7 @@ from tests.faults.fake_sampler import FakeSampler, draw, fake_samplers
 from tests.faults.test_opd_outages import distil, learnt, num_steps_of, saved_steps, soon
 from tests.faults.test_server_teacher import NEUTRAL
 from tests.ranks import run_on_ranks
+from tests.unit.test_vllm_sampler import Stream, with_one_twice, without_one
 
 STOP_IDS = [2, *range(100, 140)]
 LIMIT = 8
@@ -38,13 +40,6 @@ def close_samplers() -> Iterator[None]:
     yield
     while OPENED:
         OPENED.pop().close()
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_pool, "FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(server_pool, "LONGEST_PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr(server_pool, "PASSED_OVER_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -222,24 +217,39 @@ def test_an_engine_that_hangs_behind_a_healthy_server_is_away_and_no_prompt_is_l
     assert in_order(responses) == expected(policy.model)
 
 
-Stream = Iterator[tuple[str, Tensor]]
-
-
-def without_one(stream: Stream) -> Stream:
-    return (item for item in stream if not item[0].endswith("layers.1.self_attn.k_proj.weight"))
-
-
-def with_one_twice(stream: Stream) -> Stream:
-    for item in stream:
-        yield item
-        if item[0].endswith("experts.3.up_proj.weight"):
-            yield item
-
-
-def transposed(stream: Stream) -> Stream:
+def upside_down(stream: Stream) -> Stream:
+    """Same names and shapes, and other numbers in one weight."""
     for name, weight in stream:
         turned = weight.flip(0) if name.endswith("layers.1.self_attn.v_proj.weight") else weight
         yield name, turned.contiguous()
+
+
+def outlast(servers: list[FakeSampler], path: Path, *listening: int) -> tuple[int, list[Rollout]]:
+    """Sample on the second of two ranks; how often each was told to wait, and the rollouts."""
+    for each in listening:
+        os.close(each)
+    policy = Fixed(1)
+    sampler = sampler_of(servers, path, request_timeout_seconds=1.0, save_after_seconds=1.5)
+    sync(policy, sampler)
+    responses = sampler.sample(prompts() if dist.get_rank() == 1 else [], 2)
+    found: list[Rollout] = []
+    for num_away in range(100):
+        try:
+            for response in responses:
+                found.append(response)
+        except AwayError:
+            continue
+        return num_away, in_order(found)
+    raise AssertionError("away for ever")
+
+
+def test_ranks_wait_together_where_one_has_all_its_responses(
+    servers: list[FakeSampler], tmp_path: Path
+) -> None:
+    servers[0].script = ["hangs"] * 12
+    shares = run_on_ranks(2, outlast, servers[:1], tmp_path, *sockets(servers))
+    assert shares[0][0] == shares[1][0] > 0
+    assert shares[0][1] == [] and shares[1][1] == expected(Fixed(1).model)
 
 
 @pytest.mark.parametrize(
@@ -247,7 +257,7 @@ def transposed(stream: Stream) -> Stream:
     [
         (without_one, "1 weights are missing: .*k_proj"),
         (with_one_twice, "experts.3.up_proj.weight came twice"),
-        (transposed, "the canary's log-probabilities differ by"),
+        (upside_down, "the canary's log-probabilities differ by"),
     ],
 )
 def test_a_sync_that_is_not_complete_or_not_right_is_caught(

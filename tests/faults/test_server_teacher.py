@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 
-from marco_train import server_pool
 from marco_train.config import Objective, TeacherBackend, TeacherServersConfig, TopKFrom
 from marco_train.errors import AwayError, InputError
 from marco_train.teachers.vllm_server import ServerTeacher
@@ -40,13 +39,6 @@ def close_teachers() -> Iterator[None]:
     yield
     while OPENED:
         OPENED.pop().close()
-
-
-@pytest.fixture(autouse=True)
-def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_pool, "FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(server_pool, "LONGEST_PAUSE_SECONDS", 0.05)
-    monkeypatch.setattr(server_pool, "PASSED_OVER_SECONDS", 0.05)
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from marco_train.models import Qwen3Moe
 from marco_train.models.routing import Router, Routing
 from marco_train.models.weights import empty_model, named_weights, random_model
 from marco_train.rollout import vllm as rollout_vllm
-from marco_train.rollout.base import in_order, response_seed, summarize
+from marco_train.rollout.base import Sampling, in_order, response_seed, summarize
 from marco_train.rollout.hf import HFSampler, draw_tokens
 from marco_train.rollout.sync import WeightSyncError, canaries, checksum, sync_weights
 from marco_train.rollout.vllm import VLLMSampler, check_experts
@@ -153,7 +153,8 @@ def test_experts_come_from_vllm_with_the_rollout_where_they_are_asked_for(
         kv_cache_gib=1.0,
     )
     shape = architecture(vocab_size=16)
-    target = VLLMSampler(cfg, shape, DType.float32, STOP_IDS, 64, LIMIT, num_topk=0, seed=7)
+    sampling = Sampling(shape, DType.float32, STOP_IDS, 64, LIMIT, num_topk=0, seed=7)
+    target = VLLMSampler(cfg, sampling)
     target.load_weights(named_weights(spread_model()), version=1)
     rollouts = in_order(target.sample(prompts(), 2))
     for number, r in enumerate(rollouts):
