@@ -59,8 +59,10 @@ def checksum(weight: Tensor) -> int:
         flat = flat.clone()
     if flat.nbytes % WORD_BYTES:
         flat = F.pad(flat, (0, (-flat.nbytes % WORD_BYTES) // flat.element_size()))
-    parts = torch.split(flat.view(torch.int64), CHECKSUM_CHUNK)
-    places = _places(flat.device)
+    words, places = flat.view(torch.int64), _places(flat.device)
+    if len(words) <= CHECKSUM_CHUNK:  # most are small and many
+        return int((words * places[: len(words)]).sum())
+    parts = torch.split(words, CHECKSUM_CHUNK)
     return int(torch.stack([(part * places[: len(part)]).sum() for part in parts]).sum())
 
 
