@@ -52,6 +52,8 @@ from marco_train.vllm_http import (
     read_tokens,
 )
 
+PREFIX = "sync-"  # of the files that come and go
+
 
 class ServerSampler:
     """Samples over HTTP; every rank asks for its own prompts."""
@@ -84,20 +86,22 @@ class ServerSampler:
             AwayError: A server does not answer.
         """
         self._weight_version = self._canary = None
-        former, self._file = self._file, self._directory / f"{self._run}-{version}.safetensors"
+        self._file = self._directory / f"{PREFIX}{self._run}-{version}.safetensors"
         self._write(accounted(weights, self._shapes), self._file)
         barrier()
         self._pool.check_anew()
         self._wait([self._pool.submit(WEIGHT_INFO, None, bool, s) for s in self._my_servers])
         self._pool.trust_all()
-        if is_main() and former is not None and former != self._file:
-            former.unlink(missing_ok=True)
         self._weight_version = version
 
     def _write(self, weights: Iterator[tuple[str, Tensor]], file: Path) -> None:
         """Write a file on the first rank; the others take part in the stream."""
         if is_main():
             file.parent.mkdir(parents=True, exist_ok=True)
+            for former in file.parent.glob(
+                f"{PREFIX}*.safetensors"
+            ):  # of this run, or one that died
+                former.unlink()
             shard = ShardFile(file, self._dtype, self._shapes)
             shard.create()
         for name, weight in weights:
