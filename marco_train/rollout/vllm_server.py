@@ -90,23 +90,29 @@ class ServerSampler:
         self._write(accounted(weights, self._shapes), self._file)
         barrier()
         self._pool.check_anew()
+        self._patience.renew()
         self._wait([self._pool.submit(WEIGHT_INFO, None, bool, s) for s in self._my_servers])
         self._pool.trust_all()
         self._weight_version = version
 
     def _write(self, weights: Iterator[tuple[str, Tensor]], file: Path) -> None:
-        """Write a file on the first rank; the others take part in the stream."""
-        if is_main():
+        """Write a file on the first rank; the others take part in the stream.
+
+        One that is there is complete and stays: a server that is slow may be reading it.
+        """
+        partial = file.with_suffix(".partial")
+        writes = is_main() and not file.exists()
+        if writes:
             file.parent.mkdir(parents=True, exist_ok=True)
-            for former in file.parent.glob(
-                f"{PREFIX}*.safetensors"
-            ):  # of this run, or one that died
+            for former in file.parent.glob(f"{PREFIX}*"):  # of this run, or of one that died
                 former.unlink()
-            shard = ShardFile(file, self._dtype, self._shapes)
+            shard = ShardFile(partial, self._dtype, self._shapes)
             shard.create()
         for name, weight in weights:
-            if is_main():
+            if writes:
                 shard.write(name, weight)
+        if writes:
+            partial.rename(file)
 
     @property
     def _my_servers(self) -> list[Any]:

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,6 +61,7 @@ class FakeSampler(FakeServer):
         self.answered: list[tuple[str, list[int]]] = []  # version and prompt of each response
         self.spoil: Callable[[Qwen3Moe], None] = lambda _: None  # what a load does beside
         self.names_experts = False
+        self.load_seconds = 0.0
         self.deaf = False  # says that it loads, and does not
         self.begin_anew()
         super().__init__()
@@ -97,6 +99,7 @@ class FakeSampler(FakeServer):
 
     def _load(self, path: str, num_weights: str) -> tuple[int, Any]:
         self.loads.append(Path(path).stem)
+        time.sleep(self.load_seconds)
         if not self.deaf:
             stored = read_header(Path(path))
             assert len(stored) == int(num_weights)

@@ -284,6 +284,26 @@ def test_one_server_that_only_says_that_it_loads_is_caught(
         sync(Fixed(2), sampler, version=2)
 
 
+def test_a_server_that_loads_slowly_reads_the_file_to_its_end(
+    servers: list[FakeSampler], tmp_path: Path
+) -> None:
+    policy = Fixed(1)
+    sampler = sampler_of(servers, tmp_path, request_timeout_seconds=20.0, save_after_seconds=0.5)
+    servers[0].load_seconds = 2.0
+    with pytest.raises(AwayError, match=r"no answer for .* from the sampler's"):
+        sync(policy, sampler)
+    (file,) = tmp_path.iterdir()
+    known = file.stat().st_ino, file.stat().st_mtime_ns
+    for _ in range(20):  # as the run does, after it was saved
+        try:
+            sync(policy, sampler)
+            break
+        except AwayError:
+            continue
+    assert (file.stat().st_ino, file.stat().st_mtime_ns) == known
+    assert in_order(sampler.sample(prompts(), 2)) == expected(policy.model)
+
+
 def test_a_server_with_a_short_window_is_refused(
     servers: list[FakeSampler], tmp_path: Path
 ) -> None:
