@@ -318,8 +318,8 @@ class RolloutConfig:
     servers: ServersConfig | None = MISSING
     """None for any other than `vllm_server`."""
     sync_path: str | None = MISSING
-    """Directory that trainer and servers reach under the same name, through which the weights go.
-    None for any other than `vllm_server`."""
+    """Directory that trainer and servers reach under the same name, through which the weights go;
+    of one run at a time. None for any other than `vllm_server`."""
     max_staleness: int = MISSING
     """Updates that the policy may be ahead of the weights that sampled. 0: on-policy; 1: servers
     sample for the coming step while this one trains."""

@@ -35,19 +35,30 @@ if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "${command[@]}" --port "$port"; ec
 # On a CPU servers and ranks share the cores as the launcher says.
 export VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind} VLLM_NO_USAGE_STATS=1
 export VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-ERROR}
-export VLLM_SERVER_DEV_MODE=1 MARCO_TRAIN_OWNER=$$ PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 gpus=(${GPUS:-})
+if [ ${#gpus[@]} -gt 0 ] && [ ${#gpus[@]} -lt "${NUM_SERVERS:-1}" ]; then
+  echo "serve_sampler: GPUS names ${#gpus[@]} devices for ${NUM_SERVERS:-1} servers; name one each" >&2
+  exit 2
+fi
+
+end_server() { # with its group, or alone where it has none yet
+  local process=${server:-${!:-}}
+  if [ -n "$process" ] && [ "$process" != "$before" ]; then
+    kill -KILL -- "-$process" 2>/dev/null || kill -KILL "$process" 2>/dev/null || true
+  fi
+}
 
 keep_up() { # number: one server, started anew where it ends
-  local number=$1 server="" restarts
-  trap 'if [ -n "$server" ]; then kill -KILL -- "-$server" 2>/dev/null || true; fi; exit' TERM EXIT
+  local number=$1 server="" before=${!:-} restarts # before: another keeper
+  trap 'end_server; exit' TERM EXIT
   if [ ${#gpus[@]} -gt 0 ]; then export CUDA_VISIBLE_DEVICES=${gpus[$number]}; fi
   for ((restarts = 0; restarts <= ${MAX_RESTARTS:-3}; restarts++)); do
     # A group of its own, so that its engine and workers end with it.
-    setsid "${command[@]}" --port $((port + number)) &
+    MARCO_TRAIN_OWNER=$$ VLLM_SERVER_DEV_MODE=1 setsid "${command[@]}" --port $((port + number)) &
     server=$!
     wait "$server" || true
-    kill -KILL -- "-$server" 2>/dev/null || true
+    end_server
     kill -0 $$ 2>/dev/null || exit # this script was killed, which its servers see too
     echo "serve_sampler: the server on port $((port + number)) ended" >&2
   done
@@ -55,19 +66,25 @@ keep_up() { # number: one server, started anew where it ends
   echo "serve_sampler: gave up port $((port + number)) after ${MAX_RESTARTS:-3} restarts" >&2
 }
 
-keepers=()
+keepers=() run="" stopping=no
+trap 'kill -TERM "${keepers[@]}" 2>/dev/null || true; wait "${keepers[@]}" 2>/dev/null || true' EXIT
+stop() {
+  stopping=yes
+  if [ -n "$run" ]; then kill -TERM "$run" 2>/dev/null || true; fi
+}
+trap 'stop; if [ $# -eq 0 ]; then exit 130; fi' INT TERM
 for ((number = 0; number < ${NUM_SERVERS:-1}; number++)); do
   keep_up "$number" &
   keepers+=($!)
 done
-run=""
-trap 'kill -TERM "${keepers[@]}" 2>/dev/null || true; wait "${keepers[@]}" 2>/dev/null || true' EXIT
-trap 'if [ -n "$run" ]; then kill -TERM "$run" 2>/dev/null || true; else exit 130; fi' INT TERM
 if [ $# -gt 0 ]; then
   "$@" &
   run=$!
-  status=0
-  while kill -0 "$run" 2>/dev/null; do wait "$run" && status=0 || status=$?; done # signals end a wait
+  if [ "$stopping" = yes ]; then stop; fi # told so before there was a command
+  wait "$run" || true
+  while kill -0 "$run" 2>/dev/null; do wait "$run" || true; done # a signal ends a wait
+  wait "$run" && status=0 || status=$? # which is remembered
   exit "$status"
 fi
-wait
+wait "${keepers[@]}" || true
+exit 1 # no server is kept up any more

@@ -14,6 +14,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 from uuid import uuid4
@@ -73,6 +74,7 @@ class ServerSampler:
         self._run = gather_objects(uuid4().hex[:12])[0]
         self._file: Path | None = None  # the weights that servers have to have
         self._canary: tuple[list[list[int]], Tensor] | None = None  # and what they say with them
+        self._loads: list[Future[bool]] = []  # of the servers that this rank sees to
         self._weight_version: int | None = None
         self._pool = ServerPool(cfg.servers, self._trust)
         self._patience = Patience(self._pool, cfg.servers, "the sampler's servers")
@@ -85,40 +87,32 @@ class ServerSampler:
                 serve this run.
             AwayError: A server does not answer.
         """
-        self._weight_version = self._canary = None
-        self._file = self._directory / f"{PREFIX}{self._run}-{version}.safetensors"
-        self._write(accounted(weights, self._shapes), self._file)
-        barrier()
-        self._pool.check_anew()
-        self._patience.renew()
-        self._wait([self._pool.submit(WEIGHT_INFO, None, bool, s) for s in self._my_servers])
-        self._pool.trust_all()
+        self._weight_version = None
+        file = self._directory / f"{PREFIX}{self._run}-{version}.safetensors"
+        if file != self._file:  # else this is tried again, and servers may still be reading it
+            self._canary = None
+            self._write(accounted(weights, self._shapes), file)
+            barrier()
+            self._file = file
+            self._pool.check_anew()
+            self._patience.renew()
+            mine = self._pool.servers[rank() :: world_size()]
+            self._loads = [self._pool.submit(WEIGHT_INFO, None, bool, s) for s in mine]
+        self._wait(self._loads)
+        self._pool.trust_all()  # by the word of those that saw to them; answers say their version
         self._weight_version = version
 
     def _write(self, weights: Iterator[tuple[str, Tensor]], file: Path) -> None:
-        """Write a file on the first rank; the others take part in the stream.
-
-        One that is there is complete and stays: a server that is slow may be reading it.
-        """
-        partial = file.with_suffix(".partial")
-        writes = is_main() and not file.exists()
-        if writes:
+        """Write a file on the first rank; the others take part in the stream."""
+        if is_main():
             file.parent.mkdir(parents=True, exist_ok=True)
             for former in file.parent.glob(f"{PREFIX}*"):  # of this run, or of one that died
                 former.unlink()
-            shard = ShardFile(partial, self._dtype, self._shapes)
+            shard = ShardFile(file, self._dtype, self._shapes)
             shard.create()
         for name, weight in weights:
-            if writes:
+            if is_main():
                 shard.write(name, weight)
-        if writes:
-            partial.rename(file)
-
-    @property
-    def _my_servers(self) -> list[Any]:
-        """Servers that this rank sees to; all ranks together see to all."""
-        servers = self._pool.servers
-        return servers[rank() :: world_size()] or [servers[rank() % len(servers)]]
 
     def _trust(self, url: str, ask: Ask) -> None:
         """See that a server has the weights that it has to have, by its word and by numbers.
@@ -132,7 +126,8 @@ class ServerSampler:
         if ask(WEIGHT_INFO, None).get("weight_version") != version:
             given = {"path": str(self._file), "num_weights": str(len(self._shapes))}
             ask(CALL_WORKERS, {"method": "load_checkpoint", "kwargs": given})
-            ask(RESET_PREFIX_CACHE, {})  # keys of old weights would outlive them
+            if not ask(RESET_PREFIX_CACHE, {}).get("success"):
+                raise UnusableAnswerError(f"{url} keeps keys of old weights: it is still computing")
             ask(UPDATE_WEIGHT_VERSION, {"new_version": version})
         if self._canary is None:
             return
@@ -151,14 +146,16 @@ class ServerSampler:
         raise NotImplementedError
 
     def score(self, sequences: Sequence[list[int]]) -> Tensor:
-        """Log-probabilities of the tokens of sequences, [servers, N], of those this rank sees to.
+        """Log-probabilities of the tokens of sequences, [servers, N], of this rank's servers.
 
-        The first token of each has none, the last of the longest is sampled. What they say is what
-        a server that comes back has to say.
+        All ranks together ask all servers. The first token of each sequence has none, the last of
+        the longest is sampled. What they say is what a server that comes back has to say.
         """
+        servers = self._pool.servers
+        mine = servers[rank() :: world_size()] or [servers[rank() % len(servers)]]
         futures = [
             [self._pool.submit(GENERATE, body, read, server) for body, read in requests]
-            for server in self._my_servers
+            for server in mine
             for requests in [self._score_requests(sequences)]
         ]
         self._wait([future for each in futures for future in each])
@@ -169,18 +166,17 @@ class ServerSampler:
     def _score_requests(self, sequences: Sequence[list[int]]) -> list[tuple[dict[str, Any], Any]]:
         """Bodies that ask for log-probabilities, and how their answers are read."""
         longest = max(range(len(sequences)), key=lambda i: len(sequences[i]))
+
+        def scores(answer: Any, ids: list[int], num_cut: int) -> Tensor:
+            self._check_version(only_choice(answer))
+            return read_tokens(answer, ids, 1)[: len(ids) - 1 - num_cut]
+
         requests: list[tuple[dict[str, Any], Any]] = []
         for number, ids in enumerate(sequences):
-            sampled = number == longest
-            requests.append(
-                (
-                    _body(ids, neutral_sampling(max_tokens=1) | {"prompt_logprobs": 0}),
-                    lambda answer, ids=ids, cut=sampled: read_tokens(answer, ids, 1)[
-                        : len(ids) - 1 - cut
-                    ],
-                )
-            )
-            if sampled:
+            params = neutral_sampling(max_tokens=1) | {"prompt_logprobs": 0}
+            read = partial(scores, ids=ids, num_cut=int(number == longest))
+            requests.append((_body(ids, params), read))
+            if number == longest:
                 *prompt, token = ids
                 drawn = {"allowed_token_ids": [token], "logprobs": 0, "ignore_eos": True}
                 requests.append(
@@ -273,7 +269,6 @@ class ServerSampler:
         Raises:
             UnusableAnswerError: It is not complete, or of other weights.
         """
-        assert self._file is not None
         choice = only_choice(answer)
         try:
             ids = [int(token) for token in choice["token_ids"]]
@@ -282,16 +277,24 @@ class ServerSampler:
             ranked = [sorted(p["top_logprobs"], key=lambda t: t["rank"]) for p in places]
             topk_ids = [[int(t["token_id"]) for t in p[:num_topk]] for p in ranked]
             drawn = [place["token_id"] for place in places]
-            versions = {span["version"] for span in choice["weight_versions"]}
         except (KeyError, TypeError, ValueError) as error:
             raise UnusableAnswerError(f"a response in another form: {error}") from error
         if not ids or drawn != ids or not all(math.isfinite(x) for x in logprobs):
             raise UnusableAnswerError(f"{len(drawn)} log-probabilities of {len(ids)} tokens")
-        if versions != {self._file.stem}:
-            raise UnusableAnswerError(f"a response of the weights {json.dumps(sorted(versions))}")
+        self._check_version(choice)
         if any(len(named) != num_topk for named in topk_ids):
             raise UnusableAnswerError(f"not the {num_topk} likeliest tokens of every place")
         return ids, logprobs, topk_ids
+
+    def _check_version(self, choice: Any) -> None:
+        """Refuse what other weights than those of the last sync computed."""
+        assert self._file is not None
+        try:
+            versions = {span["version"] for span in choice["weight_versions"]}
+        except (KeyError, TypeError) as error:
+            raise UnusableAnswerError("an answer that names no weights") from error
+        if versions != {self._file.stem}:
+            raise UnusableAnswerError(f"an answer of the weights {json.dumps(sorted(versions))}")
 
     def _wait(self, futures: Sequence[Future[Any]]) -> None:
         """Wait until all ranks have their answers.

@@ -113,7 +113,8 @@ class FakeSampler(FakeServer):
         logprobs = logprobs_of(self._shown, ids)
         pairs = zip(ids[1:], logprobs[:-1], strict=True)
         places = [{str(token): {"logprob": float(says[token])}} for token, says in pairs]
-        return {"prompt_token_ids": ids, "prompt_logprobs": [None, *places], "choices": [{}]}
+        choice = {"weight_versions": [{"version": self.version, "start": 0, "end": 1}]}
+        return {"prompt_token_ids": ids, "prompt_logprobs": [None, *places], "choices": [choice]}
 
     def _response(self, prompt: list[int], params: dict[str, Any], fault: str) -> dict[str, Any]:
         version, drawn = self.version, draw(self._shown, prompt, params)

@@ -103,6 +103,22 @@ def test_servers_live_as_long_as_the_command(script: Path) -> None:
         soon(lambda group=int(call[0]): not members(group))  # type: ignore[misc]
 
 
+def test_the_status_is_the_commands_even_where_it_ends_at_once(script: Path) -> None:
+    for _ in range(20):
+        run = begin(script, "--", "bash", "-c", "exit 7")
+        run.communicate(timeout=60)
+        assert run.returncode == 7
+    for call in started(script):
+        soon(lambda group=int(call[0]): not members(group))  # type: ignore[misc]
+
+
+def test_fewer_devices_than_servers_are_refused(script: Path) -> None:
+    run = begin(script, NUM_SERVERS="2", GPUS="6")
+    _, errors = run.communicate(timeout=60)
+    assert run.returncode == 2 and "GPUS names 1 devices for 2 servers" in errors
+    assert not started(script)
+
+
 @pytest.mark.parametrize("ending", [signal.SIGTERM, signal.SIGINT])
 def test_an_interrupted_script_takes_command_and_servers_with_it(
     ending: signal.Signals, script: Path
@@ -121,6 +137,9 @@ def test_a_server_that_ends_is_started_so_many_times(script: Path) -> None:
     assert run.returncode == 0
     assert len(started(script)) == 3
     assert "gave up port 8100 after 2 restarts" in errors
+    alone = begin(script, MAX_RESTARTS="0", ENDS="yes")
+    alone.communicate(timeout=60)
+    assert alone.returncode == 1  # without a command there is nothing left to do
 
 
 def test_the_command_of_a_server_is_printed(script: Path) -> None:
