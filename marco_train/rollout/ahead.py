@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Protocol
 
 from marco_train.config import OPDConfig
 from marco_train.metrics import Metrics
@@ -13,6 +14,16 @@ class StaleRolloutError(RuntimeError):
     """A rollout is of other weights than those that were to sample it."""
 
 
+class PromptSource(Protocol):
+    """Gives the prompts of each step in turn."""
+
+    def __next__(self) -> list[Prompt]:
+        """This rank's share of the coming step."""
+
+    def metrics(self) -> Metrics:
+        """Describe the last step's, over all ranks; every rank takes part."""
+
+
 class Ahead:
     """Asks for the rollouts of a step, `max_staleness` steps before it is made.
 
@@ -20,14 +31,15 @@ class Ahead:
     hand.
     """
 
-    def __init__(self, cfg: OPDConfig, sampler: Sampler, prompts: Iterator[list[Prompt]]) -> None:
+    def __init__(self, cfg: OPDConfig, sampler: Sampler, prompts: PromptSource) -> None:
         self._num_responses = cfg.responses_per_prompt
         self._max_staleness = cfg.rollout.max_staleness
         self._sampler = sampler
         self._prompts = prompts
         self._asked: Iterator[Rollout] | None = None
         self._settled: list[Rollout] = []
-        self._staleness = 0
+        self._metrics: Metrics = {}
+        self._metrics_ahead: Metrics = {}
 
     def settle(self) -> None:
         """Wait for what was asked for ahead, after which the sampler may get other weights.
@@ -49,16 +61,20 @@ class Ahead:
         Raises:
             StaleRolloutError: One is of other weights.
         """
-        self._staleness = 0 if self._asked is None else 1
-        if self._asked is None:
-            current = self._sampler.sample(next(self._prompts), self._num_responses)
-        else:
-            current = iter(self._settled)
+        staleness = 0 if self._asked is None else 1
+        current = self._ask() if self._asked is None else iter(self._settled)
+        self._metrics = self._metrics_ahead | {"rollout/staleness": staleness}
         self._settled, self._asked = [], None
         if self._max_staleness > 0 and step + 1 < until:
-            self._asked = self._sampler.sample(next(self._prompts), self._num_responses)
+            self._asked = self._ask()
         # Not a generator: that would end with the first error.
-        return map(partial(self._checked, step - self._staleness), current)
+        return map(partial(self._checked, step - staleness), current)
+
+    def _ask(self) -> Iterator[Rollout]:
+        """Ask for the rollouts of the coming prompts, and keep what is to be said of these."""
+        prompts = next(self._prompts)
+        self._metrics_ahead = self._prompts.metrics()
+        return self._sampler.sample(prompts, self._num_responses)
 
     @staticmethod
     def _checked(version: int, rollout: Rollout) -> Rollout:
@@ -70,5 +86,5 @@ class Ahead:
         return rollout
 
     def metrics(self) -> Metrics:
-        """Say how stale the last rollouts were."""
-        return {"rollout/staleness": self._staleness}
+        """Describe the prompts of the last rollouts, and how stale these were."""
+        return self._metrics

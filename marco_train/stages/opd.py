@@ -71,8 +71,7 @@ def run_opd(cfg: TrainConfig) -> None:
             packed = pack_rollouts(scored, opd.objective, cfg.data.max_tokens_per_microbatch)
             metrics = policy.train_step(packed, build_reverse_kl(opd, teacher.head))
 
-        metrics |= synced | summarize(rollouts) | ahead.metrics()
-        metrics |= prompts.metrics() | cascade.metrics(step)
+        metrics |= synced | summarize(rollouts) | ahead.metrics() | cascade.metrics(step)
         phase = cascade.phase_at(step).name
         run.log(step, metrics, phase)
         refuse_mismatch(step, metrics["kl/sampler_mismatch"], opd.max_mismatch)
@@ -117,7 +116,8 @@ def refuse_mismatch(step: int, mismatch: float, bound: float | None) -> None:
         raise RolloutMismatchError(
             f"step {step}: log-probabilities of sampler and policy differ by {mismatch:.3g} nats "
             f"a token in the mean, more than stage.max_mismatch {bound}: the responses are of "
-            "another distribution than the one that is trained. The last checkpoint is intact"
+            "another distribution than the one that is trained; with max_staleness=1 an update "
+            "lies between, and the bound may want raising. The last checkpoint is intact"
         )
 
 

@@ -181,6 +181,18 @@ def test_a_server_that_comes_back_gets_the_weights_before_it_answers(
     assert len(servers[1].loads) == 1
 
 
+def test_a_server_that_ends_between_its_load_and_its_proof_loads_again(
+    servers: list[FakeSampler], tmp_path: Path
+) -> None:
+    policy, sampler = Fixed(1), sampler_of(servers, tmp_path)
+    sampler.load_weights(policy.named_weights(), 1)
+    servers[0].begin_anew()
+    torch.testing.assert_close(
+        sampler.score(PROBES), policy.score(PROBES).expand(2, -1), rtol=0, atol=1e-4
+    )
+    assert [len(server.loads) for server in servers] == [2, 1]
+
+
 def test_a_server_that_comes_back_broken_stops_the_run(
     servers: list[FakeSampler], tmp_path: Path
 ) -> None:
@@ -252,6 +264,7 @@ def test_ranks_wait_together_where_one_has_all_its_responses(
     servers[0].script = ["hangs"] * 12
     shares = run_on_ranks(2, outlast, servers[:1], tmp_path, *sockets(servers))
     assert shares[0][0] == shares[1][0] > 0
+    assert len(servers[0].loads) == 1
     assert shares[0][1] == [] and shares[1][1] == expected(Fixed(1).model)
 
 
@@ -294,12 +307,13 @@ def test_a_server_that_loads_slowly_reads_the_file_to_its_end(
         sync(policy, sampler)
     (file,) = tmp_path.iterdir()
     known = file.stat().st_ino, file.stat().st_mtime_ns
-    for _ in range(20):  # as the run does, after it was saved
+    for _ in range(6):  # as the run does, after it was saved; each waits half a second
         try:
             sync(policy, sampler)
             break
         except AwayError:
             continue
+    assert len(servers[0].loads) == 1
     assert (file.stat().st_ino, file.stat().st_mtime_ns) == known
     assert in_order(sampler.sample(prompts(), 2)) == expected(policy.model)
 

@@ -23,6 +23,20 @@ class Stub:
         return Responses(self, prompts, num_responses)
 
 
+class Prompts:
+    """One prompt a step."""
+
+    def __init__(self) -> None:
+        self.step = -1
+
+    def __next__(self) -> list[Prompt]:
+        self.step += 1
+        return [Prompt(self.step, [5], "s", "c", "en")]
+
+    def metrics(self) -> dict[str, float]:
+        return {"data/epoch": self.step}
+
+
 class Responses:
     """Ends with an error as often as the sampler says, before its second response."""
 
@@ -55,8 +69,7 @@ def ahead_of(staleness: int) -> tuple[Stub, Ahead]:
         "quickstart_opd", *servers, f"stage.rollout.max_staleness={staleness}"
     ).stage
     stub = Stub()
-    prompts = ([Prompt(step, [5], "s", "c", "en")] for step in range(100))
-    return stub, Ahead(cfg, stub, prompts)  # type: ignore[arg-type]
+    return stub, Ahead(cfg, stub, Prompts())  # type: ignore[arg-type]
 
 
 def indices(rollouts: Iterator[Rollout]) -> list[tuple[int, int]]:
@@ -70,7 +83,8 @@ def test_each_prompt_is_asked_once_by_the_weights_that_are_allowed(staleness: in
         ahead.settle()
         stub.version = step
         assert indices(ahead.rollouts(step, until=4)) == [(step, 0), (step, 1)]
-        assert ahead.metrics() == {"rollout/staleness": min(step, staleness)}
+        said = {"rollout/staleness": min(step, staleness), "data/epoch": step}
+        assert ahead.metrics() == said
     assert stub.asked == [(step, max(0, step - staleness)) for step in range(4)]
 
 
