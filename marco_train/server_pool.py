@@ -9,8 +9,8 @@ be used, is checked before it is trusted again. Whoever waits decides how long; 
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
@@ -318,6 +318,21 @@ class Patience:
         """Whether this rank has waited long enough to ask the others."""
         limit = min(self._save_at, self._cfg.give_up_after_seconds)
         return self._pool.seconds_without_answer() >= limit
+
+    def wait(self, futures: Sequence[Future[Any]], fatal: tuple[type[Exception], ...]) -> None:
+        """Wait until all ranks have their answers; every rank takes part.
+
+        Raises:
+            AwayError: As `agree`.
+            fatal: What a question failed with, of these types; others are left in the futures.
+        """
+        waiting = set(futures)
+        while waiting and not self.is_over:
+            done, waiting = wait(waiting, POLL_SECONDS, return_when=FIRST_COMPLETED)
+            for future in done:
+                if isinstance(error := future.exception(), fatal):
+                    raise error
+        self.agree(len(waiting), len(futures))
 
     def agree(self, num_open: int, num_asked: int) -> None:
         """Go on if no rank waits for an answer any more; every rank takes part.

@@ -202,14 +202,8 @@ class ServerSampler:
             raise RuntimeError(NO_WEIGHTS)
         self._patience.renew()
         version = self._weight_version
-        return _Responses(
-            {
-                self._ask(prompt, number, version): prompt
-                for prompt in prompts
-                for number in range(num_responses)
-            },
-            self._patience,
-        )
+        asked = [self._ask(prompt, n, version) for prompt in prompts for n in range(num_responses)]
+        return _Responses(asked, self._patience)
 
     def _ask(self, prompt: Prompt, sample_index: int, version: int) -> "Future[Rollout]":
         params = neutral_sampling(self._sampling.max_response_length) | {
@@ -303,12 +297,10 @@ class ServerSampler:
             AwayError: One has waited too long.
             InputError: A question cannot be answered.
         """
-        waiting = set(futures)
-        while waiting and not self._patience.is_over:
-            done, waiting = wait(waiting, POLL_SECONDS, return_when=FIRST_COMPLETED)
-            for future in done:
-                _result(future)
-        self._patience.agree(len(waiting), len(futures))
+        try:
+            self._patience.wait(futures, (InputError, RejectedError))
+        except RejectedError as error:
+            raise _broken(error) from error
 
     def sleep(self) -> None:
         """Servers have memory of their own."""
@@ -324,7 +316,7 @@ class ServerSampler:
 class _Responses:
     """Rollouts of one rank in the order in which they end."""
 
-    def __init__(self, asked: dict["Future[Rollout]", Prompt], patience: Patience) -> None:
+    def __init__(self, asked: Sequence["Future[Rollout]"], patience: Patience) -> None:
         self._num_asked = len(asked)
         self._waiting = set(asked)
         self._done: list[Future[Rollout]] = []
@@ -341,8 +333,10 @@ class _Responses:
             if not done and self._patience.is_over:
                 self._agree()
         if self._done:
-            rollout: Rollout = _result(self._done.pop())
-            return rollout
+            try:
+                return self._done.pop().result()
+            except RejectedError as error:
+                raise _broken(error) from error
         if not self._ended:
             self._agree()
             self._ended = True
@@ -352,16 +346,8 @@ class _Responses:
         self._patience.agree(len(self._waiting), self._num_asked)
 
 
-def _result(future: "Future[Any]") -> Any:
-    """What a question gave.
-
-    Raises:
-        InputError: No server answers it as it has to be.
-    """
-    try:
-        return future.result()
-    except RejectedError as error:
-        raise InputError(f"a server of the sampler does not work: {error}") from error
+def _broken(error: RejectedError) -> InputError:
+    return InputError(f"a server of the sampler does not work: {error}")
 
 
 def _body(ids: list[int], params: dict[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import io
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from collections.abc import Iterable
+from concurrent.futures import Future
 from functools import partial
 from threading import Lock
 from typing import Any
@@ -28,7 +28,6 @@ from marco_train.distributed import reduce_sums
 from marco_train.errors import AwayError, InputError, require
 from marco_train.models.probe import probe_ids
 from marco_train.server_pool import (
-    POLL_SECONDS,
     Ask,
     Patience,
     RejectedError,
@@ -95,7 +94,7 @@ class ServerTeacher:
         self._patience = Patience(self._pool, cfg.servers, "the teacher's servers")
         try:
             opened = [self._pool.submit(MODELS, None, bool, s) for s in self._pool.servers]
-            self._wait(opened)
+            self._patience.wait(opened, (InputError,))
             for each in opened:
                 each.result()
         except BaseException as error:
@@ -123,7 +122,8 @@ class ServerTeacher:
             for rollout in rollouts:
                 if id(rollout) not in self._asked:
                     self._asked[id(rollout)] = rollout, self._ask(rollout)
-            self._wait([future for _, future in self._asked.values()])
+            asked = [future for _, future in self._asked.values()]
+            self._patience.wait(asked, (InputError,))
             return self._take_scores()
         except BaseException as error:
             if not isinstance(error, AwayError) or error.final:
@@ -138,16 +138,6 @@ class ServerTeacher:
     def close(self) -> None:
         """Drop the connections."""
         self._pool.close()
-
-    def _wait(self, futures: Sequence[Future[Any]]) -> None:
-        """Wait until all ranks have their answers, or until one has waited too long."""
-        waiting = set(futures)
-        while waiting and not self._patience.is_over:
-            done, waiting = wait(waiting, POLL_SECONDS, return_when=FIRST_COMPLETED)
-            for future in done:
-                if isinstance(error := future.exception(), InputError):
-                    raise error
-        self._patience.agree(len(waiting), len(futures))
 
     def _take_scores(self) -> list[ScoredRollout]:
         """Collect all answers; refuse a step of which too much is missing."""

@@ -62,6 +62,7 @@ class FakeSampler(FakeServer):
         self.spoil: Callable[[Qwen3Moe], None] = lambda _: None  # what a load does beside
         self.names_experts = False
         self.load_seconds = 0.0
+        self.num_busy = 0  # times that its prefix cache cannot be reset
         self.deaf = False  # says that it loads, and does not
         self.begin_anew()
         super().__init__()
@@ -90,7 +91,8 @@ class FakeSampler(FakeServer):
                 self.version = body["new_version"]
                 return 200, {"success": True}
             case "/reset_prefix_cache":
-                return 200, {"success": True}
+                self.num_busy -= 1
+                return 200, {"success": self.num_busy < 0}
         assert path == "/inference/v1/generate"
         params, ids = body["sampling_params"], body["token_ids"]
         if "prompt_logprobs" in params:

@@ -181,6 +181,16 @@ def test_a_server_that_comes_back_gets_the_weights_before_it_answers(
     assert len(servers[1].loads) == 1
 
 
+def test_a_server_that_cannot_forget_old_keys_is_asked_again(
+    servers: list[FakeSampler], tmp_path: Path
+) -> None:
+    policy, sampler = Fixed(1), sampler_of(servers[:1], tmp_path)
+    servers[0].num_busy = 2
+    sync(policy, sampler)
+    assert len(servers[0].loads) == 3
+    assert in_order(sampler.sample(prompts(), 2)) == expected(policy.model)
+
+
 def test_a_server_that_ends_between_its_load_and_its_proof_loads_again(
     servers: list[FakeSampler], tmp_path: Path
 ) -> None:
