@@ -11,9 +11,8 @@ safetensors and JSON only. A checkpoint resumes on as many ranks as saved it.
 import json
 import os
 import random
-import re
 import shutil
-from hashlib import sha256
+from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +22,7 @@ from torch import Tensor
 
 from marco_train.distributed import barrier, gather_objects, is_main, rank, world_size
 from marco_train.errors import InputError
-from marco_train.resumption import MANIFEST
-
-STEP_NAME = re.compile(r"step_(\d{6,})$")
+from marco_train.resumption import MANIFEST, STATE, complete_checkpoints
 
 
 def save_checkpoint(
@@ -52,7 +49,7 @@ def save_checkpoint(
     )
     entries: dict[str, dict[str, Any]] = dict(gather_objects((shard.name, _entry(shard))))
     if is_main():
-        state_file = partial / "state.json"
+        state_file = partial / STATE
         state_file.write_text(json.dumps(state, indent=2, sort_keys=True))
         entries[state_file.name] = _entry(state_file)
         manifest = {"step": step, "world_size": world_size(), "files": entries}
@@ -64,25 +61,6 @@ def save_checkpoint(
         for old in complete_checkpoints(directory)[keep_last:]:
             shutil.rmtree(old)
     barrier()
-
-
-def complete_checkpoints(directory: Path) -> list[Path]:
-    """List the complete checkpoints of a run, newest first."""
-    found = [p for p in directory.glob("step_*") if STEP_NAME.match(p.name)]
-    return sorted((p for p in found if (p / MANIFEST).is_file()), reverse=True)
-
-
-def find_checkpoint(directory: Path, resume: str) -> Path | None:
-    """Choose where to resume from: `auto`, `never`, or the path of a checkpoint.
-
-    That a path is a complete checkpoint was checked with the config.
-    """
-    if resume == "never":
-        return None
-    if resume == "auto":
-        newest = complete_checkpoints(directory)
-        return newest[0] if newest else None
-    return Path(resume)
 
 
 def set_aside_newer(directory: Path, step: int) -> None:
@@ -112,9 +90,9 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{world_size()}; launch with --nproc_per_node={manifest['world_size']}"
         )
     mine = f"rank_{rank():03d}.safetensors"
-    for name in (mine, "state.json"):
+    for name in (mine, STATE):
         _verify(path / name, manifest["files"][name])
-    return load_file(path / mine), json.loads((path / "state.json").read_text())
+    return load_file(path / mine), json.loads((path / STATE).read_text())
 
 
 def _verify(file: Path, expected: dict[str, Any]) -> None:
@@ -132,10 +110,8 @@ def _verify(file: Path, expected: dict[str, Any]) -> None:
 def _entry(file: Path) -> dict[str, Any]:
     _sync_to_disk(file)
     with file.open("rb") as content:
-        digest = sha256()
-        while chunk := content.read(2**24):
-            digest.update(chunk)
-    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+        digest = file_digest(content, "sha256").hexdigest()
+    return {"bytes": file.stat().st_size, "sha256": digest}
 
 
 def _sync_to_disk(path: Path) -> None:

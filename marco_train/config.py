@@ -4,6 +4,7 @@ YAML under `configs/` fills these dataclasses; code never supplies a fall-back v
 tensor library, so that a run is composed, printed and refused in well under a second.
 """
 
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
 from typing import Any, ClassVar
@@ -11,7 +12,11 @@ from typing import Any, ClassVar
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from marco_train.architecture import ArchitectureConfig, check_expert_parallel
+from marco_train.architecture import (
+    ArchitectureConfig,
+    check_expert_parallel,
+    read_architecture,
+)
 from marco_train.errors import require, require_positive
 
 
@@ -127,6 +132,28 @@ class ChatTemplate(Enum):
 
     tokenizer = "tokenizer"
     chatml = "chatml"
+
+
+class ResumeChange(Enum):
+    """What a resumption may be allowed to change; see `OnResumeConfig`."""
+
+    model = "model"
+    data = "data"
+    objective = "objective"
+    optim = "optim"
+    teacher = "teacher"
+    rollout = "rollout"
+
+
+class ChangedSchedule(Enum):
+    """Which course the learning rate takes once a resumption has changed the number of steps.
+
+    keep: the old one, which stays at its end value from its last step on; stretch: the one of a run
+    that had the new number of steps from its start.
+    """
+
+    keep = "keep"
+    stretch = "stretch"
 
 
 class LoggingBackend(Enum):
@@ -654,6 +681,22 @@ class OptimConfig:
             f"{self.min_learning_rate} must equal optim.learning_rate {self.learning_rate}",
         )
 
+    def rate_at(self, step: int, num_steps: int) -> float:
+        """Learning rate of an update, from 0, in a run of `num_steps` updates.
+
+        Rises linearly over `warmup_steps`, the first update being at 1 / warmup_steps of the peak,
+        then stays, or falls along half a cosine to `min_learning_rate` at the last update, where it
+        stays.
+        """
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule is Schedule.constant:
+            return self.learning_rate
+        falling = max(1, num_steps - 1 - self.warmup_steps)
+        progress = min(1.0, (step - self.warmup_steps) / falling)
+        swing = self.learning_rate - self.min_learning_rate
+        return self.min_learning_rate + swing * (1 + math.cos(math.pi * progress)) / 2
+
 
 @dataclass(kw_only=True)
 class ParallelConfig:
@@ -703,6 +746,28 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class OnResumeConfig:
+    """What a run that goes on from a checkpoint may change, beside what is free.
+
+    Free is what learns the same or only measures: places, time-outs, memory, logs, servers, and
+    files that moved. `resumption.py` says it of every field.
+    """
+
+    allow: list[ResumeChange] = field(default_factory=list)
+    """Groups of fields that may differ from the checkpoint's.
+
+    model: the student's config.json or its starting weights (those of the checkpoint are kept);
+    data: rows, their mixture and rendering, batch sizes, limits of length, and the seed;
+    objective: what is minimised, and when a phase has converged;
+    optim: all of `optim`;
+    teacher: the teachers of a cascade and the order of coming phases;
+    rollout: who samples, and with which weights.
+    """
+    schedule: ChangedSchedule | None = None
+    """Asked for where more or fewer steps change the learning rate. None: no choice was made."""
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     """One run."""
 
@@ -713,7 +778,9 @@ class TrainConfig:
     output_dir: str = MISSING
     resume: str = MISSING
     """auto: the newest complete checkpoint of output_dir, if any; never: from the start;
-    otherwise the path of a checkpoint."""
+    otherwise the path of a checkpoint, also of another run's, with which an output_dir of its own
+    begins."""
+    on_resume: OnResumeConfig = field(default_factory=OnResumeConfig)
     model: ModelConfig = MISSING
     data: DataConfig = MISSING
     # The stage is one of StageConfig's subclasses, chosen by the config group `stage`.
@@ -756,6 +823,14 @@ def check_replay(rollout: RolloutConfig, student: ArchitectureConfig) -> None:
         "stage.rollout.replay_routing is true, but the student is dense and has no experts: set it "
         "to false",
     )
+
+
+def student_architecture(cfg: TrainConfig) -> ArchitectureConfig:
+    """Shape of the student, from its files or from the config."""
+    if cfg.model.path is not None:
+        return read_architecture(cfg.model.path)
+    assert cfg.model.architecture is not None
+    return cfg.model.architecture
 
 
 def longest_sequence(stage: StageConfig) -> int:

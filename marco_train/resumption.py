@@ -1,16 +1,188 @@
 """Whether a run is another's continuation: what may change, what was finished, what to go on from.
 
+    config, resume -> newest checkpoint's config -> what changed -> free | allowed | refused
+
 Imports no tensor library, as these are the first questions of a launch.
 """
 
 import json
-from dataclasses import asdict
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import MISSING as NO_DEFAULT
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-from marco_train.config import EvaluateConfig, OPDConfig, TrainConfig
+from omegaconf import MISSING
+
+from marco_train.config import (
+    ChangedSchedule,
+    EvaluateConfig,
+    OPDConfig,
+    ResumeChange,
+    TrainConfig,
+    student_architecture,
+)
 from marco_train.errors import InputError, require
+
+MANIFEST = "manifest.json"
+"""Written last into a checkpoint's directory: with it, the checkpoint is complete."""
+STATE = "state.json"
+FINISHED = "finished.json"
+"""The note in a run's directory by which a second launch knows that nothing is left to do."""
+STEP_NAME = re.compile(r"step_(\d{6,})$")
+
+# What a change of each field takes. `*` stands for any one name, `**` for all that lies below; the
+# first row that fits counts.
+#
+# free: the same is learnt, or the field only measures, places or bounds.
+# length: how many steps; said, and refused where fewer are left than were made.
+# layout: a checkpoint cannot be loaded in another one; nothing allows it yet.
+# Any other row is named after the group that on_resume.allow has to name.
+KINDS: dict[str, tuple[str, ...]] = {
+    "free": (
+        "name",
+        "root",
+        "output_dir",
+        "resume",
+        "on_resume.**",
+        "logging.**",
+        "checkpoint.**",
+        "data.max_tokens_per_microbatch",
+        "parallel.dispatch",
+        "parallel.recompute",
+        "stage.eval_every",
+        "stage.num_eval_examples",
+        "stage.max_mismatch",
+        "stage.score_cache.**",
+        "stage.rollout.batch_size",
+        "stage.rollout.canary_tolerance",
+        "stage.rollout.max_tokens_per_batch",
+        "stage.rollout.kv_cache_gib",
+        "stage.rollout.servers.**",
+        "stage.rollout.sync_path",
+        *(
+            f"{teacher}.{name}"
+            for teacher in (
+                "stage.cascade.*.teacher",
+                "stage.cascade.*.teacher_of.*",
+                "stage.teachers.*",
+            )
+            for name in ("max_tokens_per_batch", "expert_parallel_size", "kv_cache_gib")
+        ),
+        "stage.cascade.*.teacher.servers.**",
+        "stage.cascade.*.teacher_of.*.servers.**",
+        "stage.teachers.*.servers.**",
+    ),
+    "length": ("stage.max_steps", "stage.num_steps", "stage.cascade.*.num_steps"),
+    "layout": (
+        "stage.kind",
+        "parallel.zero_stage",
+        "parallel.expert_parallel_size",
+        "model.dtype",
+        *(
+            f"model.architecture.{name}"
+            for name in (
+                "vocab_size",
+                "hidden_size",
+                "num_hidden_layers",
+                "num_attention_heads",
+                "num_key_value_heads",
+                "head_dim",
+                "intermediate_size",
+                "num_experts",
+                "moe_intermediate_size",
+                "tie_word_embeddings",
+            )
+        ),
+    ),
+    "model": ("model.path", "model.architecture.**", "stage.models.**"),
+    "data": (
+        "seed",
+        "model.tokenizer",
+        "model.chat_template",
+        "data.sources.**",
+        "data.held_out.**",  # free where nothing is decided by it
+        "data.num_rows",
+        "stage.global_batch_size",
+        "stage.max_length",
+        "stage.responses_per_prompt",
+        "stage.max_prompt_length",
+        "stage.max_response_length",
+        "stage.num_prompts",
+        "stage.num_kl_responses",
+        "stage.num_shown",
+        "stage.signatures",
+    ),
+    "objective": (
+        "stage.loss_tokens",
+        "stage.objective",
+        "stage.max_importance_ratio",
+        "stage.max_advantage",
+        "stage.top_k",
+        "stage.top_k_from",
+        "stage.cascade.*.converged.**",
+    ),
+    "optim": ("optim.**",),
+    "teacher": (
+        "stage.cascade.*.teacher.**",
+        "stage.cascade.*.teacher_of.**",
+        "stage.teachers.**",
+    ),
+    "rollout": (
+        "stage.rollout.backend",
+        "stage.rollout.temperature",
+        "stage.rollout.replay_routing",
+        "stage.rollout.max_staleness",
+    ),
+}
+# Fields that this version does not know, of a checkpoint of another: by where they stand.
+KIND_BELOW = {"model": "model", "data": "data", "stage": "objective", "optim": "optim"}
+# Files and directories that may move: what they hold counts, not where they lie.
+CONTENT = (
+    "model.path",
+    "model.tokenizer",
+    "data.sources.*.path",
+    "data.held_out.*.path",
+    "stage.cascade.*.teacher.path",
+    "stage.cascade.*.teacher_of.*.path",
+    "stage.models.*",
+    "stage.teachers.*.path",
+)
+# The part of them that a checkpoint keeps a digest of; the loader and the cascade keep the others'.
+NOTED_CONTENT = ("model.path", "data.held_out.*.path")
+MODEL_FILES = {".json", ".safetensors", ".bin", ".txt", ".model", ".jinja"}
+
+Keys = tuple[str, ...]
+
+
+def fits(pattern: str, path: Keys) -> bool:
+    """Whether a row of a table is about a field."""
+    parts = pattern.split(".")
+    if parts[-1] == "**":
+        parts.pop()
+        path = path[: len(parts)]
+    return len(parts) == len(path) and all(a in ("*", b) for a, b in zip(parts, path, strict=True))
+
+
+def kind_of(path: Keys) -> str | None:
+    """Find what a change of a field takes; None: this version has no such field."""
+    for kind, patterns in KINDS.items():
+        if any(fits(pattern, path) for pattern in patterns):
+            return kind
+    return None
+
+
+def leaves(value: Any, path: Keys = ()) -> Iterator[tuple[Keys, Any]]:
+    """Walk through the fields of a plain config."""
+    if not isinstance(value, dict):
+        yield path, value
+        return
+    for key, item in value.items():
+        yield from leaves(item, (*path, key))
 
 
 def field_difference(old: Any, new: Any, where: str = "") -> list[str]:
@@ -24,36 +196,216 @@ def field_difference(old: Any, new: Any, where: str = "") -> list[str]:
     return [] if old == new else [f"{where}: {old} -> {new}"]
 
 
-MANIFEST = "manifest.json"
-"""Written last into a checkpoint's directory: with it, the checkpoint is complete."""
-FINISHED = "finished.json"
-"""The note in a run's directory by which a second launch knows that nothing is left to do."""
-# What may differ between a run and its resumption without changing what is learnt from whom.
-FREE_TO_CHANGE = ("resume", "root", "output_dir", "logging", "checkpoint")
-LENGTHS = ("num_steps", "max_steps", "eval_every", "num_eval_examples")
+def plain(value: Any) -> Any:
+    """Turn enums into their values, through all dictionaries and lists."""
+    if isinstance(value, dict):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [plain(item) for item in value]
+    return value.value if isinstance(value, Enum) else value
 
 
 def plain_config(cfg: TrainConfig) -> dict[str, Any]:
     """Turn the config into JSON values."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {str(key): plain(item) for key, item in value.items()}
-        return value.value if isinstance(value, Enum) else value
-
     return dict(plain(asdict(cfg)))
 
 
-def identity(config: dict[str, Any]) -> dict[str, Any]:
-    """Keep the part that a resumption may not change: not lengths, logs and places."""
+def describe(cfg: TrainConfig) -> dict[str, Any]:
+    """What a checkpoint keeps of a config: what it says, and what it does not say by itself."""
+    return {
+        "config": plain_config(cfg),
+        "phases": phases_of(cfg),  # JSON is written with its keys sorted
+        "architecture": asdict(student_architecture(cfg)),
+    }
 
-    def without_lengths(value: Any) -> Any:
-        if not isinstance(value, dict):
-            return value
-        return {key: without_lengths(item) for key, item in value.items() if key not in LENGTHS}
 
-    kept = {key: value for key, value in config.items() if key not in FREE_TO_CHANGE}
-    return dict(without_lengths(kept))
+def phases_of(cfg: TrainConfig) -> list[str]:
+    """Names of a cascade's phases, in their order; none in any other stage."""
+    return list(cfg.stage.cascade) if isinstance(cfg.stage, OPDConfig) else []
+
+
+def with_defaults(then: Any, now: Any) -> Any:
+    """Give what an older plain config lacks the schema's default, where there is one."""
+    if not isinstance(then, dict):
+        return then
+    if isinstance(now, dict):
+        return {key: with_defaults(item, now.get(key)) for key, item in then.items()}
+    if not is_dataclass(now):
+        return then
+    filled = dict(then)
+    for each in fields(now):
+        if each.name in then:
+            filled[each.name] = with_defaults(then[each.name], getattr(now, each.name))
+        elif each.default_factory is not NO_DEFAULT:
+            made = each.default_factory()
+            filled[each.name] = plain(asdict(made) if is_dataclass(made) else made)  # type: ignore[arg-type]
+        elif each.default is not NO_DEFAULT and each.default != MISSING:
+            filled[each.name] = plain(each.default)
+    return filled
+
+
+@dataclass(frozen=True)
+class Change:
+    """A field of the config, or the content of a path, that is another than before."""
+
+    name: str
+    then: Any
+    now: Any
+    kind: str
+
+    def __str__(self) -> str:
+        """Both values, in a few words."""
+        if self.then == self.now:
+            return f"{self.name}: {self.now} holds something else than before"
+        then, now = ("{...}" if isinstance(v, dict) else v for v in (self.then, self.now))
+        return f"{self.name}: {then} -> {now}"
+
+
+def changes_of(noted: Mapping[str, Any], cfg: TrainConfig) -> list[Change]:
+    """What is neither free nor a length, and differs from what was noted.
+
+    Where files lie is left to those who compare what they hold.
+    """
+    then, now = with_defaults(noted["config"], cfg), plain_config(cfg)
+    if not isinstance(cfg.stage, EvaluateConfig):
+        shapes = (
+            noted.get("architecture") or then["model"]["architecture"],
+            asdict(student_architecture(cfg)),
+        )
+        # What an older checkpoint does not know of its student is not held against this one.
+        then["model"]["architecture"], now["model"]["architecture"] = (
+            (with_defaults(shapes[0], student_architecture(cfg)), shapes[1])
+            if shapes[0]
+            else (shapes[1], shapes[1])
+        )
+    if isinstance(cfg.stage, OPDConfig):  # phases that come or go are a matter of the order
+        both = then["stage"]["cascade"].keys() & now["stage"]["cascade"].keys()
+        for each in (then, now):
+            cascade = each["stage"]["cascade"]
+            each["stage"]["cascade"] = {name: cascade[name] for name in both}
+    found = [*_differences(then, now, (), held_out_decides(now) or held_out_decides(then))]
+    return [change for change in found if change.kind not in {"free", "length"}]
+
+
+def _differences(then: Any, now: Any, path: Keys, held_out: bool) -> Iterator[Change]:
+    if isinstance(then, dict) and isinstance(now, dict):
+        for key in sorted(then.keys() | now.keys()):
+            yield from _differences(then.get(key), now.get(key), (*path, key), held_out)
+        return
+    moved = isinstance(then, str) and isinstance(now, str) and _is_content(path, CONTENT)
+    if then == now or moved:
+        return
+    kind = kind_of(path) or KIND_BELOW.get(path[0], "free")
+    if path[:2] == ("data", "held_out") and not held_out:
+        kind = "free"
+    yield Change(".".join(path), then, now, kind)
+
+
+def held_out_decides(config: Mapping[str, Any]) -> bool:
+    """Whether anything but a measure depends on the held-out rows."""
+    stage = config["stage"]
+    phases = stage.get("cascade", {}).values()
+    measured = any(phase.get("converged", {}).get("measure_every") for phase in phases)
+    return measured or stage["kind"] == "evaluate"
+
+
+def _is_content(path: Keys, patterns: Iterable[str]) -> bool:
+    return any(fits(pattern, path) for pattern in patterns)
+
+
+def content_paths(config: Mapping[str, Any], patterns: Iterable[str]) -> dict[Keys, str]:
+    """Where the files and directories lie that decide what a run learns or measures."""
+    return {
+        path: value
+        for path, value in leaves(config)
+        if isinstance(value, str)
+        and value
+        and _is_content(path, patterns)
+        and (path[:2] != ("data", "held_out") or held_out_decides(config))
+    }
+
+
+def content_digests(cfg: TrainConfig, patterns: Iterable[str]) -> dict[str, str | None]:
+    """Digest all bytes of what a run reads, by the field that names it."""
+    found = content_paths(plain_config(cfg), patterns)
+    return {".".join(path): content_digest(Path(where)) for path, where in found.items()}
+
+
+def content_digest(path: Path) -> str | None:
+    """Digest all bytes of a file, or of a model's directory; None: it is not on this machine."""
+    files = _content_files(path)
+    with ThreadPoolExecutor() as pool:  # digests of large files leave Python to other threads
+        digests = list(pool.map(_digest_file, files))
+    if path.is_file():
+        return digests[0]
+    named = [f"{file.name}/{digest}" for file, digest in zip(files, digests, strict=True)]
+    return sha256("\n".join(named).encode()).hexdigest() if named else None
+
+
+def _digest_file(path: Path) -> str:
+    with path.open("rb") as content:
+        return file_digest(content, "sha256").hexdigest()
+
+
+def _content_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    found = path.iterdir() if path.is_dir() else ()
+    return sorted(f for f in found if f.is_file() and f.suffix in MODEL_FILES)
+
+
+def changed_content(
+    noted: Mapping[str, Any], cfg: TrainConfig, since: float, patterns: Iterable[str]
+) -> list[Change]:
+    """What lies at another place than was noted, or was written since, and holds something else.
+
+    Args:
+        noted: With the digests, under `content`.
+        cfg: What is asked for now.
+        since: When they were noted, in seconds since the epoch.
+        patterns: Which fields.
+    """
+    then = {".".join(path): value for path, value in leaves(noted["config"])}
+    digests = noted.get("content", {})
+    found = []
+    for path, where in content_paths(plain_config(cfg), patterns).items():
+        name = ".".join(path)
+        if not isinstance(then.get(name), str):
+            continue  # a field that came anew is a change of the config
+        moved = then[name] != where
+        written = max(
+            (max(s.st_mtime, s.st_ctime) for s in map(Path.stat, _content_files(Path(where)))),
+            default=0.0,
+        )
+        if not moved and (written <= since or name not in digests):
+            continue
+        if digests.get(name) is None or content_digest(Path(where)) != digests[name]:
+            found.append(Change(name, then[name], where, kind_of(path) or "data"))
+    return found
+
+
+def checkpoints_of(cfg: TrainConfig) -> Path:
+    """Where the checkpoints of a run lie."""
+    return Path(cfg.output_dir) / "checkpoints"
+
+
+def complete_checkpoints(directory: Path) -> list[Path]:
+    """List the complete checkpoints of a run, newest first."""
+    found = [p for p in directory.glob("step_*") if STEP_NAME.match(p.name)]
+    return sorted((p for p in found if (p / MANIFEST).is_file()), reverse=True)
+
+
+def find_checkpoint(cfg: TrainConfig) -> Path | None:
+    """Choose where to resume from: `auto`, `never`, or the path of a checkpoint.
+
+    That a path is a complete checkpoint was checked with the config.
+    """
+    if cfg.resume == "never":
+        return None
+    if cfg.resume == "auto":
+        newest = complete_checkpoints(checkpoints_of(cfg))
+        return newest[0] if newest else None
+    return Path(cfg.resume)
 
 
 def check_resume(cfg: TrainConfig) -> None:
@@ -64,49 +416,327 @@ def check_resume(cfg: TrainConfig) -> None:
     """
     if cfg.resume in {"auto", "never"} or (Path(cfg.resume) / MANIFEST).is_file():
         return
-    complete = sorted(str(p.parent) for p in Path(cfg.output_dir).glob(f"checkpoints/*/{MANIFEST}"))
+    complete = sorted(map(str, complete_checkpoints(checkpoints_of(cfg))))
     raise InputError(
         f"resume={cfg.resume} is no complete checkpoint, nor auto or never; complete ones: "
         f"{', '.join(complete) or 'none'}"
     )
 
 
-def input_models(cfg: TrainConfig) -> list[Path]:
-    """Directories of the models that a run starts from, learns from or measures."""
-    paths = [] if cfg.model.path is None else [cfg.model.path]
-    match cfg.stage:
-        case OPDConfig():
-            for phase in cfg.stage.cascade.values():
-                paths += [t.path for t in (phase.teacher, *phase.teacher_of.values())]
-        case EvaluateConfig():
-            paths += [*cfg.stage.models.values(), *(t.path for t in cfg.stage.teachers.values())]
-    return [Path(path) for path in paths]
+@dataclass(frozen=True)
+class Continuation:
+    """How a run goes on from a checkpoint."""
+
+    checkpoint: Path
+    num_updates: int
+    schedule_steps: int
+    """Which the learning rate's course spans."""
+    sentences: list[str] = field(default_factory=list)
+    """What is another than before, by choice."""
+
+
+def continuation(cfg: TrainConfig) -> Continuation | None:
+    """Decide how a run goes on from the checkpoint that it is to resume; None: from the start.
+
+    A function of the config and of the checkpoint's files, so the same on every rank. What files
+    hold is compared by those who open them.
+
+    Raises:
+        InputError: Something changed that is not allowed to, or a choice has to be made.
+    """
+    checkpoint = None if isinstance(cfg.stage, EvaluateConfig) else find_checkpoint(cfg)
+    if checkpoint is None:
+        return None
+    state = read_note(checkpoint / STATE)
+    what = f"{checkpoint} is of a run with another config"
+    refuse_other_stage(state, cfg, what)
+    lengths = Lengths(state, cfg)
+    changes = [*changes_of(state, cfg), *lengths.changes_of_order()]
+    refuse_changes(changes, cfg, what)
+    lengths.refuse_rewriting(checkpoint)
+    steps, course = _choose_schedule(cfg, state, lengths)
+    sentences = [*map(said_of_allowed, changes), *lengths.sentences(), *course]
+    return Continuation(checkpoint, state["num_updates"], steps, sentences)
+
+
+def said_of_allowed(change: Change) -> str:
+    """Say what changed by choice."""
+    return f"{change} (allowed by on_resume.allow=[{change.kind}])"
+
+
+def read_note(file: Path) -> dict[str, Any]:
+    """Read what an earlier launch left behind.
+
+    Raises:
+        InputError: It is torn.
+    """
+    try:
+        return dict(json.loads(file.read_text()))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{file} is damaged ({error}); resume from another checkpoint with resume=<path>, or "
+            "start with resume=never"
+        ) from error
+
+
+def refuse_other_stage(noted: Mapping[str, Any], cfg: TrainConfig, what: str) -> None:
+    """Refuse to make a run of one stage from another's.
+
+    Raises:
+        InputError: Names both.
+    """
+    then, now = noted["config"]["stage"]["kind"], cfg.stage.kind.value
+    require(
+        then == now,
+        f"{what} (then -> now): stage.kind: {then} -> {now}, and nothing allows that: choose "
+        "another root or output_dir, or resume=never to replace it",
+    )
+
+
+def refuse_changes(changes: Sequence[Change], cfg: TrainConfig, what: str) -> None:
+    """Refuse what was not allowed to change, with the override that would allow it.
+
+    Raises:
+        InputError: Lists the fields by their group, then -> now.
+    """
+    allowed = {group.value for group in cfg.on_resume.allow}
+    wrong = [change for change in changes if change.kind not in allowed]
+    if not wrong:
+        return
+    fixed = [str(change) for change in wrong if change.kind == "layout"]
+    groups = [g.value for g in ResumeChange if any(change.kind == g.value for change in wrong)]
+    listed = [
+        f"{group}: {', '.join(str(change) for change in wrong if change.kind == group)}"
+        for group in groups
+    ]
+    says = f"{what} (then -> now): "
+    if listed:
+        needed = sorted(allowed | set(groups))
+        says += (
+            f"{'; '.join(listed)}; on_resume.allow=[{','.join(needed)}] goes on with the new "
+            "values. "
+        )
+    if fixed:
+        says += (
+            f"{', '.join(fixed)}: the checkpoint cannot be loaded so, and nothing allows it yet: "
+            "set it back. "
+        )
+    raise InputError(f"{says}Or choose another output_dir, or resume=never")
+
+
+class Lengths:
+    """How many steps a checkpoint's run was to make, and this one, phase by phase."""
+
+    def __init__(self, noted: Mapping[str, Any], cfg: TrainConfig) -> None:
+        then = with_defaults(noted["config"], cfg)
+        self._phases_now = phases_of(cfg)
+        # What an older checkpoint does not say of their order is not held against this one.
+        known = then["stage"].get("cascade", {})
+        self._phases_then = noted.get("phases") or [
+            *(name for name in self._phases_now if name in known),
+            *(name for name in known if name not in self._phases_now),
+        ]
+        self._converged = noted.get("cascade", {}).get("converged", {})
+        self._made = noted.get("num_updates", 0)
+        self.then = _lengths(then, self._phases_then)
+        self.now = _lengths(plain_config(cfg), self._phases_now)
+
+    @property
+    def planned(self) -> tuple[int, int]:
+        """Steps of the whole run, then and now, if no phase converges."""
+        return sum(self.then.values()), sum(self.now.values())
+
+    @property
+    def num_steps(self) -> int:
+        """Steps that this run has in the end, with the phases that have converged."""
+        return self._spans(self.now)[-1][2]
+
+    def _spans(self, lengths: Mapping[str, int]) -> list[tuple[str, int, int]]:
+        """Phases with the step of each before which it begins and ends."""
+        found, first = [], 0
+        for name, length in lengths.items():
+            end = self._converged.get(name, first + length)
+            found.append((name, first, end))
+            first = end
+        return found
+
+    def _taught(self, lengths: Mapping[str, int]) -> list[tuple[str, int]]:
+        """Phases that have begun, with the steps that were made of each."""
+        begun = [span for span in self._spans(lengths) if span[1] < self._made]
+        return [(name, min(end, self._made) - first) for name, first, end in begun]
+
+    def refuse_rewriting(self, checkpoint: Path) -> None:
+        """Refuse lengths by which the steps that were made would be other steps.
+
+        Raises:
+            InputError: Gives both numbers.
+        """
+        then, now = self._taught(self.then), self._taught(self.now)
+        other = "or resume from an earlier checkpoint with resume=<path>"
+        for index, (name, made) in enumerate(then):
+            given = f"stage.cascade.{name}.num_steps" if name else "stage.num_steps"
+            name_now, steps = now[index] if index < len(now) else (None, 0)
+            if name != name_now:
+                raise InputError(
+                    f"stage.cascade has the phases {', '.join(self._phases_now)}, and {checkpoint} "
+                    f"has made {made} steps of {name!r} as phase {index + 1}: keep the phases that "
+                    f"have taught as they were, {other}"
+                )
+            require(
+                steps >= made,
+                f"{given}={self.now[name]} is fewer than the {made} steps that {checkpoint} has "
+                f"made: give {made} or more (stage.max_steps caps it too), {other}",
+            )
+            require(
+                steps == made,
+                f"{given}={self.now[name]}, but that phase ended after {made} steps and the next "
+                f"has begun in {checkpoint}: set it to {made} and give the steps to a phase to "
+                f"come, {other}",
+            )
+
+    def changes_of_order(self) -> list[Change]:
+        """Coming phases in another order, or with others between them."""
+        then, now = self._phases_then, self._phases_now
+        shared = min(len(then), len(now))
+        if then[:shared] == now[:shared]:
+            return []
+        return [Change("stage.cascade", ", ".join(then), ", ".join(now), "teacher")]
+
+    def sentences(self) -> list[str]:
+        """Say what became longer or shorter."""
+        found = []
+        for name in [*self.now, *(gone for gone in self.then if gone not in self.now)]:
+            owner = f"stage.cascade.{name}" if name else "stage"
+            if name not in self.then:
+                found.append(f"{owner}: a phase of {self.now[name]} steps is added")
+            elif name not in self.now:
+                found.append(f"{owner}: a phase of {self.then[name]} steps is left out")
+            elif self.then[name] != self.now[name]:
+                found.append(f"{owner}.num_steps: {self.then[name]} -> {self.now[name]} steps")
+        return found
+
+
+def _lengths(config: Mapping[str, Any], phases: Sequence[str]) -> dict[str, int]:
+    """Steps of each phase; of SFT, which has none, under the empty name."""
+    stage = config["stage"]
+    cascade = stage.get("cascade", {})
+    numbers = {name: cascade[name]["num_steps"] for name in phases} or {"": stage["num_steps"]}
+    cap = stage["max_steps"]
+    return {name: n if cap is None else min(n, cap) for name, n in numbers.items()}
+
+
+def _choose_schedule(
+    cfg: TrainConfig, state: Mapping[str, Any], lengths: Lengths
+) -> tuple[int, list[str]]:
+    """Say how many steps the learning rate's course spans, and how that differs from before.
+
+    Raises:
+        InputError: The old and the new course differ, and none was chosen.
+    """
+    planned_then, planned_now = lengths.planned
+    old = state.get("schedule_steps", planned_then)
+    choice, coming = cfg.on_resume.schedule, state["num_updates"]
+    same_length = planned_then == planned_now
+
+    def rates(step: int) -> tuple[float, float]:
+        return cfg.optim.rate_at(step, old), cfg.optim.rate_at(step, planned_now)
+
+    steps = range(coming, max(coming + 1, planned_now))
+    differing = [step for step in steps if rates(step)[0] != rates(step)[1]]
+    if not differing or (same_length and choice is not ChangedSchedule.stretch):
+        return old if same_length else planned_now, []
+    shown = coming if coming in differing else differing[0]
+    before, after = rates(shown)
+    says = (
+        f"the learning rate of step {shown} is {before:.4g} on the course of {old} steps and "
+        f"{after:.4g} on that of {planned_now}"
+    )
+    if choice is None:
+        raise InputError(
+            f"{'; '.join(lengths.sentences())}: {says}; choose on_resume.schedule=keep (the old "
+            f"course, which stays at {cfg.optim.rate_at(old, old):.4g} from step {old} on) or "
+            "on_resume.schedule=stretch (the new course)"
+        )
+    chosen = old if choice is ChangedSchedule.keep else planned_now
+    return chosen, [f"{says}; on_resume.schedule={choice.value} takes that of {chosen}"]
+
+
+def schedule_steps(cfg: TrainConfig) -> int:
+    """Updates that the learning rate's course spans; a checkpoint may decide it."""
+    found = continuation(cfg)
+    if found is not None:
+        return found.schedule_steps
+    return sum(_lengths(plain_config(cfg), phases_of(cfg)).values())
 
 
 def is_finished(cfg: TrainConfig) -> bool:
-    """Whether this very run was finished before.
+    """Whether this very run was finished before, with nothing left to do.
 
     Raises:
-        InputError: The directory holds a finished run of another config, or of models that were
-            made anew since.
+        InputError: The directory holds a finished run of another config or of other models, or
+            one that cannot go on as is asked.
     """
-    note = Path(cfg.output_dir) / FINISHED
-    if cfg.resume != "auto" or not note.is_file():
+    file = Path(cfg.output_dir) / FINISHED
+    if cfg.resume != "auto" or not file.is_file():
         return False
-    for path in input_models(cfg):
-        config = path / "config.json"
-        require(
-            not config.is_file() or config.stat().st_mtime <= note.stat().st_mtime,
-            f"{cfg.output_dir} was finished before {path} was made anew; choose another root or "
-            "output_dir, or resume=never to replace it",
-        )
-    now = {k: v for k, v in plain_config(cfg).items() if k not in FREE_TO_CHANGE}
-    then = {k: v for k, v in json.loads(note.read_text())["config"].items() if k in now}
-    changed = field_difference(then, now)
+    noted = read_note(file)
+    replace = "choose another root or output_dir, or resume=never to replace it"
+    what = f"{cfg.output_dir} holds a finished run of another config"
+    refuse_other_stage(noted, cfg, what)
+    changes = changes_of(noted, cfg)
+    anew = changed_content(noted, cfg, file.stat().st_mtime, CONTENT)
+    if isinstance(cfg.stage, EvaluateConfig):
+        listed = "; ".join(str(change) for change in (changes + anew)[:5])
+        for change in anew:
+            _refuse_made_anew(change, cfg.output_dir, replace)
+        require(not listed, f"{what} (then -> now): {listed}; {replace}")
+        return True
+    lengths = Lengths(noted, cfg)
+    longer = lengths.then != lengths.now or lengths.changes_of_order()
+    allowed = {group.value for group in cfg.on_resume.allow}
+    for change in anew:
+        if change.kind not in allowed:
+            _refuse_made_anew(
+                change,
+                cfg.output_dir,
+                f"{replace}, or go on from it with more steps and on_resume.allow=[{change.kind}]",
+            )
+    refuse_changes([*changes, *anew], cfg, what)
     require(
-        not changed,
-        f"{cfg.output_dir} holds a finished run of another config (then -> now): "
-        f"{'; '.join(changed[:5])}; choose another root or output_dir, or resume=never to "
-        "replace it",
+        bool(longer) or not (changes or anew),
+        f"{what} (then -> now): {'; '.join(map(str, [*changes, *anew]))}; it has no steps left to "
+        f"make with the new values: give more steps, or {replace}",
     )
-    return True
+    return not (longer and _steps_left(cfg, lengths))
+
+
+def _refuse_made_anew(change: Change, output_dir: str, fix: str) -> None:
+    require(
+        change.then != change.now,
+        f"{output_dir} was finished before {change.now} was made anew; {fix}",
+    )
+
+
+def _steps_left(cfg: TrainConfig, lengths: Lengths) -> bool:
+    """Whether a finished run that was given other lengths has steps left to make.
+
+    Raises:
+        InputError: It has made more, or left no checkpoint to go on from.
+    """
+    for name, made in lengths.then.items():
+        now = lengths.now.get(name, 0)
+        require(
+            now >= made,
+            f"{cfg.output_dir} holds a finished run of {made} steps"
+            f"{f' of phase {name!r}' if name else ''}, and {now} are fewer than were made; choose "
+            "another root or output_dir, resume from an earlier checkpoint with resume=<path>, or "
+            "resume=never to replace it",
+        )
+    found = continuation(cfg)
+    if found is None:
+        raise InputError(
+            f"{cfg.output_dir} holds a finished run of {sum(lengths.then.values())} steps that "
+            "left no checkpoint to go on from (checkpoint.save_every was null): choose another "
+            "root or output_dir, or resume=never to replace it"
+        )
+    return Lengths(read_note(found.checkpoint / STATE), cfg).num_steps > found.num_updates

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
@@ -10,18 +10,32 @@ from typing import Any, Generic, Protocol, TypeVar
 from torch import Tensor
 
 from marco_train.checkpoint import (
-    find_checkpoint,
     generator_tensors,
     load_checkpoint,
     load_generators,
     save_checkpoint,
     set_aside_newer,
 )
-from marco_train.config import TrainConfig
-from marco_train.distributed import barrier, is_main, rank, seed_everything
+from marco_train.config import ResumeChange, TrainConfig
+from marco_train.distributed import barrier, gather_objects, is_main, rank, seed_everything
 from marco_train.errors import AwayError, InputError
 from marco_train.metrics import Metrics
-from marco_train.resumption import FINISHED, field_difference, identity, plain_config
+from marco_train.resumption import (
+    CONTENT,
+    FINISHED,
+    NOTED_CONTENT,
+    STATE,
+    Continuation,
+    changed_content,
+    checkpoints_of,
+    content_digests,
+    continuation,
+    describe,
+    phases_of,
+    plain_config,
+    refuse_changes,
+    said_of_allowed,
+)
 from marco_train.tracking import Tracker, say
 
 T = TypeVar("T")
@@ -31,6 +45,8 @@ class Trainable(Protocol):
     """The part of a policy that a run needs."""
 
     num_updates: int
+    schedule_steps: int
+    """Updates that the learning rate's course spans."""
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything of this rank that an exact resume needs."""
@@ -50,19 +66,36 @@ class Resumable(Protocol):
     def state_at(self, step: int) -> dict[str, Any]:
         """What a checkpoint of `step` updates keeps; JSON."""
 
-    def resume(self, step: int, state: dict[str, Any]) -> None:
-        """Go on at a step, or refuse."""
+    def resume(
+        self, step: int, state: dict[str, Any], allowed: Collection[ResumeChange] = ()
+    ) -> None:
+        """Go on at a step, or refuse what changed and is not allowed to."""
 
 
 class Run:
     """Tracker, checkpoints and timers of one execution."""
 
     def __init__(
-        self, cfg: TrainConfig, policy: Trainable, parts: Sequence[Resumable], resumed: bool
+        self,
+        cfg: TrainConfig,
+        policy: Trainable,
+        parts: Sequence[Resumable],
+        resumed: bool,
+        noted: Mapping[str, Any] | None = None,
     ) -> None:
+        """Begin to record.
+
+        Args:
+            cfg: What runs.
+            policy: At the step that the run begins with.
+            parts: What else goes into checkpoints.
+            resumed: Whether they come from a checkpoint.
+            noted: Facts of the run that its checkpoints keep, as JSON. None: those of its config.
+        """
         self._cfg = cfg
         self._policy = policy
         self._parts = parts
+        self._noted = describe(cfg) if noted is None else noted
         self._directory = Path(cfg.output_dir)
         self._timers: dict[str, float] = {}
         self._inner_seconds = 0.0  # of timers that ended inside the one that runs
@@ -85,14 +118,17 @@ class Run:
         """
         # Drawn from by nothing that is trained, but part of the state all the same.
         seed_everything(cfg.seed + rank())
-        checkpoint = find_checkpoint(checkpoints_of(cfg), cfg.resume)
-        if checkpoint is not None:
-            resume_from(checkpoint, cfg, policy, parts)
+        found = continuation(cfg)
+        noted = describe(cfg)
+        if found is None:
+            noted |= {"content": noted_content(cfg), "resumed_from": []}
+        else:
+            noted |= resume_from(found, cfg, policy, parts)
         if is_main():
             begin(cfg)
             set_aside_newer(checkpoints_of(cfg), policy.num_updates)
         barrier()
-        return cls(cfg, policy, parts, resumed=checkpoint is not None)
+        return cls(cfg, policy, parts, found is not None, noted)
 
     def steps(self, until: int) -> Iterator[int]:
         """Yield the steps still to make, counted from 0."""
@@ -164,7 +200,8 @@ class Run:
             return
         self._saved = num_updates
         state: dict[str, Any] = {part.name: part.state_at(num_updates) for part in self._parts}
-        state |= {"num_updates": num_updates, "config": plain_config(self._cfg)}
+        state |= self._noted
+        state |= {"num_updates": num_updates, "schedule_steps": self._policy.schedule_steps}
         tensors = self._policy.state_tensors() | generator_tensors()
         save_checkpoint(
             checkpoints_of(self._cfg), num_updates, tensors, state, self._cfg.checkpoint.keep_last
@@ -175,7 +212,9 @@ class Run:
         self._policy.export(self._directory / name)
 
     def finish(self) -> None:
-        """Export the policy and mark the run as finished."""
+        """Save, export the policy and mark the run as finished; with more steps it can go on."""
+        if self._cfg.checkpoint.save_every is not None:
+            self._save(self._policy.num_updates)
         self.export("export")
         if self._tracker is not None:
             self._tracker.close()
@@ -209,33 +248,62 @@ def due(step: int, every: int | None) -> bool:
     return every is not None and (step + 1) % every == 0
 
 
-def checkpoints_of(cfg: TrainConfig) -> Path:
-    """Where the checkpoints of a run lie."""
-    return Path(cfg.output_dir) / "checkpoints"
-
-
 def resume_from(
-    path: Path, cfg: TrainConfig, policy: Trainable, parts: Sequence[Resumable]
-) -> None:
+    found: Continuation, cfg: TrainConfig, policy: Trainable, parts: Sequence[Resumable]
+) -> dict[str, Any]:
     """Put policy, data, cascade and generators where a checkpoint left them.
+
+    Returns:
+        What the run's own checkpoints keep of the one it goes on from.
 
     Raises:
         InputError: The checkpoint is damaged, or is another run's.
     """
+    path, step = found.checkpoint, found.num_updates
     tensors, state = load_checkpoint(path)
-    changed = field_difference(identity(state["config"]), identity(plain_config(cfg)))
-    if changed:
-        raise InputError(
-            f"{path} is of a run with another config (then -> now): {'; '.join(changed[:10])}; "
-            "choose another output_dir, or resume=never"
-        )
-    step = state["num_updates"]
+    since = (path / STATE).stat().st_mtime
+    # Compared by one rank, for all of them: these files may be large.
+    mine = changed_content(state, cfg, since, NOTED_CONTENT) if is_main() else []
+    changed = gather_objects(mine)[0]
+    refuse_changes(changed, cfg, f"{path} is of a run that began with other files")
     for part in parts:
-        part.resume(step, state[part.name])
+        part.resume(step, state[part.name], cfg.on_resume.allow)
+    refuse_other_tensors(path, policy.state_tensors(), tensors)
     policy.load_state(tensors, step)
     load_generators(tensors)
+    old = path.parent.parent
     if is_main():
         say(f"resumed from {path}")
+        for sentence in (*found.sentences, *map(said_of_allowed, changed)):
+            say(f"  {sentence}")
+        if old.resolve() != Path(cfg.output_dir).resolve():
+            say(
+                f"  {cfg.output_dir}/metrics.jsonl begins with step {step + 1}, as a run of its "
+                f"own on W&B; the steps before are in {old}/metrics.jsonl"
+            )
+    content = state.get("content", {}) if not changed else noted_content(cfg)
+    return {"content": content, "resumed_from": [*state.get("resumed_from", []), str(path)]}
+
+
+def noted_content(cfg: TrainConfig) -> dict[str, str | None]:
+    """Digests of the files that no other part of a checkpoint knows by their content."""
+    mine = content_digests(cfg, NOTED_CONTENT) if is_main() else {}
+    return gather_objects(mine)[0]
+
+
+def refuse_other_tensors(path: Path, own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
+    """Refuse a checkpoint of other tensors than the policy's.
+
+    Raises:
+        InputError: Names the first.
+    """
+    for name, tensor in own.items():
+        if name not in saved or saved[name].shape != tensor.shape:
+            there = list(saved[name].shape) if name in saved else "absent"
+            raise InputError(
+                f"{path} is of another model: {name} is {there} there and {list(tensor.shape)} "
+                "here; bring back its model.path, or start with resume=never"
+            )
 
 
 def begin(cfg: TrainConfig) -> None:
@@ -250,5 +318,10 @@ def mark_finished(cfg: TrainConfig) -> None:
     """Leave the note that `is_finished` reads; complete or not there."""
     note = Path(cfg.output_dir) / FINISHED
     partial = note.with_suffix(".partial")
-    partial.write_text(json.dumps({"config": plain_config(cfg)}, indent=2, sort_keys=True))
+    noted = {
+        "config": plain_config(cfg),
+        "phases": phases_of(cfg),
+        "content": content_digests(cfg, CONTENT),
+    }
+    partial.write_text(json.dumps(noted, indent=2, sort_keys=True))
     partial.replace(note)

@@ -10,7 +10,7 @@ from omegaconf import DictConfig, MissingMandatoryValue
 
 from marco_train.config import StageKind, TrainConfig, register_schemas, to_run
 from marco_train.errors import AwayError, InputError
-from marco_train.resumption import check_resume, is_finished
+from marco_train.resumption import check_resume, continuation, is_finished
 
 PACKAGE = Path(__file__).resolve().parent
 # Beside the package in a checkout, inside it in a wheel; absolute, so that the console script
@@ -31,6 +31,8 @@ def main(composed: DictConfig) -> None:
         cfg = to_run(composed)
         check_resume(cfg)
         finished = is_finished(cfg)
+        if not finished:
+            continuation(cfg)  # refuses what it may not change, before anything is loaded
     except (InputError, MissingMandatoryValue) as error:
         # The same on every rank of a launch; one says it, before the launcher ends the others.
         if not is_first_rank():

@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import MissingMandatoryValue
 from omegaconf.errors import OmegaConfBaseException
 
-from marco_train.config import StageKind, TrainConfig, to_run
+from marco_train.config import StageKind, TrainConfig, student_architecture, to_run
 from marco_train.errors import AwayError, InputError
 from marco_train.train import CONFIG_DIR
 
@@ -64,7 +64,6 @@ def check_stage(cfg: TrainConfig) -> None:
     from marco_train.data.loader import PromptLoader, SFTLoader
     from marco_train.models.hf_io import stored_weights
     from marco_train.rollout.build import check_sampler
-    from marco_train.stages.opd import student_architecture
     from marco_train.teachers.cascade import Cascade
     from marco_train.teachers.vocab import check_student_vocabulary
 

@@ -1,11 +1,18 @@
 """This rank's share of each global batch, with a cursor that is nothing but the step."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any, TypeVar
 
-from marco_train.config import DataConfig, OPDConfig, SFTConfig, SourceConfig, StageConfig
+from marco_train.config import (
+    DataConfig,
+    OPDConfig,
+    ResumeChange,
+    SFTConfig,
+    SourceConfig,
+    StageConfig,
+)
 from marco_train.data.chat import (
     Tokenizer,
     holds_control_tokens,
@@ -15,8 +22,8 @@ from marco_train.data.chat import (
 from marco_train.data.mixture import Mixture
 from marco_train.data.packing import pack_examples
 from marco_train.data.sources import Source
-from marco_train.distributed import rank, reduce_sums, world_size
-from marco_train.errors import InputError
+from marco_train.distributed import is_main, rank, reduce_sums, world_size
+from marco_train.errors import InputError, require
 from marco_train.metrics import Metrics
 from marco_train.tracking import say
 from marco_train.types import GROUPED_BY, Conversation, Example, Microbatch, Prompt
@@ -98,18 +105,24 @@ class _Loader:
         """What a checkpoint keeps of the data."""
         return {"cursor": step, "mixture": self._stream.fingerprint()}
 
-    def resume(self, step: int, state: dict[str, Any]) -> None:
+    def resume(
+        self, step: int, state: dict[str, Any], allowed: Collection[ResumeChange] = ()
+    ) -> None:
         """Go on at a step.
 
         Raises:
-            InputError: The data are not those of the checkpoint.
+            InputError: The data are not those of the checkpoint, and may not be others.
         """
         expected = self.state_at(step)
         if state != expected:
-            raise InputError(
-                f"the data changed since the checkpoint was saved ({state} -> {expected}); rows "
-                "would be skipped or seen twice: restore the files, or start with resume=never"
+            what = f"the data changed since the checkpoint was saved ({state} -> {expected})"
+            require(
+                ResumeChange.data in allowed,
+                f"{what}; rows would be skipped or seen twice: restore the files, go on with these "
+                "with on_resume.allow=[data], or start with resume=never",
             )
+            if is_main():
+                say(f"{what}, as on_resume.allow=[data] allows; rows may be skipped or seen twice")
         self._step = step
 
 

@@ -40,13 +40,14 @@ class Policy:
         model_cfg: ModelConfig,
         optim: OptimConfig,
         parallel: ParallelConfig,
-        num_steps: int,
+        schedule_steps: int,
         chat_template: str,
     ) -> None:
         self._tokenizer_dir = model_cfg.tokenizer
         self._chat_template = chat_template
         self._optim = optim
-        self._learning_rate: LearningRate = build_schedule(optim, num_steps)
+        self._learning_rate: LearningRate = build_schedule(optim, schedule_steps)
+        self.schedule_steps = schedule_steps
         self.num_updates = 0
         model.recompute = parallel.recompute
         model.set_dispatch(parallel.dispatch)
@@ -217,7 +218,7 @@ def build_policy(
     model_cfg: ModelConfig,
     optim: OptimConfig,
     parallel: ParallelConfig,
-    num_steps: int,
+    schedule_steps: int,
     seed: int,
     chat_template: str,
 ) -> Policy:
@@ -227,7 +228,7 @@ def build_policy(
         model_cfg: Which weights.
         optim: How they are updated.
         parallel: How they are spread over the ranks.
-        num_steps: Updates of the whole run, which the schedule spans.
+        schedule_steps: Updates that the learning rate's course spans.
         seed: Draws random weights, where none are loaded.
         chat_template: What the run renders conversations with; exports carry it.
 
@@ -245,4 +246,4 @@ def build_policy(
         if model_cfg.architecture is not None:
             check_architecture(model_cfg.path, model_cfg.architecture)
         model = load_model(model_cfg.path, dtype, expert_parallel_group(ep_size))
-    return Policy(model, model_cfg, optim, parallel, num_steps, chat_template)
+    return Policy(model, model_cfg, optim, parallel, schedule_steps, chat_template)

@@ -6,6 +6,7 @@ from marco_train.data.loader import SFTLoader
 from marco_train.engine.policy import build_policy
 from marco_train.evaluation.held_out import evaluate
 from marco_train.losses.cross_entropy import cross_entropy
+from marco_train.resumption import schedule_steps
 from marco_train.run import Run, due
 from marco_train.teachers.vocab import check_student_vocabulary
 
@@ -20,7 +21,7 @@ def run_sft(cfg: TrainConfig) -> None:
         cfg.model,
         cfg.optim,
         cfg.parallel,
-        train_data.num_steps,
+        schedule_steps(cfg),
         cfg.seed,
         tokenizer.chat_template,
     )

@@ -4,13 +4,16 @@ It changes at a known step, or earlier, where the held-out reverse KL has stoppe
 """
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 from marco_train.config import (
     OPDConfig,
     PhaseConfig,
+    ResumeChange,
     TeacherBackend,
     TeacherConfig,
     longest_sequence,
@@ -83,6 +86,7 @@ class Cascade:
         self._cfg = cfg
         self._student_tokenizer = student_tokenizer
         self._open: tuple[str, Teacher] | None = None
+        self._allowed: Collection[ResumeChange] = ()
         # By phase; all are kept in checkpoints.
         self._converged: dict[str, int] = {}  # the step before which it ended
         self._measures: dict[str, dict[int, float]] = {}  # step -> held-out reverse KL
@@ -169,17 +173,27 @@ class Cascade:
                 for group, cfg in phase.cfg.teacher_of.items()
             }
             opened = RoutedTeacher(default, others) if others else default
-            known = self._identities.setdefault(phase.name, opened.identity)
-            require(
-                known == opened.identity,
-                f"teacher {phase.name!r} is another than the one that taught before this run was "
-                f"resumed ({known} -> {opened.identity}): bring that one back, or start with "
-                "resume=never",
-            )
+            self._check_identity(phase.name, opened.identity)
             if self._open is not None:
                 self._open[1].close()
             self._open = phase.name, opened
         return self._open[1]
+
+    def _check_identity(self, phase: str, identity: str) -> None:
+        known = self._identities.get(phase, identity)
+        if known != identity:
+            what = (
+                f"teacher {phase!r} is another than the one that taught before this run was "
+                f"resumed ({known} -> {identity})"
+            )
+            require(
+                ResumeChange.teacher in self._allowed,
+                f"{what}: bring that one back, go on with this one with "
+                "on_resume.allow=[teacher], or start with resume=never",
+            )
+            if is_main():
+                say(f"{what}, as on_resume.allow=[teacher] allows")
+        self._identities[phase] = identity
 
     def _open_teacher(self, cfg: TeacherConfig, phase: str) -> Teacher:
         """Load a teacher and check its numbers before it teaches anything."""
@@ -226,12 +240,15 @@ class Cascade:
             "teachers": self._identities,
         }
 
-    def resume(self, step: int, state: dict[str, Any]) -> None:
-        """Go on at a step.
+    def resume(
+        self, step: int, state: dict[str, Any], allowed: Collection[ResumeChange] = ()
+    ) -> None:
+        """Go on at a step; phases may come after it, and become longer or shorter.
 
         Raises:
-            InputError: The phases before this step are not those of the checkpoint.
+            InputError: The steps before this one were made in other phases.
         """
+        self._allowed = allowed
         self._converged = dict(state["converged"])
         self._measures = {
             name: {int(at): float(value) for at, value in known}
@@ -239,12 +256,16 @@ class Cascade:
         }
         self._identities = dict(state["teachers"])
         self.phases = self._plan()
-        expected = self.state_at(step)
-        if state != expected:
-            raise InputError(
-                f"the cascade changed since the checkpoint was saved ({state} -> {expected}); "
-                "keep the phases up to this step as they were, or start with resume=never"
-            )
+        then = sorted(((name, end) for name, end in state["finished"].items()), key=itemgetter(1))
+        if step > (then[-1][1] if then else 0):
+            then.append((state["phase"], step))
+        now = [(p.name, min(p.end, step)) for p in self.phases if p.first < step]
+        require(
+            then == now,
+            f"the cascade changed since the checkpoint was saved (phases with their last step: "
+            f"{then} -> {now}); keep the phases up to this step as they were, or start with "
+            "resume=never",
+        )
 
 
 def teacher_metrics(counts: Counter[str], phase: PhaseConfig, cached: bool) -> Metrics:
