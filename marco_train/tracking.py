@@ -1,15 +1,16 @@
 """Console line, metrics.jsonl and W&B behind one `log(step, metrics)`; on the main rank only."""
 
 import json
+import struct
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 from uuid import uuid4
 
 from tqdm import tqdm
 
-from marco_train.config import LoggingBackend, LoggingConfig
+from marco_train.config import LoggingBackend, LoggingConfig, WandbMode
 from marco_train.metrics import Metrics, check_names
 
 
@@ -35,9 +36,14 @@ class Tracker:
         self._file: TextIO | None = None
         self._bar: Any = None
         self._wandb: Any = None
+        self._lost_after: int | None = None
         if cfg.backend is LoggingBackend.wandb:
             import wandb
 
+            run_id = _wandb_id(directory, resumed)
+            # What is in these files is not recorded again; in online mode W&B has it.
+            written = sorted(directory.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))
+            self._lost_after = _lost_after(written) if cfg.mode is WandbMode.offline else None
             self._wandb = wandb.init(
                 project=cfg.project,
                 name=name,
@@ -45,7 +51,7 @@ class Tracker:
                 config=dict(run_config),
                 mode=cfg.mode.value,
                 resume="allow",
-                id=_wandb_id(directory, resumed),
+                id=run_id,
             )
             # Steps made again after a crash replace nothing: W&B orders by this, not by arrival.
             self._wandb.define_metric("*", step_metric="step")
@@ -53,8 +59,13 @@ class Tracker:
     def start(self, first: int, until: int) -> None:
         """Announce the steps to come; lines of `metrics.jsonl` past `first` are from a lost run."""
         rewritten = self._jsonl.with_suffix(".partial")
-        rewritten.write_text("".join(line + "\n" for line in self._lines_until(first)))
+        kept = self._lines_until(first)
+        rewritten.write_text("".join(line + "\n" for line in kept))
         rewritten.replace(self._jsonl)
+        if self._lost_after is not None:
+            for line in map(json.loads, kept):
+                if line["step"] > self._lost_after:
+                    self._record(line)
         self._file = self._jsonl.open("a")
         if sys.stderr.isatty():
             self._bar = tqdm(total=until, initial=first, unit="step", dynamic_ncols=True)
@@ -77,11 +88,15 @@ class Tracker:
         self._file.write(json.dumps({"step": step} | metrics) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log(metrics | {"step": step})
+            self._record({"step": step} | metrics)
         if self._bar is not None:
             self._bar.update(1)
         if step % self._every == 0 or step == until:
             say(step_line(step, until, phase, metrics, eta))
+
+    def _record(self, line: Mapping[str, Any]) -> None:
+        """Give W&B a step, under its own number unless W&B is past it, and have it counted."""
+        self._wandb.log(line, step=max(line["step"], self._wandb.step), commit=True)
 
     def close(self) -> None:
         """Flush everything."""
@@ -99,6 +114,49 @@ def _wandb_id(directory: Path, resumed: bool) -> str:
     if not (resumed and file.is_file()):
         file.write_text(uuid4().hex[:12])
     return file.read_text()
+
+
+def _lost_after(files: list[Path]) -> int | None:
+    """Last step in what offline launches wrote, where the latest was killed; None: it was not.
+
+    W&B writes 32 KiB at a time, and what a killed launch had not written is lost to it.
+    """
+    steps, ended = [0], True
+    for file in files:
+        ended = False
+        for record in _wandb_records(file):
+            ended |= record.HasField("exit")
+            steps.append(record.history.step.num)  # 0 of any other record
+    return None if ended else max(steps)
+
+
+def _wandb_records(file: Path) -> Iterator[Any]:
+    """Read a file of W&B up to where it is torn.
+
+    After 7 bytes a log of LevelDB: blocks of 32 KiB with fragments of records, each headed by its
+    checksum, length and type (1: whole, 2: first, 3: middle, 4: last); no header crosses a block.
+    https://github.com/google/leveldb/blob/main/doc/log_format.md
+    """
+    from google.protobuf.message import DecodeError
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    content, place, block, header = file.read_bytes(), 7, 2**15, struct.Struct("<IHB")
+    fragments = b""
+    while place + header.size <= len(content):
+        if block - place % block < header.size:
+            place += block - place % block
+            continue
+        _, length, kind = header.unpack_from(content, place)
+        place += header.size + length
+        fragments += content[place - length : place]
+        if kind in {1, 4}:
+            record = Record()
+            try:
+                record.ParseFromString(fragments)
+            except DecodeError:
+                return
+            fragments = b""
+            yield record
 
 
 def step_line(step: int, until: int, phase: str | None, metrics: Metrics, eta: float) -> str:
