@@ -1,0 +1,256 @@
+"""Runs that go on with more steps, phases, other numbers or elsewhere, and what they ask first."""
+
+import json
+import shutil
+from hashlib import sha256
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from marco_train.config import TrainConfig
+from marco_train.errors import InputError
+from marco_train.resumption import is_finished
+from tests.conftest import World, compose_config
+from tests.invariants.test_resume import losses, overrides, run
+from tests.ranks import run_on_ranks
+
+CONSTANT = ["optim.schedule=constant", "optim.min_learning_rate=4e-3"]
+
+
+def sft(world: World, out: Path, *more: str) -> TrainConfig:
+    return compose_config("quickstart_sft", *overrides("sft", world, out, 1), *more)
+
+
+def opd(world: World, out: Path, *more: str) -> TrainConfig:
+    return compose_config("quickstart_opd", *overrides("opd", world, out, 1), *more)
+
+
+def launch(cfg: TrainConfig, crash_at: int | None = None, num_ranks: int = 1) -> None:
+    run_on_ranks(num_ranks, run, cfg, cfg.stage.kind.value, crash_at)
+
+
+def refusal(cfg: TrainConfig) -> str:
+    with pytest.raises(AssertionError) as failure:
+        launch(cfg)
+    assert InputError.__name__ in str(failure.value)
+    return str(failure.value)
+
+
+def same_checkpoint(one: Path, other: Path, step: int) -> None:
+    """Weights, masters, moments and generators."""
+    shard = f"checkpoints/step_{step:06d}/rank_000.safetensors"
+    tensors, others = load_file(one / shard), load_file(other / shard)
+    assert tensors.keys() == others.keys()
+    for name, tensor in tensors.items():
+        assert torch.equal(tensor, others[name]), name
+
+
+def entry_of(file: Path) -> dict[str, object]:
+    """What the manifest says of a file."""
+    content = file.read_bytes()
+    return {"bytes": len(content), "sha256": sha256(content).hexdigest()}
+
+
+def files_of(directory: Path) -> dict[str, tuple[bytes, int]]:
+    """All that lies in a directory, with the time of the last change."""
+    found = (p for p in sorted(directory.rglob("*")) if p.is_file())
+    return {str(p): (p.read_bytes(), p.stat().st_mtime_ns) for p in found}
+
+
+def test_a_finished_run_that_is_given_more_steps_is_the_longer_run(
+    world: World, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    launch(sft(world, whole, *CONSTANT, "stage.num_steps=7"))
+    launch(sft(world, parts, *CONSTANT, "stage.num_steps=4"))  # no multiple of save_every
+    longer = sft(world, parts, *CONSTANT, "stage.num_steps=7")
+    assert not is_finished(longer)
+    launch(longer)
+    assert is_finished(longer)
+    assert losses(parts) == losses(whole)
+    same_checkpoint(parts, whole, 7)
+
+
+def test_a_phase_after_a_finished_cascade_makes_the_longer_cascade(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    third = [
+        "+teacher@stage.cascade.another.teacher=hf",
+        f"stage.cascade.another.teacher.path={world.path('teacher_first', 'export')}",
+        "+stage.cascade.another.num_steps=2",
+    ]
+    launch(opd(world, whole, *third))
+    launch(opd(world, parts))
+    longer = opd(world, parts, *third)
+    assert list(longer.stage.cascade) == ["first", "second", "another"]
+    assert not is_finished(longer)
+    capfd.readouterr()
+    launch(longer)
+    assert "stage.cascade.another: a phase of 2 steps is added" in capfd.readouterr().out
+    assert is_finished(longer)
+    assert losses(parts) == losses(whole)
+    assert [line["cascade/phase"] for line in losses(parts)] == [0, 0, 0, 0, 1, 1, 2, 2]
+    same_checkpoint(parts, whole, 8)
+    exports = ("export", "export-first", "export-second", "export-another")
+    for export in exports:
+        one, other = (out / export / "model.safetensors" for out in (whole, parts))
+        assert one.read_bytes() == other.read_bytes()
+
+
+# Warm-up over 2 steps, then half a cosine from 4e-3 to 4e-4 at the last step:
+# 4e-4 + 3.6e-3 * (1 + cos(pi * progress)) / 2 with progress in thirds (6 steps) or fifths (8).
+COSINE_OF_6 = [2e-3, 4e-3, 4e-3, 3.1e-3, 1.3e-3, 4e-4]
+COURSES = {
+    "keep": [*COSINE_OF_6, 4e-4, 4e-4],
+    "stretch": [*COSINE_OF_6[:3], 3.6562306e-3, 2.7562306e-3, 1.6437694e-3, 7.4376941e-4, 4e-4],
+}
+
+
+@pytest.mark.parametrize("choice", ["keep", "stretch"])
+def test_more_steps_keep_or_stretch_the_course_of_the_rate(
+    choice: str, world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    launch(sft(world, tmp_path), crash_at=4)
+    longer = "stage.num_steps=8"
+    assert "is 0.0031 on the course of 6 steps and 0.003656 on that of 8" in refusal(
+        sft(world, tmp_path, longer)
+    )
+    capfd.readouterr()
+    chosen = f"on_resume.schedule={choice}"
+    launch(sft(world, tmp_path, longer, chosen), crash_at=7)
+    said = capfd.readouterr().out
+    assert "stage.num_steps: 6 -> 8 steps" in said
+    assert f"on_resume.schedule={choice} takes that of {6 if choice == 'keep' else 8}" in said
+    launch(sft(world, tmp_path, longer))  # nothing is asked again
+    rates = [line["optim/lr"] for line in losses(tmp_path)]
+    assert rates == pytest.approx(COURSES[choice], rel=1e-6)
+
+
+def test_fewer_steps_than_were_made_never_finish(world: World, tmp_path: Path) -> None:
+    given = ["checkpoint.save_every=2"]
+    launch(sft(world, tmp_path / "sft", *given), crash_at=4)
+    assert "stage.num_steps=3 is fewer than the 4 steps that" in refusal(
+        sft(world, tmp_path / "sft", *given, "stage.num_steps=3")
+    )
+    launch(opd(world, tmp_path / "opd", *given), crash_at=5)
+    assert "stage.cascade.first.num_steps=3 is fewer than the 4 steps that" in refusal(
+        opd(world, tmp_path / "opd", *given, "stage.cascade.first.num_steps=3")
+    )
+    for stage in ("sft", "opd"):
+        assert not (tmp_path / stage / "finished.json").exists()
+
+
+def test_a_fork_leaves_the_run_it_comes_from_as_it_is(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    launch(sft(world, old, *CONSTANT))
+    before = files_of(old)
+    fork = old / "checkpoints" / "step_000003"
+    changed = ["optim.learning_rate=2e-3", "optim.min_learning_rate=2e-3", *CONSTANT[:1]]
+    capfd.readouterr()
+    given = [*changed, f"resume={fork}", "on_resume.allow=[optim]"]
+    launch(sft(world, new, *given))
+    said = capfd.readouterr().out
+    assert "optim.learning_rate: 0.004 -> 0.002 (allowed by on_resume.allow=[optim])" in said
+    assert f"{new}/metrics.jsonl begins with step 4" in said
+    assert files_of(old) == before
+    assert [line["step"] for line in losses(new)] == [4, 5, 6]
+    assert [line["optim/lr"] for line in losses(new)] == [2e-3] * 3
+    assert losses(new)[0]["loss/cross_entropy"] == losses(old)[3]["loss/cross_entropy"]
+    state = json.loads((new / "checkpoints" / "step_000006" / "state.json").read_text())
+    assert state["resumed_from"] == [str(fork)]
+    assert is_finished(sft(world, new, *changed))
+
+
+@pytest.fixture
+def own(world: World, tmp_path: Path) -> World:
+    """A world that a test may change."""
+    for name in ("student", "data"):
+        shutil.copytree(world.path(name), tmp_path / "world" / name)
+    return World(tmp_path / "world")
+
+
+def test_a_run_goes_on_with_mended_data_once_it_is_allowed_to(
+    own: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    launch(sft(own, out), crash_at=4)
+    file = Path(own.path("data", "train", "math.jsonl"))
+    file.write_text("\n".join(file.read_text().splitlines()[1:]) + "\n")  # without its first row
+    assert "go on with these with on_resume.allow=[data]" in refusal(sft(own, out))
+    capfd.readouterr()
+    launch(sft(own, out, "on_resume.allow=[data]"), crash_at=4)
+    assert capfd.readouterr().out.count("as on_resume.allow=[data] allows; rows may be") == 1
+    launch(sft(own, out, "on_resume.allow=[data]", "checkpoint.save_every=1"))
+    assert [line["step"] for line in losses(out)] == [1, 2, 3, 4, 5, 6]
+    assert is_finished(sft(own, out))
+
+
+def test_a_run_goes_on_with_its_files_elsewhere(own: World, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    launch(sft(own, out), crash_at=4)
+    own.root.rename(tmp_path / "moved")
+    launch(sft(World(tmp_path / "moved"), out))
+    assert [line["step"] for line in losses(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_run_that_began_with_other_weights_is_not_taken_up_unasked(
+    own: World, world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    launch(sft(own, out), crash_at=4)
+    # The same shape, and in the second case the same place.
+    other = world.path("sft", "export")
+    assert "on_resume.allow=[model]" in refusal(sft(own, out, f"model.path={other}"))
+    shutil.copy(f"{other}/model.safetensors", own.path("student"))
+    assert "student holds something else than before" in refusal(sft(own, out))
+    capfd.readouterr()
+    launch(sft(own, out, "on_resume.allow=[model]"))
+    assert "student holds something else than before (allowed" in capfd.readouterr().out
+    launch(sft(own, out))  # it is known from then on
+
+
+def test_another_teacher_is_taken_once_it_is_allowed_to(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    given = ["checkpoint.save_every=1"]
+    launch(opd(world, tmp_path, *given), crash_at=3)
+    other = f"stage.cascade.first.teacher.path={world.path('teacher_second', 'export')}"
+    assert "go on with this one with on_resume.allow=[teacher]" in refusal(
+        opd(world, tmp_path, *given, other)
+    )
+    launch(opd(world, tmp_path, *given, other, "on_resume.allow=[teacher]"), crash_at=4)
+    assert "as on_resume.allow=[teacher] allows" in capfd.readouterr().out
+    launch(opd(world, tmp_path, *given, other))
+    assert [line["step"] for line in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_checkpoint_of_an_older_version_is_taken_up(world: World, tmp_path: Path) -> None:
+    launch(sft(world, tmp_path), crash_at=4)
+    state_file = tmp_path / "checkpoints" / "step_000003" / "state.json"
+    state = json.loads(state_file.read_text())
+    for name in ("phases", "architecture", "content", "resumed_from", "schedule_steps"):
+        del state[name]
+    del state["config"]["on_resume"], state["config"]["stage"]["max_steps"]
+    state_file.write_text(json.dumps(state))
+    manifest_file = state_file.with_name("manifest.json")
+    manifest = json.loads(manifest_file.read_text())
+    manifest["files"]["state.json"] = entry_of(state_file)
+    manifest_file.write_text(json.dumps(manifest))
+    launch(sft(world, tmp_path))
+    assert [line["step"] for line in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_all_ranks_refuse_alike_and_go_on_alike(own: World, world: World, tmp_path: Path) -> None:
+    given = ["parallel.expert_parallel_size=2"]
+    launch(sft(own, tmp_path, *given), crash_at=4, num_ranks=2)
+    shutil.copy(f"{world.path('sft', 'export')}/model.safetensors", own.path("student"))
+    with pytest.raises(AssertionError) as failure:
+        launch(sft(own, tmp_path, *given), num_ranks=2)
+    assert str(failure.value).count("InputError: ") == 2
+    launch(sft(own, tmp_path, *given, "on_resume.allow=[model]"), num_ranks=2)
+    assert [line["step"] for line in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
