@@ -104,6 +104,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "seed",
         "model.tokenizer",
         "model.chat_template",
+        "model.chat_template_kwargs.**",
         "data.sources.**",
         "data.held_out.**",  # free where nothing is decided by it
         "data.num_rows",
@@ -392,7 +393,8 @@ def checkpoints_of(cfg: TrainConfig) -> Path:
 def complete_checkpoints(directory: Path) -> list[Path]:
     """List the complete checkpoints of a run, newest first."""
     found = [p for p in directory.glob("step_*") if STEP_NAME.match(p.name)]
-    return sorted((p for p in found if (p / MANIFEST).is_file()), reverse=True)
+    complete = (p for p in found if (p / MANIFEST).is_file())
+    return sorted(complete, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
 
 
 def find_checkpoint(cfg: TrainConfig) -> Path | None:

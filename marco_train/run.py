@@ -103,7 +103,7 @@ class Run:
         self._started = time.perf_counter()
         self._step_started = self._started
         self._first = 0
-        self._saved = policy.num_updates if resumed else None
+        self._saved: int | None = None
         self._tracker: Tracker | None = None
         if is_main():
             plain = plain_config(cfg)
@@ -128,7 +128,12 @@ class Run:
             begin(cfg)
             set_aside_newer(checkpoints_of(cfg), policy.num_updates)
         barrier()
-        return cls(cfg, policy, parts, found is not None, noted)
+        run = cls(cfg, policy, parts, found is not None, noted)
+        if found is not None and is_within(found.checkpoint, cfg):
+            run._saved = found.num_updates
+        elif found is not None and cfg.checkpoint.save_every is not None:
+            run._save(found.num_updates)  # a later launch need not find the other run's
+        return run
 
     def steps(self, until: int) -> Iterator[int]:
         """Yield the steps still to make, counted from 0."""
@@ -271,18 +276,22 @@ def resume_from(
     refuse_other_tensors(path, policy.state_tensors(), tensors)
     policy.load_state(tensors, step)
     load_generators(tensors)
-    old = path.parent.parent
     if is_main():
         say(f"resumed from {path}")
         for sentence in (*found.sentences, *map(said_of_allowed, changed)):
             say(f"  {sentence}")
-        if old.resolve() != Path(cfg.output_dir).resolve():
+        if not is_within(path, cfg):
             say(
                 f"  {cfg.output_dir}/metrics.jsonl begins with step {step + 1}, as a run of its "
-                f"own on W&B; the steps before are in {old}/metrics.jsonl"
+                f"own on W&B; the steps before are in {path.parent.parent}/metrics.jsonl"
             )
     content = state.get("content", {}) if not changed else noted_content(cfg)
     return {"content": content, "resumed_from": [*state.get("resumed_from", []), str(path)]}
+
+
+def is_within(checkpoint: Path, cfg: TrainConfig) -> bool:
+    """Whether a checkpoint is of the run's own directory, and not another's."""
+    return checkpoint.parent.resolve() == checkpoints_of(cfg).resolve()
 
 
 def noted_content(cfg: TrainConfig) -> dict[str, str | None]:

@@ -20,6 +20,7 @@ from marco_train.stages.opd import run_opd
 from marco_train.teachers.cascade import Cascade
 from marco_train.teachers.vocab import check_student_vocabulary
 from tests.conftest import DENSE, World, architecture, compose_config, launch, make_tokenizer
+from tests.unit.test_resumption import leave_checkpoint
 
 REFUSED = [
     ("quickstart_evaluate", "rollout@stage.rollout=vllm_server", "choose rollout@stage.rollout=hf"),
@@ -114,6 +115,19 @@ def test_the_command_line_fails_in_one_sentence_without_a_traceback(tmp_path: Pa
     done = launch("experiment=quickstart_sft", f"root={tmp_path}", "optim.clip_norm=0")
     assert done.returncode == 1
     assert done.stderr.strip() == "error: optim.clip_norm is 0.0, and must be greater than 0"
+
+
+def test_a_resumption_that_changes_what_is_learnt_says_how_to_allow_it(
+    world: World, tmp_path: Path
+) -> None:
+    given = ["experiment=quickstart_sft", f"root={world.root}", f"output_dir={tmp_path}"]
+    leave_checkpoint(compose_config("quickstart_sft", *given[1:]), 3)
+    done = launch(*given, "seed=1", "on_resume.allow=[optim]")
+    assert done.returncode != 0
+    assert "seed: 0 -> 1; on_resume.allow=[data,optim] goes on with the new values" in done.stderr
+    assert "Traceback" not in done.stderr
+    wrong = launch(*given, "on_resume.allow=[date]")
+    assert "Traceback" not in wrong.stderr and "model, data, objective" in wrong.stderr
 
 
 def test_a_missing_path_is_named_before_a_model_is_built(tmp_path: Path) -> None:

@@ -163,6 +163,7 @@ def test_a_fork_leaves_the_run_it_comes_from_as_it_is(
     assert losses(new)[0]["loss/cross_entropy"] == losses(old)[3]["loss/cross_entropy"]
     state = json.loads((new / "checkpoints" / "step_000006" / "state.json").read_text())
     assert state["resumed_from"] == [str(fork)]
+    assert (new / "checkpoints" / "step_000003" / "manifest.json").is_file()  # needs no other run
     assert is_finished(sft(world, new, *changed))
 
 
