@@ -122,7 +122,9 @@ def test_a_resumption_that_changes_what_is_learnt_says_how_to_allow_it(
 ) -> None:
     given = ["experiment=quickstart_sft", f"root={world.root}", f"output_dir={tmp_path}"]
     leave_checkpoint(compose_config("quickstart_sft", *given[1:]), 3)
-    done = launch(*given, "seed=1", "on_resume.allow=[optim]")
+    # Before anything is opened: the file would be missed.
+    absent = f"data.sources.math.path={tmp_path}/absent"
+    done = launch(*given, absent, "seed=1", "on_resume.allow=[optim]")
     assert done.returncode != 0
     assert "seed: 0 -> 1; on_resume.allow=[data,optim] goes on with the new values" in done.stderr
     assert "Traceback" not in done.stderr

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from wandb.proto.wandb_internal_pb2 import Record
+from wandb.proto.wandb_internal_pb2 import HistoryItem, HistoryRecord, HistoryStep, Record
 
 from marco_train.config import LoggingBackend, LoggingConfig, WandbMode
 from marco_train.metrics import NAMES
@@ -184,6 +184,31 @@ def test_what_a_killed_launch_had_not_written_is_recorded_by_the_next(tmp_path: 
     time.sleep(1.1)
     launch_offline(tmp_path, 4, 6)
     assert [history for _, history in recorded(tmp_path)] == [[], curve(range(1, 7))]
+
+
+def test_a_record_of_wandb_is_found_past_the_end_of_a_block(tmp_path: Path) -> None:
+    def history(step: int, length: int) -> bytes:
+        """A record of exactly so many bytes."""
+        item = HistoryItem(key="loss", value_json="")
+        record = Record(history=HistoryRecord(step=HistoryStep(num=step), item=[item]))
+        while record.ByteSize() < length:
+            record.history.item[0].value_json += "1" * max(1, length - record.ByteSize() - 16)
+        assert record.ByteSize() == length
+        return record.SerializeToString()
+
+    def fragment(content: bytes, kind: int) -> bytes:
+        return struct.pack("<IHB", 0, len(content), kind) + content
+
+    block = 2**15
+    # 3 bytes remain of the first block, too few for a header; the next record crosses into a third.
+    first = fragment(history(1, block - 7 - 7 - 3), 1) + bytes(3)
+    long = history(2, block + 1000)
+    second = fragment(long[: block - 7], 2) + fragment(long[block - 7 :], 4)
+    file = tmp_path / "run-a.wandb"
+    file.write_bytes(b":W&B\x00\x00\x00" + first + second + fragment(history(3, 100), 1))
+    assert _lost_after([file]) == 3
+    file.write_bytes(file.read_bytes()[:-50])
+    assert _lost_after([file]) == 2
 
 
 def test_long_files_of_wandb_are_read_to_their_end(tmp_path: Path) -> None:
