@@ -129,10 +129,11 @@ class Run:
             set_aside_newer(checkpoints_of(cfg), policy.num_updates)
         barrier()
         run = cls(cfg, policy, parts, found is not None, noted)
-        if found is not None and is_within(found.checkpoint, cfg):
-            run._saved = found.num_updates
-        elif found is not None and cfg.checkpoint.save_every is not None:
-            run._save(found.num_updates)  # a later launch need not find the other run's
+        if found is not None:
+            if found.checkpoint.parent.resolve() == checkpoints_of(cfg).resolve():
+                run._saved = found.num_updates
+            elif cfg.checkpoint.save_every is not None:
+                run._save(found.num_updates)  # a later launch need not look elsewhere
         return run
 
     def steps(self, until: int) -> Iterator[int]:
@@ -280,18 +281,13 @@ def resume_from(
         say(f"resumed from {path}")
         for sentence in (*found.sentences, *map(said_of_allowed, changed)):
             say(f"  {sentence}")
-        if not is_within(path, cfg):
+        if (old := path.parent.parent).resolve() != Path(cfg.output_dir).resolve():
             say(
                 f"  {cfg.output_dir}/metrics.jsonl begins with step {step + 1}, as a run of its "
-                f"own on W&B; the steps before are in {path.parent.parent}/metrics.jsonl"
+                f"own on W&B; the steps before are in {old}/metrics.jsonl"
             )
     content = state.get("content", {}) if not changed else noted_content(cfg)
     return {"content": content, "resumed_from": [*state.get("resumed_from", []), str(path)]}
-
-
-def is_within(checkpoint: Path, cfg: TrainConfig) -> bool:
-    """Whether a checkpoint is of the run's own directory, and not another's."""
-    return checkpoint.parent.resolve() == checkpoints_of(cfg).resolve()
 
 
 def noted_content(cfg: TrainConfig) -> dict[str, str | None]:

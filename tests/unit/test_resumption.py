@@ -76,6 +76,7 @@ def test_every_row_of_the_table_is_a_field() -> None:
     assert len(rows) == len(set(rows)) > 60
 
 
+COSINE = ["optim.schedule=cosine", "optim.min_learning_rate=1e-4"]
 URLS = "stage.cascade.second.teacher.servers"
 # Stage, then, now, and what becomes of it: free, said, or the group that has to be allowed.
 CHANGES: list[tuple[str, list[str], list[str], str]] = [
@@ -110,6 +111,7 @@ CHANGES: list[tuple[str, list[str], list[str], str]] = [
     ("opd", [], ["data.held_out=null"], "free"),
     ("opd", [], ["stage.cascade.second.num_steps=9"], "said"),
     ("opd", [], ["stage.cascade.first.num_steps=3"], "said"),
+    ("opd", COSINE, ["stage.cascade.second.num_steps=9"], "asked"),
     ("opd", [], ["stage.cascade.first.num_steps=2"], "fewer"),
     ("opd", [], ["stage.objective=sampled"], "objective"),
     ("opd", [], ["stage.cascade.first.converged.measure_every=2"], "objective"),
