@@ -76,7 +76,11 @@ def test_every_row_of_the_table_is_a_field() -> None:
     assert len(rows) == len(set(rows)) > 60
 
 
-COSINE = ["optim.schedule=cosine", "optim.min_learning_rate=1e-4"]
+COSINE = [
+    "optim.schedule=cosine",
+    "optim.min_learning_rate=1e-4",
+    "optim.warmup_steps=0",
+]
 URLS = "stage.cascade.second.teacher.servers"
 # Stage, then, now, and what becomes of it: free, said, or the group that has to be allowed.
 CHANGES: list[tuple[str, list[str], list[str], str]] = [
