@@ -96,10 +96,10 @@ class MetricSums:
         values = torch.stack(list(output.values.values())).double()  # [metrics, N]
         self._add_group("", output.values, values.sum(1))
         rows = torch.cat([values, torch.ones_like(values[:1])])  # the last counts tokens
-        by_group = rows.new_zeros(len(rows), len(microbatch.groups))
+        by_group = rows.new_zeros(len(rows), len(microbatch.groups) + 1)  # the last: no group
         for ids in microbatch.group_ids.T:
             by_group.index_add_(1, ids, rows)
-        for group, sums in zip(microbatch.groups, by_group.T, strict=True):
+        for group, sums in zip(microbatch.groups, by_group.T[:-1], strict=True):
             self._add_group(group, [*output.values, COUNT], sums)
         for name, value in output.spreads.items():
             counts = torch.histc(value, SPREAD_BINS, -SPREAD_BOUND, SPREAD_BOUND)

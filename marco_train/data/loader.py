@@ -19,7 +19,14 @@ from marco_train.distributed import rank, reduce_sums, world_size
 from marco_train.errors import InputError
 from marco_train.metrics import Metrics
 from marco_train.tracking import say
-from marco_train.types import GROUPED_BY, Conversation, Example, Microbatch, Prompt
+from marco_train.types import (
+    GROUPED_BY,
+    Conversation,
+    Example,
+    Microbatch,
+    Prompt,
+    prompt_groups,
+)
 
 T = TypeVar("T", Example, Prompt)
 
@@ -168,7 +175,10 @@ class PromptLoader(_Loader):
 
     def groups(self) -> set[str]:
         """Names of the groups of rollouts that these prompts give, as `category_math`."""
-        return {f"{kind}_{name}" for kind in GROUPED_BY for name in self._stream.values(kind)}
+        categories, languages = (self._stream.values(kind) for kind in GROUPED_BY)
+        return {group for name in categories for group in prompt_groups(name, "")} | {
+            group for name in languages for group in prompt_groups("", name)
+        }
 
     def held_out(self, count: int) -> list[Prompt]:
         """Render this rank's share of `count` held-out prompts; rows at fault are left out.

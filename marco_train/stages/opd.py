@@ -10,6 +10,7 @@ from marco_train.data.loader import PromptLoader
 from marco_train.data.packing import pack_rollouts
 from marco_train.engine.policy import Policy, build_policy
 from marco_train.losses.distillation import build_reverse_kl
+from marco_train.metrics import check_names
 from marco_train.models.hf_io import stop_token_ids
 from marco_train.rollout.ahead import Ahead
 from marco_train.rollout.base import Sampler, summarize
@@ -39,7 +40,9 @@ def run_opd(cfg: TrainConfig) -> None:
     cascade = Cascade(  # refuses a teacher of other tokens, turns or stops
         opd, cfg.model.tokenizer, tokenizer.chat_template, student.vocab_size
     )
-    cascade.check_groups(prompts.groups())
+    groups = prompts.groups()
+    check_names(f"kl/reverse/{group}" for group in groups)
+    cascade.check_groups(groups)
     held_out = prompts.held_out(cascade.num_held_out)
     policy = build_policy(
         cfg.model, cfg.optim, cfg.parallel, cascade.num_steps, cfg.seed, tokenizer.chat_template

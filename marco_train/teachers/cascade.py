@@ -25,6 +25,7 @@ from marco_train.teachers.cache import ScoreCache
 from marco_train.teachers.preflight import check_files, check_scores, probe_rollouts
 from marco_train.teachers.routed import RoutedTeacher
 from marco_train.tracking import say
+from marco_train.types import group_name
 from marco_train.vllm_engine import require_vllm
 
 
@@ -96,7 +97,7 @@ class Cascade:
             InputError: Names them, and those that there are.
         """
         for name, phase in self._cfg.cascade.items():
-            unknown = sorted(phase.teacher_of.keys() - known)
+            unknown = sorted({group_name(group) for group in phase.teacher_of} - known)
             require(
                 not unknown,
                 f"stage.cascade.{name}.teacher_of names {', '.join(unknown)}, of which there are "
@@ -165,7 +166,7 @@ class Cascade:
         if self._open is None or self._open[0] != phase.name:
             default = self._open_teacher(phase.cfg.teacher, phase.name)
             others = {
-                group: self._open_teacher(cfg, phase.name)
+                group_name(group): self._open_teacher(cfg, phase.name)
                 for group, cfg in phase.cfg.teacher_of.items()
             }
             opened = RoutedTeacher(default, others) if others else default
