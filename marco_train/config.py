@@ -487,7 +487,8 @@ class OPDConfig(StageConfig):
 
     objective: Objective = MISSING
     max_importance_ratio: float | None = MISSING
-    """Truncation of policy/sampler in the `sampled` objective. None: no truncation."""
+    """Cap on the weight policy/sampler of a token's gradient in the `sampled` objective, any number
+    above 0. None: no cap."""
     max_advantage: float | None = MISSING
     """Bound on |log teacher - log sampler| in the `sampled` objective, in nats. None: no bound."""
     top_k: int | None = MISSING

@@ -23,7 +23,7 @@ NAMES = {
     "kl/topk_overlap": "share of the policy's K likeliest tokens among the teacher's K",
     "kl/teacher_entropy": "nats a token",
     "kl/advantage": "log teacher - log sampler of the sampled tokens; quantiles, nats",
-    "kl/ratio_truncated": "share of tokens whose policy/sampler ratio was truncated",
+    "kl/ratio_truncated": "share of tokens whose weight policy/sampler was above the cap",
     "kl/sampler_mismatch": "mean |log policy - log sampler| of the sampled tokens, nats",
     "kl/sampler": "sampler against policy, estimated from the sampled tokens, nats a token",
     "eval/reverse_kl": "on held-out prompts before this step, nats a token",
