@@ -600,6 +600,12 @@ class EvaluateConfig(StageConfig):
             "stage.rollout.replay_routing is true, and an evaluation makes no update that could "
             "take the sampler's experts: set it to false",
         )
+        both = sorted(self.models.keys() & self.teachers.keys())
+        require(
+            not both,
+            f"stage.models and stage.teachers both name {', '.join(both)}: the report tells models "
+            "apart by their names, so give each its own",
+        )
         require(
             0 < self.num_kl_responses <= self.responses_per_prompt,
             f"stage.num_kl_responses is {self.num_kl_responses}, and must lie between 1 and "

@@ -66,6 +66,7 @@ REFUSED = [
     ("quickstart_evaluate", "stage.rollout.replay_routing=true", "an evaluation makes no update"),
     ("quickstart_evaluate", "stage.num_kl_responses=9", "num_kl_responses is 9"),
     ("quickstart_evaluate", "stage.rollout.temperature=0.5", "temperature is 0.5"),
+    ("quickstart_evaluate", "+stage.models.first=outputs/other", "both name first"),
     ("quickstart_base", "stage.max_length=300", "sequences of 300 tokens, and the model has 256"),
     ("quickstart_opd", "experiment=quickstart_dpo", "quickstart_dpo"),
 ]
