@@ -12,7 +12,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
 from marco_train.architecture import ArchitectureConfig, check_expert_parallel
-from marco_train.errors import require, require_positive
+from marco_train.errors import InputError, require, require_positive
 
 
 class StageKind(Enum):
@@ -742,11 +742,7 @@ class TrainConfig:
         longest = longest_sequence(self.stage)
         if architecture is not None:
             check_expert_parallel(architecture, self.parallel.expert_parallel_size)
-            require(
-                longest <= architecture.max_position_embeddings,
-                f"the stage allows sequences of {longest} tokens, and the model has "
-                f"{architecture.max_position_embeddings} positions",
-            )
+            check_positions(self.stage, architecture.max_position_embeddings, "the model")
             if isinstance(self.stage, OPDConfig):
                 check_replay(self.stage.rollout, architecture)
         require(
@@ -773,6 +769,31 @@ def longest_sequence(stage: StageConfig) -> int:
         case OPDConfig() | EvaluateConfig():
             return stage.max_prompt_length + stage.max_response_length
     raise TypeError(f"no such stage: {type(stage).__name__}")
+
+
+def check_positions(
+    stage: StageConfig, positions: int | None, owner: str, num_extra: int = 0
+) -> None:
+    """Refuse a model that has fewer positions than the longest sequence of a stage needs.
+
+    Args:
+        stage: What is to be run.
+        positions: Tokens of the longest sequence that the model can take. None: it does not say.
+        owner: What the message calls the model.
+        num_extra: Tokens that are made after a sequence, though nobody asks for them.
+    """
+    longest = longest_sequence(stage)
+    if positions is None or longest + num_extra <= positions:
+        return
+    extra = f" and {num_extra} more to score them" if num_extra else ""
+    lengths = "stage.max_prompt_length + stage.max_response_length"
+    if isinstance(stage, SFTConfig):
+        lengths = "stage.max_length"
+    raise InputError(
+        f"the stage allows sequences of {longest} tokens{extra}, and {owner} has {positions} "
+        f"positions: bring {lengths} down to {positions - num_extra} or less, or take a model of "
+        "more positions"
+    )
 
 
 def register_schemas() -> None:

@@ -5,7 +5,6 @@ turn. Numbers, whenever a teacher is opened: the same answer to the same questio
 for each token that was asked, and an opinion, which a model that came back empty does not have.
 """
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,10 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marco_train.config import DType, TeacherConfig
+from marco_train.architecture import read_architecture, read_config, read_json
+from marco_train.config import DType, TeacherBackend, TeacherConfig
 from marco_train.errors import require
 from marco_train.losses.logprobs import token_logprobs
-from marco_train.models.hf_io import stop_token_ids
+from marco_train.models.hf_io import (
+    check_checkpoint,
+    decoder_config,
+    stop_token_ids,
+    stored_weights,
+)
 from marco_train.teachers.base import SAME_ANSWER, Teacher, Wanted
 from marco_train.teachers.vocab import check_head_rows, check_vocabulary
 from marco_train.types import (
@@ -70,7 +75,7 @@ WORST_GUESSES = 3.0
 def check_files(
     student_tokenizer: str, chat_template: str, vocab_size: int, cfg: TeacherConfig, name: str
 ) -> None:
-    """Refuse a teacher whose tokens, turns or stops are not the student's.
+    """Refuse a teacher that is no whole model, or has other tokens, turns or stops.
 
     Args:
         student_tokenizer: Directory of the student's tokenizer.
@@ -83,6 +88,10 @@ def check_files(
         InputError: Says what was expected, what came and what to do.
     """
     path = cfg.path
+    if cfg.backend is TeacherBackend.moe:
+        stored_weights(path, read_architecture(path))
+    else:
+        check_checkpoint(path, cfg.backend)
     check_vocabulary(student_tokenizer, path, name)
     check_head_rows(vocab_size, path, name)
     # A second to import; wrong files are refused before.
@@ -129,8 +138,11 @@ def _check_stop_ids(student: int, cfg: TeacherConfig, vocab_size: int, name: str
         f"{name}: stop_id is {cfg.stop_id}, and must be one of the {vocab_size} ids",
     )
     generation = Path(cfg.path) / "generation_config.json"
-    file = generation if generation.is_file() else Path(cfg.path) / "config.json"
-    found = json.loads(file.read_text()).get("eos_token_id")
+    if generation.is_file():
+        file, found = generation, read_json(generation).get("eos_token_id")
+    else:  # the decoder's part of a config says it where the whole does not
+        file, found = Path(cfg.path) / "config.json", read_config(cfg.path).get("eos_token_id")
+        found = decoder_config(cfg.path).get("eos_token_id") if found is None else found
     stops = found if isinstance(found, list) else [] if found is None else [found]
     require(
         cfg.stop_id is None or cfg.stop_id in stops,
