@@ -62,9 +62,8 @@ def check_stage(cfg: TrainConfig) -> None:
     from marco_train import distributed
     from marco_train.data.chat import load_tokenizer
     from marco_train.data.loader import PromptLoader, SFTLoader
-    from marco_train.models.hf_io import stored_weights
+    from marco_train.models.hf_io import stored_weights, student_architecture
     from marco_train.rollout.build import check_sampler
-    from marco_train.stages.opd import student_architecture
     from marco_train.teachers.cascade import Cascade
     from marco_train.teachers.vocab import check_student_vocabulary
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from functools import partial
 
-from marco_train.architecture import ArchitectureConfig, read_architecture
 from marco_train.config import TrainConfig, longest_sequence
 from marco_train.data.chat import load_tokenizer
 from marco_train.data.loader import PromptLoader
@@ -11,7 +10,7 @@ from marco_train.data.packing import pack_rollouts
 from marco_train.engine.policy import Policy, build_policy
 from marco_train.losses.distillation import build_reverse_kl
 from marco_train.metrics import check_names
-from marco_train.models.hf_io import stop_token_ids
+from marco_train.models.hf_io import stop_token_ids, student_architecture
 from marco_train.rollout.ahead import Ahead
 from marco_train.rollout.base import Sampler, summarize
 from marco_train.rollout.build import build_sampler, check_sampler
@@ -122,11 +121,3 @@ def refuse_mismatch(step: int, mismatch: float, bound: float | None) -> None:
             "another distribution than the one that is trained; with max_staleness=1 an update "
             "lies between, and the bound may want raising. The last checkpoint is intact"
         )
-
-
-def student_architecture(cfg: TrainConfig) -> ArchitectureConfig:
-    """Shape of the student, from its files or from the config."""
-    if cfg.model.path is not None:
-        return read_architecture(cfg.model.path)
-    assert cfg.model.architecture is not None
-    return cfg.model.architecture

@@ -18,7 +18,7 @@ from marco_train.config import (
 from marco_train.distributed import is_main, reduce_sums, world_size
 from marco_train.errors import InputError, require
 from marco_train.metrics import Metrics
-from marco_train.models.hf_io import stop_token_ids
+from marco_train.models.hf_io import check_teacher_positions, stop_token_ids
 from marco_train.teachers.base import Teacher, Wanted
 from marco_train.teachers.build import build_teacher
 from marco_train.teachers.cache import ScoreCache
@@ -75,12 +75,13 @@ class Cascade:
             for key, teacher in _teachers(phase).items():
                 if teacher.backend is TeacherBackend.vllm:
                     require_vllm()
-                if not (Path(teacher.path) / "config.json").is_file():
+                if not Path(teacher.path).is_dir():
                     raise InputError(
                         f"stage.cascade.{name}.{key}.path: there is no model at {teacher.path!r}"
                     )
                 owner = f"teacher {name!r}" if key == "teacher" else f"teacher {name!r} ({key})"
                 check_files(student_tokenizer, chat_template, vocab_size, teacher, owner)
+                check_teacher_positions(cfg, teacher, owner)
         self._cfg = cfg
         self._student_tokenizer = student_tokenizer
         self._open: tuple[str, Teacher] | None = None
