@@ -322,7 +322,8 @@ def _load_format_of_whole_models() -> str:
             super().__init__(replace(load_config, load_format="auto"))
 
         def load_weights(self, model: Any, model_config: Any) -> None:
-            load_whole(model, partial(super().load_weights, model, model_config), model_config.model)
+            load = partial(super().load_weights, model, model_config)
+            load_whole(model, load, model_config.model)
 
     return LOAD_FORMAT
 

@@ -89,8 +89,8 @@ def check_stage(cfg: TrainConfig) -> None:
         cascade.check_groups(prompts.groups())
         prompts.held_out(cascade.num_held_out)
         check_sampler(stage.rollout, student)
-        for phase in cascade.phases:
-            checked(f"teacher {phase.name!r}", partial(cascade.teacher_at, phase.first))
+        for phase in cascade.phases:  # compared with no answers: there is no student to ask
+            checked(f"teacher {phase.name!r}", partial(cascade.teacher_at, phase.first, list))
         cascade.close()
     distributed.stop()
 

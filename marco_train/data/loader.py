@@ -180,6 +180,15 @@ class PromptLoader(_Loader):
             group for name in languages for group in prompt_groups("", name)
         }
 
+    def first(self, count: int) -> list[Prompt]:
+        """Render this rank's share of the run's first prompts; rows at fault are left out.
+
+        The cursor stays where it is.
+        """
+        share = range(rank(), count, world_size())
+        rendered = [self._render(index, self._stream[index]) for index in share]
+        return [prompt for prompt in rendered if not isinstance(prompt, str)]
+
     def held_out(self, count: int) -> list[Prompt]:
         """Render this rank's share of `count` held-out prompts; rows at fault are left out.
 

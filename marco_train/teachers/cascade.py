@@ -4,7 +4,10 @@ It changes at a known step, or earlier, where the held-out reverse KL has stoppe
 """
 
 from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +22,21 @@ from marco_train.distributed import is_main, reduce_sums, world_size
 from marco_train.errors import InputError, require
 from marco_train.metrics import Metrics
 from marco_train.models.hf_io import check_teacher_positions, stop_token_ids
-from marco_train.teachers.base import Teacher, Wanted
+from marco_train.resumption import field_difference
+from marco_train.teachers.base import SAME_ANSWER, Teacher, Wanted
 from marco_train.teachers.build import build_teacher
 from marco_train.teachers.cache import ScoreCache
-from marco_train.teachers.preflight import check_files, check_scores, probe_rollouts
+from marco_train.teachers.identity import Identity
+from marco_train.teachers.preflight import (
+    check_files,
+    check_scores,
+    compare_with_student,
+    probe_rollouts,
+    same_answers,
+)
 from marco_train.teachers.routed import RoutedTeacher
 from marco_train.tracking import say
-from marco_train.types import group_name
+from marco_train.types import Rollout, group_name
 from marco_train.vllm_engine import require_vllm
 
 
@@ -88,7 +99,8 @@ class Cascade:
         # By phase; all are kept in checkpoints.
         self._converged: dict[str, int] = {}  # the step before which it ended
         self._measures: dict[str, dict[int, float]] = {}  # step -> held-out reverse KL
-        self._identities: dict[str, str] = {}
+        self._identities: dict[str, Identity] = {}
+        self._said: dict[str, dict[str, list[float]]] = {}  # of the probe sentences, by teacher
         self.phases = self._plan()
 
     def check_groups(self, known: set[str]) -> None:
@@ -156,8 +168,13 @@ class Cascade:
             say(f"phase {phase.name!r} has converged before step {step}: held-out KL {shown}")
         return phase.name
 
-    def teacher_at(self, step: int) -> Teacher:
+    def teacher_at(self, step: int, answer: Callable[[], Iterable[Rollout]]) -> Teacher:
         """Return the teacher of a step; opens it where its phase begins or a run resumes.
+
+        Args:
+            step: The step.
+            answer: Gives this rank's share of the student's answers to the run's first prompts;
+                asked only where a teacher is opened, before it takes memory.
 
         Raises:
             InputError: The teacher is not fit to teach, or another than before the run resumed.
@@ -165,34 +182,53 @@ class Cascade:
         """
         phase = self.phase_at(step)
         if self._open is None or self._open[0] != phase.name:
-            default = self._open_teacher(phase.cfg.teacher, phase.name)
-            others = {
-                group_name(group): self._open_teacher(cfg, phase.name)
-                for group, cfg in phase.cfg.teacher_of.items()
-            }
-            opened = RoutedTeacher(default, others) if others else default
-            known = self._identities.setdefault(phase.name, opened.identity)
-            require(
-                known == opened.identity,
-                f"teacher {phase.name!r} is another than the one that taught before this run was "
-                f"resumed ({known} -> {opened.identity}): bring that one back, or start with "
-                "resume=never",
-            )
+            answers = list(answer())
+            with ExitStack() as unless_fit:
+                opened = self._open_phase(phase, answers, unless_fit)
+                unless_fit.pop_all()
             if self._open is not None:
                 self._open[1].close()
             self._open = phase.name, opened
         return self._open[1]
 
-    def _open_teacher(self, cfg: TeacherConfig, phase: str) -> Teacher:
-        """Load a teacher and check its numbers before it teaches anything."""
+    def _open_phase(
+        self, phase: Phase, answers: Sequence[Rollout], unless_fit: ExitStack
+    ) -> Teacher:
+        """Load the teachers of a phase and check their numbers before they teach anything."""
+        opened, said = {}, {}
+        for key, cfg in _teachers(phase.cfg).items():
+            opened[key], said[key] = self._open_teacher(cfg, phase.name, answers, unless_fit)
+        others = {group_name(g): opened[f"teacher_of.{g}"] for g in phase.cfg.teacher_of}
+        teacher = RoutedTeacher(opened["teacher"], others) if others else opened["teacher"]
+        known = self._identities.setdefault(phase.name, teacher.identity)
+        changed = field_difference(known, teacher.identity)
+        known_said = self._said.setdefault(phase.name, said)
+        for key, cfg in _teachers(phase.cfg).items():
+            if not same_answers(known_said.get(key, []), said[key], cfg.dtype):
+                bound = SAME_ANSWER[cfg.dtype]
+                changed.append(f"{key}: says of plain sentences what is over {bound} nats away")
+        require(
+            not changed,
+            f"teacher {phase.name!r} is another than the one that taught before this run was "
+            f"resumed ({'; '.join(changed)}): bring that one back, or start with resume=never",
+        )
+        return teacher
+
+    def _open_teacher(
+        self, cfg: TeacherConfig, phase: str, answers: Sequence[Rollout], unless_fit: ExitStack
+    ) -> tuple[Teacher, list[float]]:
+        """Load a teacher and check it; also gives what it says of the probe sentences."""
         teacher = build_teacher(cfg, self._wanted)
+        unless_fit.callback(teacher.close)
         probes = probe_rollouts(self._student_tokenizer, self._wanted)
         name = f"teacher {phase!r} ({cfg.path})"
-        check_scores(teacher, probes, self._wanted.vocab_size, cfg.dtype, name)
-        teacher.take_counts()  # of the probes
+        said = check_scores(teacher, probes, self._wanted.vocab_size, cfg.dtype, name)
+        compare_with_student(teacher, answers, self._wanted.vocab_size, name)
+        teacher.take_counts()  # of the checks
         if self._cfg.score_cache.path is None:
-            return teacher
-        return ScoreCache(teacher, self._wanted, self._cfg.score_cache)
+            return teacher, said
+        same = partial(same_answers, said, dtype=cfg.dtype)
+        return ScoreCache(teacher, self._wanted, self._cfg.score_cache, said, same), said
 
     def close(self) -> None:
         """Let go of the teacher that is open."""
@@ -226,6 +262,7 @@ class Cascade:
                 for name, known in self._measures.items()
             },
             "teachers": self._identities,
+            "said": self._said,
         }
 
     def resume(self, step: int, state: dict[str, Any]) -> None:
@@ -240,13 +277,15 @@ class Cascade:
             for name, known in state["measures"].items()
         }
         self._identities = dict(state["teachers"])
+        self._said = dict(state["said"])
         self.phases = self._plan()
-        expected = self.state_at(step)
-        if state != expected:
-            raise InputError(
-                f"the cascade changed since the checkpoint was saved ({state} -> {expected}); "
-                "keep the phases up to this step as they were, or start with resume=never"
-            )
+        changed = field_difference(state, self.state_at(step))
+        require(
+            not changed,
+            f"the cascade changed since the checkpoint was saved (then -> now): "
+            f"{'; '.join(changed)}; keep the phases up to this step as they were, or start with "
+            "resume=never",
+        )
 
 
 def teacher_metrics(counts: Counter[str], phase: PhaseConfig, cached: bool) -> Metrics:

@@ -62,9 +62,9 @@ def load_whole(path: str, dtype: torch.dtype) -> Any:
             rows = (line.split("|") for line in "".join(report).splitlines())
             unconverted = [row[0].strip() for row in rows if len(row) > 1 and "CONV" in row[1]]
             named = f" ({name_first(unconverted)})" if unconverted else ""
-            said = " ".join(str(error).split())
+            reason = " ".join(str(error).split())
             raise InputError(
-                f"teacher {path}: transformers cannot load it{named}: {type(error).__name__}: {said}"
+                f"teacher {path}: transformers cannot load it{named}; it says: {reason}"
             ) from error
     mistakes = {
         "are missing": sorted(found["missing_keys"]),
@@ -76,7 +76,10 @@ def load_whole(path: str, dtype: torch.dtype) -> Any:
     }
     said = [f"{len(bad)} {what}: {name_first(bad)}" for what, bad in mistakes.items() if bad]
     if said:
-        raise InputError(f"teacher {path}: its weights do not fit its config.json; {'; '.join(said)}")
+        raise InputError(
+            f"teacher {path}: its weights do not fit its config.json, and what is missing would be "
+            f"drawn at random; {'; '.join(said)}"
+        )
     return model
 
 

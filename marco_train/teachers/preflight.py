@@ -2,7 +2,8 @@
 
 Files, before any model is loaded: the same ids for the same text, the same way to open and to end a
 turn. Numbers, whenever a teacher is opened: the same answer to the same question, one finite number
-for each token that was asked, and an opinion, which a model that came back empty does not have.
+for each token that was asked, and an opinion, which a model that came back empty does not have;
+what the student says is likelier to it than to a uniform guess.
 """
 
 import math
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from marco_train.architecture import read_architecture, read_config, read_json
 from marco_train.config import DType, TeacherBackend, TeacherConfig
+from marco_train.distributed import is_main, reduce_sums
 from marco_train.errors import require
 from marco_train.losses.logprobs import token_logprobs
 from marco_train.models.hf_io import (
@@ -25,6 +27,7 @@ from marco_train.models.hf_io import (
 )
 from marco_train.teachers.base import SAME_ANSWER, Teacher, Wanted
 from marco_train.teachers.vocab import check_head_rows, check_vocabulary
+from marco_train.tracking import say
 from marco_train.types import (
     FinishReason,
     HiddenScores,
@@ -32,6 +35,7 @@ from marco_train.types import (
     Rollout,
     ScoredRollout,
     TokenScores,
+    TopKScores,
 )
 
 # One sentence in each of the paper's 29 languages.
@@ -70,6 +74,15 @@ PROBES = {
 UNIFORM_SPREAD = 0.05
 # A mean log-probability this many times worse than a uniform guess is of no language model.
 WORST_GUESSES = 3.0
+# Prompts, the run's first, whose answers by the student every teacher is asked about.
+NUM_ANSWERED = 64
+# A student can write once its own words are, to itself, likelier than a uniform guess by half of
+# what there is to be gained, log V. A language model gains four fifths and more at temperature 1.
+# What a random student writes is noise, which a good teacher finds less likely than a guess.
+CAN_WRITE = 0.5
+# A teacher has read something if it gains a tenth of what such a student gains. Weights drawn at
+# random gain nothing; a teacher 5 nats from its student still gains a half, at V = 150,000.
+HAS_READ = 0.1
 
 
 def check_files(
@@ -184,8 +197,11 @@ def probe_rollouts(tokenizer_dir: str, wanted: Wanted) -> list[Rollout]:
 
 def check_scores(
     teacher: Teacher, rollouts: Sequence[Rollout], vocab_size: int, dtype: DType, name: str
-) -> None:
+) -> list[float]:
     """Refuse a teacher whose numbers cannot be trusted; every rank takes part.
+
+    Returns:
+        What it said: one number for each token of the responses, in nats.
 
     Raises:
         InputError: Says what was expected, what came and what to do.
@@ -196,6 +212,7 @@ def check_scores(
         f"{name} answered {len(once)} of {len(rollouts)} rollouts; it is broken or overloaded",
     )
     logprobs = []
+    said: list[float] = []
     for rollout, scored, other in zip(rollouts, once, again, strict=True):
         expected = len(rollout.response_ids)
         echoed = scored.rollout.input_ids == rollout.input_ids
@@ -211,6 +228,7 @@ def check_scores(
                 f"{name} gave {field} that are not finite: its weights or its type are broken",
             )
         logprobs.append(_token_logprobs(teacher, scored))
+        said += logprobs[-1].view(expected, -1).mean(1).tolist()
         difference = float((logprobs[-1] - _token_logprobs(teacher, other)).abs().max())
         require(
             difference <= SAME_ANSWER[dtype],
@@ -219,6 +237,70 @@ def check_scores(
             "computes; switch that off",
         )
     _check_opinion(torch.cat(logprobs), vocab_size, name)
+    return said
+
+
+def same_answers(known: Sequence[float], found: Sequence[float], dtype: DType) -> bool:
+    """Whether two openings of a teacher said the same of the probe sentences."""
+    if len(known) != len(found):
+        return False
+    return all(abs(a - b) <= SAME_ANSWER[dtype] for a, b in zip(known, found, strict=True))
+
+
+def compare_with_student(
+    teacher: Teacher, answers: Sequence[Rollout], vocab_size: int, name: str
+) -> None:
+    """Say how likely a teacher finds the student's answers; every rank takes part.
+
+    Args:
+        teacher: Just opened.
+        answers: This rank's share of the student's answers; without any, nothing is said.
+        vocab_size: V.
+        name: What the message calls the teacher.
+
+    Raises:
+        InputError: On every rank, where the student can write and the teacher is no better at it
+            than a uniform guess. Gives the three figures, nats a token in the mean.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)  # of the teacher, of the student, tokens
+    for scored in teacher.score(answers):
+        theirs = _answer_logprobs(teacher, scored, vocab_size)
+        own = torch.tensor(scored.rollout.sampler_logprobs)
+        known = theirs.isfinite()
+        sums += torch.stack([theirs[known].sum(), own[known].sum(), known.sum()])
+    of_teacher, of_student, num_tokens, num_answers = reduce_sums([*sums.tolist(), len(answers)])
+    if not num_tokens:
+        return
+    of_teacher, of_student = of_teacher / num_tokens, of_student / num_tokens
+    uniform = -math.log(vocab_size)
+    figures = (
+        f"{name} gives the student's answers to {num_answers:.0f} prompts {of_teacher:.2f} nats a "
+        f"token; the student itself {of_student:.2f}, a uniform guess {uniform:.2f}"
+    )
+    gained = of_student - uniform
+    require(
+        gained < CAN_WRITE * -uniform or of_teacher - uniform >= HAS_READ * gained,
+        f"{figures}: the teacher knows no more of what the student writes than a guess; its "
+        "weights did not arrive, or it never saw such text: fetch it anew, or take another",
+    )
+    if is_main():
+        say(figures)
+
+
+def _answer_logprobs(teacher: Teacher, scored: ScoredRollout, vocab_size: int) -> Tensor:
+    """The teacher's log-probability of each token of a response, [R] float32.
+
+    Of a token beyond the K that are told apart, it is taken to be an even share of what is left.
+    """
+    scores = scored.scores
+    if not isinstance(scores, TopKScores):
+        return _token_logprobs(teacher, scored)
+    logprobs = scores.teacher_topk_logprobs
+    num_others = vocab_size - logprobs.shape[1]
+    left = (1 - logprobs.exp().sum(1)).clamp_min(torch.finfo(torch.float32).eps)
+    others = left.log() - math.log(max(1, num_others))
+    found = scores.topk_ids == torch.tensor(scored.rollout.response_ids)[:, None]
+    return torch.where(found.any(1), torch.where(found, logprobs, 0.0).sum(1), others)
 
 
 def _token_logprobs(teacher: Teacher, scored: ScoredRollout) -> Tensor:

@@ -14,7 +14,7 @@ from marco_train.config import TrainConfig
 from marco_train.errors import AwayError
 from marco_train.rollout import hf
 from marco_train.stages.opd import RolloutMismatchError, run_opd
-from marco_train.teachers.preflight import PROBES
+from marco_train.teachers.preflight import NUM_ANSWERED, PROBES
 from tests.conftest import World, compose_config, launch
 from tests.faults.fake_server import FakeServer, fake_servers
 from tests.ranks import run_on_ranks
@@ -160,7 +160,7 @@ def test_a_second_run_over_the_same_rollouts_asks_no_server(world: World, tmp_pa
         for out in outs:
             server.outcomes.clear()
             run_on_ranks(1, distil, config(world, out, server, 1, kept), server.socket)
-            num_asked.append(server.outcomes["fine"] - 2 * len(PROBES))  # those of the preflight
+            num_asked.append(server.outcomes["fine"] - 2 * len(PROBES) - NUM_ANSWERED)  # preflight
     assert num_asked == [(NUM_STEPS - 2) * 4 * 2, 0]
     assert learnt(outs[0]) == learnt(outs[1])
     for out, share in zip(outs, (0, 1), strict=True):

@@ -120,9 +120,10 @@ class Noted:
     head = None
 
     def __init__(self, cfg: TeacherConfig, notes: list[str]) -> None:
-        self.identity = cfg.path.split("/")[-2]
+        self.name = cfg.path.split("/")[-2]
+        self.identity = {"weights": self.name}
         self.notes = notes
-        notes.append(f"open {self.identity}")
+        notes.append(f"open {self.name}")
 
     def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
         return []
@@ -131,17 +132,18 @@ class Noted:
         return Counter()
 
     def close(self) -> None:
-        self.notes.append(f"close {self.identity}")
+        self.notes.append(f"close {self.name}")
 
 
 @pytest.fixture
 def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
 
-    def check(teacher: Noted, *_: Any) -> None:
-        found.append(f"check {teacher.identity}")
-        if "second" in teacher.identity and len(found) > 8:
+    def check(teacher: Noted, *_: Any) -> list[float]:
+        found.append(f"check {teacher.name}")
+        if "second" in teacher.name and len(found) > 8:
             raise InputError("not fit")
+        return []
 
     monkeypatch.setattr(cascade, "build_teacher", lambda cfg, _: Noted(cfg, found))
     monkeypatch.setattr(cascade, "check_scores", check)
@@ -151,7 +153,7 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def test_the_next_teacher_is_checked_before_the_former_goes(world: World, notes: list[str]) -> None:
     found = cascade_of(world)
     for step in (0, 9, 10, 13):
-        found.teacher_at(step)
+        found.teacher_at(step, list)
     first, second = "teacher_first", "teacher_second"
     assert notes == [
         *(f"open {first}", f"check {first}"),
@@ -162,9 +164,10 @@ def test_the_next_teacher_is_checked_before_the_former_goes(world: World, notes:
 
     notes[:] = ["before"] * 7
     unfit = cascade_of(world)
-    unfit.teacher_at(9)
+    unfit.teacher_at(9, list)
     with pytest.raises(InputError, match="not fit"):
-        unfit.teacher_at(10)
+        unfit.teacher_at(10, list)
+    assert notes[-1] == f"close {second}"  # and not the former
     assert f"close {first}" not in notes
 
 

@@ -211,7 +211,7 @@ def test_the_cascade_changes_teacher_at_exactly_its_step(
     )
     whole = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
     assert opened == []  # checked, not loaded
-    widths = [whole.teacher_at(step).head.shape[1] for step in range(whole.num_steps)]
+    widths = [whole.teacher_at(step, list).head.shape[1] for step in range(whole.num_steps)]
     assert widths == [32, 32, 32, 48, 48]
     assert opened == ["teacher_first", "teacher_second"]
     assert [whole.ends_at(step) for step in range(5)] == [False, False, True, False, True]
@@ -220,7 +220,7 @@ def test_the_cascade_changes_teacher_at_exactly_its_step(
     opened.clear()
     resumed = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
     resumed.resume(3, whole.state_at(3))
-    assert resumed.teacher_at(3).head.shape[1] == 48
+    assert resumed.teacher_at(3, list).head.shape[1] == 48
     assert opened == ["teacher_second"]
 
 
@@ -267,9 +267,9 @@ def test_a_phase_opens_and_checks_the_teachers_of_its_groups(world: World) -> No
     right = path + world.path("teacher_second", "export")
     cfg = compose_config("quickstart_opd", *routed, right)
     whole = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
-    assert isinstance(whole.teacher_at(0), RoutedTeacher)
+    assert isinstance(whole.teacher_at(0, list), RoutedTeacher)
     last = whole.num_steps - 1
-    assert isinstance(whole.teacher_at(last), HFTeacher)
+    assert isinstance(whole.teacher_at(last, list), HFTeacher)
     missing = compose_config("quickstart_opd", *routed, path + "nowhere")
     with pytest.raises(InputError, match=r"first.teacher_of.category_math.path: there is no"):
         Cascade(missing.stage, missing.model.tokenizer, TEMPLATE, 320)
