@@ -1,6 +1,8 @@
 """A teacher that is not fit to teach is refused, with what was expected and what to do."""
 
 import json
+import math
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -8,16 +10,26 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from transformers import AutoModelForCausalLM
 
-from marco_train.config import DType, Objective, TeacherBackend
+from marco_train.config import DType, Objective, TeacherBackend, TopKFrom
 from marco_train.data.chat import CHATML
 from marco_train.errors import InputError
 from marco_train.teachers.base import Wanted
 from marco_train.teachers.build import build_teacher
-from marco_train.teachers.preflight import PROBES, check_files, check_scores, probe_rollouts
+from marco_train.teachers.preflight import (
+    PROBES,
+    check_files,
+    check_scores,
+    compare_with_student,
+    probe_rollouts,
+)
 from marco_train.types import Rollout, ScoredRollout, TokenScores
 from tests.conftest import World, teacher_config, wanted_of
+from tests.ranks import run_on_ranks
+from tests.unit.test_teachers import rollouts
 
 TEMPLATE = CHATML.read_text()
 LANGUAGES = "en zh ar de es fr ko ja pt tr id it nl pl ru vi th he uk ms bn cs ur kk el ro hu ne az"
@@ -164,3 +176,134 @@ def test_scores_of_other_tokens_or_fewer_rollouts_are_refused(world: World) -> N
         check_scores(Elsewhere(lambda x, _: x), probes, 320, DType.float32, "teacher")
     with pytest.raises(InputError, match="answered 28 of 29 rollouts"):
         check_scores(Forgetful(lambda x, _: x), probes, 320, DType.float32, "teacher")
+
+
+def answers(own: float) -> list[Rollout]:
+    """Answers of a student that gives each of its tokens one log-probability."""
+    return [replace(r, sampler_logprobs=[own] * len(r.response_ids)) for r in rollouts()]
+
+
+def figures(said: str) -> list[float]:
+    """The teacher's, the student's, and a uniform guess's."""
+    form = (
+        r"gives the student's answers to 5 prompts (-[\d.]+) nats a token; "
+        r"the student itself (-[\d.]+), a uniform guess (-[\d.]+)"
+    )
+    (found,) = re.findall(form, said)
+    return [float(number) for number in found]
+
+
+KINDS = {
+    "sampled": (Objective.sampled, 0, TopKFrom.sampler),
+    "full": (Objective.full, 0, TopKFrom.sampler),
+    "topk": (Objective.topk, 5, TopKFrom.sampler),
+    "topk of the teacher": (Objective.topk, 5, TopKFrom.teacher),
+    "topk, all of them": (Objective.topk, 320, TopKFrom.teacher),
+}
+
+
+def expected_logprob(path: str, kind: str, asked: Sequence[Rollout]) -> float:
+    """Mean log-probability of all tokens of responses under a model of transformers.
+
+    Beyond K likeliest tokens, what is left is shared evenly.
+    """
+    model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+    _, top_k, source = KINDS[kind]
+    found = []
+    for rollout in asked:
+        with torch.no_grad():
+            logits = model(torch.tensor([rollout.input_ids])).logits[0]
+        first = len(rollout.prompt.input_ids) - 1
+        places = zip(logits[first:-1].log_softmax(-1), rollout.response_ids, strict=True)
+        for place, (logprobs, token) in enumerate(places):
+            likeliest = logprobs.topk(top_k).indices.tolist()
+            if source is TopKFrom.sampler and top_k:
+                likeliest = rollout.topk_ids[place]
+            if top_k and token not in likeliest:
+                left = 1 - float(logprobs[likeliest].exp().sum())
+                found.append(math.log(left / (320 - top_k)))
+            else:
+                found.append(float(logprobs[token]))
+    return sum(found) / len(found)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_teacher_is_asked_about_the_students_own_answers(
+    kind: str, world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = world.path("teacher_first", "export")
+    teacher = build_teacher(teacher_config(path, TeacherBackend.hf), wanted_of(*KINDS[kind]))
+    expected = expected_logprob(path, kind, rollouts())
+    assert expected < -5  # the world's teachers are drawn at random
+    compare_with_student(teacher, answers(-5.25), 320, "teacher 'first'")
+    assert capsys.readouterr().out.startswith("teacher 'first' gives the student's answers")
+    with pytest.raises(InputError, match="than a guess; its weights did not arrive") as refusal:
+        compare_with_student(teacher, answers(-1.0), 320, "teacher 'first'")
+    assert capsys.readouterr().out == ""
+    found = figures(str(refusal.value))
+    assert found == pytest.approx([expected, -1.0, -math.log(320)], abs=0.006)
+
+
+# What the student gives its own answers, what the teacher does, and whether it may teach; a uniform
+# guess over 320 tokens is -5.77.
+PAIRS = [
+    (-1.0, -1.5, True),
+    (-1.0, -5.0, True),  # far from its student, and better than a guess
+    (-1.0, -5.5, False),
+    (-1.0, -5.77, False),
+    (-1.0, -9.0, False),
+    (-2.8, -5.6, False),
+    (-3.0, -9.0, True),  # a student that cannot write yet shows nothing
+    (-5.77, -7.0, True),
+]
+
+
+@pytest.mark.parametrize(("own", "theirs", "fit"), PAIRS)
+def test_a_teacher_no_better_than_a_guess_is_refused_once_the_student_can_write(
+    own: float, theirs: float, fit: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    teacher = Scripted(lambda x, _: torch.full_like(x, theirs))
+    if fit:
+        compare_with_student(teacher, answers(own), 320, "teacher")
+        said = capsys.readouterr().out
+    else:
+        with pytest.raises(InputError) as refusal:
+            compare_with_student(teacher, answers(own), 320, "teacher")
+        said = str(refusal.value)
+    assert figures(said) == pytest.approx([theirs, own, -5.77], abs=0.006)
+
+
+def test_tokens_without_a_number_are_left_out_on_both_sides(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = answers(-1.0)
+    asked[0].sampler_logprobs[0] = -100.0
+    known = Scripted(lambda x, call: torch.full_like(x, -2.0))
+    scores = known.score(asked)
+    scores[0].scores.teacher_logprobs[0] = float("nan")  # type: ignore[union-attr]
+    known.score = lambda _: scores  # type: ignore[method-assign,assignment]
+    compare_with_student(known, asked, 320, "teacher")
+    assert figures(capsys.readouterr().out)[:2] == [-2.0, -1.0]
+
+
+def test_without_answers_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    compare_with_student(Scripted(lambda x, _: x), [], 320, "teacher")
+    assert capsys.readouterr().out == ""
+
+
+def refusal_on_a_rank() -> str:
+    """Of a teacher that is good on one rank's answers, of one token, and bad on the others."""
+    mine = answers(-1.0)[:1] if dist.get_rank() == 0 else answers(-1.0)[1:]
+    value = -1.0 if dist.get_rank() == 0 else -8.0
+    try:
+        compare_with_student(Scripted(lambda x, _: torch.full_like(x, value)), mine, 320, "t")
+    except InputError as error:
+        return str(error)
+    return "accepted"
+
+
+def test_the_figures_are_of_the_tokens_of_all_ranks() -> None:
+    one, other = run_on_ranks(2, refusal_on_a_rank)
+    assert one == other
+    assert [len(r.response_ids) for r in rollouts()] == [1, 9, 4, 2, 12]
+    assert figures(one)[0] == pytest.approx((-1.0 - 27 * 8.0) / 28, abs=0.006)

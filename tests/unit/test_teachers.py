@@ -310,6 +310,22 @@ def test_a_teacher_without_prompts_is_refused(group: str, world: World) -> None:
     found.check_groups(known | {group})
 
 
+def first_prompts(cfg: TrainConfig) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
+    """A rank's share of the first eight, of the first batch of six, and of the first one again."""
+    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    loader = PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
+    return loader.first(8), next(loader), loader.first(1)
+
+
+def test_the_first_prompts_are_the_runs_and_move_nothing(world: World) -> None:
+    cfg = compose_config("quickstart_opd", f"root={world.root}", "stage.global_batch_size=6")
+    (eight, batch, again) = first_prompts(cfg)
+    assert [prompt.index for prompt in eight] == list(range(8))
+    assert batch == eight[:6] and again == eight[:1]
+    shares = run_on_ranks(2, first_prompts, cfg)
+    assert [share for share, _, _ in shares] == [eight[::2], eight[1::2]]
+
+
 def test_more_likeliest_tokens_than_there_are_is_refused(world: World) -> None:
     cfg = compose_config(
         "quickstart_opd", f"root={world.root}", "stage.objective=topk", "stage.top_k=321"
