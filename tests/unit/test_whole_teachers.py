@@ -139,6 +139,25 @@ def test_files_that_cannot_be_read_are_refused_in_a_sentence(teacher_dir: Path) 
         opened(teacher_dir)
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "nonesuch"},
+        {"model_type": "t5"},
+        {"num_attention_heads": "four"},
+        {"rope_parameters": {"rope_type": "nonsense"}},
+    ],
+    ids=["unknown", "no decoder", "no number", "unknown positions"],
+)
+def test_a_config_that_transformers_cannot_use_is_refused_in_a_sentence(
+    fields: dict[str, Any], teacher_dir: Path
+) -> None:
+    edit(teacher_dir / "config.json", lambda config: config | fields)
+    with pytest.raises(InputError, match="transformers cannot load it; it says: ") as refusal:
+        opened(teacher_dir)
+    assert "\n" not in str(refusal.value)
+
+
 def test_the_cascade_refuses_a_teacher_that_is_not_whole(world: World, teacher_dir: Path) -> None:
     changed(teacher_dir, without("layers.1."))
     path = f"stage.cascade.first.teacher.path={teacher_dir}"
