@@ -51,6 +51,7 @@ from marco_train.models.weights import (
     local_weights,
     meta_model,
     name_first,
+    refuse_broken,
     weight_shapes,
 )
 from marco_train.resumption import field_difference
@@ -76,6 +77,8 @@ def load_model(
 ) -> Qwen3Moe:
     """Read this rank's share of a Hugging Face directory, each tensor into its place.
 
+    Every rank takes part.
+
     Raises:
         InputError: Another architecture, or weights that do not fit it (see `stored_weights`), or
             that are not finite.
@@ -88,11 +91,7 @@ def load_model(
         read_into(stored[name], weight)
         if not weight.isfinite().all():
             broken.append(name)
-    require(
-        not broken,
-        f"{len(broken)} weights under {path} hold values that are not finite in {dtype}: "
-        f"{name_first(broken)}; a model that came apart is of no use: take an earlier one",
-    )
+    refuse_broken(broken, path, str(dtype).removeprefix("torch."))
     return model
 
 

@@ -18,7 +18,7 @@ from marco_train.distributed import gather_objects
 from marco_train.errors import InputError
 from marco_train.models.checksums import checksum
 from marco_train.models.tokenizer_files import tokenizer_digest
-from marco_train.models.weights import name_first
+from marco_train.models.weights import name_first, refuse_broken
 
 Identity = dict[str, Any]
 """Digests by what they are of, as `weights`; JSON. Of several teachers, by their group."""
@@ -60,15 +60,9 @@ def memory_identity(cfg: TeacherConfig, weights: Iterable[tuple[str, Tensor]]) -
         held[name] = str(weight.dtype), tuple(weight.shape), checksum(weight)
         if weight.is_floating_point() and not weight.isfinite().all():
             broken.append(name)
-    gathered = gather_objects((held, broken))
-    not_finite = sorted({name for _, of_rank in gathered for name in of_rank})
-    if not_finite:
-        raise InputError(
-            f"teacher {cfg.path}: {len(not_finite)} weights hold values that are not finite, or "
-            f"not in {cfg.dtype.value}: {name_first(not_finite)}; fetch it again"
-        )
+    refuse_broken(broken, cfg.path, cfg.dtype.value)
     whole: dict[str, Any] = {}
-    for number, (of_rank, _) in enumerate(gathered):
+    for number, of_rank in enumerate(gather_objects(held)):
         differing = [n for n, found in of_rank.items() if whole.setdefault(n, found) != found]
         if differing:
             raise InputError(

@@ -161,4 +161,4 @@ def test_files_are_refused_before_any_row_is_read(
         opd.run_opd(opd_config(world, f"model.path={student}", nowhere))
     good = world.path("student")
     with pytest.raises(InputError, match=said):
-        evaluate.run_evaluate(evaluate_config(world, good, f"+stage.models.second={student}"))
+        evaluate.run_evaluate(evaluate_config(world, good, f"+stage.models.last={student}"))

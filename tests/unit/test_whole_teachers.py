@@ -1,6 +1,7 @@
 """A teacher teaches only if it arrived whole, and is known by what it is."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -102,13 +103,13 @@ WAYS: dict[str, tuple[Callable[[Weights], Weights], str, str]] = {
     ),
     "not a number": (
         with_value(PLACE, float("nan")),
-        r"1 weights hold values that are not finite.*: model.layers.1.mlp.experts.gate_up_proj",
-        rf"1 weights hold values that are not finite.*: {PLACE}",
+        r"1 weights under .* hold values that .*finite.*: model.layers.1.mlp.experts.gate_up_proj",
+        rf"1 weights under .* hold values that are not finite.*: {PLACE}",
     ),
     "infinity": (
         with_value("model.norm.weight", float("inf")),
-        "1 weights hold values that are not finite.*: model.norm.weight",
-        "1 weights hold values that are not finite.*: model.norm.weight",
+        "1 weights under .* hold values that are not finite.*: model.norm.weight",
+        "1 weights under .* hold values that are not finite.*: model.norm.weight",
     ),
 }
 
@@ -415,7 +416,8 @@ def test_ranks_with_different_teachers_all_refuse(
 
     changed(paths[1], with_value(of_file, float("nan")))
     for said in run_on_ranks(2, refusal_on_a_rank, paths, backend, experts_over):
-        assert f"1 weights hold values that are not finite, or not in float32: {name};" in said
+        assert re.search("1 weights under .* hold values that are not finite in float32: ", said)
+        assert f": {name};" in said
 
     shutil.rmtree(paths[1])
     shutil.copytree(*paths)
