@@ -154,6 +154,9 @@ class ModelConfig:
     chat_template: ChatTemplate = MISSING
     """tokenizer: the tokenizer's own, which has to mark the assistant's tokens; chatml: ours, for
     tokenizers that do not (`data/chat_template.jinja`). Exports carry the one in use."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the template, of the student's and of the teachers' alike, by the names it
+    reads, as `enable_thinking: false`."""
     architecture: ArchitectureConfig | None = None
     """What config.json under `path` has to say, or the shape to initialise at random.
     None: whatever config.json says."""
@@ -165,6 +168,33 @@ class ModelConfig:
             "model.path and model.architecture are both null: give weights to start from, or a "
             "shape to initialise at random",
         )
+        taken = sorted(TAKEN_BY_RENDERING & self.chat_template_kwargs.keys())
+        require(
+            not taken,
+            f"model.chat_template_kwargs has {', '.join(taken)}, which every rendering sets "
+            "itself: give only what the template reads beside the turns",
+        )
+
+
+# Arguments of `apply_chat_template` in transformers, and the name of the turns in templates.
+TAKEN_BY_RENDERING = {
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "conversations",
+    "documents",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "tools",
+    "truncation",
+}
 
 
 @dataclass(kw_only=True)
@@ -799,7 +829,11 @@ def check_positions(
 def register_schemas() -> None:
     """Make the dataclasses known to Hydra, in groups of their own under `schema/`."""
     store = ConfigStore.instance()
-    store.store(name="run", group="schema", node=TrainConfig)
+    run = OmegaConf.structured(TrainConfig)
+    run.model = ModelConfig
+    # Any name may stand here, and without `+`.
+    OmegaConf.set_struct(run.model.chat_template_kwargs, False)
+    store.store(name="run", group="schema", node=run)
     for kind, node in (("sft", SFTConfig), ("opd", OPDConfig), ("evaluate", EvaluateConfig)):
         store.store(name=kind, group="schema/stage", node=node)
 

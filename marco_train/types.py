@@ -37,6 +37,16 @@ class Conversation:
     language: str
     verifier: Mapping[str, Any]
     """How an answer is checked; see `evaluation/verifiers.py`. Empty: it is not."""
+    row: int
+    """Its place among the rows of the source, from 0."""
+
+    @property
+    def asked(self) -> tuple[Message, ...]:
+        """The turns of a prompt: those that stand before the last answer."""
+        end = len(self.messages)
+        while end and self.messages[end - 1].role == "assistant":
+            end -= 1
+        return self.messages[:end]
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,7 @@ def check_stage(cfg: TrainConfig) -> None:
     if path is not None:
         checked("student's weights", lambda: stored_weights(path, student))
     checked("student's vocabulary", lambda: check_student_vocabulary(cfg.model))
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     if stage.kind is StageKind.sft:
         checked("data", lambda: SFTLoader(cfg.data, stage, tokenizer, cfg.seed))
     else:

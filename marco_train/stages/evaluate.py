@@ -54,7 +54,7 @@ def run_evaluate(cfg: TrainConfig) -> None:
     which experts each language used.
     """
     stage: EvaluateConfig = cfg.stage
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     measured = [
         *(("models", name, path) for name, path in stage.models.items()),
         *(("teachers", name, teacher.path) for name, teacher in stage.teachers.items()),

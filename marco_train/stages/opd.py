@@ -35,7 +35,7 @@ def run_opd(cfg: TrainConfig) -> None:
     opd, student = cfg.stage, student_architecture(cfg)
     check_student_vocabulary(cfg.model)
     check_sampler(opd.rollout, student)
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     prompts = PromptLoader(cfg.data, opd, tokenizer, cfg.seed)
     cascade = Cascade(  # refuses a teacher of other tokens, turns or stops
         opd, cfg.model.tokenizer, tokenizer.chat_template, student.vocab_size

@@ -14,7 +14,7 @@ from marco_train.teachers.vocab import check_student_vocabulary
 def run_sft(cfg: TrainConfig) -> None:
     """Fine-tune on conversations: packed sequences, loss on assistant tokens only."""
     check_student_vocabulary(cfg.model)
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     student_architecture(cfg)  # refuses files that are no student, or of too few positions
     train_data = SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
     held_out = train_data.held_out()

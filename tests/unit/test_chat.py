@@ -3,18 +3,18 @@
 import pytest
 
 from marco_train.config import ChatTemplate, LossTokens
-from marco_train.data.chat import Tokenizer, load_tokenizer, render_example, render_prompt
+from marco_train.data.chat import Tokenizer, render_example, render_prompt
 from marco_train.types import Conversation, Message
-from tests.conftest import World
+from tests.conftest import World, tokenizer_of
 
 
 @pytest.fixture(scope="module")
 def tokenizer(world: World) -> Tokenizer:
-    return load_tokenizer(world.path("data", "tokenizer"), ChatTemplate.tokenizer)
+    return tokenizer_of(world.path("data", "tokenizer"))
 
 
 def chat(*turns: tuple[str, str]) -> Conversation:
-    return Conversation(tuple(Message(*turn) for turn in turns), "source", "math", "en", {})
+    return Conversation(tuple(Message(*turn) for turn in turns), "source", "math", "en", {}, 0)
 
 
 # (turns, the rendered text, what of it is learnt), with | between learnt stretches.
@@ -99,5 +99,5 @@ def test_a_prompt_is_the_beginning_of_its_example(tokenizer: Tokenizer) -> None:
 def test_chatml_replaces_a_template_that_marks_nothing(world: World) -> None:
     from marco_train.data.chat import CHATML
 
-    tokenizer = load_tokenizer(world.path("data", "tokenizer"), ChatTemplate.chatml)
+    tokenizer = tokenizer_of(world.path("data", "tokenizer"), ChatTemplate.chatml)
     assert tokenizer.chat_template == CHATML.read_text()

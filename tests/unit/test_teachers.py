@@ -301,7 +301,7 @@ def test_a_teacher_without_prompts_is_refused(group: str, world: World) -> None:
         f"+teacher@stage.cascade.first.teacher_of.{group}=hf",
         f"stage.cascade.first.teacher_of.{group}.path={world.path('teacher_first', 'export')}",
     )
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     known = PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed).groups()
     assert known == {f"category_{name}" for name in CATEGORIES} | {"language_en"}
     found = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
@@ -347,7 +347,7 @@ def test_a_cascade_with_another_past_is_refused(world: World) -> None:
 
 def distil_from_itself(cfg: TrainConfig) -> tuple[float, float]:
     """One update from a teacher that is the student: its KL, and how far weights moved."""
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     prompts = next(PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed))
     policy = build_policy(cfg.model, cfg.optim, cfg.parallel, 1, cfg.seed, "")
     path = str(cfg.model.path)
