@@ -81,12 +81,13 @@ def check_stage(cfg: TrainConfig) -> None:
         checked("data", lambda: SFTLoader(cfg.data, stage, tokenizer, cfg.seed))
     else:
         prompts = checked("data", lambda: PromptLoader(cfg.data, stage, tokenizer, cfg.seed))
-        template = tokenizer.chat_template
+        template, kwargs = tokenizer.chat_template, tokenizer.template_kwargs
         cascade = checked(
             "teachers' files",
-            lambda: Cascade(stage, cfg.model.tokenizer, template, student.vocab_size),
+            lambda: Cascade(stage, cfg.model.tokenizer, template, student.vocab_size, kwargs),
         )
         cascade.check_groups(prompts.groups())
+        checked("teachers' turns", lambda: cascade.check_turns(prompts.first_prompts()))
         prompts.held_out(cascade.num_held_out)
         check_sampler(stage.rollout, student)
         for phase in cascade.phases:  # compared with no answers: there is no student to ask

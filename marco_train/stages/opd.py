@@ -38,11 +38,16 @@ def run_opd(cfg: TrainConfig) -> None:
     tokenizer = load_tokenizer(cfg.model)
     prompts = PromptLoader(cfg.data, opd, tokenizer, cfg.seed)
     cascade = Cascade(  # refuses a teacher of other tokens, turns or stops
-        opd, cfg.model.tokenizer, tokenizer.chat_template, student.vocab_size
+        opd,
+        cfg.model.tokenizer,
+        tokenizer.chat_template,
+        student.vocab_size,
+        tokenizer.template_kwargs,
     )
     groups = prompts.groups()
     check_names(f"kl/reverse/{group}" for group in groups)
     cascade.check_groups(groups)
+    cascade.check_turns(prompts.first_prompts())
     held_out = prompts.held_out(cascade.num_held_out)
     first_prompts = prompts.first(NUM_ANSWERED)
     policy = build_policy(

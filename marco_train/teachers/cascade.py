@@ -4,7 +4,7 @@ It changes at a known step, or earlier, where the held-out reverse KL has stoppe
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -30,13 +30,15 @@ from marco_train.teachers.identity import Identity
 from marco_train.teachers.preflight import (
     check_files,
     check_scores,
+    check_turns,
     compare_with_student,
     probe_rollouts,
+    prompts_to_compare,
     same_answers,
 )
 from marco_train.teachers.routed import RoutedTeacher
 from marco_train.tracking import say
-from marco_train.types import Rollout, group_name
+from marco_train.types import Conversation, Prompt, Rollout, group_name
 from marco_train.vllm_engine import require_vllm
 
 
@@ -57,15 +59,32 @@ def _teachers(phase: PhaseConfig) -> dict[str, TeacherConfig]:
     return {"teacher": phase.teacher} | others
 
 
+def owner_of(phase: str, key: str) -> str:
+    """What messages call a teacher."""
+    return f"teacher {phase!r}" if key == "teacher" else f"teacher {phase!r} ({key})"
+
+
 class Cascade:
     """Opens each teacher when its phase begins; the former goes once the next is checked."""
 
     name = "cascade"
 
     def __init__(
-        self, cfg: OPDConfig, student_tokenizer: str, chat_template: str, vocab_size: int
+        self,
+        cfg: OPDConfig,
+        student_tokenizer: str,
+        chat_template: str,
+        vocab_size: int,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Plan the phases and check every teacher's files; no model is loaded.
+
+        Args:
+            cfg: The stage.
+            student_tokenizer: Directory of the student's tokenizer.
+            chat_template: What the run renders conversations with.
+            vocab_size: Rows of the student's head.
+            template_kwargs: Arguments of the template. None: there are none.
 
         Raises:
             InputError: A teacher is missing or has another vocabulary.
@@ -90,10 +109,13 @@ class Cascade:
                     raise InputError(
                         f"stage.cascade.{name}.{key}.path: there is no model at {teacher.path!r}"
                     )
-                owner = f"teacher {name!r}" if key == "teacher" else f"teacher {name!r} ({key})"
-                check_files(student_tokenizer, chat_template, vocab_size, teacher, owner)
+                owner = owner_of(name, key)
+                check_files(
+                    student_tokenizer, chat_template, vocab_size, teacher, owner, template_kwargs
+                )
                 check_teacher_positions(cfg, teacher, owner)
         self._cfg = cfg
+        self._template_kwargs = template_kwargs or {}
         self._student_tokenizer = student_tokenizer
         self._open: tuple[str, Teacher] | None = None
         # By phase; all are kept in checkpoints.
@@ -116,6 +138,17 @@ class Cascade:
                 f"stage.cascade.{name}.teacher_of names {', '.join(unknown)}, of which there are "
                 f"no prompts; there are {', '.join(sorted(known))}",
             )
+
+    def check_turns(self, prompts: Iterable[tuple[Conversation, Prompt]]) -> None:
+        """Refuse teachers whose own templates render the run's prompts otherwise; see `preflight`.
+
+        Raises:
+            InputError: Shows the first difference.
+        """
+        compared = prompts_to_compare(prompts)
+        for name, phase in self._cfg.cascade.items():
+            for key, teacher in _teachers(phase).items():
+                check_turns(compared, teacher.path, self._template_kwargs, owner_of(name, key))
 
     def _plan(self) -> list[Phase]:
         phases: list[Phase] = []

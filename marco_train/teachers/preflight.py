@@ -7,7 +7,8 @@ what the student says is likelier to it than to a uniform guess.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,9 @@ from torch import Tensor
 from marco_train.architecture import read_architecture, read_config, read_json
 from marco_train.config import DType, TeacherBackend, TeacherConfig
 from marco_train.distributed import is_main, reduce_sums
-from marco_train.errors import require
+from marco_train.errors import InputError, require
 from marco_train.losses.logprobs import token_logprobs
+from marco_train.models.chat_template import apply_template
 from marco_train.models.hf_io import (
     check_checkpoint,
     decoder_config,
@@ -29,8 +31,10 @@ from marco_train.teachers.base import SAME_ANSWER, Teacher, Wanted
 from marco_train.teachers.vocab import check_head_rows, check_vocabulary
 from marco_train.tracking import say
 from marco_train.types import (
+    Conversation,
     FinishReason,
     HiddenScores,
+    Message,
     Prompt,
     Rollout,
     ScoredRollout,
@@ -85,8 +89,19 @@ CAN_WRITE = 0.5
 HAS_READ = 0.1
 
 
+# Prompts of the run that each teacher's template renders; beyond these, the first of each kind.
+NUM_COMPARED = 256
+# Tokens before and after the first difference that a message shows.
+SHOWN_BEFORE, SHOWN_AFTER = 8, 16
+
+
 def check_files(
-    student_tokenizer: str, chat_template: str, vocab_size: int, cfg: TeacherConfig, name: str
+    student_tokenizer: str,
+    chat_template: str,
+    vocab_size: int,
+    cfg: TeacherConfig,
+    name: str,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
     """Refuse a teacher that is no whole model, or has other tokens, turns or stops.
 
@@ -96,6 +111,7 @@ def check_files(
         vocab_size: Rows of the student's head.
         cfg: The teacher.
         name: What the message calls it.
+        template_kwargs: Arguments of both templates. None: there are none.
 
     Raises:
         InputError: Says what was expected, what came and what to do.
@@ -118,30 +134,113 @@ def check_files(
             f"{name} ({path}) gives {text!r} ({language}) the ids {found}, and the student "
             f"{expected}: take a teacher with the student's tokenizer",
         )
-    _check_template(ours, theirs, chat_template, f"{name} ({path})")
+    ours.chat_template = chat_template
+    _check_template(ours, theirs, template_kwargs or {}, f"{name} ({path})")
     _check_stop_ids(stop_token_ids(student_tokenizer)[0], cfg, vocab_size, name)
 
 
-def _check_template(ours: Any, theirs: Any, chat_template: str, owner: str) -> None:
+def _check_template(ours: Any, theirs: Any, template_kwargs: Mapping[str, Any], owner: str) -> None:
     """Refuse a teacher that opens a turn with other tokens."""
     require(
         bool(theirs.chat_template),
         f"{owner} has no chat template, so it never saw the turns that the student is asked in: "
         "take an instruct model, or give it the template it was trained with",
     )
-    asked = [{"role": "user", "content": PROBES["en"]}]
-    ours.chat_template = chat_template
-    expected, found = (
-        tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-        for tokenizer in (ours, theirs)
-    )
+    asked = [Message("user", PROBES["en"])]
+    expected = _rendered(ours, asked, template_kwargs, "the student, asked a plain question")
+    found = _rendered(theirs, asked, template_kwargs, f"{owner}, asked a plain question")
     require(
         expected == found,
         f"{owner} opens a turn with {theirs.decode(found)!r}, and the student with "
-        f"{ours.decode(expected)!r}: train the student with the teacher's template",
+        f"{ours.decode(expected)!r}: {SAME_TEMPLATE}",
     )
+
+
+SAME_TEMPLATE = (
+    "train the student with the teacher's template (model.tokenizer=<directory of the teacher> "
+    "model.chat_template=tokenizer), or choose with model.chat_template_kwargs what both open a "
+    "turn with"
+)
+
+
+def _rendered(
+    tokenizer: Any, asked: Sequence[Message], template_kwargs: Mapping[str, Any], owner: str
+) -> list[int]:
+    try:
+        return apply_template(tokenizer, asked, template_kwargs, add_generation_prompt=True)[
+            "input_ids"
+        ]
+    except InputError as error:
+        raise InputError(f"{owner}: {error}; {SAME_TEMPLATE}") from error
+
+
+def prompts_to_compare(
+    prompts: Iterable[tuple[Conversation, Prompt]],
+) -> list[tuple[Conversation, Prompt]]:
+    """Choose the first prompts of a run, and of those that follow the first of each kind."""
+    coming = iter(prompts)
+    chosen = list(islice(coming, NUM_COMPARED))
+    known = {kind for conversation, _ in chosen for kind in kinds_of(conversation)}
+    for conversation, prompt in coming:
+        if not kinds_of(conversation) <= known:
+            chosen.append((conversation, prompt))
+            known |= kinds_of(conversation)
+    return chosen
+
+
+def kinds_of(conversation: Conversation) -> set[str]:
+    """Say what a prompt holds beside one question, of what templates are known to render apart."""
+    asked = conversation.asked
+    roles = [message.role for message in asked]
+    answers = [message.content for message in asked if message.role == "assistant"]
+    found = {
+        "a system turn": "system" in roles,
+        "a tool turn": "tool" in roles,
+        "several turns": roles.count("user") > 1,
+        "an earlier answer with <think>": any("<think>" in answer for answer in answers),
+    }
+    return {kind for kind, holds in found.items() if holds}
+
+
+def check_turns(
+    prompts: Iterable[tuple[Conversation, Prompt]],
+    path: str,
+    template_kwargs: Mapping[str, Any],
+    name: str,
+) -> None:
+    """Refuse a teacher whose own template renders prompts of the run otherwise than the run does.
+
+    It would score its answers to turns that it never saw.
+
+    Args:
+        prompts: Of the run's data, with the conversations that they were rendered from.
+        path: Directory of the teacher.
+        template_kwargs: Arguments of the template.
+        name: What the message calls the teacher.
+
+    Raises:
+        InputError: Shows the first difference.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast.from_pretrained(path)
+    for conversation, prompt in prompts:
+        kinds = ", ".join(sorted(kinds_of(conversation))) or "one question"
+        where = f"source {conversation.source!r}, row {conversation.row} (from 0; {kinds})"
+        owner = f"{name} ({path}), given the prompt of {where}"
+        found = _rendered(theirs, conversation.asked, template_kwargs, owner)
+        expected = prompt.input_ids
+        if found == expected:
+            continue
+        pairs = enumerate(zip(expected, found, strict=False))
+        place = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(found)))
+        window = slice(max(0, place - SHOWN_BEFORE), place + SHOWN_AFTER)
+        raise InputError(
+            f"{name} ({path}) renders the prompt of {where} otherwise than the run: at token "
+            f"{place} it has {theirs.decode(found[window])!r}, and the run "
+            f"{theirs.decode(expected[window])!r}; it would score answers to turns that it was not "
+            f"trained on: {SAME_TEMPLATE}"
+        )
 
 
 def _check_stop_ids(student: int, cfg: TeacherConfig, vocab_size: int, name: str) -> None:

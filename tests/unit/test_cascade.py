@@ -1,8 +1,11 @@
 """Phases end where the config says, or where the held-out reverse KL falls no more."""
 
 import importlib.util
+import json
+import shutil
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,8 @@ import torch
 from marco_train.config import TeacherConfig
 from marco_train.errors import InputError
 from marco_train.rollout.build import check_sampler
+from marco_train.stages import opd
+from marco_train.stages.opd import run_opd
 from marco_train.teachers import cascade
 from marco_train.teachers.cascade import Cascade
 from marco_train.types import Rollout, ScoredRollout
@@ -206,3 +211,32 @@ def test_without_a_gpu_vllm_cannot_replay_routing(
     check_sampler(compose_config("quickstart_opd", *asked).stage.rollout, architecture())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     check_sampler(cfg.stage.rollout, architecture())
+
+
+def test_turns_are_compared_with_every_teachers_before_a_model_is_loaded(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(world.path("teacher_second", "export"), tmp_path / "teacher")
+    template = tmp_path / "teacher" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("message['role']", "message.role|lower"))
+    file = tmp_path / "rows.jsonl"
+    turns = [("system", "be brief"), ("user", "one?"), ("assistant", "1")]
+    messages = [{"role": role, "content": words} for role, words in turns]
+    file.write_text(json.dumps({"messages": messages}) + "\n")
+    cfg = compose_config(
+        "quickstart_opd",
+        f"root={world.root}",
+        "data=quickstart_text",
+        f"data.sources.text.path={file}",
+        f"stage.cascade.second.teacher.path={tmp_path / 'teacher'}",
+    )
+
+    def no_model(*_: Any) -> None:
+        raise AssertionError("a model is built")
+
+    monkeypatch.setattr(opd, "build_policy", no_model)
+    with pytest.raises(AssertionError, match="a model is built"):
+        run_opd(cfg)
+    template.write_text(template.read_text().replace("|lower", "|replace('system', 'user')"))
+    with pytest.raises(InputError, match=r"teacher 'second' .* renders the prompt .*a system turn"):
+        run_opd(cfg)

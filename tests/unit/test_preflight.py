@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from marco_train.config import DType, Objective, TeacherBackend, TopKFrom
 from marco_train.data.chat import CHATML
+from marco_train.data.loader import PromptLoader
 from marco_train.errors import InputError
 from marco_train.teachers.base import Wanted
 from marco_train.teachers.build import build_teacher
@@ -23,11 +24,13 @@ from marco_train.teachers.preflight import (
     PROBES,
     check_files,
     check_scores,
+    check_turns,
     compare_with_student,
     probe_rollouts,
+    prompts_to_compare,
 )
-from marco_train.types import Rollout, ScoredRollout, TokenScores
-from tests.conftest import World, teacher_config, wanted_of
+from marco_train.types import Conversation, Prompt, Rollout, ScoredRollout, TokenScores
+from tests.conftest import World, compose_config, teacher_config, tokenizer_of, wanted_of
 from tests.ranks import run_on_ranks
 from tests.unit.test_teachers import rollouts
 
@@ -89,6 +92,147 @@ def test_another_template_is_refused(world: World, teacher_dir: Path) -> None:
     file.unlink()
     with pytest.raises(InputError, match="has no chat template"):
         check(world, teacher_dir)
+
+
+# ChatML, and what another template makes of the turns that ours renders as they stand.
+TURNS = """\
+{%- for m in messages %}{% set words = m.content %}{% set role = m.role %}
+{%- CHANGE %}
+{{- '<|im_start|>' + role + '\\n' + words + '<|im_end|>\\n' }}{% endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{% endif %}"""
+OF_ANSWERS = "if role == 'assistant' %}{% set words = "
+CHANGES = {
+    "an earlier answer with <think>": (
+        OF_ANSWERS + "m.content.split('</think>')[-1] %}{% endif",
+        [
+            ("user", "one?"),
+            ("assistant", "<think>hm</think>1"),
+            ("user", "two?"),
+            ("assistant", "2"),
+        ],
+    ),
+    "several turns": (
+        OF_ANSWERS + "m.content + ' ' %}{% endif",
+        [("user", "one?"), ("assistant", "1"), ("user", "two?"), ("assistant", "2")],
+    ),
+    "a system turn": (
+        "if role == 'system' %}{% set words = m.content + '!' %}{% endif",
+        [("system", "be brief"), ("user", "one?"), ("assistant", "1")],
+    ),
+    "a tool turn": (
+        "if role == 'tool' %}{% set role = 'user' %}{% set words = '(' + words + ')' %}{% endif",
+        [("user", "one?"), ("assistant", "<call>"), ("tool", "1")],
+    ),
+}
+PLAIN_ROWS = [[("user", f"{n}?"), ("assistant", str(n))] for n in range(7)]
+
+
+def prompts_of(
+    world: World,
+    tmp_path: Path,
+    *chats: list[tuple[str, str]],
+    template: str = TEMPLATE,
+    **kwargs: str,
+) -> list[tuple[Conversation, Prompt]]:
+    """What a run on these chats would ask first."""
+    file = tmp_path / "rows.jsonl"
+    rows = [
+        {"messages": [{"role": role, "content": words} for role, words in turns]} for turns in chats
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    shutil.copytree(world.path("data", "tokenizer"), tmp_path / "student")
+    (tmp_path / "student" / "chat_template.jinja").write_text(template)
+    data = [f"root={world.root}", "data=quickstart_text", f"data.sources.text.path={file}"]
+    cfg = compose_config("quickstart_opd", *data)
+    tokenizer = tokenizer_of(tmp_path / "student", **kwargs)
+    return list(PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed).first_prompts())
+
+
+@pytest.mark.parametrize(("kind", "change"), CHANGES.items())
+def test_a_teacher_that_renders_turns_of_the_run_otherwise_is_refused(
+    kind: str, change: tuple[str, list[tuple[str, str]]], world: World, teacher_dir: Path
+) -> None:
+    template, turns = TURNS.replace("CHANGE", change[0]), change[1]
+    (teacher_dir / "chat_template.jinja").write_text(template)
+    check(world, teacher_dir)  # one question is rendered alike
+    prompts = prompts_of(world, teacher_dir.parent, *PLAIN_ROWS, turns)
+    with pytest.raises(InputError) as refusal:
+        check_turns(prompts, str(teacher_dir), {}, "teacher 'first'")
+    said = str(refusal.value)
+    assert said.startswith(f"teacher 'first' ({teacher_dir}) renders the prompt of source 'text', ")
+    assert "row 7 (from 0; " in said
+    assert kind in said
+    assert "at token " in said
+    assert "model.chat_template=tokenizer" in said
+
+    # Where the run holds no such turns, or renders them as the teacher does, it may teach.
+    without = [pair for pair in prompts if pair[0].row < 7]
+    assert without
+    check_turns(without, str(teacher_dir), {}, "teacher 'first'")
+    (teacher_dir.parent / "same").mkdir()
+    same = prompts_of(world, teacher_dir.parent / "same", *PLAIN_ROWS, turns, template=template)
+    check_turns(same, str(teacher_dir), {}, "teacher 'first'")
+
+
+def test_the_first_difference_is_shown_with_what_stands_around_it(
+    world: World, teacher_dir: Path
+) -> None:
+    template, turns = CHANGES["a tool turn"]
+    (teacher_dir / "chat_template.jinja").write_text(TURNS.replace("CHANGE", template))
+    prompts = prompts_of(world, teacher_dir.parent, turns)
+    ours, theirs = (f"<|im_start|>{text}" for text in ("tool\\n1<|im_end|>", "user\\n(1)"))
+    with pytest.raises(InputError) as refusal:
+        check_turns(prompts, str(teacher_dir), {}, "teacher")
+    found, expected = str(refusal.value).split(", and the run ")
+    assert theirs in found
+    assert ours in expected
+
+
+def test_a_kind_of_turn_that_comes_late_is_compared_too(world: World, tmp_path: Path) -> None:
+    turns = CHANGES["a tool turn"][1]
+    found = prompts_of(world, tmp_path, *PLAIN_ROWS, turns, turns)
+    assert len(found) == 2048  # the nine rows again and again
+    prompts = sorted(found, key=lambda pair: pair[0].row)
+    chosen = prompts_to_compare(prompts)
+    assert chosen[:256] == prompts[:256]
+    (late,) = chosen[256:]
+    assert late[0].row == 7
+
+
+@pytest.mark.parametrize("error", ["{{ raise_exception('no tools here') }}", "{{ 'a' + 1 }}"])
+def test_a_teacher_whose_template_refuses_turns_of_the_run_is_refused(
+    error: str, world: World, teacher_dir: Path
+) -> None:
+    file = teacher_dir / "chat_template.jinja"
+    change = "if role == 'tool' %}" + error + "{% endif"
+    file.write_text(TURNS.replace("CHANGE", change))
+    prompts = prompts_of(world, teacher_dir.parent, *PLAIN_ROWS, CHANGES["a tool turn"][1])
+    with pytest.raises(
+        InputError, match=r"row 7 \(from 0; a tool turn\): the chat template cannot"
+    ):
+        check_turns(prompts, str(teacher_dir), {}, "teacher")
+    file.write_text("{% for %}")
+    with pytest.raises(InputError, match=r"teacher 'first' .*, asked a plain .*TemplateSyntaxErro"):
+        check(world, teacher_dir)
+
+
+def test_arguments_reach_the_teachers_template(world: World, teacher_dir: Path) -> None:
+    opens = "{{- '<|im_start|>assistant\\n' }}"
+    change = OF_ANSWERS + "m.content if keep else '' %}{% endif"
+    template = TURNS.replace("CHANGE", change).replace(
+        opens, opens + "{% if not think %}{{- '<none>' }}{% endif %}"
+    )
+    (teacher_dir / "chat_template.jinja").write_text(template)
+    tokenizer = world.path("data", "tokenizer")
+    cfg = teacher_config(str(teacher_dir), TeacherBackend.hf)
+    with pytest.raises(InputError, match="opens a turn with"):
+        check_files(tokenizer, TEMPLATE, 320, cfg, "teacher")
+    check_files(tokenizer, TEMPLATE, 320, cfg, "teacher", {"think": True})
+
+    prompts = prompts_of(world, teacher_dir.parent, *PLAIN_ROWS, CHANGES["several turns"][1])
+    check_turns(prompts, str(teacher_dir), {"think": True, "keep": True}, "teacher")
+    with pytest.raises(InputError, match="renders the prompt of source 'text'"):
+        check_turns(prompts, str(teacher_dir), {"think": True}, "teacher")
 
 
 def wanted_for(objective: Objective = Objective.sampled) -> Wanted:
