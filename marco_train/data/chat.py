@@ -11,7 +11,7 @@ from typing import Any
 
 from marco_train.config import ChatTemplate, LossTokens, ModelConfig
 from marco_train.errors import InputError, require
-from marco_train.models.chat_template import apply_template, check_template_kwargs
+from marco_train.models.chat_template import apply_template
 from marco_train.models.hf_io import stop_token_ids
 from marco_train.models.tokenizer_files import tokenizer_digest
 from marco_train.types import Conversation, Example, Message
@@ -56,8 +56,7 @@ def load_tokenizer(cfg: ModelConfig) -> Tokenizer:
     """Open the run's tokenizer with its chat template.
 
     Raises:
-        InputError: There is no tokenizer at the path, it has no template, or the template does not
-            read one of the arguments that it is to get.
+        InputError: There is no tokenizer at the path, or it has no template.
     """
     path = cfg.tokenizer
     if not (Path(path) / "tokenizer.json").is_file():
@@ -75,7 +74,6 @@ def load_tokenizer(cfg: ModelConfig) -> Tokenizer:
         f"the tokenizer in {path!r} has no chat template; set model.chat_template=chatml, or give "
         "it one",
     )
-    check_template_kwargs(tokenizer.chat_template, cfg.chat_template_kwargs)
     return Tokenizer(path, tokenizer, tokenizer.chat_template, cfg.chat_template_kwargs)
 
 

@@ -26,6 +26,7 @@ from marco_train.data.sources import BadRow, Source
 from marco_train.distributed import gather_objects, is_main, rank, reduce_sums, world_size
 from marco_train.errors import InputError
 from marco_train.metrics import Metrics
+from marco_train.models.chat_template import check_template_kwargs
 from marco_train.resumption import field_difference
 from marco_train.tracking import say
 from marco_train.types import (
@@ -270,6 +271,7 @@ class SFTLoader(_Loader):
         Raises:
             InputError: A source cannot be read, or the template does not mark what is to be learnt.
         """
+        check_template_kwargs([tokenizer.chat_template], tokenizer.template_kwargs)
         super().__init__(data, stage.global_batch_size, tokenizer, seed)
         self._stage = stage
         self.num_steps = stage.capped(stage.num_steps)
@@ -411,7 +413,7 @@ def held_out_questions(
     """Render the same questions on every rank; rows at fault are dropped. All ranks take part.
 
     Raises:
-        InputError: None of them can be used.
+        InputError: None of them can be used, or the template reads not all of its arguments.
     """
 
     def render(index: int, conversation: Conversation) -> Question | str:
@@ -425,6 +427,7 @@ def held_out_questions(
             return "data/dropped_too_long"
         return Question(prompt, asked[-1].content, answer.content, conversation.verifier)
 
+    check_template_kwargs([tokenizer.chat_template], tokenizer.template_kwargs)
     shares = gather_objects(held_out_share(sources, count, render))
     return sorted(chain.from_iterable(shares), key=lambda question: question.prompt.index)
 

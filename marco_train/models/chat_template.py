@@ -45,16 +45,17 @@ def apply_template(
     return dict(rendered)
 
 
-def check_template_kwargs(template: str, template_kwargs: Mapping[str, Any]) -> None:
-    """Refuse arguments that a template never reads: they would change nothing.
+def check_template_kwargs(templates: Sequence[str], template_kwargs: Mapping[str, Any]) -> None:
+    """Refuse arguments that none of a run's templates reads: they would change nothing.
 
     Raises:
         InputError: Names the first of them.
     """
     for name in template_kwargs:
+        word = re.compile(rf"\b{re.escape(name)}\b")
         require(
-            re.search(rf"\b{re.escape(name)}\b", template) is not None,
-            f"model.chat_template_kwargs has {name!r}, which the chat template in use never reads: "
+            any(word.search(template) for template in templates),
+            f"model.chat_template_kwargs has {name!r}, which no chat template of this run reads: "
             "correct the name, take it out, or choose the template that reads it with "
             "model.chat_template",
         )

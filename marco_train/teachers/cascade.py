@@ -21,6 +21,7 @@ from marco_train.config import (
 from marco_train.distributed import is_main, reduce_sums, world_size
 from marco_train.errors import InputError, require
 from marco_train.metrics import Metrics
+from marco_train.models.chat_template import check_template_kwargs
 from marco_train.models.hf_io import check_teacher_positions, stop_token_ids
 from marco_train.resumption import field_difference
 from marco_train.teachers.base import SAME_ANSWER, Teacher, Wanted
@@ -115,6 +116,7 @@ class Cascade:
                 )
                 check_teacher_positions(cfg, teacher, owner)
         self._cfg = cfg
+        self._chat_template = chat_template
         self._template_kwargs = template_kwargs or {}
         self._student_tokenizer = student_tokenizer
         self._open: tuple[str, Teacher] | None = None
@@ -143,12 +145,14 @@ class Cascade:
         """Refuse teachers whose own templates render the run's prompts otherwise; see `preflight`.
 
         Raises:
-            InputError: Shows the first difference.
+            InputError: Shows the first difference, or names an argument that no template reads.
         """
-        compared = prompts_to_compare(prompts)
+        compared, templates = prompts_to_compare(prompts), [self._chat_template]
         for name, phase in self._cfg.cascade.items():
             for key, teacher in _teachers(phase).items():
-                check_turns(compared, teacher.path, self._template_kwargs, owner_of(name, key))
+                owner = owner_of(name, key)
+                templates.append(check_turns(compared, teacher.path, self._template_kwargs, owner))
+        check_template_kwargs(templates, self._template_kwargs)
 
     def _plan(self) -> list[Phase]:
         phases: list[Phase] = []

@@ -207,7 +207,7 @@ def check_turns(
     path: str,
     template_kwargs: Mapping[str, Any],
     name: str,
-) -> None:
+) -> str:
     """Refuse a teacher whose own template renders prompts of the run otherwise than the run does.
 
     It would score its answers to turns that it never saw.
@@ -217,6 +217,9 @@ def check_turns(
         path: Directory of the teacher.
         template_kwargs: Arguments of the template.
         name: What the message calls the teacher.
+
+    Returns:
+        The template.
 
     Raises:
         InputError: Shows the first difference.
@@ -241,6 +244,7 @@ def check_turns(
             f"{theirs.decode(expected[window])!r}; it would score answers to turns that it was not "
             f"trained on: {SAME_TEMPLATE}"
         )
+    return str(theirs.get_chat_template())
 
 
 def _check_stop_ids(student: int, cfg: TeacherConfig, vocab_size: int, name: str) -> None:

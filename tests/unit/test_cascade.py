@@ -237,6 +237,14 @@ def test_turns_are_compared_with_every_teachers_before_a_model_is_loaded(
     monkeypatch.setattr(opd, "build_policy", no_model)
     with pytest.raises(AssertionError, match="a model is built"):
         run_opd(cfg)
+    # The student's template does not read it; one of the teachers' does.
+    cfg.model.chat_template_kwargs = {"lower": True}
+    with pytest.raises(AssertionError, match="a model is built"):
+        run_opd(cfg)
+    cfg.model.chat_template_kwargs = {"brief": True}
+    with pytest.raises(InputError, match=r"has 'brief', which no chat template of this run reads"):
+        run_opd(cfg)
+    cfg.model.chat_template_kwargs = {}
     template.write_text(template.read_text().replace("|lower", "|replace('system', 'user')"))
     with pytest.raises(InputError, match=r"teacher 'second' .* renders the prompt .*a system turn"):
         run_opd(cfg)

@@ -14,7 +14,7 @@ from marco_train.data.chat import (
     render_example,
     render_prompt,
 )
-from marco_train.data.loader import PromptLoader, SFTLoader
+from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions
 from marco_train.errors import InputError
 from marco_train.types import Conversation, Message
 from tests.conftest import World, compose_config, tokenizer_of
@@ -145,8 +145,13 @@ def test_arguments_reach_the_template(world: World, tmp_path: Path) -> None:
 
 def test_an_argument_that_the_template_never_reads_is_refused(world: World) -> None:
     path = world.path("data", "tokenizer")
-    with pytest.raises(InputError, match=r"chat_template_kwargs has 'thinking', which .* never"):
-        tokenizer_of(path, thinking=True)
+    cfg = compose_config("quickstart_sft", f"root={world.root}")
+    tokenizer = tokenizer_of(path, thinking=True)
+    unread = r"chat_template_kwargs has 'thinking', which no chat template of this run reads"
+    with pytest.raises(InputError, match=unread):
+        SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
+    with pytest.raises(InputError, match=unread):
+        held_out_questions(cfg.data.sources, 3, 64, tokenizer)
     with pytest.raises(InputError, match="chat_template_kwargs has messages, tokenize, which ever"):
         tokenizer_of(path, tokenize=False, messages=[])
 
