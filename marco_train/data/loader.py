@@ -334,8 +334,7 @@ class PromptLoader(_Loader):
         The cursor stays where it is.
         """
         share = range(rank(), count, world_size())
-        rendered = [self._render(index, self._stream[index]) for index in share]
-        return [prompt for prompt in rendered if not isinstance(prompt, str)]
+        return render_share(self._stream, share, self._render, Tally())
 
     def first_prompts(self) -> Iterator[tuple[Conversation, Prompt]]:
         """Prompts of the first samples beside what they are rendered from, the same on every rank.
