@@ -1,11 +1,15 @@
 """The shape of a dense Qwen3 or a Qwen3-MoE decoder, and what is refused about it.
 
-Imports no tensor library: a run is refused before one is loaded.
+config.json is read as transformers reads it: `model_type` decides the class, and a field that is
+left out has that class's default. Imports no tensor library: a run is refused before one is loaded.
 """
 
 import json
-from dataclasses import asdict, dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
 from omegaconf import MISSING
 
@@ -51,6 +55,10 @@ class ArchitectureConfig:
             f"num_attention_heads {self.num_attention_heads} is not a multiple of "
             f"num_key_value_heads {self.num_key_value_heads}",
         )
+        require(
+            self.head_dim % 2 == 0,
+            f"head_dim is {self.head_dim}, and must be even: rotary embeddings turn pairs",
+        )
         moe = (self.num_experts, self.num_experts_per_tok, self.moe_intermediate_size)
         require(
             all(value is None for value in moe) or all(value is not None for value in moe),
@@ -88,59 +96,350 @@ def check_expert_parallel(architecture: ArchitectureConfig, expert_parallel_size
     )
 
 
+# transformers 5.19.0 (and 5.16.1): models/qwen3/configuration_qwen3.py and
+# models/qwen3_moe/configuration_qwen3_moe.py. A mixture has no default of head_dim: its attention
+# takes hidden_size // num_attention_heads.
+_SHARED: dict[str, Any] = {
+    "vocab_size": 151936,
+    "num_attention_heads": 32,
+    "hidden_act": "silu",
+    "max_position_embeddings": 32768,
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "attention_bias": False,
+    "use_sliding_window": False,
+}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "qwen3": _SHARED
+    | {
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "intermediate_size": 22016,
+        "max_window_layers": 28,
+    },
+    "qwen3_moe": _SHARED
+    | {
+        "hidden_size": 2048,
+        "num_hidden_layers": 24,
+        "num_key_value_heads": 4,
+        "intermediate_size": 6144,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": False,
+        "decoder_sparse_step": 1,
+    },
+}
+"""What a field that config.json leaves out stands at, by model_type."""
+CLASSES = {"qwen3": "Qwen3ForCausalLM", "qwen3_moe": "Qwen3MoeForCausalLM"}
+SLIDING_WINDOW = 4096  # both classes; null means that there is none
+ROPE_THETA = 10_000.0  # modeling_rope_utils.py, RotaryEmbeddingConfigMixin
+TYPES: dict[type, str] = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+}
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises:
+        InputError: The file cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is not JSON ({error}); fetch it again") from error
+    require(isinstance(found, dict), f"{file} holds no JSON object; fetch it again")
+    return dict(found)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read the config.json of a model's directory.
+
+    Raises:
+        InputError: There is none, or it is no JSON object.
+    """
+    file = Path(path) / "config.json"
+    if not file.is_file():
+        refuse_adapter(path)
+        raise InputError(f"no model at {str(path)!r}: {file} does not exist")
+    config = read_json(file)
+    for name in ("configuration_files", "transformers_weights"):
+        require(
+            config.get(name) is None,
+            f"{file} sends its readers to other files ({name}), which not all of them follow: make "
+            "them config.json and model.safetensors, and take that line out",
+        )
+    return config
+
+
+def refuse_adapter(path: str | Path) -> None:
+    """Refuse a directory that changes another model instead of holding one."""
+    path = Path(path)
+    require(
+        not (path / "adapter_config.json").is_file(),
+        f"{path} holds an adapter (adapter_config.json), no whole model: merge it into its base "
+        'model first, with: python -c "from peft import AutoPeftModelForCausalLM as M; '
+        f"M.from_pretrained('{path}', dtype='auto').merge_and_unload()"
+        f".save_pretrained('{path}-merged')\", and copy the tokenizer's files there",
+    )
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Find the decoder's part of a config.json, as transformers' `get_text_config` does.
+
+    Raises:
+        InputError: There are several.
+    """
+    names = ("text_encoder", "decoder", "generator", "text_config")
+    found = [name for name in names if isinstance(config.get(name), dict)]
+    require(
+        len(found) <= 1,
+        f"config.json describes several language models ({', '.join(found)}): take a model of one",
+    )
+    part: dict[str, Any] = config[found[0]] if found else config
+    return part
+
+
+# A part of a config.json that describes an encoder of something else than text.
+OTHER_SENSES = re.compile(r"vision|visual|image|video|audio|speech|thinker|talker")
+
+
+def refuse_kind(config: dict[str, Any], file: Path) -> None:
+    """Refuse a model that is quantised, or that reads more than text.
+
+    Raises:
+        InputError: Says what it is and what to take instead.
+    """
+    for part in (config, text_config(config)):
+        for name in ("quantization_config", "compression_config"):
+            found = part.get(name)
+            if found is not None:
+                method = found.get("quant_method") if isinstance(found, dict) else found
+                raise InputError(
+                    f"{file} describes quantised weights ({name}: {method or 'of no name'}), which "
+                    "are not read here: take the model in bfloat16, or, as a teacher, the backend "
+                    "vllm or vllm_server"
+                )
+    other = [
+        name for name, v in config.items() if isinstance(v, dict) and OTHER_SENSES.search(name)
+    ]
+    other += [name for name in _classes(config) if name.endswith("ForConditionalGeneration")]
+    require(
+        not other,
+        f"{file} describes a model that reads more than text or has an encoder "
+        f"({', '.join(other)}), which is not read here: take a causal language model of text, or, "
+        "as a teacher, the backend vllm or vllm_server",
+    )
+
+
 def read_architecture(path: str | Path) -> ArchitectureConfig:
     """Read the shape of a Qwen3 or Qwen3-MoE model from the config.json of its directory.
 
     Raises:
-        InputError: The directory or a field is missing, or the model is of another kind.
+        InputError: There is none, or it asks for something that our model does not do.
     """
     file = Path(path) / "config.json"
-    if not file.is_file():
-        raise InputError(f"no model at {str(path)!r}: {file} does not exist")
-    found = json.loads(file.read_text())
-    architecture = (found.get("architectures") or ["?"])[0]
-    require(
-        architecture in {"Qwen3ForCausalLM", "Qwen3MoeForCausalLM"},
-        f"{file} describes {architecture}; supported are Qwen3ForCausalLM and Qwen3MoeForCausalLM",
-    )
-    is_moe = architecture == "Qwen3MoeForCausalLM"
-    require(
-        found.get("hidden_act", "silu") == "silu",
-        f"{file} asks for the activation {found.get('hidden_act')}; supported is silu",
-    )
-    rope = found.get("rope_parameters") or {"rope_theta": found.get("rope_theta")}
-    require(rope.get("rope_theta") is not None, f"{file} does not give rope_theta")
-    require(
-        rope.get("rope_type", "default") == "default" and found.get("rope_scaling") is None,
-        f"{file} asks for scaled rotary embeddings, which are not supported",
-    )
-    require(not found.get("use_sliding_window"), f"{file} asks for sliding-window attention")
+    whole = read_config(path)
+    refuse_kind(whole, file)
+    config = text_config(whole)
+    kind = _model_type(whole, config, file)
+    found = {name: _field(config, name, kind, file) for name in DEFAULTS[kind]}
+    is_moe = kind == "qwen3_moe"
     if is_moe:
-        require(
-            found.get("decoder_sparse_step", 1) == 1 and not found.get("mlp_only_layers"),
-            f"{file} mixes dense and sparse layers, which is not supported",
-        )
-        num_experts = found.get("num_experts", found.get("num_local_experts"))
-        require(num_experts is not None, f"{file} does not give num_experts")
-    plain = [
-        "vocab_size",
-        "hidden_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "intermediate_size",
-        "rms_norm_eps",
-        "max_position_embeddings",
-        "tie_word_embeddings",
-    ]
-    missing = [name for name in plain if name not in found]
-    require(not missing, f"{file} does not give {', '.join(missing)}")
-    return ArchitectureConfig(
-        **{name: found[name] for name in plain},
-        rope_theta=rope["rope_theta"],
-        num_experts=num_experts if is_moe else None,
-        num_experts_per_tok=found["num_experts_per_tok"] if is_moe else None,
-        moe_intermediate_size=found["moe_intermediate_size"] if is_moe else None,
-        norm_topk_prob=found.get("norm_topk_prob", True) if is_moe else True,
+        width = found["hidden_size"] // max(1, found["num_attention_heads"])
+        found["head_dim"] = _typed(config.get("head_dim", width), int, f"{file}: head_dim")
+    _refuse_unknown_layers(config, found, is_moe, file)
+    found["rope_theta"] = _rope_theta(config, file)
+    ours = {field.name for field in fields(ArchitectureConfig)}
+    try:
+        return ArchitectureConfig(**{name: v for name, v in found.items() if name in ours})
+    except InputError as error:
+        raise InputError(f"{file}: {error}") from error
+
+
+def _classes(config: Mapping[str, Any]) -> list[str]:
+    """Names of the classes that a checkpoint was written by."""
+    found = config.get("architectures") or []
+    return [str(name) for name in (found if isinstance(found, list) else [found])]
+
+
+def _model_type(whole: Mapping[str, Any], config: Mapping[str, Any], file: Path) -> str:
+    """Name the class of a model; as in transformers, `model_type` alone decides."""
+    kind = config.get("model_type", whole.get("model_type"))
+    classes = ", ".join(_classes(whole))
+    supported = " and ".join(CLASSES.values())
+    require(
+        kind is not None,
+        f"{file} does not say its model_type, by which it is read: add "
+        f"{' or '.join(json.dumps(name) for name in CLASSES)}",
     )
+    require(
+        isinstance(kind, str) and kind in CLASSES,
+        f"{file} describes {classes or 'a model'} of the model_type "
+        f"{kind}; supported are {supported} (model_type {' and '.join(CLASSES)})",
+    )
+    # Others read `architectures` instead: a file that says both has to mean one thing.
+    require(
+        not classes or whole is not config or CLASSES[kind] in _classes(whole),
+        f"{file} describes {classes}, and its model_type is {kind}; supported are {supported}",
+    )
+    return str(kind)
+
+
+def _typed(value: Any, expected: type, owner: str) -> Any:
+    """Pass on a value of a type; null is none, and true is no number."""
+    fits = isinstance(value, int | float if expected is float else expected)
+    require(
+        fits and (expected is bool or not isinstance(value, bool)),
+        f"{owner} is {json.dumps(value)}, and must be {TYPES[expected]}, or left out for "
+        "transformers' default",
+    )
+    return value
+
+
+def _field(config: Mapping[str, Any], name: str, kind: str, file: Path) -> Any:
+    """A field, or the default of its class."""
+    default = DEFAULTS[kind][name]
+    if name == "num_experts" and "num_local_experts" in config:
+        name = "num_local_experts"  # where both are given, the latter wins
+    if name == "num_key_value_heads" and kind == "qwen3" and config.get(name, default) is None:
+        return _field(config, "num_attention_heads", kind, file)
+    return _typed(config.get(name, default), type(default), f"{file}: {name}")
+
+
+def _refuse_unknown_layers(
+    config: Mapping[str, Any], found: Mapping[str, Any], is_moe: bool, file: Path
+) -> None:
+    """Refuse layers that our model does not have."""
+    require(
+        found["hidden_act"] in {"silu", "swish"},  # two names of one function
+        f"{file} asks for the activation {found['hidden_act']}; supported is silu",
+    )
+    require(not found["attention_bias"], f"{file} asks for attention_bias, which is not supported")
+    require(
+        not config.get("per_layer_config"),
+        f"{file} asks for layers that differ (per_layer_config), which is not supported",
+    )
+    num_layers = found["num_hidden_layers"]
+    kinds = config.get("layer_types")
+    require(
+        kinds is None or (isinstance(kinds, list) and len(kinds) == num_layers),
+        f"{file}: layer_types is {json.dumps(kinds)}, and must name all {num_layers} layers",
+    )
+    other = sorted({str(name) for name in kinds or []} - {"full_attention", "attention"})
+    require(
+        not other,
+        f"{file} asks for layers of {', '.join(other)} (layer_types); supported is full_attention",
+    )
+    window = config.get("sliding_window", SLIDING_WINDOW) if found["use_sliding_window"] else None
+    # A dense model slides from a layer on, unless layer_types says otherwise; a mixture everywhere.
+    slides = is_moe or (kinds is None and found["max_window_layers"] < num_layers)
+    require(
+        window is None or not slides,
+        f"{file} asks for sliding-window attention (sliding_window {window}), which is not "
+        "supported",
+    )
+    if is_moe:
+        _refuse_unknown_experts(config, found, file)
+
+
+def _refuse_unknown_experts(
+    config: Mapping[str, Any], found: Mapping[str, Any], file: Path
+) -> None:
+    """Refuse a mixture with layers or experts that our model does not have."""
+    for name in ("shared_expert_intermediate_size", "n_shared_experts", "num_shared_experts"):
+        require(
+            not config.get(name),
+            f"{file} asks for shared experts ({name} {config.get(name)}), which are not supported",
+        )
+    step, only = found["decoder_sparse_step"], config.get("mlp_only_layers") or []
+    require(
+        step > 0 and isinstance(only, list),
+        f"{file}: decoder_sparse_step is {step} and mlp_only_layers {json.dumps(only)}; give a "
+        "number from 1 on, and a list",
+    )
+    layers = range(found["num_hidden_layers"])
+    dense = [layer for layer in layers if layer in only or (layer + 1) % step != 0]
+    require(
+        not dense,
+        f"{file} mixes dense and sparse layers (decoder_sparse_step {step}, mlp_only_layers "
+        f"{only}), which is not supported",
+    )
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a config says of its rotary embeddings; the older name wins."""
+    found = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    return dict(found) if isinstance(found, dict) else {"rope_type": found}
+
+
+def _rope_type(rope: Mapping[str, Any]) -> str:
+    return str(rope.get("rope_type", rope.get("type")) or "default")
+
+
+def _rope_theta(config: Mapping[str, Any], file: Path) -> float:
+    """Base of plain rotary embeddings; any others are refused."""
+    rope = _rope(config)
+    nested = [name for name, value in rope.items() if isinstance(value, dict)]
+    require(
+        not nested,
+        f"{file} gives rotary embeddings by kinds of layers ({', '.join(nested)}), which is not "
+        "supported",
+    )
+    require(
+        _rope_type(rope) == "default",
+        f"{file} asks for scaled rotary embeddings (rope_type {_rope_type(rope)}), which are not "
+        "supported: without them the model has the positions that it was trained with",
+    )
+    name = "partial_rotary_factor"
+    part = rope.get(name, config.get(name))
+    require(part in (None, 1), f"{file} turns a part of each head ({name} {part}): unsupported")
+    theta = rope.get("rope_theta", config.get("rope_theta", ROPE_THETA))
+    return float(_typed(theta, float, f"{file}: rope_theta"))
+
+
+# vLLM 0.32.0, transformers_utils/model_arch_config_convertor.py: the smallest of these counts,
+POSITIONS = (
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "seq_length",
+    "model_max_length",
+    "max_target_positions",
+    "max_sequence_length",
+    "max_seq_length",
+    "seq_len",
+)
+# and config/model.py, _get_and_verify_max_len: what these kinds of scaling bring is in it already.
+EXTENDED = {"su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling"}
+
+
+def max_positions(config: dict[str, Any]) -> int | None:
+    """Tokens of the longest sequence that a model can take, as vLLM counts them.
+
+    Args:
+        config: A config.json. What it leaves out is known of our own classes only.
+
+    Returns:
+        None where it does not say.
+    """
+    decoder = text_config(config)
+    kind = str(decoder.get("model_type", config.get("model_type")))
+    decoder = DEFAULTS.get(kind, {}) | decoder
+    known = [decoder[name] for name in POSITIONS if isinstance(decoder.get(name), int | float)]
+    if not known:
+        return None
+    limit = decoder.get("model_max_length") or min(known)
+    rope = _rope(decoder)
+    by_layer = [value for value in rope.values() if isinstance(value, dict)]
+    factor = 1.0
+    for each in by_layer or [rope]:
+        if _rope_type(each) not in EXTENDED and isinstance(each.get("factor"), int | float):
+            factor = each["factor"]
+    return int(limit if "gemma3" in kind else limit * factor)

@@ -12,12 +12,8 @@ from typing import Any, ClassVar
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
 
-from marco_train.architecture import (
-    ArchitectureConfig,
-    check_expert_parallel,
-    read_architecture,
-)
-from marco_train.errors import require, require_positive
+from marco_train.architecture import ArchitectureConfig, check_expert_parallel
+from marco_train.errors import InputError, require, require_positive
 
 
 class StageKind(Enum):
@@ -181,6 +177,9 @@ class ModelConfig:
     chat_template: ChatTemplate = MISSING
     """tokenizer: the tokenizer's own, which has to mark the assistant's tokens; chatml: ours, for
     tokenizers that do not (`data/chat_template.jinja`). Exports carry the one in use."""
+    chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Arguments of the template, of the student's and of the teachers' alike, by the names it
+    reads, as `enable_thinking: false`."""
     architecture: ArchitectureConfig | None = None
     """What config.json under `path` has to say, or the shape to initialise at random.
     None: whatever config.json says."""
@@ -192,6 +191,33 @@ class ModelConfig:
             "model.path and model.architecture are both null: give weights to start from, or a "
             "shape to initialise at random",
         )
+        taken = sorted(TAKEN_BY_RENDERING & self.chat_template_kwargs.keys())
+        require(
+            not taken,
+            f"model.chat_template_kwargs has {', '.join(taken)}, which every rendering sets "
+            "itself: give only what the template reads beside the turns",
+        )
+
+
+# Arguments of `apply_chat_template` in transformers, and the name of the turns in templates.
+TAKEN_BY_RENDERING = {
+    "add_generation_prompt",
+    "chat_template",
+    "continue_final_message",
+    "conversation",
+    "conversations",
+    "documents",
+    "max_length",
+    "messages",
+    "padding",
+    "return_assistant_tokens_mask",
+    "return_dict",
+    "return_tensors",
+    "tokenize",
+    "tokenizer_kwargs",
+    "tools",
+    "truncation",
+}
 
 
 @dataclass(kw_only=True)
@@ -514,7 +540,8 @@ class OPDConfig(StageConfig):
 
     objective: Objective = MISSING
     max_importance_ratio: float | None = MISSING
-    """Truncation of policy/sampler in the `sampled` objective. None: no truncation."""
+    """Cap on the weight policy/sampler of a token's gradient in the `sampled` objective, any number
+    above 0. None: no cap."""
     max_advantage: float | None = MISSING
     """Bound on |log teacher - log sampler| in the `sampled` objective, in nats. None: no bound."""
     top_k: int | None = MISSING
@@ -625,6 +652,12 @@ class EvaluateConfig(StageConfig):
             not self.rollout.replay_routing,
             "stage.rollout.replay_routing is true, and an evaluation makes no update that could "
             "take the sampler's experts: set it to false",
+        )
+        both = sorted(self.models.keys() & self.teachers.keys())
+        require(
+            not both,
+            f"stage.models and stage.teachers both name {', '.join(both)}: the report tells models "
+            "apart by their names, so give each its own",
         )
         require(
             0 < self.num_kl_responses <= self.responses_per_prompt,
@@ -802,11 +835,7 @@ class TrainConfig:
         longest = longest_sequence(self.stage)
         if architecture is not None:
             check_expert_parallel(architecture, self.parallel.expert_parallel_size)
-            require(
-                longest <= architecture.max_position_embeddings,
-                f"the stage allows sequences of {longest} tokens, and the model has "
-                f"{architecture.max_position_embeddings} positions",
-            )
+            check_positions(self.stage, architecture.max_position_embeddings, "the model")
             if isinstance(self.stage, OPDConfig):
                 check_replay(self.stage.rollout, architecture)
         require(
@@ -825,14 +854,6 @@ def check_replay(rollout: RolloutConfig, student: ArchitectureConfig) -> None:
     )
 
 
-def student_architecture(cfg: TrainConfig) -> ArchitectureConfig:
-    """Shape of the student, from its files or from the config."""
-    if cfg.model.path is not None:
-        return read_architecture(cfg.model.path)
-    assert cfg.model.architecture is not None
-    return cfg.model.architecture
-
-
 def longest_sequence(stage: StageConfig) -> int:
     """Tokens of the longest sequence that a stage lets through."""
     match stage:
@@ -843,10 +864,39 @@ def longest_sequence(stage: StageConfig) -> int:
     raise TypeError(f"no such stage: {type(stage).__name__}")
 
 
+def check_positions(
+    stage: StageConfig, positions: int | None, owner: str, num_extra: int = 0
+) -> None:
+    """Refuse a model that has fewer positions than the longest sequence of a stage needs.
+
+    Args:
+        stage: What is to be run.
+        positions: Tokens of the longest sequence that the model can take. None: it does not say.
+        owner: What the message calls the model.
+        num_extra: Tokens that are made after a sequence, though nobody asks for them.
+    """
+    longest = longest_sequence(stage)
+    if positions is None or longest + num_extra <= positions:
+        return
+    extra = f" and {num_extra} more to score them" if num_extra else ""
+    lengths = "stage.max_prompt_length + stage.max_response_length"
+    if isinstance(stage, SFTConfig):
+        lengths = "stage.max_length"
+    raise InputError(
+        f"the stage allows sequences of {longest} tokens{extra}, and {owner} has {positions} "
+        f"positions: bring {lengths} down to {positions - num_extra} or less, or take a model of "
+        "more positions"
+    )
+
+
 def register_schemas() -> None:
     """Make the dataclasses known to Hydra, in groups of their own under `schema/`."""
     store = ConfigStore.instance()
-    store.store(name="run", group="schema", node=TrainConfig)
+    run = OmegaConf.structured(TrainConfig)
+    run.model = ModelConfig
+    # Any name may stand here, and without `+`.
+    OmegaConf.set_struct(run.model.chat_template_kwargs, False)
+    store.store(name="run", group="schema", node=run)
     for kind, node in (("sft", SFTConfig), ("opd", OPDConfig), ("evaluate", EvaluateConfig)):
         store.store(name=kind, group="schema/stage", node=node)
 

@@ -23,7 +23,7 @@ NAMES = {
     "kl/topk_overlap": "share of the policy's K likeliest tokens among the teacher's K",
     "kl/teacher_entropy": "nats a token",
     "kl/advantage": "log teacher - log sampler of the sampled tokens; quantiles, nats",
-    "kl/ratio_truncated": "share of tokens whose policy/sampler ratio was truncated",
+    "kl/ratio_truncated": "share of tokens whose weight policy/sampler was above the cap",
     "kl/sampler_mismatch": "mean |log policy - log sampler| of the sampled tokens, nats",
     "kl/sampler": "sampler against policy, estimated from the sampled tokens, nats a token",
     "eval/reverse_kl": "on held-out prompts before this step, nats a token",
@@ -53,6 +53,7 @@ NAMES = {
     "data/dropped_too_long": "rows over the length limit, of this step",
     "data/dropped_no_loss": "rows without a token to learn or a prompt to answer, of this step",
     "data/dropped_special": "rows whose text holds control tokens, of this step",
+    "data/dropped_malformed": "rows that are no chat, or none for the template, of this step",
     "data/epoch": "of the source that has been repeated most",
     "perf/tokens_per_second": "tokens trained on, all ranks, over the whole step",
     "time/step": "seconds",
@@ -96,10 +97,10 @@ class MetricSums:
         values = torch.stack(list(output.values.values())).double()  # [metrics, N]
         self._add_group("", output.values, values.sum(1))
         rows = torch.cat([values, torch.ones_like(values[:1])])  # the last counts tokens
-        by_group = rows.new_zeros(len(rows), len(microbatch.groups))
+        by_group = rows.new_zeros(len(rows), len(microbatch.groups) + 1)  # the last: no group
         for ids in microbatch.group_ids.T:
             by_group.index_add_(1, ids, rows)
-        for group, sums in zip(microbatch.groups, by_group.T, strict=True):
+        for group, sums in zip(microbatch.groups, by_group.T[:-1], strict=True):
             self._add_group(group, [*output.values, COUNT], sums)
         for name, value in output.spreads.items():
             counts = torch.histc(value, SPREAD_BINS, -SPREAD_BOUND, SPREAD_BOUND)

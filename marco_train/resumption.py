@@ -18,13 +18,13 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from marco_train.architecture import ArchitectureConfig, read_architecture
 from marco_train.config import (
     ChangedSchedule,
     EvaluateConfig,
     OPDConfig,
     ResumeChange,
     TrainConfig,
-    student_architecture,
 )
 from marco_train.errors import InputError, require
 
@@ -216,8 +216,15 @@ def describe(cfg: TrainConfig) -> dict[str, Any]:
     return {
         "config": plain_config(cfg),
         "phases": phases_of(cfg),  # JSON is written with its keys sorted
-        "architecture": asdict(student_architecture(cfg)),
+        "architecture": asdict(_student_shape(cfg)),
     }
+
+
+def _student_shape(cfg: TrainConfig) -> ArchitectureConfig:
+    if cfg.model.path is not None:
+        return read_architecture(cfg.model.path)
+    assert cfg.model.architecture is not None
+    return cfg.model.architecture
 
 
 def phases_of(cfg: TrainConfig) -> list[str]:
@@ -271,11 +278,11 @@ def changes_of(noted: Mapping[str, Any], cfg: TrainConfig) -> list[Change]:
     if not isinstance(cfg.stage, EvaluateConfig):
         shapes = (
             noted.get("architecture") or then["model"]["architecture"],
-            asdict(student_architecture(cfg)),
+            asdict(_student_shape(cfg)),
         )
         # What an older checkpoint does not know of its student is not held against this one.
         then["model"]["architecture"], now["model"]["architecture"] = (
-            (with_defaults(shapes[0], student_architecture(cfg)), shapes[1])
+            (with_defaults(shapes[0], _student_shape(cfg)), shapes[1])
             if shapes[0]
             else (shapes[1], shapes[1])
         )

@@ -8,9 +8,11 @@ Legend: T packed tokens, S tokens of prompt and response, R tokens of a response
 tokens, V vocabulary, D width of the teacher, L layers, k experts a token.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
+from hashlib import blake2b
 from typing import Any, Self
 
 import torch
@@ -35,6 +37,16 @@ class Conversation:
     language: str
     verifier: Mapping[str, Any]
     """How an answer is checked; see `evaluation/verifiers.py`. Empty: it is not."""
+    row: int
+    """Its place among the rows of the source, from 0."""
+
+    @property
+    def asked(self) -> tuple[Message, ...]:
+        """The turns of a prompt: those that stand before the last answer."""
+        end = len(self.messages)
+        while end and self.messages[end - 1].role == "assistant":
+            end -= 1
+        return self.messages[:end]
 
 
 @dataclass(frozen=True)
@@ -97,11 +109,33 @@ class Rollout:
 
 GROUPED_BY = ("category", "language")
 """What the diagnostics of rollouts are told apart by."""
+MAX_GROUP_LENGTH = 64  # characters of a group's name
+UNSAFE_IN_NAMES = re.compile(r"[/\x00-\x1f\x7f\u2028\u2029\ud800-\udfff]")
+
+
+def group_name(name: str) -> str:
+    """Make a group's name, as `category_math`, fit to be the last part of a metric's name.
+
+    Any text is accepted. A "/" and control characters become `%` and their code; what is longer
+    than 64 characters keeps its beginning and gets a digest of the whole. A name that is fit stays
+    as it is.
+    """
+    safe = UNSAFE_IN_NAMES.sub(lambda found: f"%{ord(found[0]):02X}", name)
+    if len(safe) <= MAX_GROUP_LENGTH:
+        return safe
+    digest = blake2b(safe.encode(), digest_size=4).hexdigest()
+    return f"{safe[: MAX_GROUP_LENGTH - len(digest) - 1]}~{digest}"
+
+
+def prompt_groups(category: str, language: str) -> list[str]:
+    """Name the groups of a prompt and its rollouts; an empty text makes none."""
+    values = zip(GROUPED_BY, (category, language), strict=True)
+    return [group_name(f"{kind}_{value}") for kind, value in values if value]
 
 
 def rollout_groups(rollout: Rollout) -> list[str]:
-    """Name the groups of a rollout."""
-    return [f"{kind}_{getattr(rollout.prompt, kind)}" for kind in GROUPED_BY]
+    """Name the groups of a rollout, of which there are at most as many as kinds."""
+    return prompt_groups(rollout.prompt.category, rollout.prompt.language)
 
 
 @dataclass(frozen=True)
@@ -156,7 +190,7 @@ class Microbatch:
     num_loss_tokens: int
     groups: tuple[str, ...]
     """Names of the groups that metrics are told apart by, as `category_math`."""
-    group_ids: Tensor  # [N, G] int64, the groups of each loss token
+    group_ids: Tensor  # [N, G] int64, of each loss token; len(groups) stands for no group
     routed_experts: Tensor  # [L, T, k] int64, to be taken; empty where the routers choose
 
     def to(self, device: torch.device) -> Self:

@@ -10,18 +10,20 @@ import gc
 import importlib.util
 import os
 import random
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from enum import Enum
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from marco_train import distributed
-from marco_train.errors import require
+from marco_train.errors import InputError, require
 
 # Settings of the process that vLLM reads; each is as in the engines that were measured.
 ENVIRONMENT = {
@@ -39,6 +41,9 @@ EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FORGET_PACKED_EXPERTS = True
 PREFIX_CACHING = False
 RESET_PREFIX_CACHE = True
+LOAD_FORMAT = "marco_whole"
+LOADED_TYPES = {torch.float32, torch.bfloat16, torch.float16}
+MAX_REASON = 500  # characters; vLLM's may name every weight of a model
 
 
 class Purpose(Enum):
@@ -105,7 +110,7 @@ class VLLMEngine:
                 only.
 
         Raises:
-            InputError: vLLM is not installed, or cannot serve this model.
+            InputError: vLLM is not installed, or the files do not give all weights of the model.
         """
         require_vllm()
         options: dict[str, Any] = {}
@@ -130,7 +135,7 @@ class VLLMEngine:
                 max_model_len=max_length,
                 max_num_batched_tokens=max_tokens_per_batch,
                 max_num_seqs=min(max_sequences, max_tokens_per_batch),
-                load_format="auto" if with_weights else "dummy",
+                load_format=_load_format_of_whole_models() if with_weights else "dummy",
                 enable_sleep_mode=self._sleeps,
                 skip_tokenizer_init=purpose is Purpose.generate,
                 kv_cache_memory_bytes=kv_cache_bytes,
@@ -299,6 +304,55 @@ class VLLMEngine:
         finally:
             engine_core.cleanup_dist_env_and_memory = theirs
         del self._llm
+
+
+@cache
+def _load_format_of_whole_models() -> str:
+    """Tell vLLM of a loader that refuses a model which did not arrive whole; give its name.
+
+    vLLM's own checks neither single experts nor single matrices of those that it joins, like the
+    three of queries, keys and values; what does not arrive is whatever lay in memory.
+    """
+    from vllm.model_executor.model_loader import register_model_loader
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    @register_model_loader(LOAD_FORMAT)
+    class WholeModelLoader(DefaultModelLoader):  # type: ignore[misc]
+        def __init__(self, load_config: Any) -> None:
+            super().__init__(replace(load_config, load_format="auto"))
+
+        def load_weights(self, model: Any, model_config: Any) -> None:
+            load = partial(super().load_weights, model, model_config)
+            load_whole(model, load, model_config.model)
+
+    return LOAD_FORMAT
+
+
+def load_whole(model: Any, load: Callable[[], None], path: str) -> None:
+    """Load a model's weights, and refuse it where some did not arrive or are not finite.
+
+    Args:
+        model: Of vLLM, with weights of any value.
+        load: Loads them.
+        path: What the message calls the model.
+
+    Raises:
+        InputError: Names the first ten, under vLLM's names; or gives vLLM's reason.
+    """
+    weights = {name: w for name, w in model.named_parameters() if w.dtype in LOADED_TYPES}
+    for weight in weights.values():
+        weight.data.fill_(torch.nan)
+    try:
+        load()
+    except (AssertionError, KeyError, OSError, RuntimeError, SafetensorError, ValueError) as error:
+        said = " ".join(str(error).split())[:MAX_REASON]
+        raise InputError(f"vLLM cannot load the weights under {path}: {said}") from error
+    absent = [name for name, weight in weights.items() if not weight.isfinite().all()]
+    require(
+        not absent,
+        f"{len(absent)} weights under {path} did not arrive in vLLM whole, or are not finite: "
+        f"{', '.join(absent[:10])}; fetch the model again",
+    )
 
 
 def replace_weights(model: Any, weights: Iterable[tuple[str, Tensor]], config: Any) -> None:

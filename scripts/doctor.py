@@ -15,7 +15,7 @@ from hydra.errors import HydraException
 from omegaconf import MissingMandatoryValue
 from omegaconf.errors import OmegaConfBaseException
 
-from marco_train.config import StageKind, TrainConfig, student_architecture, to_run
+from marco_train.config import StageKind, TrainConfig, to_run
 from marco_train.errors import AwayError, InputError
 from marco_train.train import CONFIG_DIR
 
@@ -62,7 +62,7 @@ def check_stage(cfg: TrainConfig) -> None:
     from marco_train import distributed
     from marco_train.data.chat import load_tokenizer
     from marco_train.data.loader import PromptLoader, SFTLoader
-    from marco_train.models.hf_io import stored_weights
+    from marco_train.models.hf_io import stored_weights, student_architecture
     from marco_train.rollout.build import check_sampler
     from marco_train.teachers.cascade import Cascade
     from marco_train.teachers.vocab import check_student_vocabulary
@@ -76,21 +76,22 @@ def check_stage(cfg: TrainConfig) -> None:
     if path is not None:
         checked("student's weights", lambda: stored_weights(path, student))
     checked("student's vocabulary", lambda: check_student_vocabulary(cfg.model))
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     if stage.kind is StageKind.sft:
         checked("data", lambda: SFTLoader(cfg.data, stage, tokenizer, cfg.seed))
     else:
         prompts = checked("data", lambda: PromptLoader(cfg.data, stage, tokenizer, cfg.seed))
-        template = tokenizer.chat_template
+        template, kwargs = tokenizer.chat_template, tokenizer.template_kwargs
         cascade = checked(
             "teachers' files",
-            lambda: Cascade(stage, cfg.model.tokenizer, template, student.vocab_size),
+            lambda: Cascade(stage, cfg.model.tokenizer, template, student.vocab_size, kwargs),
         )
         cascade.check_groups(prompts.groups())
+        checked("teachers' turns", lambda: cascade.check_turns(prompts.first_prompts()))
         prompts.held_out(cascade.num_held_out)
         check_sampler(stage.rollout, student)
-        for phase in cascade.phases:
-            checked(f"teacher {phase.name!r}", partial(cascade.teacher_at, phase.first))
+        for phase in cascade.phases:  # compared with no answers: there is no student to ask
+            checked(f"teacher {phase.name!r}", partial(cascade.teacher_at, phase.first, list))
         cascade.close()
     distributed.stop()
 

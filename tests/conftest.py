@@ -17,7 +17,9 @@ from transformers import PreTrainedTokenizerFast
 
 from marco_train.architecture import ArchitectureConfig
 from marco_train.config import (
+    ChatTemplate,
     DType,
+    ModelConfig,
     Objective,
     TeacherBackend,
     TeacherConfig,
@@ -25,7 +27,8 @@ from marco_train.config import (
     TrainConfig,
     to_run,
 )
-from marco_train.data.chat import CHATML
+from marco_train.data.chat import CHATML, load_tokenizer
+from marco_train.data.chat import Tokenizer as ChatTokenizer
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
 from marco_train.teachers.base import Wanted
@@ -159,6 +162,20 @@ def teacher_config(path: str, backend: TeacherBackend, **changes: Any) -> Teache
         "servers": None,
     }
     return TeacherConfig(**fields | changes)
+
+
+def tokenizer_of(
+    path: str | Path, template: ChatTemplate = ChatTemplate.tokenizer, **template_kwargs: Any
+) -> ChatTokenizer:
+    """A run's tokenizer, without a run."""
+    cfg = ModelConfig(
+        path="weights",
+        tokenizer=str(path),
+        chat_template=template,
+        chat_template_kwargs=template_kwargs,
+        dtype=DType.float32,
+    )
+    return load_tokenizer(cfg)
 
 
 Compose = Callable[..., TrainConfig]

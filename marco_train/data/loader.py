@@ -1,36 +1,102 @@
-"""This rank's share of each global batch, with a cursor that is nothing but the step."""
+"""This rank's share of each global batch, with a cursor that is the first sample of a step."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from hashlib import sha256
+from itertools import chain
 from typing import Any, TypeVar
 
 from marco_train.config import (
     DataConfig,
+    LossTokens,
     OPDConfig,
     ResumeChange,
     SFTConfig,
     SourceConfig,
-    StageConfig,
 )
 from marco_train.data.chat import (
     Tokenizer,
+    check_marks,
     holds_control_tokens,
     render_example,
     render_prompt,
 )
 from marco_train.data.mixture import Mixture
 from marco_train.data.packing import pack_examples
-from marco_train.data.sources import Source
-from marco_train.distributed import is_main, rank, reduce_sums, world_size
+from marco_train.data.sources import BadRow, Source
+from marco_train.distributed import gather_objects, is_main, rank, reduce_sums, world_size
 from marco_train.errors import InputError, require
 from marco_train.metrics import Metrics
+from marco_train.models.chat_template import check_template_kwargs
+from marco_train.resumption import field_difference
 from marco_train.tracking import say
-from marco_train.types import GROUPED_BY, Conversation, Example, Microbatch, Prompt
+from marco_train.types import (
+    GROUPED_BY,
+    Conversation,
+    Example,
+    Microbatch,
+    Prompt,
+    prompt_groups,
+)
 
-T = TypeVar("T", Example, Prompt)
+T = TypeVar("T")
 
-DROPS = ("data/dropped_too_long", "data/dropped_no_loss", "data/dropped_special")
+MALFORMED = "data/dropped_malformed"
+DROPS = ("data/dropped_too_long", "data/dropped_no_loss", "data/dropped_special", MALFORMED)
+# Rows at fault that one rank names; the metric counts all.
+MOST_NAMED = 20
+# Samples at the start of a run whose loss mask is looked at before the first step.
+NUM_MARKED = 64
+# Samples at the start of a run whose turns are compared with what its teachers make of them.
+NUM_FIRST = 2048
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A row that is not used."""
+
+    metric: str
+    """Which counts it."""
+    source: str
+    row: int
+    reason: str
+    """What is at fault, of a malformed row."""
+
+    @property
+    def place(self) -> str:
+        """Where the row stands."""
+        return f"source {self.source!r}, row {self.row} (from 0)"
+
+
+class Tally:
+    """Counts the rows that are dropped, by reason and source."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[tuple[str, str]] = Counter()  # metric, source
+        self._first: dict[str, str] = {}  # source -> what is wrong with its first row at fault
+
+    def add(self, drop: Dropped) -> None:
+        """Count a row."""
+        self._counts[drop.metric, drop.source] += 1
+        if drop.metric == MALFORMED:
+            self._first.setdefault(drop.source, f"{drop.place}: {drop.reason}")
+
+    def count(self, metric: str) -> int:
+        """How many rows a metric counts."""
+        return sum(count for (name, _), count in self._counts.items() if name == metric)
+
+    def refusal(self, what: str) -> InputError:
+        """Say why no row can be used; all ranks take part."""
+        counts: Counter[tuple[str, str]] = Counter()
+        first: dict[str, str] = {}
+        for counts_of_rank, first_of_rank in gather_objects((self._counts, self._first)):
+            counts.update(counts_of_rank)
+            first = first_of_rank | first
+        said = [f"{n} {metric} in {source!r}" for (metric, source), n in sorted(counts.items())]
+        return InputError(
+            f"{what} can be used ({'; '.join([*said, *first.values()])}): mend the rows, or raise "
+            "the stage's limit on their length"
+        )
 
 
 class ConversationStream:
@@ -48,10 +114,42 @@ class ConversationStream:
             {name: sources[name].weight for name in self._sources},
             seed,
         )
+        self._named: set[tuple[str, int]] = set()
 
-    def __getitem__(self, index: int) -> Conversation:
+    def __getitem__(self, index: int) -> Conversation | BadRow:
         source, row = self._mixture.sample(index)
         return self._sources[source][row]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all sources."""
+        return sum(map(len, self._sources.values()))
+
+    def rendered(self, index: int, render: Callable[[int, Conversation], T | str]) -> T | Dropped:
+        """Render a sample, unless it is dropped.
+
+        Args:
+            index: Of the sample.
+            render: Gives the metric that counts the row instead, where it is to be dropped.
+        """
+        found = self[index]
+        if isinstance(found, BadRow):
+            return Dropped(MALFORMED, found.source, found.row, found.reason)
+        try:
+            item = render(index, found)
+        except InputError as error:
+            return Dropped(MALFORMED, found.source, found.row, str(error))
+        return Dropped(item, found.source, found.row, "") if isinstance(item, str) else item
+
+    def name_malformed(self, drop: Dropped) -> None:
+        """Say which rows are at fault, each once and the first of them only."""
+        place = (drop.source, drop.row)
+        if drop.metric != MALFORMED or place in self._named or len(self._named) == MOST_NAMED:
+            return
+        self._named.add(place)
+        say(f"dropped {drop.place}: {drop.reason}")
+        if len(self._named) == MOST_NAMED:
+            say(f"further rows at fault are not named; {MALFORMED} counts them")
 
     def values(self, column: str) -> set[str]:
         """What stands in a column of any source."""
@@ -61,49 +159,69 @@ class ConversationStream:
         """How often the most repeated source has been walked through before `index`."""
         return max(self._mixture.epochs(index).values())
 
-    def fingerprint(self) -> str:
-        """Digest of what the samples are a function of, beside the seed."""
-        sizes = {name: len(source) for name, source in self._sources.items()}
-        contents = {name: source.fingerprint for name, source in self._sources.items()}
-        return sha256(repr((sizes, self._mixture.quotas, contents)).encode()).hexdigest()[:16]
+    def identity(self) -> dict[str, Any]:
+        """Digest what the samples are a function of, beside the seed."""
+        return {
+            "rows": {name: source.fingerprint[:16] for name, source in self._sources.items()},
+            "mixture": {
+                name: {"rows": len(source), "of_1000_samples": self._mixture.quotas[name]}
+                for name, source in self._sources.items()
+            },
+        }
 
 
 class _Loader:
-    """Deals out global batches; sample `step * batch + slot` is the same on any number of ranks."""
+    """Deals out global batches, the same on any number of ranks.
+
+    A step draws as many samples as its batch holds; where all of them are dropped it draws as many
+    again. So a step's first sample follows from the steps before it, and is what a checkpoint
+    keeps.
+    """
 
     name = "data"
 
-    def __init__(self, data: DataConfig, stage: StageConfig, batch_size: int, seed: int) -> None:
+    def __init__(self, data: DataConfig, batch_size: int, tokenizer: Tokenizer, seed: int) -> None:
         self._data = data
         self._batch_size = batch_size
+        self._tokenizer = tokenizer
         self._stream = ConversationStream(data.sources, data.num_rows, seed)
+        self._identity = self._stream.identity() | tokenizer.digests()
         self._step = 0
-        self._drops = dict.fromkeys(DROPS, 0)
-        self._num_kept = 0
+        self._begins = {0: 0}  # step -> its first sample
+        self._metrics: Metrics = {}
 
     def _next_share(self, render: Callable[[int, Conversation], T | str]) -> list[T]:
-        """Render this rank's slots of the coming batch; rows at fault are dropped and counted."""
-        first = self._step * self._batch_size
-        share = range(first + rank(), first + self._batch_size, world_size())
-        rendered = [render(index, self._stream[index]) for index in share]
-        kept = [item for item in rendered if not isinstance(item, str)]
-        self._drops = {name: rendered.count(name) for name in DROPS}
-        self._num_kept = len(kept)
+        """Render this rank's slots of the coming batch; rows at fault are dropped and counted.
+
+        Raises:
+            InputError: As many samples as there are rows gave nothing.
+        """
+        first = end = self._begins[self._step]
+        dropped = Tally()
+        num_kept, drops = 0.0, [0.0] * len(DROPS)
+        while num_kept == 0:  # on every rank alike
+            if end - first >= max(self._batch_size, self._stream.num_rows):
+                raise dropped.refusal(f"none of {end - first} samples in a row")
+            share = range(end + rank(), end + self._batch_size, world_size())
+            end += self._batch_size
+            kept = render_share(self._stream, share, render, dropped)
+            num_kept, *drops = reduce_sums([len(kept), *map(dropped.count, DROPS)])
         self._step += 1
+        self._begins[self._step] = end
+        self._metrics = {
+            "data/num_sequences": num_kept,
+            "data/epoch": self._stream.epoch(end),
+            **dict(zip(DROPS, drops, strict=True)),
+        }
         return kept
 
     def metrics(self) -> Metrics:
         """Describe the last batch, over all ranks."""
-        kept, *drops = reduce_sums([self._num_kept, *self._drops.values()])
-        return {
-            "data/num_sequences": kept,
-            "data/epoch": self._stream.epoch(self._step * self._batch_size),
-            **dict(zip(DROPS, drops, strict=True)),
-        }
+        return self._metrics
 
     def state_at(self, step: int) -> dict[str, Any]:
-        """What a checkpoint keeps of the data."""
-        return {"cursor": step, "mixture": self._stream.fingerprint()}
+        """What a checkpoint keeps of the data, before a step is made."""
+        return {"cursor": self._begins[step], **self._identity}
 
     def resume(
         self, step: int, state: dict[str, Any], allowed: Collection[ResumeChange] = ()
@@ -113,27 +231,59 @@ class _Loader:
         Raises:
             InputError: The data are not those of the checkpoint, and may not be others.
         """
-        expected = self.state_at(step)
-        if state != expected:
-            what = f"the data changed since the checkpoint was saved ({state} -> {expected})"
+        if state.keys() != {"cursor", *self._identity}:
+            raise InputError(
+                "the checkpoint was saved by an earlier version, which counted steps where this "
+                "one counts samples: start with resume=never"
+            )
+        self._step, self._begins = step, {step: state["cursor"]}
+        changed = field_difference({name: state[name] for name in self._identity}, self._identity)
+        if changed:
+            what = f"the data changed since the checkpoint was saved ({'; '.join(changed)})"
             require(
                 ResumeChange.data in allowed,
-                f"{what}; rows would be skipped or seen twice: restore the files, go on with these "
-                "with on_resume.allow=[data], or start with resume=never",
+                f"{what}, so rows would be skipped or seen twice, or rendered otherwise: restore "
+                "them, go on with the new data from the same sample with on_resume.allow=[data], "
+                "or start with resume=never",
             )
             if is_main():
-                say(f"{what}, as on_resume.allow=[data] allows; rows may be skipped or seen twice")
-        self._step = step
+                say(f"{what}, as on_resume.allow=[data] allows: rows may be skipped or seen twice")
+
+
+def render_share(
+    stream: ConversationStream,
+    indices: Iterable[int],
+    render: Callable[[int, Conversation], T | str],
+    dropped: Tally,
+) -> list[T]:
+    """Render samples; those that are dropped are counted, and rows at fault are named."""
+    kept = []
+    for index in indices:
+        found = stream.rendered(index, render)
+        if isinstance(found, Dropped):
+            dropped.add(found)
+            stream.name_malformed(found)
+        else:
+            kept.append(found)
+    return kept
 
 
 class SFTLoader(_Loader):
     """Packed microbatches of conversations."""
 
     def __init__(self, data: DataConfig, stage: SFTConfig, tokenizer: Tokenizer, seed: int) -> None:
-        super().__init__(data, stage, stage.global_batch_size, seed)
+        """Open the sources, and look at the loss mask of their first conversations.
+
+        Raises:
+            InputError: A source cannot be read, or the template does not mark what is to be learnt.
+        """
+        check_template_kwargs([tokenizer.chat_template], tokenizer.template_kwargs)
+        super().__init__(data, stage.global_batch_size, tokenizer, seed)
         self._stage = stage
-        self._tokenizer = tokenizer
         self.num_steps = stage.capped(stage.num_steps)
+        if stage.loss_tokens is LossTokens.assistant:
+            first = map(self._stream.__getitem__, range(NUM_MARKED))
+            check_marks(tokenizer, [found for found in first if isinstance(found, Conversation)])
 
     def __iter__(self) -> Iterator[list[Microbatch]]:
         return self
@@ -143,18 +293,17 @@ class SFTLoader(_Loader):
         return pack_examples(examples, self._data.max_tokens_per_microbatch)
 
     def held_out(self) -> list[Microbatch]:
-        """Pack this rank's share of the held-out conversations; empty without any."""
+        """Pack this rank's share of the held-out conversations; empty without any.
+
+        Raises:
+            InputError: None of them can be used.
+        """
         if self._data.held_out is None or self._stage.eval_every is None:
             return []
-        stream = ConversationStream(self._data.held_out, None, seed=0)
-        share = range(rank(), self._stage.num_eval_examples, world_size())
-        rendered = [self._render(index, stream[index]) for index in share]
-        examples = [item for item in rendered if not isinstance(item, str)]
-        if len(examples) < len(rendered):
-            say(f"held-out: dropped {len(rendered) - len(examples)} of {len(rendered)} rows")
+        examples = held_out_share(self._data.held_out, self._stage.num_eval_examples, self._render)
         return pack_examples(examples, self._data.max_tokens_per_microbatch)
 
-    def _render(self, index: int, conversation: Conversation) -> Example | str:
+    def _render(self, _: int, conversation: Conversation) -> Example | str:
         if holds_control_tokens(self._tokenizer, conversation):
             return "data/dropped_special"
         example = render_example(self._tokenizer, conversation, self._stage.loss_tokens)
@@ -169,9 +318,8 @@ class PromptLoader(_Loader):
     """Prompts that await responses."""
 
     def __init__(self, data: DataConfig, stage: OPDConfig, tokenizer: Tokenizer, seed: int) -> None:
-        super().__init__(data, stage, stage.global_batch_size, seed)
+        super().__init__(data, stage.global_batch_size, tokenizer, seed)
         self._max_prompt_length = stage.max_prompt_length
-        self._tokenizer = tokenizer
 
     def __iter__(self) -> Iterator[list[Prompt]]:
         return self
@@ -181,13 +329,34 @@ class PromptLoader(_Loader):
 
     def groups(self) -> set[str]:
         """Names of the groups of rollouts that these prompts give, as `category_math`."""
-        return {f"{kind}_{name}" for kind in GROUPED_BY for name in self._stream.values(kind)}
+        categories, languages = (self._stream.values(kind) for kind in GROUPED_BY)
+        return {group for name in categories for group in prompt_groups(name, "")} | {
+            group for name in languages for group in prompt_groups("", name)
+        }
+
+    def first(self, count: int) -> list[Prompt]:
+        """Render this rank's share of the run's first prompts; rows at fault are left out.
+
+        The cursor stays where it is.
+        """
+        share = range(rank(), count, world_size())
+        return render_share(self._stream, share, self._render, Tally())
+
+    def first_prompts(self) -> Iterator[tuple[Conversation, Prompt]]:
+        """Prompts of the first samples beside what they are rendered from, the same on every rank.
+
+        Those that are dropped are left out.
+        """
+        for index in range(NUM_FIRST):
+            found = self._stream.rendered(index, self._with_conversation)
+            if not isinstance(found, Dropped):
+                yield found
 
     def held_out(self, count: int) -> list[Prompt]:
         """Render this rank's share of `count` held-out prompts; rows at fault are left out.
 
         Raises:
-            InputError: There are none.
+            InputError: There are none, or none of them can be used.
         """
         if count == 0:
             return []
@@ -195,9 +364,13 @@ class PromptLoader(_Loader):
             raise InputError(
                 "stage.cascade.*.converged measures the KL on held-out prompts: set data.held_out"
             )
-        stream = ConversationStream(self._data.held_out, None, seed=0)
-        rendered = [self._render(i, stream[i]) for i in range(rank(), count, world_size())]
-        return [prompt for prompt in rendered if not isinstance(prompt, str)]
+        return held_out_share(self._data.held_out, count, self._render)
+
+    def _with_conversation(
+        self, index: int, conversation: Conversation
+    ) -> tuple[Conversation, Prompt] | str:
+        prompt = self._render(index, conversation)
+        return prompt if isinstance(prompt, str) else (conversation, prompt)
 
     def _render(self, index: int, conversation: Conversation) -> Prompt | str:
         if holds_control_tokens(self._tokenizer, conversation):
@@ -208,6 +381,25 @@ class PromptLoader(_Loader):
         if len(prompt.input_ids) > self._max_prompt_length:
             return "data/dropped_too_long"
         return prompt
+
+
+def held_out_share(
+    sources: dict[str, SourceConfig], count: int, render: Callable[[int, Conversation], T | str]
+) -> list[T]:
+    """Render this rank's share of the first held-out samples.
+
+    Raises:
+        InputError: None of them can be used.
+    """
+    stream, dropped = ConversationStream(sources, None, seed=0), Tally()
+    kept = render_share(stream, range(rank(), count, world_size()), render, dropped)
+    num_kept, *drops = reduce_sums([len(kept), *map(dropped.count, DROPS)])
+    if num_kept == 0:
+        raise dropped.refusal(f"none of {count} held-out rows")
+    if sum(drops) > 0 and is_main():
+        said = ", ".join(f"{n:.0f} {name}" for n, name in zip(drops, DROPS, strict=True) if n)
+        say(f"held-out: dropped {sum(drops):.0f} of {count} rows ({said})")
+    return kept
 
 
 @dataclass(frozen=True)
@@ -223,33 +415,26 @@ class Question:
 def held_out_questions(
     sources: dict[str, SourceConfig], count: int, max_prompt_length: int, tokenizer: Tokenizer
 ) -> list[Question]:
-    """Render the same questions on every rank; rows at fault are left out.
+    """Render the same questions on every rank; rows at fault are dropped. All ranks take part.
 
     Raises:
-        InputError: A row has no question or no answer, or every prompt is over the limit.
+        InputError: None of them can be used, or the template reads not all of its arguments.
     """
-    stream = ConversationStream(sources, None, seed=0)
-    questions = []
-    for index in range(count):
-        conversation = stream[index]
+
+    def render(index: int, conversation: Conversation) -> Question | str:
         asked, answer = conversation.messages[:-1], conversation.messages[-1]
         if answer.role != "assistant" or not asked:
-            raise InputError(
-                f"source {conversation.source!r} has a row that is no question with its answer"
-            )
+            raise InputError("the row is no question with its answer")
         if holds_control_tokens(tokenizer, conversation):
-            continue
+            return "data/dropped_special"
         prompt = make_prompt(tokenizer, index, conversation)
-        if len(prompt.input_ids) <= max_prompt_length:
-            questions.append(
-                Question(prompt, asked[-1].content, answer.content, conversation.verifier)
-            )
-    if not questions:
-        raise InputError(
-            f"none of {count} held-out prompts is within stage.max_prompt_length "
-            f"{max_prompt_length} tokens"
-        )
-    return questions
+        if len(prompt.input_ids) > max_prompt_length:
+            return "data/dropped_too_long"
+        return Question(prompt, asked[-1].content, answer.content, conversation.verifier)
+
+    check_template_kwargs([tokenizer.chat_template], tokenizer.template_kwargs)
+    shares = gather_objects(held_out_share(sources, count, render))
+    return sorted(chain.from_iterable(shares), key=lambda question: question.prompt.index)
 
 
 def make_prompt(tokenizer: Tokenizer, index: int, conversation: Conversation) -> Prompt:

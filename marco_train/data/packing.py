@@ -111,7 +111,11 @@ def _join_rollouts(scored: Sequence[ScoredRollout]) -> tuple[Microbatch, Tensor]
     )
     named = [rollout_groups(s.rollout) for s in scored]
     groups = tuple(sorted({name for names in named for name in names}))
-    ids = [[groups.index(name) for name in names] for names in named]
+    id_of = {name: number for number, name in enumerate(groups)}
+    ids = [
+        [id_of[name] for name in names] + [len(groups)] * (len(GROUPED_BY) - len(names))
+        for names in named
+    ]
     repeats = torch.tensor([int(k.sum()) for k in known_of], dtype=torch.int64)
     group_ids = torch.tensor(ids, dtype=torch.int64).view(len(scored), len(GROUPED_BY))
     group_ids = group_ids.repeat_interleave(repeats, dim=0)

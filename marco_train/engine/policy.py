@@ -94,9 +94,10 @@ class Policy:
             ]
         )
         if num_tokens == 0:
+            # A loader hands over no batch without a token to learn, so the scores are missing.
             raise InputError(
-                f"update {self.num_updates}: no token of the global batch is to be learnt; look "
-                "at the data/dropped_* metrics and at the loss mask"
+                f"update {self.num_updates}: no token of the global batch is to be learnt: the "
+                "teacher gave no usable score for any of its responses; look at its servers"
             )
         totals = MetricSums()
         routers = UpdateRouting(self._optim, num_inputs)

@@ -4,8 +4,18 @@ r"""Reverse KL of policy against teacher on the policy's own samples.
 
 `sampled` takes the one token that was sampled in each place. Its log-ratio cannot be
 differentiated directly: E[grad log policy] = 0, so the signal would vanish on average and leave
-noise. It serves as an advantage instead, A = log teacher - log sampler, detached, under the
-gradient of -ratio * A with ratio = policy / sampler, whose expectation is the gradient of the KL.
+noise. It serves as an advantage instead, A = log teacher - log sampler, in a policy gradient with
+truncated importance sampling (TIS, fengyao.notion.site/off-policy-rl):
+
+    gradient = -min(policy / sampler, C) * A * grad log policy
+
+in which the weight and A are constants. Where the policy's own weights sampled, its expectation is
+the gradient of the KL; where older ones did, A is the log-ratio of these. C bounds the variance:
+tokens above the cap count as if their ratio were C, a bias towards the sampler's distribution, and
+every token keeps its gradient.
+The alternatives take gradient away: a clamp inside of the graph, min(ratio, C) * A, and masked
+importance sampling from every token above the cap; PPO's clip where the ratio has moved in the
+advantage's favour.
 `topk` sums over K tokens and one bucket of all others, differentiated directly: a lower bound of
 the KL that needs the teacher's log-probabilities at K tokens. Without the bucket, the policy could
 lower the sum by moving its mass out of sight.
@@ -49,12 +59,12 @@ class SampledReverseKL:
     """Policy gradient with the teacher's log-ratio as each token's advantage."""
 
     max_importance_ratio: float | None
-    """Truncation of policy/sampler. None: no truncation."""
+    """Cap C on the weight policy/sampler, above 0. None: no cap."""
     max_advantage: float | None
     """Bound on |A|, in nats. None: no bound."""
 
     def __call__(self, output: PolicyOutput, microbatch: SampledMicrobatch) -> LossOutput:
-        """Sum -ratio * A over the sampled tokens."""
+        """Sum -min(ratio, C) * A over the sampled tokens; the gradient is that of TIS (above)."""
         mask = microbatch.loss_mask
         policy_logprobs, entropy = token_logprobs(
             output.hidden[mask], output.head, microbatch.targets[mask]
@@ -62,7 +72,7 @@ class SampledReverseKL:
         sampler_logprobs = microbatch.sampler_logprobs[mask]
         advantage = microbatch.teacher_logprobs[mask] - sampler_logprobs
         log_ratio = policy_logprobs - sampler_logprobs
-        ratio = log_ratio.exp()
+        weight = log_ratio.detach().exp()
         values = {
             "kl/reverse": -advantage,
             "loss/entropy": entropy,
@@ -71,9 +81,11 @@ class SampledReverseKL:
         if self.max_advantage is not None:
             advantage = advantage.clamp(-self.max_advantage, self.max_advantage)
         if self.max_importance_ratio is not None:
-            values["kl/ratio_truncated"] = (ratio > self.max_importance_ratio).float()
-            ratio = ratio.clamp(max=self.max_importance_ratio)
-        losses = -ratio * advantage
+            values["kl/ratio_truncated"] = (weight > self.max_importance_ratio).float()
+            weight = weight.clamp(max=self.max_importance_ratio)
+        # One, whose gradient is that of the policy's log-probability.
+        one = 1 + log_ratio - log_ratio.detach()
+        losses = -(weight * advantage) * one
         values["loss/objective"] = losses.detach()
         return LossOutput(losses.sum(), values, spreads)
 

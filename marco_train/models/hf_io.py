@@ -15,9 +15,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from marco_train.architecture import ArchitectureConfig, read_architecture
+from marco_train.architecture import (
+    DEFAULTS,
+    POSITIONS,
+    ArchitectureConfig,
+    max_positions,
+    read_architecture,
+    read_config,
+    read_json,
+    refuse_adapter,
+    refuse_kind,
+    text_config,
+)
+from marco_train.config import (
+    StageConfig,
+    TeacherBackend,
+    TeacherConfig,
+    TrainConfig,
+    check_positions,
+)
 from marco_train.distributed import gather_objects, is_main, rank, world_size
-from marco_train.errors import InputError
+from marco_train.errors import InputError, require
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.safetensors_io import (
     DTYPES,
@@ -33,6 +51,7 @@ from marco_train.models.weights import (
     local_weights,
     meta_model,
     name_first,
+    refuse_broken,
     weight_shapes,
 )
 from marco_train.resumption import field_difference
@@ -58,15 +77,37 @@ def load_model(
 ) -> Qwen3Moe:
     """Read this rank's share of a Hugging Face directory, each tensor into its place.
 
+    Every rank takes part.
+
     Raises:
-        InputError: Another architecture, or weights that do not fit it; see `stored_weights`.
+        InputError: Another architecture, or weights that do not fit it (see `stored_weights`), or
+            that are not finite.
     """
     architecture = read_architecture(path)
     stored = stored_weights(path, architecture)
     model = empty_model(architecture, dtype, ep_group)
+    broken = []
     for name, weight in local_weights(model):
         read_into(stored[name], weight)
+        if not weight.isfinite().all():
+            broken.append(name)
+    refuse_broken(broken, path, str(dtype).removeprefix("torch."))
     return model
+
+
+def student_architecture(cfg: TrainConfig) -> ArchitectureConfig:
+    """Shape of the student, from its files or from the config.
+
+    Raises:
+        InputError: Its files hold no such model, or it has too few positions for the stage.
+    """
+    if cfg.model.path is None:
+        assert cfg.model.architecture is not None
+        return cfg.model.architecture  # whose positions the config has compared
+    found = read_architecture(cfg.model.path)
+    stored_weights(cfg.model.path, found)
+    check_positions(cfg.stage, found.max_position_embeddings, f"the student ({cfg.model.path})")
+    return found
 
 
 def stored_weights(path: str | Path, architecture: ArchitectureConfig) -> dict[str, StoredTensor]:
@@ -76,18 +117,21 @@ def stored_weights(path: str | Path, architecture: ArchitectureConfig) -> dict[s
     (`mlp.experts.gate_up_proj`), which is cut into views of single experts.
 
     Raises:
-        InputError: A file is absent or cut short, or weights are missing, doubled, unknown,
-            misshapen or of a type other than float32, bfloat16 and float16; the first ten of each
-            are named.
+        InputError: A file is absent or cut short, it holds no weights of ours (see
+            `check_checkpoint`), or weights are missing, doubled, unknown, misshapen or of a type
+            other than float32, bfloat16 and float16; the first ten of each are named.
     """
     path = Path(path)
+    check_checkpoint(path, TeacherBackend.moe)
     found: list[tuple[str, StoredTensor]] = []
     for file in _weight_files(path):
         for name, tensor in read_header(file).items():
-            if FUSED.match(name) and tensor.dtype in DTYPES and len(tensor.shape) == 3:
+            if _is_fused(name, tensor):
                 found += _split_stored(name, tensor)
-            elif name != "lm_head.weight" or not architecture.tie_word_embeddings:
-                found.append((name, tensor))  # a tied head is a copy of the embeddings
+            else:
+                found.append((name, tensor))
+    if architecture.tie_word_embeddings:
+        found = _tied(found, path)
     stored = dict(found)
     shapes = weight_shapes(meta_model(architecture))
     mistakes = {
@@ -109,8 +153,94 @@ def stored_weights(path: str | Path, architecture: ArchitectureConfig) -> dict[s
     return stored
 
 
+HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+EMBEDDINGS = (
+    "model.embed_tokens.weight",
+    "model.language_model.embed_tokens.weight",
+    "language_model.model.embed_tokens.weight",
+)
+
+
+def _tied(found: list[tuple[str, StoredTensor]], path: Path) -> list[tuple[str, StoredTensor]]:
+    """Leave one of two copies, where a checkpoint holds both sides of a tied head.
+
+    Raises:
+        InputError: They differ: transformers then takes both, and vLLM the embeddings.
+    """
+    head = [tensor for name, tensor in found if name == HEADS[0]]
+    rest = [(name, tensor) for name, tensor in found if name != HEADS[0]]
+    embeddings = [tensor for name, tensor in rest if name == EMBEDDINGS[0]]
+    if not head:
+        return found
+    if not embeddings:
+        return [*rest, (EMBEDDINGS[0], head[0])]
+    _refuse_other_head(head[0], embeddings[0], path)
+    return rest
+
+
+def _refuse_other_head(head: StoredTensor, embeddings: StoredTensor, path: Path) -> None:
+    """Refuse a head that is stored beside the embeddings, tied to them, and another."""
+    known = head.dtype in DTYPES and embeddings.dtype in DTYPES
+    same = known and head.shape == embeddings.shape
+    if same:
+        one, other = read(head), read(embeddings)
+        both = torch.promote_types(one.dtype, other.dtype)
+        same = torch.equal(one.to(both), other.to(both))
+    require(
+        same,
+        f"{path} ties its head to the embeddings (tie_word_embeddings), and holds a head that "
+        "differs from them: set tie_word_embeddings to false in its config.json, or take "
+        "lm_head.weight out of its weights",
+    )
+
+
 # Keys of config.json under which a model's logits are more than hidden states times head.
-LOGIT_TRANSFORMS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+LOGIT_TRANSFORMS = (
+    "final_logit_softcapping",
+    "logit_scale",
+    "logits_scaling",
+    "lm_head_multiplier",
+)
+# Fields of any causal language model that are read here, and may be left to the class's default.
+_READ = ("vocab_size", "tie_word_embeddings", "eos_token_id", *POSITIONS, *LOGIT_TRANSFORMS)
+
+
+def decoder_config(path: str | Path) -> dict[str, Any]:
+    """Read what the config.json of any causal language model says of its decoder.
+
+    Where it leaves a field out that is read here, transformers' default stands for it, if
+    transformers knows the class.
+
+    Raises:
+        InputError: There is none, or it is no JSON object.
+    """
+    config = read_config(path)
+    decoder = text_config(config)
+    kind = str(decoder.get("model_type", config.get("model_type")))
+    tied = {name: value for name, value in config.items() if name == "tie_word_embeddings"}
+    return _class_defaults(kind) | {"model_type": kind} | tied | decoder
+
+
+def _class_defaults(kind: str) -> dict[str, Any]:
+    if kind in DEFAULTS:
+        return DEFAULTS[kind]
+    # A second to import.
+    from transformers import CONFIG_MAPPING
+
+    if kind not in CONFIG_MAPPING:
+        return {}
+    known = CONFIG_MAPPING[kind]
+    names = {name: known.attribute_map.get(name, name) for name in _READ}
+    found = {name: getattr(known, attribute, None) for name, attribute in names.items()}
+    return {n: v for n, v in found.items() if isinstance(v, int | float | list)}
+
+
+def check_teacher_positions(stage: StageConfig, cfg: TeacherConfig, name: str) -> None:
+    """Refuse a teacher that cannot take the longest sequence of a stage."""
+    # vLLM makes a token after each sequence that it scores.
+    num_extra = int(cfg.backend in {TeacherBackend.vllm, TeacherBackend.vllm_server})
+    limit = max_positions(decoder_config(cfg.path))
+    check_positions(stage, limit, f"{name} ({cfg.path})", num_extra)
 
 
 def read_head(path: str | Path) -> Tensor:
@@ -120,17 +250,52 @@ def read_head(path: str | Path) -> Tensor:
         InputError: It has none, or its logits are more than hidden states times head.
     """
     path = Path(path)
-    config = json.loads((path / "config.json").read_text())
-    stored = {name: t for file in _weight_files(path) for name, t in read_header(file).items()}
-    more = [key for key in LOGIT_TRANSFORMS if config.get(key) not in {None, 1}]
+    config = decoder_config(path)
+    stored = _read_headers(path)
+    more = [key for key in LOGIT_TRANSFORMS if config.get(key) not in (None, 1)]
     more += [name for name in stored if name == "lm_head.bias"]
     if more:
         raise InputError(f"{path} transforms its logits ({', '.join(more)}), unsupported here")
-    names = ["lm_head.weight", "model.embed_tokens.weight"]  # the latter, where both are tied
-    found = [stored[name] for name in names if name in stored]
-    if not found:
-        raise InputError(f"{path} has neither of the weights {' and '.join(names)}")
-    return read(found[0])
+    heads = [stored[name] for name in HEADS if name in stored]
+    embeddings = [stored[name] for name in EMBEDDINGS if name in stored]
+    if config.get("tie_word_embeddings"):
+        if heads and embeddings:
+            _refuse_other_head(heads[0], embeddings[0], path)
+        heads += embeddings
+    require(
+        len(heads) > 0,
+        f"{path} has no output head that is read here: none of the weights {', '.join(HEADS)}"
+        + (
+            f", nor, as it ties them, {', '.join(EMBEDDINGS)}"
+            if config.get("tie_word_embeddings")
+            else ""
+        ),
+    )
+    head = heads[0]
+    require(
+        head.dtype in DTYPES,
+        f"{path} stores its output head as {head.dtype}; read here are {', '.join(DTYPES)}: take "
+        "stage.objective=sampled, or a teacher whose head is not quantised",
+    )
+    require(
+        len(head.shape) == 2 and head.shape[0] == config.get("vocab_size"),
+        f"{path} has an output head of {list(head.shape)}, and {config.get('vocab_size')} tokens "
+        "(vocab_size) by its config.json",
+    )
+    found = read(head)
+    require(
+        bool(found.isfinite().all()),
+        f"{path} has an output head with values that are not finite: the weights are broken",
+    )
+    return found
+
+
+def _is_fused(name: str, tensor: StoredTensor) -> bool:
+    """Whether a tensor holds the matrices of all experts, and can be cut into them."""
+    found = FUSED.match(name)
+    if found is None or tensor.dtype not in DTYPES or len(tensor.shape) != 3:
+        return False
+    return tensor.shape[0] > 0 and (found[2] == "down_proj" or tensor.shape[1] % 2 == 0)
 
 
 def _split_stored(name: str, fused: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
@@ -147,18 +312,182 @@ def _split_stored(name: str, fused: StoredTensor) -> Iterator[tuple[str, StoredT
             yield f"{prefix}.{expert}.up_proj.weight", whole.part(1, 2)
 
 
-def _weight_files(path: Path) -> list[Path]:
+PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
+OTHER_FORMATS = {".gguf", ".h5", ".msgpack", ".onnx", ".npz"}
+# What training leaves beside a model, and nobody takes for its weights.
+NO_WEIGHTS = re.compile(r"(training_args|optimizer|scheduler|scaler|rng_state).*")
+
+
+def check_checkpoint(path: str | Path, backend: TeacherBackend) -> None:
+    """Refuse, from the files alone, a directory whose model cannot be loaded as what it is.
+
+    Args:
+        path: Hugging Face directory.
+        backend: What reads it; `moe` is our own model. vLLM serves quantised models and models of
+            images by itself, and `vllm_server` needs no weights here.
+
+    Raises:
+        InputError: An adapter, quantised weights, a model of more than text, weights as pickles or
+            in another format, or none; says what it is and what to do.
+    """
+    path = Path(path)
+    config = read_config(path)
+    if backend is TeacherBackend.vllm_server:
+        return
+    refuse_adapter(path)
+    if backend is not TeacherBackend.vllm:
+        refuse_kind(config, path / "config.json")
+    stored = _read_headers(path)
+    if backend is TeacherBackend.vllm:
+        _check_read_alike(path)
+        return
+    quantised = [
+        f"{name} {tensor.dtype}"
+        for name, tensor in stored.items()
+        if tensor.dtype.startswith(("F8", "F4", "F6"))
+        or ("weight" in name.rsplit(".", 1)[-1] and tensor.dtype not in {*DTYPES, "F64"})
+    ]
+    require(
+        not quantised,
+        f"weights under {path} are quantised: {len(quantised)} are not stored as one of "
+        f"{', '.join(DTYPES)}: {name_first(quantised)}; take the model in bfloat16, or, as a "
+        "teacher, the backend vllm or vllm_server",
+    )
+    if backend is TeacherBackend.hf:
+        _check_read_by_transformers(path)
+
+
+def _check_read_by_transformers(path: Path) -> None:
+    """Refuse a config.json, or an index, at which transformers would fail."""
+    # A second to import.
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    file = path / "config.json"
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except (KeyError, OSError, TypeError, ValueError, StrictDataclassError) as error:
+        said = " ".join(str(error).split())
+        raise InputError(f"transformers cannot read {file}: {said}") from error
+    require(
+        type(config) in MODEL_FOR_CAUSAL_LM_MAPPING,
+        f"{file} describes a {config.model_type}, which transformers has no causal language model "
+        "for: take another teacher, or the backend vllm or vllm_server",
+    )
     index = path / INDEX
+    if not (path / WEIGHTS).is_file():
+        require(
+            isinstance(read_json(index).get("metadata"), dict),
+            f'{index} has no "metadata", which transformers asks for: add "metadata": {{}}',
+        )
+
+
+def _read_headers(path: Path) -> dict[str, StoredTensor]:
+    return {name: t for file in _weight_files(path) for name, t in read_header(file).items()}
+
+
+def _weight_files(path: Path) -> list[Path]:
+    """The files that hold the weights; a single file wins over an index, as in transformers.
+
+    Source: transformers 5.19.0, modeling_utils.py, _get_resolved_checkpoint_files.
+    """
     names = [WEIGHTS]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{index} is no index of weights: {error}") from error
+    if not (path / WEIGHTS).is_file():
+        if not (path / INDEX).is_file():
+            _refuse_other_formats(path)
+        names = _indexed_files(path / INDEX)
     absent = [name for name in names if not (path / name).is_file()]
     if absent:
         raise InputError(f"{path} lacks the weight files {name_first(absent)}")
     return [path / name for name in names]
+
+
+def _indexed_files(index: Path) -> list[str]:
+    """Names of the files that an index spreads the weights over."""
+    files = read_json(index).get("weight_map")
+    require(
+        isinstance(files, dict) and len(files) > 0,
+        f"{index} is no index of weights: it has no weight_map; fetch it again",
+    )
+    assert isinstance(files, dict)
+    names = sorted({str(name) for name in files.values()})
+    strange = [
+        name
+        for name in names
+        if Path(name).suffix != ".safetensors"
+        or Path(name).is_absolute()
+        or ".." in Path(name).parts
+    ]
+    require(
+        not strange,
+        f"{index} is no index of weights: it names {name_first(strange)}, and has to name "
+        "safetensors files below its directory; fetch it again",
+    )
+    return names
+
+
+def _refuse_other_formats(path: Path) -> None:
+    """Say what a directory without safetensors files of a known name holds instead."""
+    names = sorted(file.name for file in path.iterdir() if file.is_file())
+    left = [name for name in names if not NO_WEIGHTS.fullmatch(name)]
+    adapters = [name for name in left if name.startswith("adapter_model.")]
+    require(
+        not adapters,
+        f"{path} holds an adapter ({', '.join(adapters)}), no whole "
+        "model: merge it into its base model first",
+    )
+    shards = [name for name in left if name.endswith(".safetensors")]
+    require(
+        not shards,
+        f"{path} holds {name_first(shards)}, and neither {WEIGHTS} nor {INDEX}, by which they are "
+        "found: fetch the index, or rename a single file",
+    )
+    pickles = [name for name in left if Path(name).suffix in PICKLES]
+    if any(name.startswith("pytorch_model") for name in pickles):
+        raise InputError(
+            f"{path} holds its weights as {name_first(pickles)}, and no pickle is loaded here, as "
+            "it can run any program. If you trust it, write safetensors beside it, with: python -c "
+            f'"from transformers import AutoModelForCausalLM as M; '
+            f"M.from_pretrained('{path}', dtype='auto').save_pretrained('{path}')\""
+        )
+    require(
+        not pickles,
+        f"{path} holds its weights as {name_first(pickles)}, and no pickle is loaded here, as it "
+        f"can run any program: convert it to a Hugging Face directory with {WEIGHTS}",
+    )
+    other = [name for name in left if Path(name).suffix in OTHER_FORMATS]
+    require(
+        not other,
+        f"{path} holds its weights as {name_first(other)}, which is not read here: take the "
+        "model's safetensors files, in bfloat16",
+    )
+    raise InputError(f"{path} has no weights: it lacks the weight files {WEIGHTS} or {INDEX}")
+
+
+def _check_read_alike(path: Path) -> None:
+    """Refuse a directory in which vLLM reads other files than transformers does.
+
+    Source: vLLM 0.32.0, model_executor/model_loader: default_loader.py, _prepare_weights, and
+    weight_utils.py, filter_duplicate_safetensors_files.
+    """
+    single, index = path / WEIGHTS, path / INDEX
+    require(
+        not (single.is_file() and index.is_file()),
+        f"{path} holds {WEIGHTS} and {INDEX}: transformers takes the single file, and vLLM those "
+        f"of the index: if the single file is the one you mean, delete {INDEX} and what it names, "
+        f"else delete {WEIGHTS}",
+    )
+    files = set(_weight_files(path))
+    theirs = set(path.glob("consolidated*.safetensors"))
+    if not theirs:
+        theirs = set(path.glob("*.safetensors"))
+        theirs = theirs & files if index.is_file() else theirs
+    other = sorted(str(file.relative_to(path)) for file in files ^ theirs)
+    require(
+        not other,
+        f"vLLM and transformers do not read the same weights under {path}: delete "
+        f"{name_first(other)}, or, if it is of the model, move it to where its other files lie",
+    )
 
 
 def hf_config(architecture: ArchitectureConfig, dtype: torch.dtype) -> dict[str, Any]:

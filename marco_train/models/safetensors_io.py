@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -19,7 +20,18 @@ from marco_train.errors import InputError
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types that weights may be stored in."""
+BITS = {
+    **dict.fromkeys(("F4",), 4),
+    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0"), 8),
+    **dict.fromkeys(("F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
+    **dict.fromkeys(("U16", "I16", "F16", "BF16"), 16),
+    **dict.fromkeys(("U32", "I32", "F32"), 32),
+    **dict.fromkeys(("U64", "I64", "F64", "C64"), 64),
+}
+"""Of one number, by the type's name in the format (safetensors 0.8.0)."""
 LENGTH_BYTES = 8
+LFS_POINTER = b"version https://git-lfs"
 
 
 @dataclass(frozen=True)
@@ -50,34 +62,64 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """List the tensors of a file.
+    """List the tensors of a file, which lie one after the other and fill it.
 
     Raises:
-        InputError: It is cut short, or no safetensors file.
+        InputError: It is cut short, no safetensors file, or its header contradicts itself.
     """
     size = file.stat().st_size
     with file.open("rb") as content:
-        length = int.from_bytes(content.read(LENGTH_BYTES), "little")
+        first = content.read(LENGTH_BYTES)
+        length = int.from_bytes(first, "little")
         try:
             header = json.loads(content.read(length)) if length <= size else None
         except ValueError:
             header = None
+    if first == LFS_POINTER[:LENGTH_BYTES]:
+        raise InputError(f"{file} points to a file of Git LFS that is not here: run git lfs pull")
     if not isinstance(header, dict):
         raise InputError(f"{file} ({size} bytes) is no safetensors file, or was cut short")
     header.pop("__metadata__", None)
     start = LENGTH_BYTES + length
+    tensors = {name: _stored(file, start, name, entry) for name, entry in header.items()}
     end = start + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != end:
         raise InputError(
             f"{file} has {size} bytes where its header promises {end}: it was cut short or "
             "overwritten; fetch it again"
         )
-    return {
-        name: StoredTensor(
-            file, entry["dtype"], tuple(entry["shape"]), start + entry["data_offsets"][0]
+    end, before = 0, "the header"
+    for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        if entry["data_offsets"][0] != end:
+            raise InputError(
+                f"{file}: {name} begins at byte {entry['data_offsets'][0]}, and {before} before "
+                f"it ends at {end}: its header is wrong; fetch it again"
+            )
+        end, before = entry["data_offsets"][1], name
+    return tensors
+
+
+def _stored(file: Path, start: int, name: str, entry: Any) -> StoredTensor:
+    """Make a tensor of its entry in the header, whose parts have to agree."""
+    fields: dict[str, Any] = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = fields.get("dtype"), fields.get("shape"), fields.get("data_offsets")
+    if not isinstance(dtype, str) or not _are_sizes(shape) or not _are_sizes(offsets):
+        raise InputError(f"{file}: the header's entry of {name} is broken; fetch it again")
+    if len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise InputError(f"{file}: {name} is said to lie at {offsets}; fetch it again")
+    num_bytes = offsets[1] - offsets[0]
+    if dtype in BITS and 8 * num_bytes != math.prod(shape) * BITS[dtype]:
+        raise InputError(
+            f"{file}: {name} is {dtype} {shape} by its header, and has {num_bytes} bytes: the "
+            "header is wrong; fetch it again"
         )
-        for name, entry in header.items()
-    }
+    return StoredTensor(file, dtype, tuple(shape), start + offsets[0])
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(
+        isinstance(each, int) and not isinstance(each, bool) and each >= 0 for each in value
+    )
 
 
 def read_into(stored: StoredTensor, target: Tensor) -> None:

@@ -6,14 +6,15 @@ One 2-D tensor per expert matrix, as the hub stores them, in the order of the mo
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from marco_train.architecture import ArchitectureConfig
-from marco_train.distributed import device
-from marco_train.errors import InputError
+from marco_train.distributed import device, gather_objects
+from marco_train.errors import InputError, require
 from marco_train.models.qwen3_moe import Qwen3Moe
 
 NUM_NAMED = 10  # how many of many mistakes are named
@@ -125,6 +126,25 @@ def name_first(names: Sequence[str]) -> str:
     """The first ten."""
     more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
     return ", ".join(names[:NUM_NAMED]) + more
+
+
+def refuse_broken(broken: Sequence[str], path: str | Path, dtype: str) -> None:
+    """Refuse weights that are not finite on any rank; every rank takes part.
+
+    Args:
+        broken: Names of this rank's.
+        path: Where they came from.
+        dtype: In which they are held.
+
+    Raises:
+        InputError: On every rank, with the first ten names.
+    """
+    names = list(dict.fromkeys(name for of_rank in gather_objects(broken) for name in of_rank))
+    require(
+        not names,
+        f"{len(names)} weights under {path} hold values that are not finite in {dtype}: "
+        f"{name_first(names)}; fetch the model again, or take an earlier one",
+    )
 
 
 def empty_model(

@@ -13,11 +13,11 @@ from marco_train.config import RolloutConfig
 from marco_train.distributed import device
 from marco_train.losses.logprobs import sequence_logprobs
 from marco_train.models.attention import KVCache
+from marco_train.models.checksums import checksum
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.routing import Routing
 from marco_train.models.weights import named_weights, receive_weights
 from marco_train.rollout.base import NO_WEIGHTS, response_seed
-from marco_train.rollout.sync import checksum
 from marco_train.types import FinishReason, Prompt, Rollout, no_experts
 
 

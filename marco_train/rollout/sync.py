@@ -16,26 +16,20 @@ would be 9 s.
 
 import time
 from collections.abc import Iterator, Sequence
-from functools import cache
 from itertools import islice
 from typing import Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from marco_train.distributed import device
 from marco_train.metrics import Metrics
+from marco_train.models.checksums import checksum
 from marco_train.models.probe import probe_ids
 from marco_train.rollout.base import Sampler
 
 # Tokens of the canary's sequences: enough to touch most experts, few enough to cost little. The
 # last is longer than a block of vLLM's prefix cache, 128 tokens on a CPU.
 CANARY_LENGTHS = (32, 32, 32, 160)
-WORD_BYTES = 8
-# Positions are weighed, so that a transposed or shifted weight changes its checksum.
-POSITION_PERIOD = 65_521
-CHECKSUM_CHUNK = 2**18  # words multiplied at once, few enough for a cache
 
 
 class WeightSyncError(RuntimeError):
@@ -50,26 +44,6 @@ class SyncSource(Protocol):
 
     def score(self, sequences: Sequence[list[int]]) -> Tensor:
         """Log-probabilities of the tokens of sequences; all ranks take part."""
-
-
-def checksum(weight: Tensor) -> int:
-    """Digest the bits and the order of a weight on its device, modulo 2**64."""
-    flat = weight.detach().contiguous().flatten()
-    if flat.storage_offset() * flat.element_size() % WORD_BYTES:
-        flat = flat.clone()
-    if flat.nbytes % WORD_BYTES:
-        flat = F.pad(flat, (0, (-flat.nbytes % WORD_BYTES) // flat.element_size()))
-    words, places = flat.view(torch.int64), _places(flat.device)
-    if len(words) <= CHECKSUM_CHUNK:  # most are small and many
-        return int((words * places[: len(words)]).sum())
-    parts = torch.split(words, CHECKSUM_CHUNK)
-    return int(torch.stack([(part * places[: len(part)]).sum() for part in parts]).sum())
-
-
-@cache
-def _places(device: torch.device) -> Tensor:
-    """Odd numbers: a product with one is 0 modulo 2**64 for no word but 0."""
-    return torch.arange(CHECKSUM_CHUNK, device=device) % POSITION_PERIOD * 2 + 1
 
 
 def canaries(vocab_size: int, max_length: int) -> list[list[int]]:

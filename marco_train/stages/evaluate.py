@@ -10,7 +10,14 @@ from typing import Any
 import torch
 
 from marco_train.architecture import read_architecture
-from marco_train.config import EvaluateConfig, Objective, TopKFrom, TrainConfig, longest_sequence
+from marco_train.config import (
+    EvaluateConfig,
+    Objective,
+    TopKFrom,
+    TrainConfig,
+    check_positions,
+    longest_sequence,
+)
 from marco_train.data.chat import Tokenizer, load_tokenizer
 from marco_train.data.loader import Question, held_out_questions
 from marco_train.data.packing import pack_rollouts
@@ -21,7 +28,12 @@ from marco_train.evaluation.signatures import language_signatures, signature_rep
 from marco_train.evaluation.verifiers import check_verifier, verify
 from marco_train.losses.distillation import FullReverseKL
 from marco_train.models import Qwen3Moe, load_model
-from marco_train.models.hf_io import stop_token_ids
+from marco_train.models.hf_io import (
+    check_checkpoint,
+    check_teacher_positions,
+    stop_token_ids,
+    stored_weights,
+)
 from marco_train.rollout.base import in_order
 from marco_train.rollout.hf import HFSampler
 from marco_train.run import begin, mark_finished
@@ -42,12 +54,12 @@ def run_evaluate(cfg: TrainConfig) -> None:
     which experts each language used.
     """
     stage: EvaluateConfig = cfg.stage
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     measured = [
         *(("models", name, path) for name, path in stage.models.items()),
         *(("teachers", name, teacher.path) for name, teacher in stage.teachers.items()),
     ]
-    vocab_size = check_models(cfg.model.tokenizer, measured)
+    vocab_size = check_models(cfg, measured)
     questions = checked_questions(cfg, tokenizer)
     mine = questions[rank() :: world_size()]
     if is_main():
@@ -89,15 +101,23 @@ def run_evaluate(cfg: TrainConfig) -> None:
     barrier()
 
 
-def check_models(tokenizer_dir: str, measured: Sequence[tuple[str, str, str]]) -> int:
-    """Give the vocabulary that all models share.
+def check_models(cfg: TrainConfig, measured: Sequence[tuple[str, str, str]]) -> int:
+    """Give the vocabulary that all models share; none is loaded.
 
     Raises:
-        InputError: One has other tokens, or a head of another size.
+        InputError: One cannot be loaded, has other tokens, a head of another size, or too few
+            positions.
     """
     vocab_size = read_architecture(measured[0][2]).vocab_size
-    for _, name, path in measured:
-        check_vocabulary(tokenizer_dir, path, name)
+    for kind, name, path in measured:
+        found = read_architecture(path)  # our own model samples the teachers' answers too
+        stored_weights(path, found)
+        check_positions(cfg.stage, found.max_position_embeddings, f"{name} ({path})")
+        if kind == "teachers":
+            teacher = cfg.stage.teachers[name]
+            check_checkpoint(path, teacher.backend)
+            check_teacher_positions(cfg.stage, teacher, name)
+        check_vocabulary(cfg.model.tokenizer, path, name)
         check_head_rows(vocab_size, path, name)
     return vocab_size
 

@@ -1,15 +1,16 @@
 """Cascaded on-policy distillation."""
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache, partial
 
-from marco_train.config import TrainConfig, longest_sequence, student_architecture
+from marco_train.config import TrainConfig, longest_sequence
 from marco_train.data.chat import load_tokenizer
 from marco_train.data.loader import PromptLoader
 from marco_train.data.packing import pack_rollouts
 from marco_train.engine.policy import Policy, build_policy
 from marco_train.losses.distillation import build_reverse_kl
-from marco_train.models.hf_io import stop_token_ids
+from marco_train.metrics import check_names
+from marco_train.models.hf_io import stop_token_ids, student_architecture
 from marco_train.resumption import schedule_steps
 from marco_train.rollout.ahead import Ahead
 from marco_train.rollout.base import Sampler, summarize
@@ -17,8 +18,9 @@ from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.sync import canaries, sync_weights
 from marco_train.run import Run
 from marco_train.teachers.cascade import Cascade
+from marco_train.teachers.preflight import NUM_ANSWERED
 from marco_train.teachers.vocab import check_student_vocabulary
-from marco_train.types import Prompt
+from marco_train.types import Prompt, Rollout
 
 
 class RolloutMismatchError(RuntimeError):
@@ -34,13 +36,21 @@ def run_opd(cfg: TrainConfig) -> None:
     opd, student = cfg.stage, student_architecture(cfg)
     check_student_vocabulary(cfg.model)
     check_sampler(opd.rollout, student)
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     prompts = PromptLoader(cfg.data, opd, tokenizer, cfg.seed)
     cascade = Cascade(  # refuses a teacher of other tokens, turns or stops
-        opd, cfg.model.tokenizer, tokenizer.chat_template, student.vocab_size
+        opd,
+        cfg.model.tokenizer,
+        tokenizer.chat_template,
+        student.vocab_size,
+        tokenizer.template_kwargs,
     )
-    cascade.check_groups(prompts.groups())
+    groups = prompts.groups()
+    check_names(f"kl/reverse/{group}" for group in groups)
+    cascade.check_groups(groups)
+    cascade.check_turns(prompts.first_prompts())
     held_out = prompts.held_out(cascade.num_held_out)
+    first_prompts = prompts.first(NUM_ANSWERED)
     policy = build_policy(
         cfg.model, cfg.optim, cfg.parallel, schedule_steps(cfg), cfg.seed, tokenizer.chat_template
     )
@@ -57,11 +67,13 @@ def run_opd(cfg: TrainConfig) -> None:
             tolerance = opd.rollout.canary_tolerance
             hand_over = partial(sync_weights, policy, sampler, step, probes, tolerance)
             synced = run.outlast(step, hand_over)
+        # what a teacher is checked with when it is opened
+        answer = cache(lambda: run.timed("sample", sampler.sample(first_prompts, 1)))
         if cascade.measure_due(step):
-            end_converged_phases(cfg, run, step, policy, sampler, cascade, held_out)
+            end_converged_phases(cfg, run, step, policy, sampler, cascade, held_out, answer)
             if step == cascade.num_steps:
                 break
-        teacher = run.outlast(step, partial(cascade.teacher_at, step))  # changes with the phase
+        teacher = run.outlast(step, partial(cascade.teacher_at, step, answer))  # of the phase
 
         rollouts = run.timed("sample", ahead.rollouts(step, cascade.num_steps))
         with run.timer("score"):  # servers begin with the first response that has ended
@@ -92,11 +104,12 @@ def end_converged_phases(
     sampler: Sampler,
     cascade: Cascade,
     held_out: Sequence[Prompt],
+    answer: Callable[[], Iterable[Rollout]],
 ) -> None:
     """Measure the reverse KL on held-out prompts, and end the phase where it falls no more."""
     with run.timer("evaluate"):
         while cascade.measure_due(step):  # of the next phase too, where one ends
-            teacher = run.outlast(step, partial(cascade.teacher_at, step))
+            teacher = run.outlast(step, partial(cascade.teacher_at, step, answer))
             rollouts = run.timed("sample", sampler.sample(held_out, 1))
             scored = run.outlast(step, partial(teacher.score, rollouts))
             packed = pack_rollouts(scored, cfg.stage.objective, cfg.data.max_tokens_per_microbatch)

@@ -6,6 +6,7 @@ from marco_train.data.loader import SFTLoader
 from marco_train.engine.policy import build_policy
 from marco_train.evaluation.held_out import evaluate
 from marco_train.losses.cross_entropy import cross_entropy
+from marco_train.models.hf_io import student_architecture
 from marco_train.resumption import schedule_steps
 from marco_train.run import Run, due
 from marco_train.teachers.vocab import check_student_vocabulary
@@ -14,7 +15,8 @@ from marco_train.teachers.vocab import check_student_vocabulary
 def run_sft(cfg: TrainConfig) -> None:
     """Fine-tune on conversations: packed sequences, loss on assistant tokens only."""
     check_student_vocabulary(cfg.model)
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
+    student_architecture(cfg)  # refuses files that are no student, or of too few positions
     train_data = SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
     held_out = train_data.held_out()
     policy = build_policy(

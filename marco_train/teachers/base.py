@@ -3,15 +3,14 @@
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from hashlib import sha256
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from marco_train.config import DType, Objective, TeacherConfig, TopKFrom
+from marco_train.config import DType, Objective, TopKFrom
 from marco_train.losses.logprobs import gather_logprobs, token_logprobs, topk_logprobs
+from marco_train.teachers.identity import Identity
 from marco_train.types import HiddenScores, Rollout, ScoredRollout, TokenScores, TopKScores
 
 # Nats by which two answers to one question may differ: what else is computed beside it changes the
@@ -109,31 +108,6 @@ def head_for_student(head: Tensor, wanted: Wanted, stop_id: int | None) -> Tenso
     return head[rows.to(head.device)]
 
 
-SAMPLE_BYTES = 2**16
-NUM_SAMPLES = 16
-
-
-def model_identity(cfg: TeacherConfig) -> str:
-    """Digest what a teacher's scores come from: its files, its type and its stop token.
-
-    Small files are read whole, weights by size and samples.
-    """
-    digest = sha256(f"{cfg.dtype.value}/{cfg.stop_id}/".encode())
-    for file in sorted(Path(cfg.path).iterdir()):
-        if not file.is_file() or file.suffix not in {".json", ".safetensors", ".txt", ".jinja"}:
-            continue
-        size = file.stat().st_size
-        digest.update(f"{file.name}/{size}/".encode())
-        with file.open("rb") as content:
-            if size <= SAMPLE_BYTES * NUM_SAMPLES:
-                digest.update(content.read())
-                continue
-            for number in range(NUM_SAMPLES):  # the first is the header's beginning
-                content.seek((size - SAMPLE_BYTES) * number // (NUM_SAMPLES - 1))
-                digest.update(content.read(SAMPLE_BYTES))
-    return digest.hexdigest()
-
-
 class Teacher(Protocol):
     """Frozen; scores the tokens of rollouts, by their ids."""
 
@@ -142,8 +116,8 @@ class Teacher(Protocol):
         """Weights of the output head, [V, D]; None where it is not at hand."""
 
     @property
-    def identity(self) -> str:
-        """What its scores are a function of, beside what is asked."""
+    def identity(self) -> Identity:
+        """What its scores are a function of, beside what is asked; the same on every rank."""
 
     def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
         """Score this rank's rollouts, in their order; every rank takes part.

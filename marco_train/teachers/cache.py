@@ -10,7 +10,7 @@ reached.
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields
 from hashlib import blake2b
 from pathlib import Path
@@ -22,7 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from marco_train.config import Objective, ScoreCacheConfig, TopKFrom
+from marco_train.distributed import is_main
 from marco_train.teachers.base import Teacher, Wanted
+from marco_train.teachers.identity import Identity
 from marco_train.tracking import say
 from marco_train.types import (
     HiddenScores,
@@ -44,14 +46,31 @@ KINDS: dict[Objective, type[Scores]] = {
 class ScoreCache:
     """A teacher that looks on disk first."""
 
-    def __init__(self, teacher: Teacher, wanted: Wanted, cfg: ScoreCacheConfig) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        wanted: Wanted,
+        cfg: ScoreCacheConfig,
+        said: list[float],
+        same: Callable[[list[float]], bool],
+    ) -> None:
+        """Open the entries of a teacher.
+
+        Args:
+            teacher: Scores what is not there.
+            wanted: Which kind of scores.
+            cfg: Where, and how many.
+            said: What the teacher says of the probe sentences.
+            same: Whether another time it said the same.
+        """
         self._teacher = teacher
         self._wanted = wanted
-        kind = f"{wanted.objective.value}/{wanted.top_k}/{wanted.top_k_from.value}"
-        self._asked_of = f"{teacher.identity}/{kind}"
         assert cfg.path is not None
         self._directory = Path(cfg.path)
         self._directory.mkdir(parents=True, exist_ok=True)
+        kind = f"{wanted.objective.value}/{wanted.top_k}/{wanted.top_k_from.value}"
+        named = f"{json.dumps(teacher.identity, sort_keys=True)}/{kind}"
+        self._asked_of = self._find_same(named, said, same)
         self._max_bytes = int(cfg.max_gib * 2**30)
         self._file_of_key: dict[str, Path] = {}
         for file in self._files():
@@ -64,7 +83,7 @@ class ScoreCache:
         return self._teacher.head
 
     @property
-    def identity(self) -> str:
+    def identity(self) -> Identity:
         """The teacher's."""
         return self._teacher.identity
 
@@ -106,6 +125,30 @@ class ScoreCache:
     def close(self) -> None:
         """Close the teacher; the scores stay."""
         self._teacher.close()
+
+    def _find_same(self, named: str, said: list[float], same: Callable[[list[float]], bool]) -> str:
+        """Name the entries of a teacher that says the same; those of one that does not stay.
+
+        Servers may serve other weights under one name, which no file tells.
+        """
+        number = 0
+        while True:
+            asked_of = f"{named}/{number}"
+            digest = blake2b(asked_of.encode(), digest_size=16).hexdigest()
+            file = self._directory / f"{digest}.json"
+            if not file.is_file():
+                partial = self._directory / f".{uuid4().hex}.partial"
+                partial.write_text(json.dumps(said))
+                partial.replace(file)
+                return asked_of
+            if same(json.loads(file.read_text())):
+                return asked_of
+            if is_main():
+                say(
+                    f"score cache: the scores of {file.name} are of a teacher that answers "
+                    "otherwise under the same name, and are not used"
+                )
+            number += 1
 
     def _key(self, rollout: Rollout) -> str:
         """Digest what the scores of a rollout depend on."""

@@ -4,8 +4,10 @@ It changes at a known step, or earlier, where the held-out reverse KL has stoppe
 """
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,25 @@ from marco_train.config import (
 from marco_train.distributed import is_main, reduce_sums, world_size
 from marco_train.errors import InputError, require
 from marco_train.metrics import Metrics
-from marco_train.models.hf_io import stop_token_ids
-from marco_train.teachers.base import Teacher, Wanted
+from marco_train.models.chat_template import check_template_kwargs
+from marco_train.models.hf_io import check_teacher_positions, stop_token_ids
+from marco_train.resumption import field_difference
+from marco_train.teachers.base import SAME_ANSWER, Teacher, Wanted
 from marco_train.teachers.build import build_teacher
 from marco_train.teachers.cache import ScoreCache
-from marco_train.teachers.preflight import check_files, check_scores, probe_rollouts
+from marco_train.teachers.identity import Identity
+from marco_train.teachers.preflight import (
+    check_files,
+    check_scores,
+    check_turns,
+    compare_with_student,
+    probe_rollouts,
+    prompts_to_compare,
+    same_answers,
+)
 from marco_train.teachers.routed import RoutedTeacher
 from marco_train.tracking import say
+from marco_train.types import Conversation, Prompt, Rollout, group_name
 from marco_train.vllm_engine import require_vllm
 
 
@@ -48,15 +62,32 @@ def _teachers(phase: PhaseConfig) -> dict[str, TeacherConfig]:
     return {"teacher": phase.teacher} | others
 
 
+def owner_of(phase: str, key: str) -> str:
+    """What messages call a teacher."""
+    return f"teacher {phase!r}" if key == "teacher" else f"teacher {phase!r} ({key})"
+
+
 class Cascade:
     """Opens each teacher when its phase begins; the former goes once the next is checked."""
 
     name = "cascade"
 
     def __init__(
-        self, cfg: OPDConfig, student_tokenizer: str, chat_template: str, vocab_size: int
+        self,
+        cfg: OPDConfig,
+        student_tokenizer: str,
+        chat_template: str,
+        vocab_size: int,
+        template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Plan the phases and check every teacher's files; no model is loaded.
+
+        Args:
+            cfg: The stage.
+            student_tokenizer: Directory of the student's tokenizer.
+            chat_template: What the run renders conversations with.
+            vocab_size: Rows of the student's head.
+            template_kwargs: Arguments of the template. None: there are none.
 
         Raises:
             InputError: A teacher is missing or has another vocabulary.
@@ -77,20 +108,26 @@ class Cascade:
             for key, teacher in _teachers(phase).items():
                 if teacher.backend is TeacherBackend.vllm:
                     require_vllm()
-                if not (Path(teacher.path) / "config.json").is_file():
+                if not Path(teacher.path).is_dir():
                     raise InputError(
                         f"stage.cascade.{name}.{key}.path: there is no model at {teacher.path!r}"
                     )
-                owner = f"teacher {name!r}" if key == "teacher" else f"teacher {name!r} ({key})"
-                check_files(student_tokenizer, chat_template, vocab_size, teacher, owner)
+                owner = owner_of(name, key)
+                check_files(
+                    student_tokenizer, chat_template, vocab_size, teacher, owner, template_kwargs
+                )
+                check_teacher_positions(cfg, teacher, owner)
         self._cfg = cfg
+        self._chat_template = chat_template
+        self._template_kwargs = template_kwargs or {}
         self._student_tokenizer = student_tokenizer
         self._open: tuple[str, Teacher] | None = None
         self._allowed: Collection[ResumeChange] = ()
         # By phase; all are kept in checkpoints.
         self._converged: dict[str, int] = {}  # the step before which it ended
         self._measures: dict[str, dict[int, float]] = {}  # step -> held-out reverse KL
-        self._identities: dict[str, str] = {}
+        self._identities: dict[str, Identity] = {}
+        self._said: dict[str, dict[str, list[float]]] = {}  # of the probe sentences, by teacher
         self.phases = self._plan()
 
     def check_groups(self, known: set[str]) -> None:
@@ -100,12 +137,25 @@ class Cascade:
             InputError: Names them, and those that there are.
         """
         for name, phase in self._cfg.cascade.items():
-            unknown = sorted(phase.teacher_of.keys() - known)
+            unknown = sorted({group_name(group) for group in phase.teacher_of} - known)
             require(
                 not unknown,
                 f"stage.cascade.{name}.teacher_of names {', '.join(unknown)}, of which there are "
                 f"no prompts; there are {', '.join(sorted(known))}",
             )
+
+    def check_turns(self, prompts: Iterable[tuple[Conversation, Prompt]]) -> None:
+        """Refuse teachers whose own templates render the run's prompts otherwise; see `preflight`.
+
+        Raises:
+            InputError: Shows the first difference, or names an argument that no template reads.
+        """
+        compared, templates = prompts_to_compare(prompts), [self._chat_template]
+        for name, phase in self._cfg.cascade.items():
+            for key, teacher in _teachers(phase).items():
+                owner = owner_of(name, key)
+                templates.append(check_turns(compared, teacher.path, self._template_kwargs, owner))
+        check_template_kwargs(templates, self._template_kwargs)
 
     def _plan(self) -> list[Phase]:
         phases: list[Phase] = []
@@ -158,8 +208,13 @@ class Cascade:
             say(f"phase {phase.name!r} has converged before step {step}: held-out KL {shown}")
         return phase.name
 
-    def teacher_at(self, step: int) -> Teacher:
+    def teacher_at(self, step: int, answer: Callable[[], Iterable[Rollout]]) -> Teacher:
         """Return the teacher of a step; opens it where its phase begins or a run resumes.
+
+        Args:
+            step: The step.
+            answer: Gives this rank's share of the student's answers to the run's first prompts;
+                asked only where a teacher is opened, before it takes memory.
 
         Raises:
             InputError: The teacher is not fit to teach, or another than before the run resumed.
@@ -167,44 +222,65 @@ class Cascade:
         """
         phase = self.phase_at(step)
         if self._open is None or self._open[0] != phase.name:
-            default = self._open_teacher(phase.cfg.teacher, phase.name)
-            others = {
-                group: self._open_teacher(cfg, phase.name)
-                for group, cfg in phase.cfg.teacher_of.items()
-            }
-            opened = RoutedTeacher(default, others) if others else default
-            self._check_identity(phase.name, opened.identity)
+            answers = list(answer())
+            with ExitStack() as unless_fit:
+                opened = self._open_phase(phase, answers, unless_fit)
+                unless_fit.pop_all()
             if self._open is not None:
                 self._open[1].close()
             self._open = phase.name, opened
         return self._open[1]
 
-    def _check_identity(self, phase: str, identity: str) -> None:
-        known = self._identities.get(phase, identity)
-        if known != identity:
-            what = (
-                f"teacher {phase!r} is another than the one that taught before this run was "
-                f"resumed ({known} -> {identity})"
-            )
-            require(
-                ResumeChange.teacher in self._allowed,
-                f"{what}: bring that one back, go on with this one with "
-                "on_resume.allow=[teacher], or start with resume=never",
-            )
-            if is_main():
-                say(f"{what}, as on_resume.allow=[teacher] allows")
-        self._identities[phase] = identity
+    def _open_phase(
+        self, phase: Phase, answers: Sequence[Rollout], unless_fit: ExitStack
+    ) -> Teacher:
+        """Load the teachers of a phase and check their numbers before they teach anything."""
+        opened, said = {}, {}
+        for key, cfg in _teachers(phase.cfg).items():
+            opened[key], said[key] = self._open_teacher(cfg, phase.name, answers, unless_fit)
+        others = {group_name(g): opened[f"teacher_of.{g}"] for g in phase.cfg.teacher_of}
+        teacher = RoutedTeacher(opened["teacher"], others) if others else opened["teacher"]
+        known = self._identities.setdefault(phase.name, teacher.identity)
+        changed = field_difference(known, teacher.identity)
+        known_said = self._said.setdefault(phase.name, said)
+        for key, cfg in _teachers(phase.cfg).items():
+            if not same_answers(known_said.get(key, []), said[key], cfg.dtype):
+                bound = SAME_ANSWER[cfg.dtype]
+                changed.append(f"{key}: says of plain sentences what is over {bound} nats away")
+        if changed:
+            self._take_another(phase.name, changed)
+            self._identities[phase.name], self._said[phase.name] = teacher.identity, said
+        return teacher
 
-    def _open_teacher(self, cfg: TeacherConfig, phase: str) -> Teacher:
-        """Load a teacher and check its numbers before it teaches anything."""
+    def _take_another(self, phase: str, changed: list[str]) -> None:
+        """Refuse a teacher that is not the one before, unless it is allowed to be another."""
+        what = (
+            f"teacher {phase!r} is another than the one that taught before this run was resumed "
+            f"({'; '.join(changed)})"
+        )
+        require(
+            ResumeChange.teacher in self._allowed,
+            f"{what}: bring that one back, go on with this one with on_resume.allow=[teacher], or "
+            "start with resume=never",
+        )
+        if is_main():
+            say(f"{what}, as on_resume.allow=[teacher] allows")
+
+    def _open_teacher(
+        self, cfg: TeacherConfig, phase: str, answers: Sequence[Rollout], unless_fit: ExitStack
+    ) -> tuple[Teacher, list[float]]:
+        """Load a teacher and check it; also gives what it says of the probe sentences."""
         teacher = build_teacher(cfg, self._wanted)
+        unless_fit.callback(teacher.close)
         probes = probe_rollouts(self._student_tokenizer, self._wanted)
         name = f"teacher {phase!r} ({cfg.path})"
-        check_scores(teacher, probes, self._wanted.vocab_size, cfg.dtype, name)
-        teacher.take_counts()  # of the probes
+        said = check_scores(teacher, probes, self._wanted.vocab_size, cfg.dtype, name)
+        compare_with_student(teacher, answers, self._wanted.vocab_size, name)
+        teacher.take_counts()  # of the checks
         if self._cfg.score_cache.path is None:
-            return teacher
-        return ScoreCache(teacher, self._wanted, self._cfg.score_cache)
+            return teacher, said
+        same = partial(same_answers, said, dtype=cfg.dtype)
+        return ScoreCache(teacher, self._wanted, self._cfg.score_cache, said, same), said
 
     def close(self) -> None:
         """Let go of the teacher that is open."""
@@ -238,6 +314,7 @@ class Cascade:
                 for name, known in self._measures.items()
             },
             "teachers": self._identities,
+            "said": self._said,
         }
 
     def resume(
@@ -255,6 +332,7 @@ class Cascade:
             for name, known in state["measures"].items()
         }
         self._identities = dict(state["teachers"])
+        self._said = dict(state.get("said", {}))
         self.phases = self._plan()
         then = sorted(((name, end) for name, end in state["finished"].items()), key=itemgetter(1))
         if step > (then[-1][1] if then else 0):

@@ -3,17 +3,23 @@
 Legend: B rollouts of a batch, L longest of them, R tokens of a response, V vocabulary, D width.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from marco_train.config import TeacherConfig
 from marco_train.distributed import device
 from marco_train.errors import InputError
 from marco_train.models.probe import probe_ids
-from marco_train.teachers.base import Wanted, head_for_student, model_identity, scores_from_hidden
+from marco_train.models.weights import name_first
+from marco_train.teachers.base import Wanted, head_for_student, scores_from_hidden
+from marco_train.teachers.identity import memory_identity
 from marco_train.types import Rollout, ScoredRollout
 
 # Nats by which hidden states times head may miss the model's own log-probabilities.
@@ -21,21 +27,95 @@ HEAD_TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25}
 PROBE_LENGTH = 16
 
 
+def load_whole(path: str, dtype: torch.dtype) -> Any:
+    """Load a causal language model of transformers, which draws at random what a checkpoint lacks.
+
+    Raises:
+        InputError: Names the first ten weights that are missing, unknown, misshapen or could not be
+            converted; or the checkpoint cannot be read at all.
+    """
+    # Seconds to import.
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    with _load_report() as report:
+        try:
+            model, found = AutoModelForCausalLM.from_pretrained(
+                path,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are refused below, by their names
+            )
+        except (
+            ImportError,
+            KeyError,
+            OSError,
+            RuntimeError,
+            SafetensorError,
+            StrictDataclassError,
+            ValueError,
+        ) as error:
+            rows = (line.split("|") for line in "".join(report).splitlines())
+            unconverted = [row[0].strip() for row in rows if len(row) > 1 and "CONV" in row[1]]
+            named = f" ({name_first(unconverted)})" if unconverted else ""
+            reason = " ".join(str(error).split())
+            raise InputError(
+                f"teacher {path}: transformers cannot load it{named}; it says: {reason}"
+            ) from error
+    mistakes = {
+        "are missing": sorted(found["missing_keys"]),
+        "are not of this model": sorted(found["unexpected_keys"]),
+        "have another shape than config.json says": [
+            f"{name} {list(stored)}, not {list(expected)}"
+            for name, stored, expected in sorted(found["mismatched_keys"])
+        ],
+    }
+    said = [f"{len(bad)} {what}: {name_first(bad)}" for what, bad in mistakes.items() if bad]
+    if said:
+        raise InputError(
+            f"teacher {path}: its weights do not fit its config.json, and what is missing would be "
+            f"drawn at random; {'; '.join(said)}"
+        )
+    return model
+
+
+@contextmanager
+def _load_report() -> Iterator[list[str]]:
+    """Keep what transformers would print of a checkpoint that does not fit: a table for people."""
+    report: list[str] = []
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def keep(record: logging.LogRecord) -> bool:
+        report.append(record.getMessage())
+        return False
+
+    logger.addFilter(keep)
+    try:
+        yield report
+    finally:
+        logger.removeFilter(keep)
+
+
 class HFTeacher:
     """Scores this rank's rollouts with a whole copy of the teacher."""
 
     def __init__(self, cfg: TeacherConfig, wanted: Wanted) -> None:
-        # Seconds to import.
-        from transformers import AutoModelForCausalLM
-        from transformers.utils import logging
+        """Load a teacher whole.
 
-        logging.disable_progress_bar()
+        Raises:
+            InputError: Names what is missing, unknown, misshapen or not finite, or what of it
+                differs between ranks.
+        """
         dtype = getattr(torch, cfg.dtype.value)
-        model = AutoModelForCausalLM.from_pretrained(cfg.path, dtype=dtype)
+        model = load_whole(cfg.path, dtype)
         self._model = model.to(device()).eval().requires_grad_(False)
         self._wanted = wanted
         self._max_tokens = cfg.max_tokens_per_batch
-        self.identity = model_identity(cfg)
+        self.identity = memory_identity(cfg, self._model.state_dict().items())
         head: Tensor = self._model.get_output_embeddings().weight
         self._check_head(head, cfg.path, HEAD_TOLERANCE[dtype])
         self.head = head_for_student(head, wanted, cfg.stop_id)

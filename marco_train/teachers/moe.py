@@ -12,7 +12,9 @@ from marco_train.architecture import check_expert_parallel, read_architecture
 from marco_train.config import TeacherConfig
 from marco_train.distributed import device, expert_parallel_group, reduce_max
 from marco_train.models import load_model
-from marco_train.teachers.base import Wanted, head_for_student, model_identity, scores_from_hidden
+from marco_train.models.weights import local_weights
+from marco_train.teachers.base import Wanted, head_for_student, scores_from_hidden
+from marco_train.teachers.identity import memory_identity
 from marco_train.types import Rollout, ScoredRollout
 
 
@@ -26,7 +28,7 @@ class MoETeacher:
         self._model = model.eval().requires_grad_(False)
         self._wanted = wanted
         self._max_tokens = cfg.max_tokens_per_batch
-        self.identity = model_identity(cfg)
+        self.identity = memory_identity(cfg, local_weights(self._model))
         self.head = head_for_student(self._model.head, wanted, cfg.stop_id)
 
     @torch.inference_mode()

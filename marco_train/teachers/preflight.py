@@ -2,31 +2,44 @@
 
 Files, before any model is loaded: the same ids for the same text, the same way to open and to end a
 turn. Numbers, whenever a teacher is opened: the same answer to the same question, one finite number
-for each token that was asked, and an opinion, which a model that came back empty does not have.
+for each token that was asked, and an opinion, which a model that came back empty does not have;
+what the student says is likelier to it than to a uniform guess.
 """
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from marco_train.config import DType, TeacherConfig
-from marco_train.errors import require
+from marco_train.architecture import read_architecture, read_config, read_json
+from marco_train.config import DType, TeacherBackend, TeacherConfig
+from marco_train.distributed import is_main, reduce_sums
+from marco_train.errors import InputError, require
 from marco_train.losses.logprobs import token_logprobs
-from marco_train.models.hf_io import stop_token_ids
+from marco_train.models.chat_template import apply_template
+from marco_train.models.hf_io import (
+    check_checkpoint,
+    decoder_config,
+    stop_token_ids,
+    stored_weights,
+)
 from marco_train.teachers.base import SAME_ANSWER, Teacher, Wanted
 from marco_train.teachers.vocab import check_head_rows, check_vocabulary
+from marco_train.tracking import say
 from marco_train.types import (
+    Conversation,
     FinishReason,
     HiddenScores,
+    Message,
     Prompt,
     Rollout,
     ScoredRollout,
     TokenScores,
+    TopKScores,
 )
 
 # One sentence in each of the paper's 29 languages.
@@ -65,12 +78,32 @@ PROBES = {
 UNIFORM_SPREAD = 0.05
 # A mean log-probability this many times worse than a uniform guess is of no language model.
 WORST_GUESSES = 3.0
+# Prompts, the run's first, whose answers by the student every teacher is asked about.
+NUM_ANSWERED = 64
+# A student can write once its own words are, to itself, likelier than a uniform guess by half of
+# what there is to be gained, log V. A language model gains four fifths and more at temperature 1.
+# What a random student writes is noise, which a good teacher finds less likely than a guess.
+CAN_WRITE = 0.5
+# A teacher has read something if it gains a tenth of what such a student gains. Weights drawn at
+# random gain nothing; a teacher 5 nats from its student still gains a half, at V = 150,000.
+HAS_READ = 0.1
+
+
+# Prompts of the run that each teacher's template renders; beyond these, the first of each kind.
+NUM_COMPARED = 256
+# Tokens before and after the first difference that a message shows.
+SHOWN_BEFORE, SHOWN_AFTER = 8, 16
 
 
 def check_files(
-    student_tokenizer: str, chat_template: str, vocab_size: int, cfg: TeacherConfig, name: str
+    student_tokenizer: str,
+    chat_template: str,
+    vocab_size: int,
+    cfg: TeacherConfig,
+    name: str,
+    template_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
-    """Refuse a teacher whose tokens, turns or stops are not the student's.
+    """Refuse a teacher that is no whole model, or has other tokens, turns or stops.
 
     Args:
         student_tokenizer: Directory of the student's tokenizer.
@@ -78,11 +111,16 @@ def check_files(
         vocab_size: Rows of the student's head.
         cfg: The teacher.
         name: What the message calls it.
+        template_kwargs: Arguments of both templates. None: there are none.
 
     Raises:
         InputError: Says what was expected, what came and what to do.
     """
     path = cfg.path
+    if cfg.backend is TeacherBackend.moe:
+        stored_weights(path, read_architecture(path))
+    else:
+        check_checkpoint(path, cfg.backend)
     check_vocabulary(student_tokenizer, path, name)
     check_head_rows(vocab_size, path, name)
     # A second to import; wrong files are refused before.
@@ -96,30 +134,117 @@ def check_files(
             f"{name} ({path}) gives {text!r} ({language}) the ids {found}, and the student "
             f"{expected}: take a teacher with the student's tokenizer",
         )
-    _check_template(ours, theirs, chat_template, f"{name} ({path})")
+    ours.chat_template = chat_template
+    _check_template(ours, theirs, template_kwargs or {}, f"{name} ({path})")
     _check_stop_ids(stop_token_ids(student_tokenizer)[0], cfg, vocab_size, name)
 
 
-def _check_template(ours: Any, theirs: Any, chat_template: str, owner: str) -> None:
+def _check_template(ours: Any, theirs: Any, template_kwargs: Mapping[str, Any], owner: str) -> None:
     """Refuse a teacher that opens a turn with other tokens."""
     require(
         bool(theirs.chat_template),
         f"{owner} has no chat template, so it never saw the turns that the student is asked in: "
         "take an instruct model, or give it the template it was trained with",
     )
-    asked = [{"role": "user", "content": PROBES["en"]}]
-    ours.chat_template = chat_template
-    expected, found = (
-        tokenizer.apply_chat_template(asked, add_generation_prompt=True, return_dict=True)[
-            "input_ids"
-        ]
-        for tokenizer in (ours, theirs)
-    )
+    asked = [Message("user", PROBES["en"])]
+    expected = _rendered(ours, asked, template_kwargs, "the student, asked a plain question")
+    found = _rendered(theirs, asked, template_kwargs, f"{owner}, asked a plain question")
     require(
         expected == found,
         f"{owner} opens a turn with {theirs.decode(found)!r}, and the student with "
-        f"{ours.decode(expected)!r}: train the student with the teacher's template",
+        f"{ours.decode(expected)!r}: {SAME_TEMPLATE}",
     )
+
+
+SAME_TEMPLATE = (
+    "train the student with the teacher's template (model.tokenizer=<directory of the teacher> "
+    "model.chat_template=tokenizer), or choose with model.chat_template_kwargs what both open a "
+    "turn with"
+)
+
+
+def _rendered(
+    tokenizer: Any, asked: Sequence[Message], template_kwargs: Mapping[str, Any], owner: str
+) -> list[int]:
+    try:
+        return apply_template(tokenizer, asked, template_kwargs, add_generation_prompt=True)[
+            "input_ids"
+        ]
+    except InputError as error:
+        raise InputError(f"{owner}: {error}; {SAME_TEMPLATE}") from error
+
+
+def prompts_to_compare(
+    prompts: Iterable[tuple[Conversation, Prompt]],
+) -> list[tuple[Conversation, Prompt]]:
+    """Choose the first prompts of a run, and of those that follow the first of each kind."""
+    coming = iter(prompts)
+    chosen = list(islice(coming, NUM_COMPARED))
+    known = {kind for conversation, _ in chosen for kind in kinds_of(conversation)}
+    for conversation, prompt in coming:
+        if not kinds_of(conversation) <= known:
+            chosen.append((conversation, prompt))
+            known |= kinds_of(conversation)
+    return chosen
+
+
+def kinds_of(conversation: Conversation) -> set[str]:
+    """Say what a prompt holds beside one question, of what templates are known to render apart."""
+    asked = conversation.asked
+    roles = [message.role for message in asked]
+    answers = [message.content for message in asked if message.role == "assistant"]
+    found = {
+        "a system turn": "system" in roles,
+        "a tool turn": "tool" in roles,
+        "several turns": roles.count("user") > 1,
+        "an earlier answer with <think>": any("<think>" in answer for answer in answers),
+    }
+    return {kind for kind, holds in found.items() if holds}
+
+
+def check_turns(
+    prompts: Iterable[tuple[Conversation, Prompt]],
+    path: str,
+    template_kwargs: Mapping[str, Any],
+    name: str,
+) -> str:
+    """Refuse a teacher whose own template renders prompts of the run otherwise than the run does.
+
+    It would score its answers to turns that it never saw.
+
+    Args:
+        prompts: Of the run's data, with the conversations that they were rendered from.
+        path: Directory of the teacher.
+        template_kwargs: Arguments of the template.
+        name: What the message calls the teacher.
+
+    Returns:
+        The template.
+
+    Raises:
+        InputError: Shows the first difference.
+    """
+    from transformers import PreTrainedTokenizerFast
+
+    theirs = PreTrainedTokenizerFast.from_pretrained(path)
+    for conversation, prompt in prompts:
+        kinds = ", ".join(sorted(kinds_of(conversation))) or "one question"
+        where = f"source {conversation.source!r}, row {conversation.row} (from 0; {kinds})"
+        owner = f"{name} ({path}), given the prompt of {where}"
+        found = _rendered(theirs, conversation.asked, template_kwargs, owner)
+        expected = prompt.input_ids
+        if found == expected:
+            continue
+        pairs = enumerate(zip(expected, found, strict=False))
+        place = next((i for i, (a, b) in pairs if a != b), min(len(expected), len(found)))
+        window = slice(max(0, place - SHOWN_BEFORE), place + SHOWN_AFTER)
+        raise InputError(
+            f"{name} ({path}) renders the prompt of {where} otherwise than the run: at token "
+            f"{place} it has {theirs.decode(found[window])!r}, and the run "
+            f"{theirs.decode(expected[window])!r}; it would score answers to turns that it was not "
+            f"trained on: {SAME_TEMPLATE}"
+        )
+    return str(theirs.get_chat_template())
 
 
 def _check_stop_ids(student: int, cfg: TeacherConfig, vocab_size: int, name: str) -> None:
@@ -129,8 +254,11 @@ def _check_stop_ids(student: int, cfg: TeacherConfig, vocab_size: int, name: str
         f"{name}: stop_id is {cfg.stop_id}, and must be one of the {vocab_size} ids",
     )
     generation = Path(cfg.path) / "generation_config.json"
-    file = generation if generation.is_file() else Path(cfg.path) / "config.json"
-    found = json.loads(file.read_text()).get("eos_token_id")
+    if generation.is_file():
+        file, found = generation, read_json(generation).get("eos_token_id")
+    else:  # the decoder's part of a config says it where the whole does not
+        file, found = Path(cfg.path) / "config.json", read_config(cfg.path).get("eos_token_id")
+        found = decoder_config(cfg.path).get("eos_token_id") if found is None else found
     stops = found if isinstance(found, list) else [] if found is None else [found]
     require(
         cfg.stop_id is None or cfg.stop_id in stops,
@@ -172,8 +300,11 @@ def probe_rollouts(tokenizer_dir: str, wanted: Wanted) -> list[Rollout]:
 
 def check_scores(
     teacher: Teacher, rollouts: Sequence[Rollout], vocab_size: int, dtype: DType, name: str
-) -> None:
+) -> list[float]:
     """Refuse a teacher whose numbers cannot be trusted; every rank takes part.
+
+    Returns:
+        What it said: one number for each token of the responses, in nats.
 
     Raises:
         InputError: Says what was expected, what came and what to do.
@@ -184,6 +315,7 @@ def check_scores(
         f"{name} answered {len(once)} of {len(rollouts)} rollouts; it is broken or overloaded",
     )
     logprobs = []
+    said: list[float] = []
     for rollout, scored, other in zip(rollouts, once, again, strict=True):
         expected = len(rollout.response_ids)
         echoed = scored.rollout.input_ids == rollout.input_ids
@@ -199,6 +331,7 @@ def check_scores(
                 f"{name} gave {field} that are not finite: its weights or its type are broken",
             )
         logprobs.append(_token_logprobs(teacher, scored))
+        said += logprobs[-1].view(expected, -1).mean(1).tolist()
         difference = float((logprobs[-1] - _token_logprobs(teacher, other)).abs().max())
         require(
             difference <= SAME_ANSWER[dtype],
@@ -207,6 +340,70 @@ def check_scores(
             "computes; switch that off",
         )
     _check_opinion(torch.cat(logprobs), vocab_size, name)
+    return said
+
+
+def same_answers(known: Sequence[float], found: Sequence[float], dtype: DType) -> bool:
+    """Whether two openings of a teacher said the same of the probe sentences."""
+    if len(known) != len(found):
+        return False
+    return all(abs(a - b) <= SAME_ANSWER[dtype] for a, b in zip(known, found, strict=True))
+
+
+def compare_with_student(
+    teacher: Teacher, answers: Sequence[Rollout], vocab_size: int, name: str
+) -> None:
+    """Say how likely a teacher finds the student's answers; every rank takes part.
+
+    Args:
+        teacher: Just opened.
+        answers: This rank's share of the student's answers; without any, nothing is said.
+        vocab_size: V.
+        name: What the message calls the teacher.
+
+    Raises:
+        InputError: On every rank, where the student can write and the teacher is no better at it
+            than a uniform guess. Gives the three figures, nats a token in the mean.
+    """
+    sums = torch.zeros(3, dtype=torch.float64)  # of the teacher, of the student, tokens
+    for scored in teacher.score(answers):
+        theirs = _answer_logprobs(teacher, scored, vocab_size)
+        own = torch.tensor(scored.rollout.sampler_logprobs)
+        known = theirs.isfinite()
+        sums += torch.stack([theirs[known].sum(), own[known].sum(), known.sum()])
+    of_teacher, of_student, num_tokens, num_answers = reduce_sums([*sums.tolist(), len(answers)])
+    if not num_tokens:
+        return
+    of_teacher, of_student = of_teacher / num_tokens, of_student / num_tokens
+    uniform = -math.log(vocab_size)
+    figures = (
+        f"{name} gives the student's answers to {num_answers:.0f} prompts {of_teacher:.2f} nats a "
+        f"token; the student itself {of_student:.2f}, a uniform guess {uniform:.2f}"
+    )
+    gained = of_student - uniform
+    require(
+        gained < CAN_WRITE * -uniform or of_teacher - uniform >= HAS_READ * gained,
+        f"{figures}: the teacher knows no more of what the student writes than a guess; its "
+        "weights did not arrive, or it never saw such text: fetch it anew, or take another",
+    )
+    if is_main():
+        say(figures)
+
+
+def _answer_logprobs(teacher: Teacher, scored: ScoredRollout, vocab_size: int) -> Tensor:
+    """The teacher's log-probability of each token of a response, [R] float32.
+
+    Of a token beyond the K that are told apart, it is taken to be an even share of what is left.
+    """
+    scores = scored.scores
+    if not isinstance(scores, TopKScores):
+        return _token_logprobs(teacher, scored)
+    logprobs = scores.teacher_topk_logprobs
+    num_others = vocab_size - logprobs.shape[1]
+    left = (1 - logprobs.exp().sum(1)).clamp_min(torch.finfo(torch.float32).eps)
+    others = left.log() - math.log(max(1, num_others))
+    found = scores.topk_ids == torch.tensor(scored.rollout.response_ids)[:, None]
+    return torch.where(found.any(1), torch.where(found, logprobs, 0.0).sum(1), others)
 
 
 def _token_logprobs(teacher: Teacher, scored: ScoredRollout) -> Tensor:

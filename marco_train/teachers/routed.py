@@ -1,12 +1,12 @@
 """Several teachers at once: each rollout goes to the one for its category or language."""
 
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
 from marco_train.teachers.base import Teacher
+from marco_train.teachers.identity import Identity
 from marco_train.types import Rollout, ScoredRollout, rollout_groups
 
 
@@ -24,10 +24,10 @@ class RoutedTeacher:
         self.head: Tensor | None = None  # an objective that needs one is not routed
 
     @property
-    def identity(self) -> str:
+    def identity(self) -> Identity:
         """The identities of all, by group."""
         of_group = {group: teacher.identity for group, teacher in self._others.items()}
-        return json.dumps([self._default.identity, of_group])
+        return {"default": self._default.identity} | of_group
 
     def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
         """Score this rank's rollouts, in their order; every rank asks every teacher."""

@@ -18,10 +18,10 @@ from marco_train.teachers.base import (
     Wanted,
     head_for_student,
     ids_for_teacher,
-    model_identity,
     refuse_non_finite,
     scores_from_hidden,
 )
+from marco_train.teachers.identity import files_identity
 from marco_train.types import Rollout, ScoredRollout, TokenScores
 from marco_train.vllm_engine import Purpose, VLLMEngine
 
@@ -33,7 +33,7 @@ class VLLMTeacher:
         assert cfg.kv_cache_gib is not None
         self._wanted = wanted
         self._stop_id = cfg.stop_id
-        self.identity = model_identity(cfg)
+        self.identity = files_identity(cfg, served_as=None)
         self.head: Tensor | None = None
         if wanted.objective is not Objective.sampled:
             head = read_head(cfg.path).to(device(), getattr(torch, cfg.dtype.value))

@@ -38,10 +38,10 @@ from marco_train.teachers.base import (
     SAME_ANSWER,
     Wanted,
     ids_for_teacher,
-    model_identity,
     overlap_with,
     trade_places,
 )
+from marco_train.teachers.identity import files_identity
 from marco_train.tracking import say
 from marco_train.types import Rollout, ScoredRollout, Scores, TokenScores, TopKScores, known_places
 from marco_train.vllm_engine import neutral_sampling
@@ -102,7 +102,7 @@ class ServerTeacher:
             if isinstance(error, RejectedError):
                 raise InputError(f"a server of the teacher does not work: {error}") from error
             raise
-        self.identity = f"{model_identity(cfg)}/{self._model}"
+        self.identity = files_identity(cfg, self._model)
 
     def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
         """Ask for each rollout as it comes, and wait for all answers; every rank takes part.

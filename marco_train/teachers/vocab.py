@@ -3,11 +3,11 @@
 With a foreign vocabulary the KL falls while the student is destroyed, so nothing else shows it.
 """
 
-import json
 from pathlib import Path
 
 from marco_train.config import ModelConfig
 from marco_train.errors import InputError
+from marco_train.models.hf_io import decoder_config
 from marco_train.models.tokenizer_files import read_tokenizer, tokenizer_meaning
 from marco_train.resumption import field_difference
 
@@ -52,7 +52,7 @@ def check_head_rows(vocab_size: int, other: str, name: str) -> None:
     Raises:
         InputError: Gives both numbers.
     """
-    rows = json.loads((Path(other) / "config.json").read_text()).get("vocab_size")
+    rows = decoder_config(other).get("vocab_size")
     if rows != vocab_size:
         raise InputError(
             f"{name} ({other}) has {rows} output rows and the student {vocab_size}: the "

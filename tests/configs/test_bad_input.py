@@ -9,7 +9,7 @@ import torch
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from marco_train.config import ChatTemplate, Objective, SourceConfig, SourceKind, check_replay
+from marco_train.config import Objective, SourceConfig, SourceKind, check_replay
 from marco_train.data.chat import CHATML, load_tokenizer
 from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions
 from marco_train.errors import InputError
@@ -19,7 +19,15 @@ from marco_train.models.weights import random_model
 from marco_train.stages.opd import run_opd
 from marco_train.teachers.cascade import Cascade
 from marco_train.teachers.vocab import check_student_vocabulary
-from tests.conftest import DENSE, World, architecture, compose_config, launch, make_tokenizer
+from tests.conftest import (
+    DENSE,
+    World,
+    architecture,
+    compose_config,
+    launch,
+    make_tokenizer,
+    tokenizer_of,
+)
 from tests.unit.test_resumption import leave_checkpoint
 
 REFUSED = [
@@ -67,6 +75,7 @@ REFUSED = [
     ("quickstart_evaluate", "stage.rollout.replay_routing=true", "an evaluation makes no update"),
     ("quickstart_evaluate", "stage.num_kl_responses=9", "num_kl_responses is 9"),
     ("quickstart_evaluate", "stage.rollout.temperature=0.5", "temperature is 0.5"),
+    ("quickstart_evaluate", "+stage.models.first=outputs/other", "both name first"),
     ("quickstart_base", "stage.max_length=300", "sequences of 300 tokens, and the model has 256"),
     ("quickstart_opd", "experiment=quickstart_dpo", "quickstart_dpo"),
 ]
@@ -145,7 +154,7 @@ def test_an_unknown_dataset_is_named(world: World) -> None:
     cfg = compose_config(
         "quickstart_sft", f"root={world.root}", "data.sources.math.path=nowhere.jsonl"
     )
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     with pytest.raises(InputError, match=r"source 'math': there is no file 'nowhere"):
         SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
 
@@ -154,34 +163,9 @@ def test_a_line_that_is_not_json_is_named(world: World, tmp_path: Path) -> None:
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"messages": []\n')
     cfg = compose_config("quickstart_sft", f"root={world.root}", f"data.sources.math.path={broken}")
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     with pytest.raises(InputError, match=r"broken.jsonl, line 1: not JSON"):
         SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
-
-
-def draw_three(loader: SFTLoader) -> None:
-    for _ in range(3):
-        next(loader)
-
-
-ROWS = {
-    "no chat": ({"text": "hello"}, "no column messages"),
-    "empty chat": ({"messages": []}, "not a list of turns"),
-    "unknown role": ({"messages": [{"role": "robot", "content": "x"}]}, "no role among"),
-    "null content": ({"messages": [{"role": "user", "content": None}]}, "is not text"),
-}
-
-
-@pytest.mark.parametrize(("row", "names"), ROWS.values(), ids=ROWS.keys())
-def test_a_row_that_is_no_chat_is_named(
-    row: dict[str, object], names: str, world: World, tmp_path: Path
-) -> None:
-    file = tmp_path / "rows.jsonl"
-    file.write_text(json.dumps(row) + "\n")
-    cfg = compose_config("quickstart_sft", f"root={world.root}", f"data.sources.math.path={file}")
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
-    with pytest.raises(InputError, match=names):
-        draw_three(SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed))
 
 
 def test_a_teacher_that_is_missing_is_named(world: World) -> None:
@@ -248,8 +232,9 @@ def test_a_tokenizer_whose_template_marks_nothing_is_refused(world: World, tmp_p
     cfg = compose_config(
         "quickstart_sft", f"root={world.root}", f"model.tokenizer={tmp_path / 'tokenizer'}"
     )
+    tokenizer = load_tokenizer(cfg.model)  # enough to make prompts
     with pytest.raises(InputError, match=r"does not mark .* set model.chat_template=chatml"):
-        load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+        SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
 
 
 def test_a_hub_dataset_that_is_not_there_is_named(
@@ -257,7 +242,7 @@ def test_a_hub_dataset_that_is_not_there_is_named(
 ) -> None:
     broken = tmp_path / "rows.parquet"
     broken.write_bytes(b"not a parquet file")
-    tokenizer = load_tokenizer(world.path("data", "tokenizer"), ChatTemplate.tokenizer)
+    tokenizer = tokenizer_of(world.path("data", "tokenizer"))
     # Read from the environment at import; without it the hub would be asked again and again.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
@@ -293,17 +278,17 @@ def test_a_missing_value_is_asked_for_in_one_sentence() -> None:
 
 
 def test_a_held_out_row_that_cannot_be_checked_is_refused(world: World, tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(world.path("data", "tokenizer"), ChatTemplate.tokenizer)
+    tokenizer = tokenizer_of(world.path("data", "tokenizer"))
     file = tmp_path / "rows.jsonl"
     source = SourceConfig(
         kind=SourceKind.jsonl, path=str(file), category="math", weight=1.0, subset=None
     )
     file.write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
-    with pytest.raises(InputError, match="no question with its answer"):
+    with pytest.raises(InputError, match=r"none of 3 .* the row is no question with its answer"):
         held_out_questions({"rows": source}, 3, 64, tokenizer)
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     file.write_text(json.dumps({"messages": turns}) + "\n")
-    with pytest.raises(InputError, match="none of 3 held-out prompts is within"):
+    with pytest.raises(InputError, match=r"none of 3 .* \(3 data/dropped_too_long in 'rows'\)"):
         held_out_questions({"rows": source}, 3, 2, tokenizer)
     (question, *_) = held_out_questions({"rows": source}, 3, 64, tokenizer)
     with pytest.raises(InputError, match="names the verifier None; known are exact"):
@@ -337,7 +322,7 @@ def test_rows_at_fault_are_dropped_and_counted(world: World, tmp_path: Path) -> 
         ("ends <|im_end|> early", "no"),
     )
     cfg = compose_config("quickstart_sft", *overrides, "stage.global_batch_size=4")
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     loader = SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
     (batch,) = next(loader)
     assert batch.num_loss_tokens > 0
@@ -351,7 +336,7 @@ def test_rows_at_fault_are_dropped_and_counted(world: World, tmp_path: Path) -> 
 def test_a_prompt_over_the_limit_is_dropped_and_counted(world: World, tmp_path: Path) -> None:
     overrides = rows_of(world, tmp_path, ("short", "x"), ("far too long " * 60, "x"))
     cfg = compose_config("quickstart_opd", *overrides, "stage.global_batch_size=2")
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     loader = PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
     (prompt,) = next(loader)
     assert "short" in tokenizer.decode(prompt.input_ids)

@@ -14,7 +14,7 @@ from marco_train.config import TrainConfig
 from marco_train.errors import AwayError
 from marco_train.rollout import hf
 from marco_train.stages.opd import RolloutMismatchError, run_opd
-from marco_train.teachers.preflight import PROBES
+from marco_train.teachers.preflight import NUM_ANSWERED, PROBES
 from tests.conftest import World, compose_config, launch
 from tests.faults.fake_server import FakeServer, fake_servers
 from tests.ranks import run_on_ranks
@@ -131,6 +131,11 @@ def test_a_run_that_gave_up_is_saved_and_can_be_resumed(world: World, tmp_path: 
         with pytest.raises(AssertionError, match="'first' is another than the one that taught"):
             run_on_ranks(1, distil, cfg, server.socket)
         server.model = "teacher"
+        server.weights = 1
+        otherwise = r"resumed \(teacher: says of plain sentences what is over 0\.001 nats away\)"
+        with pytest.raises(AssertionError, match=otherwise):
+            run_on_ranks(1, distil, cfg, server.socket)
+        server.weights = 0
         run_on_ranks(1, distil, cfg, server.socket)
     assert learnt(parts) == learnt(whole)
 
@@ -160,12 +165,27 @@ def test_a_second_run_over_the_same_rollouts_asks_no_server(world: World, tmp_pa
         for out in outs:
             server.outcomes.clear()
             run_on_ranks(1, distil, config(world, out, server, 1, kept), server.socket)
-            num_asked.append(server.outcomes["fine"] - 2 * len(PROBES))  # those of the preflight
+            num_asked.append(server.outcomes["fine"] - 2 * len(PROBES) - NUM_ANSWERED)  # preflight
     assert num_asked == [(NUM_STEPS - 2) * 4 * 2, 0]
     assert learnt(outs[0]) == learnt(outs[1])
     for out, share in zip(outs, (0, 1), strict=True):
         for line in (out / "metrics.jsonl").read_text().splitlines():
             assert json.loads(line)["teacher/cache_hits"] == share
+
+
+def test_scores_of_a_server_that_served_other_weights_are_asked_anew(
+    world: World, tmp_path: Path
+) -> None:
+    kept = f"stage.score_cache.path={tmp_path / 'scores'}"
+    num_asked = []
+    with fake_servers(1) as (server,):
+        for weights in (0, 1):
+            server.weights = weights
+            server.outcomes.clear()
+            out = tmp_path / f"of_{weights}"
+            run_on_ranks(1, distil, config(world, out, server, 1, kept), server.socket)
+            num_asked.append(server.outcomes["fine"])
+    assert num_asked[0] == num_asked[1]
 
 
 def test_a_sampler_of_another_distribution_stops_the_run(

@@ -74,8 +74,9 @@ def script(tmp_path: Path) -> Path:
 
 
 def begin(script: Path, *arguments: str, **settings: str) -> "subprocess.Popen[str]":
+    # An interrupt is heeded as in a terminal, also where these tests run in the background.
     return subprocess.Popen(
-        [str(script), "/models/student", *arguments],
+        ["env", "--default-signal=INT", str(script), "/models/student", *arguments],
         cwd=script.parents[1],
         env=os.environ | {"PATH": f"{script.parents[1] / 'bin'}:/usr/bin:/bin"} | settings,
         stdout=subprocess.PIPE,

@@ -216,7 +216,7 @@ def test_a_teacher_that_is_down_at_the_start_is_waited_for(world: World) -> None
     with fake_servers(1) as (server,):
         server.stop()
         threading.Timer(0.7, server.start).start()
-        assert teacher_of(world, [server]).identity.endswith("/teacher")
+        assert teacher_of(world, [server]).identity["served_as"] == "teacher"
         server.stop()
         message = rf"no answer for \d s from .* {server.url}, .* the last error: .*refused"
         with pytest.raises(AwayError, match=message) as caught:

@@ -229,26 +229,50 @@ def test_a_teacher_that_is_the_policy_gives_zero_loss_and_zero_gradient() -> Non
         assert all(gradient.abs().max() < 1e-6 for gradient in gradients)
 
 
-def test_a_stale_sampler_is_weighed_by_a_truncated_ratio() -> None:
-    s = setting(torch.float32)
+@pytest.mark.parametrize("cap", [None, 4.0, 2.0, 1.0, 0.9, 0.01])
+@pytest.mark.parametrize("on_policy", [True, False])
+def test_the_importance_ratio_is_a_capped_weight_and_no_token_loses_its_gradient(
+    cap: float | None, on_policy: bool
+) -> None:
+    s, plain = setting(torch.float32), setting(torch.float64)
     targets, mask = s["targets"], torch.ones(TOKENS, dtype=torch.bool)
     logprobs, _ = token_logprobs(s["hidden"], s["head"], targets)
-    # The policy finds its first token 3 times, and its second half, as likely as the sampler did.
-    log_ratio = torch.zeros(TOKENS)
-    log_ratio[0], log_ratio[1] = torch.tensor([3.0, 0.5]).log()
+    g = torch.Generator().manual_seed(1)
+    advantage = torch.randn(TOKENS, generator=g)
+    # On-policy, rounding alone makes some ratios larger than 1; else they lie between 1/8 and 8.
+    spread = 1e-6 if on_policy else 2.0
+    log_ratio = (torch.rand(TOKENS, generator=g) - 0.5) * 2 * spread
     batch = SampledMicrobatch(
         **vars(microbatch(targets, mask)),
         sampler_logprobs=logprobs.detach() - log_ratio,
-        teacher_logprobs=logprobs.detach() - log_ratio + 1.0,  # an advantage of 1 everywhere
+        teacher_logprobs=logprobs.detach() - log_ratio + advantage,
     )
-    output = PolicyOutput(s["hidden"], s["head"])
-    found = SampledReverseKL(2.0, None)(output, batch)
-    (gradient,) = torch.autograd.grad(found.loss, s["hidden"], retain_graph=True)
-    (plain,) = torch.autograd.grad(-logprobs.sum(), s["hidden"])
-    ratios = torch.ones(TOKENS, 1)
-    ratios[0], ratios[1] = 0.0, 0.5  # a truncated ratio is a constant, and moves nothing
-    torch.testing.assert_close(gradient, ratios * plain, rtol=1e-4, atol=1e-5)
-    assert found.loss.item() == pytest.approx(-(2.0 + 0.5 + TOKENS - 2), abs=1e-4)
+    found = SampledReverseKL(cap, None)(PolicyOutput(s["hidden"], s["head"]), batch)
+    gradients = torch.autograd.grad(found.loss, [s["hidden"], s["head"]])
+
+    # Place by place: the policy gradient of the sampled token, times a constant.
+    reference = torch.zeros((), dtype=torch.float64)
+    logits = F.linear(plain["hidden"], plain["head"])
+    num_above = 0
+    value = 0.0
+    for place in range(TOKENS):
+        weight = float(log_ratio[place].double().exp())
+        num_above += cap is not None and weight > cap
+        weight = weight if cap is None else min(weight, cap)
+        logp = logits[place, targets[place]] - logits[place].logsumexp(0)
+        reference = reference - weight * float(advantage[place]) * logp
+        value -= weight * float(advantage[place])
+    wanted = torch.autograd.grad(reference, [plain["hidden"], plain["head"]])
+    for ours, theirs in zip(gradients, wanted, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-5)
+    assert (gradients[0].abs().amax(1) > 0).all()  # each place has its part
+    assert found.loss.item() == pytest.approx(value, abs=1e-4)
+    assert found.values["loss/objective"].sum().item() == pytest.approx(value, abs=1e-4)
+    if cap is None:
+        assert "kl/ratio_truncated" not in found.values
+    elif cap != 1.0 or not on_policy:  # there it is a matter of rounding
+        assert int(found.values["kl/ratio_truncated"].sum()) == num_above
+        assert num_above > 0 or cap >= (1.0 if on_policy else 4.0)
 
 
 def test_a_microbatch_without_loss_tokens_has_zero_loss_and_a_whole_graph() -> None:

@@ -22,7 +22,7 @@ Outcome = tuple[dict[str, torch.Tensor], list[dict[str, float]]]
 
 def fine_tune(cfg: TrainConfig) -> Outcome:
     """Make three updates of plain gradient descent; the weights and what was measured."""
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     data = SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
     policy = build_policy(cfg.model, cfg.optim, cfg.parallel, STEPS, cfg.seed, "")
     measured = [policy.train_step(next(data), cross_entropy) for _ in range(STEPS)]
@@ -94,7 +94,7 @@ def assert_same(found: list[Outcome], expected: Outcome) -> None:
 
 
 def count_microbatches(cfg: TrainConfig) -> list[int]:
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     data = SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
     return [len(next(data)) for _ in range(STEPS)]
 
@@ -116,7 +116,7 @@ def test_a_rank_without_a_sequence_joins_the_update(world: World) -> None:
 
 def refuse(cfg: TrainConfig, loss_scale: float, mask: bool) -> str:
     """What an update says of a bad batch, and whether it left the weights alone."""
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     data = SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
     policy = build_policy(cfg.model, cfg.optim, cfg.parallel, STEPS, cfg.seed, "")
     before = {name: weight.clone() for name, weight in policy.named_weights()}
@@ -172,7 +172,7 @@ def gradient_by_hand(cfg: TrainConfig) -> dict[str, torch.Tensor]:
     from marco_train.models import load_model
     from marco_train.models.weights import named_weights
 
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     data = SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
     model = load_model(str(cfg.model.path), torch.float32)
     total, num_tokens = torch.zeros(()), 0
@@ -210,7 +210,7 @@ def test_a_balance_loss_by_microbatch_knows_only_its_own_load(world: World) -> N
 
 
 def one_update(cfg: TrainConfig) -> dict[str, torch.Tensor]:
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     data = SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
     policy = build_policy(cfg.model, cfg.optim, cfg.parallel, STEPS, cfg.seed, "")
     policy.train_step(next(data), cross_entropy)

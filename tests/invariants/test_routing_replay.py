@@ -65,7 +65,7 @@ def foreign_choice(batch: Microbatch) -> Tensor:
 
 def update(cfg: TrainConfig, replay: str) -> Outcome:
     """Make one update of plain gradient descent; the weights and what was measured."""
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     data = SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
     policy = build_policy(cfg.model, cfg.optim, cfg.parallel, 1, cfg.seed, "")
     batches = list(next(data))
@@ -129,7 +129,7 @@ def forward_token_by_token(model: Qwen3Moe, batch: Microbatch) -> tuple[Tensor, 
 
 
 def update_token_by_token(cfg: TrainConfig) -> Outcome:
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     (batch,) = next(SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed))
     model = load_model(str(cfg.model.path), torch.float32)
     batch = replace(batch, routed_experts=foreign_choice(batch))

@@ -1,8 +1,11 @@
 """Phases end where the config says, or where the held-out reverse KL falls no more."""
 
 import importlib.util
+import json
+import shutil
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,6 +14,8 @@ import torch
 from marco_train.config import TeacherConfig
 from marco_train.errors import InputError
 from marco_train.rollout.build import check_sampler
+from marco_train.stages import opd
+from marco_train.stages.opd import run_opd
 from marco_train.teachers import cascade
 from marco_train.teachers.cascade import Cascade
 from marco_train.types import Rollout, ScoredRollout
@@ -120,9 +125,10 @@ class Noted:
     head = None
 
     def __init__(self, cfg: TeacherConfig, notes: list[str]) -> None:
-        self.identity = cfg.path.split("/")[-2]
+        self.name = cfg.path.split("/")[-2]
+        self.identity = {"weights": self.name}
         self.notes = notes
-        notes.append(f"open {self.identity}")
+        notes.append(f"open {self.name}")
 
     def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
         return []
@@ -131,17 +137,18 @@ class Noted:
         return Counter()
 
     def close(self) -> None:
-        self.notes.append(f"close {self.identity}")
+        self.notes.append(f"close {self.name}")
 
 
 @pytest.fixture
 def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     found: list[str] = []
 
-    def check(teacher: Noted, *_: Any) -> None:
-        found.append(f"check {teacher.identity}")
-        if "second" in teacher.identity and len(found) > 8:
+    def check(teacher: Noted, *_: Any) -> list[float]:
+        found.append(f"check {teacher.name}")
+        if "second" in teacher.name and len(found) > 8:
             raise InputError("not fit")
+        return []
 
     monkeypatch.setattr(cascade, "build_teacher", lambda cfg, _: Noted(cfg, found))
     monkeypatch.setattr(cascade, "check_scores", check)
@@ -150,21 +157,27 @@ def notes(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def test_the_next_teacher_is_checked_before_the_former_goes(world: World, notes: list[str]) -> None:
     found = cascade_of(world)
+
+    def answer() -> list[Rollout]:
+        notes.append("answer")
+        return []
+
     for step in (0, 9, 10, 13):
-        found.teacher_at(step)
+        found.teacher_at(step, answer)
     first, second = "teacher_first", "teacher_second"
-    assert notes == [
-        *(f"open {first}", f"check {first}"),
-        *(f"open {second}", f"check {second}", f"close {first}"),
+    assert notes == [  # the student answers only where it is needed, before more memory is taken
+        *("answer", f"open {first}", f"check {first}"),
+        *("answer", f"open {second}", f"check {second}", f"close {first}"),
     ]
     found.close()
     assert notes.pop() == f"close {second}"
 
     notes[:] = ["before"] * 7
     unfit = cascade_of(world)
-    unfit.teacher_at(9)
+    unfit.teacher_at(9, list)
     with pytest.raises(InputError, match="not fit"):
-        unfit.teacher_at(10)
+        unfit.teacher_at(10, list)
+    assert notes[-1] == f"close {second}"  # and not the former
     assert f"close {first}" not in notes
 
 
@@ -198,3 +211,40 @@ def test_without_a_gpu_vllm_cannot_replay_routing(
     check_sampler(compose_config("quickstart_opd", *asked).stage.rollout, architecture())
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     check_sampler(cfg.stage.rollout, architecture())
+
+
+def test_turns_are_compared_with_every_teachers_before_a_model_is_loaded(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(world.path("teacher_second", "export"), tmp_path / "teacher")
+    template = tmp_path / "teacher" / "chat_template.jinja"
+    template.write_text(template.read_text().replace("message['role']", "message.role|lower"))
+    file = tmp_path / "rows.jsonl"
+    turns = [("system", "be brief"), ("user", "one?"), ("assistant", "1")]
+    messages = [{"role": role, "content": words} for role, words in turns]
+    file.write_text(json.dumps({"messages": messages}) + "\n")
+    cfg = compose_config(
+        "quickstart_opd",
+        f"root={world.root}",
+        "data=quickstart_text",
+        f"data.sources.text.path={file}",
+        f"stage.cascade.second.teacher.path={tmp_path / 'teacher'}",
+    )
+
+    def no_model(*_: Any) -> None:
+        raise AssertionError("a model is built")
+
+    monkeypatch.setattr(opd, "build_policy", no_model)
+    with pytest.raises(AssertionError, match="a model is built"):
+        run_opd(cfg)
+    # The student's template does not read it; one of the teachers' does.
+    cfg.model.chat_template_kwargs = {"lower": True}
+    with pytest.raises(AssertionError, match="a model is built"):
+        run_opd(cfg)
+    cfg.model.chat_template_kwargs = {"brief": True}
+    with pytest.raises(InputError, match=r"has 'brief', which no chat template of this run reads"):
+        run_opd(cfg)
+    cfg.model.chat_template_kwargs = {}
+    template.write_text(template.read_text().replace("|lower", "|replace('system', 'user')"))
+    with pytest.raises(InputError, match=r"teacher 'second' .* renders the prompt .*a system turn"):
+        run_opd(cfg)

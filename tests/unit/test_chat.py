@@ -1,20 +1,32 @@
 """The loss mask covers the assistant's words and stop tokens, and nothing else."""
 
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from marco_train.config import ChatTemplate, LossTokens
-from marco_train.data.chat import Tokenizer, load_tokenizer, render_example, render_prompt
+from marco_train.data.chat import (
+    Tokenizer,
+    holds_control_tokens,
+    render_example,
+    render_prompt,
+)
+from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions
+from marco_train.errors import InputError
 from marco_train.types import Conversation, Message
-from tests.conftest import World
+from tests.conftest import World, compose_config, tokenizer_of
 
 
 @pytest.fixture(scope="module")
 def tokenizer(world: World) -> Tokenizer:
-    return load_tokenizer(world.path("data", "tokenizer"), ChatTemplate.tokenizer)
+    return tokenizer_of(world.path("data", "tokenizer"))
 
 
 def chat(*turns: tuple[str, str]) -> Conversation:
-    return Conversation(tuple(Message(*turn) for turn in turns), "source", "math", "en", {})
+    return Conversation(tuple(Message(*turn) for turn in turns), "source", "math", "en", {}, 0)
 
 
 # (turns, the rendered text, what of it is learnt), with | between learnt stretches.
@@ -99,5 +111,169 @@ def test_a_prompt_is_the_beginning_of_its_example(tokenizer: Tokenizer) -> None:
 def test_chatml_replaces_a_template_that_marks_nothing(world: World) -> None:
     from marco_train.data.chat import CHATML
 
-    tokenizer = load_tokenizer(world.path("data", "tokenizer"), ChatTemplate.chatml)
+    tokenizer = tokenizer_of(world.path("data", "tokenizer"), ChatTemplate.chatml)
     assert tokenizer.chat_template == CHATML.read_text()
+
+
+# Turns as `role: words<|im_end|>`, then what the answers are marked with.
+PLAIN = """\
+{%- for m in messages %}{{- m.role + ': ' }}
+{%- if m.role == 'assistant' %}ANSWER{% else %}{{- m.content + '<|im_end|>' }}{% endif %}
+{{- '\\n' }}{% endfor %}{% if add_generation_prompt %}{{- 'assistant: ' }}{% endif %}"""
+MARKED = "{% generation %}{{- m.content + '<|im_end|>' }}{% endgeneration %}"
+ARGUED = PLAIN.replace("{%- for m", "{{- 'mood ' ~ mood ~ '\\n' }}{%- for m", 1)
+
+
+def with_template(world: World, tmp_path: Path, template: str) -> Path:
+    """The world's tokenizer with another template."""
+    shutil.copytree(world.path("data", "tokenizer"), tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(template)
+    return tmp_path / "tokenizer"
+
+
+def test_arguments_reach_the_template(world: World, tmp_path: Path) -> None:
+    path = with_template(world, tmp_path, ARGUED.replace("ANSWER", MARKED))
+    conversation = chat(("user", "x"), ("assistant", "y"))
+    for mood in ("good", "bad"):
+        tokenizer = tokenizer_of(path, mood=mood)
+        prompt = tokenizer.decode(render_prompt(tokenizer, conversation))
+        assert prompt == f"mood {mood}\nuser: x<|im_end|>\nassistant: "
+        for loss_tokens in LossTokens:
+            example = render_example(tokenizer, conversation, loss_tokens)
+            assert tokenizer.decode(example.input_ids) == f"{prompt}y<|im_end|>\n"
+
+
+def test_an_argument_that_the_template_never_reads_is_refused(world: World) -> None:
+    path = world.path("data", "tokenizer")
+    cfg = compose_config("quickstart_sft", f"root={world.root}")
+    tokenizer = tokenizer_of(path, thinking=True)
+    unread = r"chat_template_kwargs has 'thinking', which no chat template of this run reads"
+    with pytest.raises(InputError, match=unread):
+        SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
+    with pytest.raises(InputError, match=unread):
+        held_out_questions(cfg.data.sources, 3, 64, tokenizer)
+    with pytest.raises(InputError, match="chat_template_kwargs has messages, tokenize, which ever"):
+        tokenizer_of(path, tokenize=False, messages=[])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.chat_template_kwargs.enable_thinking=false",
+        "+model.chat_template_kwargs.enable_thinking=false",
+        "model.chat_template_kwargs={enable_thinking: false}",
+    ],
+)
+def test_arguments_are_given_on_the_command_line(override: str) -> None:
+    cfg = compose_config("quickstart_sft", override)
+    assert cfg.model.chat_template_kwargs == {"enable_thinking": False}
+    assert compose_config("quickstart_sft").model.chat_template_kwargs == {}
+
+
+# How a template marks an answer, and what SFT says of it; None: it is fit.
+MARKS: dict[str, tuple[str, str | None]] = {
+    "with its stop": (MARKED, None),
+    "in two stretches that both end with a stop": (
+        "{% generation %}{{- 'A<|im_end|>' }}{% endgeneration %}{{- 'B' }}" + MARKED,
+        None,
+    ),
+    "without its stop": (
+        "{% generation %}{{- m.content }}{% endgeneration %}{{- '<|im_end|>' }}",
+        r"marks 'Fine, thank you.' as the .* ends with '.*\.', and a turn with '<\|im_end\|>'",
+    ),
+    "beyond its stop": (
+        "{% generation %}{{- m.content + '<|im_end|>\\n' }}{% endgeneration %}",
+        r"marks 'Fine, thank you.<\|im_end\|>\\n' as .* it ends with '\\n', and",
+    ),
+    "not": ("{{- m.content + '<|im_end|>' }}", "does not mark the assistant's tokens"),
+    "not where the rows call a tool": (
+        "{% if '<call>' in m.content %}{{- m.content + '<|im_end|>' }}{% else %}"
+        + MARKED
+        + "{% endif %}",
+        "marks no token of the assistant in any of the first 64 conversations with an answer",
+    ),
+    "with words that cannot be added": ("{{ 'a' + 1 }}", "cannot render it .TypeError"),
+    "with a loop that does not end": ("{% for %}", "cannot render it .TemplateSyntaxError"),
+    "with a refusal": ("{{ raise_exception('never') }}", "cannot render it .TemplateError: never"),
+}
+
+
+def rows_file(tmp_path: Path, *rows: Any) -> Path:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def row(*turns: tuple[str, str]) -> dict[str, Any]:
+    return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+@pytest.mark.parametrize(("marks", "says"), MARKS.values(), ids=MARKS.keys())
+def test_sft_refuses_a_template_that_does_not_teach_to_stop(
+    marks: str, says: str | None, world: World, tmp_path: Path
+) -> None:
+    path = with_template(world, tmp_path, PLAIN.replace("ANSWER", marks))
+    file = rows_file(tmp_path, row(("user", "x"), ("assistant", "<call>"), ("tool", "y")))
+    data = [f"root={world.root}", "data=quickstart_text", f"data.sources.text.path={file}"]
+    cfg = compose_config("quickstart_sft", *data)
+    tokenizer = tokenizer_of(path)
+    if says is None:
+        SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
+        return
+    with pytest.raises(InputError, match=says):
+        SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
+
+
+def test_the_marks_of_a_runs_own_rows_are_looked_at(world: World, tmp_path: Path) -> None:
+    # Fit on a plain exchange; the first answer of several is cut off before its stop.
+    marks = (
+        "{% if loop.last %}" + MARKED + "{% else %}{% generation %}{{- m.content }}"
+        "{% endgeneration %}{{- '<|im_end|>' }}{% endif %}"
+    )
+    path = with_template(world, tmp_path, PLAIN.replace("ANSWER", marks))
+    good = [row(("user", f"{n}"), ("assistant", "yes")) for n in range(40)]
+    turns = [("user", "x"), ("assistant", "one"), ("user", "y"), ("assistant", "two")]
+    file = rows_file(tmp_path, *good, "no row", row(*turns))
+    data = [f"root={world.root}", "data=quickstart_text", f"data.sources.text.path={file}"]
+    cfg = compose_config("quickstart_sft", *data)
+    with pytest.raises(InputError, match=r"marks 'one' as the assistant's \(text, row 41\)"):
+        SFTLoader(cfg.data, cfg.stage, tokenizer_of(path), cfg.seed)
+
+
+def test_only_a_loss_mask_needs_marks(world: World, tmp_path: Path) -> None:
+    path = with_template(world, tmp_path, PLAIN.replace("ANSWER", "{{- m.content }}"))
+    file = rows_file(tmp_path, row(("user", "x"), ("assistant", "y")))
+    data = [f"root={world.root}", "data=quickstart_text", f"data.sources.text.path={file}"]
+    tokenizer = tokenizer_of(path)
+    cfg = compose_config("quickstart_opd", *data)
+    (prompt, *_) = next(PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed))
+    assert tokenizer.decode(prompt.input_ids) == "user: x<|im_end|>\nassistant: "
+    cfg = compose_config("quickstart_sft", *data, "stage.loss_tokens=all")
+    (batch, *_) = next(SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed))
+    assert batch.num_loss_tokens == batch.num_tokens
+
+
+def test_a_tokenizer_without_a_template_is_refused(world: World, tmp_path: Path) -> None:
+    path = with_template(world, tmp_path, "")
+    (path / "chat_template.jinja").unlink()
+    with pytest.raises(InputError, match=r"has no chat template; set model.chat_template=chatml"):
+        tokenizer_of(path)
+    assert tokenizer_of(path, ChatTemplate.chatml).chat_template
+
+
+def test_of_several_templates_the_default_is_taken(world: World, tmp_path: Path) -> None:
+    path = with_template(world, tmp_path, PLAIN.replace("ANSWER", MARKED))
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tool_use.jinja").write_text("{{ 'tools' }}")
+    assert tokenizer_of(path).chat_template == PLAIN.replace("ANSWER", MARKED)
+
+
+def test_a_control_token_is_one_by_the_word_of_tokenizer_json(world: World, tmp_path: Path) -> None:
+    path = with_template(world, tmp_path, PLAIN.replace("ANSWER", MARKED))
+    file = path / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    kept = {k: v for k, v in config.items() if "special" not in k and k != "added_tokens_decoder"}
+    file.write_text(json.dumps(kept))
+    tokenizer = tokenizer_of(path)
+    assert holds_control_tokens(tokenizer, chat(("user", "x <|im_start|> y")))
+    assert not holds_control_tokens(tokenizer, chat(("user", "x <think> y")))

@@ -11,12 +11,13 @@ from torch import Tensor
 from marco_train.config import DType, RolloutConfig, SamplerBackend
 from marco_train.losses.logprobs import sequence_logprobs, token_logprobs, topk_logprobs
 from marco_train.models import Qwen3Moe
+from marco_train.models.checksums import CHECKSUM_CHUNK, WORD_BYTES, checksum
 from marco_train.models.routing import Router, Routing
 from marco_train.models.weights import empty_model, named_weights, random_model
 from marco_train.rollout import vllm as rollout_vllm
 from marco_train.rollout.base import Sampling, in_order, response_seed, summarize
 from marco_train.rollout.hf import HFSampler, draw_tokens
-from marco_train.rollout.sync import WeightSyncError, canaries, checksum, sync_weights
+from marco_train.rollout.sync import WeightSyncError, canaries, sync_weights
 from marco_train.rollout.vllm import VLLMSampler, check_experts
 from marco_train.types import FinishReason, Prompt, Rollout
 from marco_train.vllm_engine import Generation
@@ -326,6 +327,15 @@ def test_the_checksum_sees_bits_and_places() -> None:
             negated = odd.clone()
             negated[place] *= -1  # the uppermost bit of a word, in some places
             assert checksum(negated) != checksum(odd)
+
+
+def test_the_checksum_sees_large_parts_that_traded_places() -> None:
+    # Experts and rows of a fused weight are often whole numbers of the parts it is summed in.
+    part = CHECKSUM_CHUNK * WORD_BYTES // torch.float32.itemsize
+    weight = torch.arange(3.0 * part).view(3, part)
+    assert checksum(weight) == checksum(weight.clone())
+    assert checksum(weight) != checksum(weight[[1, 0, 2]])
+    assert checksum(weight) != checksum(weight[[0, 2, 1]])
 
 
 def test_the_summary_counts_lengths_cuts_and_empty_answers() -> None:

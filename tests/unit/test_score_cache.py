@@ -1,19 +1,18 @@
 """Scores on disk: found again, checked, bounded."""
 
-import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from marco_train.config import DType, Objective, ScoreCacheConfig, TeacherBackend
-from marco_train.teachers.base import Wanted, model_identity, scores_from_hidden
+from marco_train.config import Objective, ScoreCacheConfig
+from marco_train.teachers.base import Wanted, scores_from_hidden
 from marco_train.teachers.cache import ScoreCache
 from marco_train.types import FinishReason, Prompt, Rollout, ScoredRollout
-from tests.conftest import World, teacher_config, wanted_of
+from tests.conftest import wanted_of
 from tests.ranks import run_on_ranks
 
 WIDTH, VOCAB = 6, 20
@@ -68,12 +67,17 @@ def cache(
     objective: Objective = Objective.sampled,
     max_gib: float = 1.0,
     identity: str = "teacher",
+    said: Sequence[float] = (-1.0, -2.0),
 ) -> tuple[ScoreCache, CountingTeacher]:
     wanted = wanted_for(objective)
     teacher = CountingTeacher(wanted)
     cfg = ScoreCacheConfig(path=str(path), max_gib=max_gib)
-    teacher.identity = identity
-    return ScoreCache(teacher, wanted, cfg), teacher  # type: ignore[arg-type]
+    teacher.identity = {"weights": identity}
+    return ScoreCache(teacher, wanted, cfg, list(said), alike(said)), teacher  # type: ignore[arg-type]
+
+
+def alike(said: Sequence[float]) -> Callable[[list[float]], bool]:
+    return lambda known: max(abs(a - b) for a, b in zip(known, said, strict=True)) <= 0.1
 
 
 def values(scored: Sequence[ScoredRollout]) -> list[list[torch.Tensor]]:
@@ -156,12 +160,13 @@ def test_what_is_broken_on_disk_is_computed_again(fault: str, tmp_path: Path) ->
 def test_the_oldest_scores_make_room(tmp_path: Path) -> None:
     probe, _ = cache(tmp_path / "probe", Objective.full)
     probe.score([rollout(0)])
-    (file,) = (tmp_path / "probe").iterdir()
+    (file,) = (tmp_path / "probe").glob("*.safetensors")
     bound = 3.5 * file.stat().st_size
     bounded, teacher = cache(tmp_path / "bounded", Objective.full, max_gib=bound / 2**30)
     for index in range(6):
         bounded.score([rollout(index)])
-        assert sum(f.stat().st_size for f in (tmp_path / "bounded").iterdir()) <= bound
+        files = (tmp_path / "bounded").glob("*.safetensors")
+        assert sum(f.stat().st_size for f in files) <= bound
     teacher.asked.clear()
     bounded.score([rollout(index) for index in range(6)])
     assert teacher.asked == [[0, 1, 2]]
@@ -183,21 +188,22 @@ def test_every_rank_asks_its_teacher_where_one_has_to(tmp_path: Path) -> None:
     assert run_on_ranks(2, score_unevenly, tmp_path) == [([], 2), ([[1]], 2)]
 
 
-def test_a_teacher_is_known_by_its_files_and_its_type(world: World, tmp_path: Path) -> None:
-    def identity(path: Path | str, **changes: object) -> str:
-        return model_identity(teacher_config(str(path), TeacherBackend.hf, **changes))
-
-    path = Path(world.path("teacher_first", "export"))
-    shutil.copytree(path, tmp_path / "same")
-    assert identity(path) == identity(tmp_path / "same")
-    assert identity(path) != identity(world.path("teacher_second", "export"))
-    assert identity(path) != identity(path, dtype=DType.bfloat16)
-    assert identity(path) != identity(path, stop_id=0)
-    file = tmp_path / "same" / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-5] ^= 1
-    file.write_bytes(content)
-    assert identity(path) != identity(tmp_path / "same")
+def test_scores_of_a_server_with_other_weights_are_not_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, _ = cache(tmp_path)
+    first.score([rollout(0)])
+    again, unasked = cache(tmp_path, said=(-1.09, -2.0))  # rounded otherwise
+    again.score([rollout(0)])
+    assert unasked.asked == [] and capsys.readouterr().out == ""
+    other, asked = cache(tmp_path, said=(-1.2, -2.0))
+    other.score([rollout(0)])
+    assert asked.asked == [[0]]
+    assert "teacher that answers otherwise under the same name" in capsys.readouterr().out
+    for said in ((-1.0, -2.0), (-1.2, -2.0)):  # each finds its own again
+        later, unasked = cache(tmp_path, said=said)
+        later.score([rollout(0)])
+        assert unasked.asked == []
 
 
 class Forgetful(CountingTeacher):
@@ -211,9 +217,9 @@ class Forgetful(CountingTeacher):
 
 def test_what_the_teacher_left_out_is_left_out_and_asked_again(tmp_path: Path) -> None:
     teacher = Forgetful(wanted_for(Objective.sampled))
-    teacher.identity = "teacher"
-    cfg = ScoreCacheConfig(path=str(tmp_path), max_gib=1.0)
-    found = ScoreCache(teacher, wanted_for(Objective.sampled), cfg)  # type: ignore[arg-type]
+    teacher.identity = {"weights": "teacher"}
+    cfg, wanted = ScoreCacheConfig(path=str(tmp_path), max_gib=1.0), wanted_for(Objective.sampled)
+    found = ScoreCache(teacher, wanted, cfg, [], lambda _: True)  # type: ignore[arg-type]
     scored = found.score([rollout(index) for index in range(4)])
     assert [s.rollout.prompt.index for s in scored] == [0, 2]
     found.score([rollout(index) for index in range(4)])

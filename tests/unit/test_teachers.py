@@ -211,7 +211,7 @@ def test_the_cascade_changes_teacher_at_exactly_its_step(
     )
     whole = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
     assert opened == []  # checked, not loaded
-    widths = [whole.teacher_at(step).head.shape[1] for step in range(whole.num_steps)]
+    widths = [whole.teacher_at(step, list).head.shape[1] for step in range(whole.num_steps)]
     assert widths == [32, 32, 32, 48, 48]
     assert opened == ["teacher_first", "teacher_second"]
     assert [whole.ends_at(step) for step in range(5)] == [False, False, True, False, True]
@@ -220,7 +220,7 @@ def test_the_cascade_changes_teacher_at_exactly_its_step(
     opened.clear()
     resumed = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
     resumed.resume(3, whole.state_at(3))
-    assert resumed.teacher_at(3).head.shape[1] == 48
+    assert resumed.teacher_at(3, list).head.shape[1] == 48
     assert opened == ["teacher_second"]
 
 
@@ -267,9 +267,9 @@ def test_a_phase_opens_and_checks_the_teachers_of_its_groups(world: World) -> No
     right = path + world.path("teacher_second", "export")
     cfg = compose_config("quickstart_opd", *routed, right)
     whole = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
-    assert isinstance(whole.teacher_at(0), RoutedTeacher)
+    assert isinstance(whole.teacher_at(0, list), RoutedTeacher)
     last = whole.num_steps - 1
-    assert isinstance(whole.teacher_at(last), HFTeacher)
+    assert isinstance(whole.teacher_at(last, list), HFTeacher)
     missing = compose_config("quickstart_opd", *routed, path + "nowhere")
     with pytest.raises(InputError, match=r"first.teacher_of.category_math.path: there is no"):
         Cascade(missing.stage, missing.model.tokenizer, TEMPLATE, 320)
@@ -301,13 +301,29 @@ def test_a_teacher_without_prompts_is_refused(group: str, world: World) -> None:
         f"+teacher@stage.cascade.first.teacher_of.{group}=hf",
         f"stage.cascade.first.teacher_of.{group}.path={world.path('teacher_first', 'export')}",
     )
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     known = PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed).groups()
     assert known == {f"category_{name}" for name in CATEGORIES} | {"language_en"}
     found = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
     with pytest.raises(InputError, match=rf"teacher_of names {group}, of which there are no .*_en"):
         found.check_groups(known)
     found.check_groups(known | {group})
+
+
+def first_prompts(cfg: TrainConfig) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
+    """A rank's share of the first eight, of the first batch of six, and of the first one again."""
+    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    loader = PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
+    return loader.first(8), next(loader), loader.first(1)
+
+
+def test_the_first_prompts_are_the_runs_and_move_nothing(world: World) -> None:
+    cfg = compose_config("quickstart_opd", f"root={world.root}", "stage.global_batch_size=6")
+    (eight, batch, again) = first_prompts(cfg)
+    assert [prompt.index for prompt in eight] == list(range(8))
+    assert batch == eight[:6] and again == eight[:1]
+    shares = run_on_ranks(2, first_prompts, cfg)
+    assert [share for share, _, _ in shares] == [eight[::2], eight[1::2]]
 
 
 def test_more_likeliest_tokens_than_there_are_is_refused(world: World) -> None:
@@ -331,7 +347,7 @@ def test_a_cascade_with_another_past_is_refused(world: World) -> None:
 
 def distil_from_itself(cfg: TrainConfig) -> tuple[float, float]:
     """One update from a teacher that is the student: its KL, and how far weights moved."""
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     prompts = next(PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed))
     policy = build_policy(cfg.model, cfg.optim, cfg.parallel, 1, cfg.seed, "")
     path = str(cfg.model.path)

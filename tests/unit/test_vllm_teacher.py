@@ -3,16 +3,20 @@
 import importlib.util
 import os
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from marco_train.config import DType, Objective, TeacherBackend, TopKFrom
+from marco_train.errors import InputError
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
 from marco_train.teachers.build import build_teacher
@@ -137,3 +141,33 @@ def use_one_after_another_closed(path: str) -> list[float]:
 def test_closing_an_engine_leaves_the_others_at_work(teachers: str) -> None:
     for differences in run_on_ranks(2, use_one_after_another_closed, f"{teachers}/dense"):
         assert max(differences) < 1e-5
+
+
+# Of what shape, what is absent, and what the refusal names. Of the first two vLLM says nothing.
+ABSENT = {
+    "an expert": ({}, "layers.1.mlp.experts.2.", r"1\.mlp\.experts\.\S+w13_weight, .*w2_weight;"),
+    "queries": (DENSE, "layers.1.self_attn.q_proj", r"1 weights .*layers\.1\.\S+qkv_proj\.weight;"),
+    "a norm": (DENSE, "layers.1.input_layernorm", r"vLLM cannot load .*layers\.1\.input_layernorm"),
+}
+
+
+def refusal(path: str, kind: tuple[Any, ...]) -> str:
+    try:
+        build_teacher(teacher_config(path, TeacherBackend.vllm), wanted_of(*kind))
+    except InputError as error:
+        return str(error)
+    return "accepted"
+
+
+@pytest.mark.parametrize("kind", [KINDS[0], KINDS[3]], ids=["sampled", "full"])
+@pytest.mark.parametrize(("shape", "absent", "names"), ABSENT.values(), ids=ABSENT.keys())
+def test_a_model_that_did_not_arrive_whole_is_refused(
+    shape: dict[str, Any], absent: str, names: str, kind: tuple[Any, ...], tmp_path: Path
+) -> None:
+    model = random_model(architecture(head_dim=32, **shape), torch.float32, seed=0)
+    save_model(model, tmp_path / "teacher")
+    file = tmp_path / "teacher" / "model.safetensors"
+    kept = {name: w for name, w in load_file(file).items() if absent not in name}
+    save_file(kept, file, metadata={"format": "pt"})
+    (said,) = run_on_ranks(1, refusal, str(tmp_path / "teacher"), kind)
+    assert re.search(names, said), said
