@@ -182,10 +182,12 @@ def test_a_run_goes_on_with_mended_data_once_it_is_allowed_to(
     launch(sft(own, out), crash_at=4)
     file = Path(own.path("data", "train", "math.jsonl"))
     file.write_text("\n".join(file.read_text().splitlines()[1:]) + "\n")  # without its first row
-    assert "go on with these with on_resume.allow=[data]" in refusal(sft(own, out))
+    assert "go on with the new data from the same sample with on_resume.allow=[data]" in refusal(
+        sft(own, out)
+    )
     capfd.readouterr()
     launch(sft(own, out, "on_resume.allow=[data]"), crash_at=4)
-    assert capfd.readouterr().out.count("as on_resume.allow=[data] allows; rows may be") == 1
+    assert capfd.readouterr().out.count("as on_resume.allow=[data] allows: rows may be") == 1
     launch(sft(own, out, "on_resume.allow=[data]", "checkpoint.save_every=1"))
     assert [line["step"] for line in losses(out)] == [1, 2, 3, 4, 5, 6]
     assert is_finished(sft(own, out))
