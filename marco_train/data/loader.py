@@ -47,6 +47,8 @@ DROPS = ("data/dropped_too_long", "data/dropped_no_loss", "data/dropped_special"
 MOST_NAMED = 20
 # Samples at the start of a run whose loss mask is looked at before the first step.
 NUM_MARKED = 64
+# Rows of each source of which the doctor wants to see one used.
+NUM_TRIED = 64
 # Samples at the start of a run whose turns are compared with what its teachers make of them.
 NUM_FIRST = 2048
 
@@ -132,7 +134,13 @@ class ConversationStream:
             index: Of the sample.
             render: Gives the metric that counts the row instead, where it is to be dropped.
         """
-        found = self[index]
+        return self.render(self[index], index, render)
+
+    @staticmethod
+    def render(
+        found: Conversation | BadRow, index: int, render: Callable[[int, Conversation], T | str]
+    ) -> T | Dropped:
+        """Render a row as the sample of an index, unless it is dropped."""
         if isinstance(found, BadRow):
             return Dropped(MALFORMED, found.source, found.row, found.reason)
         try:
@@ -140,6 +148,11 @@ class ConversationStream:
         except InputError as error:
             return Dropped(MALFORMED, found.source, found.row, str(error))
         return Dropped(item, found.source, found.row, "") if isinstance(item, str) else item
+
+    def first_rows(self, count: int) -> Iterator[list[Conversation | BadRow]]:
+        """The first rows of each source."""
+        for source in self._sources.values():
+            yield [source[row] for row in range(min(count, len(source)))]
 
     def name_malformed(self, drop: Dropped) -> None:
         """Say which rows are at fault, each once and the first of them only."""
@@ -218,6 +231,27 @@ class _Loader:
     def metrics(self) -> Metrics:
         """Describe the last batch, over all ranks."""
         return self._metrics
+
+    def check_sources(self) -> None:
+        """Refuse sources of whose first rows none can be used: the mixture would lack them.
+
+        Every rank takes part.
+
+        Raises:
+            InputError: Says how many rows of each were dropped and why.
+        """
+        for rows in self._stream.first_rows(NUM_TRIED):
+            dropped = Tally()
+            tried = [self._stream.render(row, 0, self._render) for row in rows]
+            lost = [each for each in tried if isinstance(each, Dropped)]
+            for each in lost[rank() :: world_size()]:  # counted once
+                dropped.add(each)
+            if len(lost) == len(tried):
+                raise dropped.refusal(f"none of the first {len(tried)} rows of a source")
+
+    def _render(self, index: int, conversation: Conversation) -> Any:
+        """Render a sample, or name the metric that counts it as dropped."""
+        raise NotImplementedError
 
     def state_at(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps of the data, before a step is made."""

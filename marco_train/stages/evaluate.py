@@ -13,6 +13,7 @@ from marco_train.architecture import read_architecture
 from marco_train.config import (
     EvaluateConfig,
     Objective,
+    TeacherConfig,
     TopKFrom,
     TrainConfig,
     check_positions,
@@ -22,14 +23,13 @@ from marco_train.data.chat import Tokenizer, load_tokenizer
 from marco_train.data.loader import Question, held_out_questions
 from marco_train.data.packing import pack_rollouts
 from marco_train.distributed import barrier, device, is_main, rank, reduce_sums, world_size
-from marco_train.errors import InputError
+from marco_train.errors import InputError, require
 from marco_train.evaluation.accuracy import accuracy_by_category
 from marco_train.evaluation.signatures import language_signatures, signature_report
 from marco_train.evaluation.verifiers import check_verifier, verify
 from marco_train.losses.distillation import FullReverseKL
 from marco_train.models import Qwen3Moe, load_model
 from marco_train.models.hf_io import (
-    check_checkpoint,
     check_teacher_positions,
     stop_token_ids,
     stored_weights,
@@ -39,6 +39,7 @@ from marco_train.rollout.hf import HFSampler
 from marco_train.run import begin, mark_finished
 from marco_train.teachers.base import Teacher, Wanted
 from marco_train.teachers.build import build_teacher
+from marco_train.teachers.preflight import check_files, check_scores, probe_rollouts
 from marco_train.teachers.vocab import check_head_rows, check_vocabulary
 from marco_train.tracking import format_seconds, say
 from marco_train.types import PolicyOutput, Rollout
@@ -55,11 +56,8 @@ def run_evaluate(cfg: TrainConfig) -> None:
     """
     stage: EvaluateConfig = cfg.stage
     tokenizer = load_tokenizer(cfg.model)
-    measured = [
-        *(("models", name, path) for name, path in stage.models.items()),
-        *(("teachers", name, teacher.path) for name, teacher in stage.teachers.items()),
-    ]
-    vocab_size = check_models(cfg, measured)
+    measured = measured_models(cfg)
+    vocab_size = check_models(cfg, tokenizer)
     questions = checked_questions(cfg, tokenizer)
     mine = questions[rank() :: world_size()]
     if is_main():
@@ -101,25 +99,54 @@ def run_evaluate(cfg: TrainConfig) -> None:
     barrier()
 
 
-def check_models(cfg: TrainConfig, measured: Sequence[tuple[str, str, str]]) -> int:
+def measured_models(cfg: TrainConfig) -> list[tuple[str, str, str]]:
+    """List what is measured: its kind, name and directory."""
+    stage: EvaluateConfig = cfg.stage
+    return [
+        *(("models", name, path) for name, path in stage.models.items()),
+        *(("teachers", name, teacher.path) for name, teacher in stage.teachers.items()),
+    ]
+
+
+def check_models(cfg: TrainConfig, tokenizer: Tokenizer) -> int:
     """Give the vocabulary that all models share; none is loaded.
 
     Raises:
-        InputError: One cannot be loaded, has other tokens, a head of another size, or too few
-            positions.
+        InputError: There are none, or one does not fit the others.
     """
-    vocab_size = read_architecture(measured[0][2]).vocab_size
+    measured = measured_models(cfg)
+    vocab_size = shared_vocabulary(measured)
     for kind, name, path in measured:
-        found = read_architecture(path)  # our own model samples the teachers' answers too
-        stored_weights(path, found)
-        check_positions(cfg.stage, found.max_position_embeddings, f"{name} ({path})")
-        if kind == "teachers":
-            teacher = cfg.stage.teachers[name]
-            check_checkpoint(path, teacher.backend)
-            check_teacher_positions(cfg.stage, teacher, name)
+        check_model(cfg, tokenizer, vocab_size, kind, name, path)
+    return vocab_size
+
+
+def shared_vocabulary(measured: Sequence[tuple[str, str, str]]) -> int:
+    """Tokens of the first model, which all others have to share."""
+    require(bool(measured), "stage.models and stage.teachers are both empty: name a model")
+    return read_architecture(measured[0][2]).vocab_size
+
+
+def check_model(
+    cfg: TrainConfig, tokenizer: Tokenizer, vocab_size: int, kind: str, name: str, path: str
+) -> None:
+    """Check the files of what is measured.
+
+    Raises:
+        InputError: It cannot be loaded, has other tokens, turns or stops, a head of another size,
+            or too few positions.
+    """
+    found = read_architecture(path)  # our own model samples the teachers' answers too
+    stored_weights(path, found)
+    check_positions(cfg.stage, found.max_position_embeddings, f"{name} ({path})")
+    if kind == "models":
         check_vocabulary(cfg.model.tokenizer, path, name)
         check_head_rows(vocab_size, path, name)
-    return vocab_size
+        return
+    teacher = cfg.stage.teachers[name]
+    template = (tokenizer.chat_template, vocab_size, teacher, name, tokenizer.template_kwargs)
+    check_files(cfg.model.tokenizer, *template)
+    check_teacher_positions(cfg.stage, teacher, name)
 
 
 def checked_questions(cfg: TrainConfig, tokenizer: Tokenizer) -> list[Question]:
@@ -140,17 +167,33 @@ def checked_questions(cfg: TrainConfig, tokenizer: Tokenizer) -> list[Question]:
 
 
 def open_teachers(cfg: TrainConfig, vocab_size: int) -> dict[str, Teacher]:
-    """Open all teachers, for their hidden states."""
-    stage: EvaluateConfig = cfg.stage
+    """Open all teachers, for their hidden states, and check their numbers."""
+    return {
+        name: open_teacher(cfg, vocab_size, name, teacher)
+        for name, teacher in cfg.stage.teachers.items()
+    }
+
+
+def open_teacher(
+    cfg: TrainConfig, vocab_size: int, name: str, teacher_cfg: TeacherConfig
+) -> Teacher:
+    """Open a teacher, for its hidden states, and check its numbers.
+
+    Raises:
+        InputError: They cannot be trusted.
+    """
     states = Wanted(
         Objective.full,
         top_k=0,
         top_k_from=TopKFrom.teacher,
         vocab_size=vocab_size,
-        max_length=longest_sequence(stage),
+        max_length=longest_sequence(cfg.stage),
         stop_id=stop_token_ids(cfg.model.tokenizer)[0],
     )
-    return {name: build_teacher(teacher, states) for name, teacher in stage.teachers.items()}
+    teacher = build_teacher(teacher_cfg, states)
+    probes = probe_rollouts(cfg.model.tokenizer, states)
+    check_scores(teacher, probes, vocab_size, teacher_cfg.dtype, f"{name} ({teacher_cfg.path})")
+    return teacher
 
 
 def sample_answers(

@@ -67,6 +67,37 @@ def owner_of(phase: str, key: str) -> str:
     return f"teacher {phase!r}" if key == "teacher" else f"teacher {phase!r} ({key})"
 
 
+def teachers_of(cfg: OPDConfig) -> list[tuple[str, TeacherConfig]]:
+    """All teachers of a cascade, each with what messages call it."""
+    return [
+        (owner_of(name, key), teacher)
+        for name, phase in cfg.cascade.items()
+        for key, teacher in _teachers(phase).items()
+    ]
+
+
+def check_teacher(
+    cfg: OPDConfig,
+    owner: str,
+    teacher: TeacherConfig,
+    student_tokenizer: str,
+    chat_template: str,
+    vocab_size: int,
+    template_kwargs: Mapping[str, Any] | None,
+) -> None:
+    """Check a teacher's files; see `check_files`. No model is loaded.
+
+    Raises:
+        InputError: Says what is wrong with them.
+    """
+    if teacher.backend is TeacherBackend.vllm:
+        require_vllm()
+    if not Path(teacher.path).is_dir():
+        raise InputError(f"{owner}: there is no model at {teacher.path!r}")
+    check_files(student_tokenizer, chat_template, vocab_size, teacher, owner, template_kwargs)
+    check_teacher_positions(cfg, teacher, owner)
+
+
 class Cascade:
     """Opens each teacher when its phase begins; the former goes once the next is checked."""
 
@@ -104,19 +135,9 @@ class Cascade:
             longest_sequence(cfg),
             stop_token_ids(student_tokenizer)[0],
         )
-        for name, phase in cfg.cascade.items():
-            for key, teacher in _teachers(phase).items():
-                if teacher.backend is TeacherBackend.vllm:
-                    require_vllm()
-                if not Path(teacher.path).is_dir():
-                    raise InputError(
-                        f"stage.cascade.{name}.{key}.path: there is no model at {teacher.path!r}"
-                    )
-                owner = owner_of(name, key)
-                check_files(
-                    student_tokenizer, chat_template, vocab_size, teacher, owner, template_kwargs
-                )
-                check_teacher_positions(cfg, teacher, owner)
+        files = (student_tokenizer, chat_template, vocab_size, template_kwargs)
+        for owner, teacher in teachers_of(cfg):
+            check_teacher(cfg, owner, teacher, *files)
         self._cfg = cfg
         self._chat_template = chat_template
         self._template_kwargs = template_kwargs or {}

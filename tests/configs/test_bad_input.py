@@ -172,7 +172,7 @@ def test_a_teacher_that_is_missing_is_named(world: World) -> None:
     cfg = compose_config(
         "quickstart_opd", f"root={world.root}", "stage.cascade.second.teacher.path=nobody"
     )
-    with pytest.raises(InputError, match=r"cascade.second.teacher.path: there is no model at"):
+    with pytest.raises(InputError, match=r"teacher 'second': there is no model at"):
         Cascade(cfg.stage, cfg.model.tokenizer, CHATML.read_text(), 320)
 
 

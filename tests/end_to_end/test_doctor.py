@@ -1,13 +1,24 @@
-"""The doctor runs every check of a run without training."""
+"""The doctor makes a run's checks up to its first update, and says everything that is wrong."""
 
+import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from marco_train.commands.doctor import examine
+from marco_train.data.chat import CHATML
 from tests.conftest import World
+from tests.ranks import run_on_ranks
 
 REPOSITORY = Path(__file__).parents[2]
+ALONE = "parallel.expert_parallel_size=1"
 
 
 def doctor(*overrides: str) -> subprocess.CompletedProcess[str]:
@@ -15,26 +26,237 @@ def doctor(*overrides: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
-def test_a_run_that_is_fit_passes_every_check(world: World) -> None:
-    alone = "parallel.expert_parallel_size=1"
-    for experiment, last in (("quickstart_opd", "teacher 'second'"), ("quickstart_sft", "data")):
-        done = doctor(f"experiment={experiment}", f"root={world.root}", alone)
-        assert done.returncode == 0, done.stdout + done.stderr
-        lines = done.stdout.splitlines()
-        assert lines[0].startswith("config ... fine, ")
-        assert lines[-2].startswith(f"{last} ... fine, ")
-        assert lines[-1].startswith("all is well, ")
+def faults(num_ranks: int, *overrides: str) -> list[str]:
+    """What the doctor finds, the same on every rank."""
+    first, *others = run_on_ranks(num_ranks, examine, list(overrides))
+    assert all(other == first for other in others)
+    return list(first)
 
 
-def test_the_first_thing_that_is_wrong_is_said_in_a_sentence(world: World, tmp_path: Path) -> None:
+LAST = {
+    "quickstart_opd": "teacher 'second'",
+    "quickstart_sft": "first loss",
+    "quickstart_evaluate": "second's first answers",
+}
+EVALUATED = ["~stage.models.opd_first", "~stage.models.opd_second"]
+
+
+@pytest.mark.parametrize("experiment", LAST)
+def test_a_run_that_is_fit_passes_every_check(experiment: str, world: World) -> None:
+    more = EVALUATED if experiment == "quickstart_evaluate" else []
+    done = doctor(f"experiment={experiment}", f"root={world.root}", ALONE, *more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0].startswith("config ... fine, ")
+    assert lines[-2].startswith(f"{LAST[experiment]} ... fine, ")
+    assert lines[-1].startswith("all is well, ")
+    if experiment == "quickstart_opd":
+        (said,) = [line for line in lines if line.startswith("teacher 'second' (")]
+        assert "gives the student's answers to 64 prompts" in said
+        assert "the student itself" in said and "a uniform guess -5.77" in said  # ln 320
+    assert not Path(world.root, "opd").exists()  # nothing is written
+
+
+@pytest.mark.parametrize("experiment", ["quickstart_opd", "quickstart_sft"])
+def test_two_ranks_are_examined_as_they_would_run(experiment: str, world: World) -> None:
+    shared = "parallel.expert_parallel_size=2"
+    assert not faults(2, f"experiment={experiment}", f"root={world.root}", shared)
+
+
+def test_every_fault_is_said_in_a_sentence_each(world: World, tmp_path: Path) -> None:
     shutil.copytree(world.path("teacher_second", "export"), tmp_path / "teacher")
     (tmp_path / "teacher" / "generation_config.json").write_text('{"eos_token_id": 0}')
-    path = f"stage.cascade.second.teacher.path={tmp_path / 'teacher'}"
-    done = doctor("experiment=quickstart_opd", f"root={world.root}", path)
+    done = doctor(
+        "experiment=quickstart_opd",
+        f"root={world.root}",
+        ALONE,
+        f"stage.cascade.first.teacher.path={tmp_path / 'nothing'}",
+        f"stage.cascade.second.teacher.path={tmp_path / 'teacher'}",
+        f"data.sources.math.path={tmp_path / 'rows.jsonl'}",
+        f"model.path={tmp_path}",
+    )
     assert done.returncode == 1
-    assert "teacher 'second' stops at [0]" in done.stderr
     assert "Traceback" not in done.stderr
-    typo = doctor("experiment=quickstart_opd", "stage.objectiv=full")
-    assert typo.returncode == 1
-    assert "objectiv" in typo.stderr
-    assert "Traceback" not in typo.stderr
+    lines = done.stderr.splitlines()
+    assert len(lines) == 4
+    assert all(line.startswith("error: ") for line in lines)
+    for part in (
+        "no model at",
+        "there is no file",
+        "teacher 'first': there is no model at",
+        "teacher 'second' stops at [0]",
+    ):
+        assert any(part in line for line in lines), part
+
+
+Change = Callable[[Path], object]
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Change:
+    def apply(model: Path) -> None:
+        tensors = load_file(model / "model.safetensors")
+        change(tensors)
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+
+    return apply
+
+
+def config(**values: Any) -> Change:
+    def apply(model: Path) -> None:
+        found = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(found | values))
+
+    return apply
+
+
+def template(text: str) -> Change:
+    return lambda model: (model / "chat_template.jinja").write_text(text)
+
+
+def pickled(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def without_names(tensors: dict[str, torch.Tensor]) -> None:
+    for name in list(tensors):
+        tensors[f"language_model.{name}"] = tensors.pop(name)
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+OTHER_TURNS = "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}<|im_end|>{% endfor %}"
+TEACHERS: dict[str, tuple[Change, str]] = {
+    "a layer absent": (weights(lambda t: t.pop(DOWN)), f"1 are missing: {DOWN}"),
+    "other names": (weights(without_names), "are missing: "),
+    "one more": (weights(lambda t: t.update({"more": torch.ones(2)})), ": more"),
+    "another shape": (weights(lambda t: t.update({DOWN: t[DOWN][:, :8].clone()})), DOWN),
+    "not a number": (weights(lambda t: t[DOWN].fill_(float("nan"))), "not finite"),
+    "pickled": (pickled, "no pickle is loaded"),
+    "quantised": (config(quantization_config={"quant_method": "fp8"}), "quantised weights"),
+    "sees": (config(vision_config={"depth": 2}), "reads more than text"),
+    "an adapter": (lambda m: (m / "adapter_config.json").write_text("{}"), "holds an adapter"),
+    "short": (config(max_position_embeddings=95), "95 positions"),
+    "other turns": (template(OTHER_TURNS), "opens a turn with"),
+    "no JSON": (lambda m: (m / "config.json").write_text("{"), "is not JSON"),
+}
+
+
+@pytest.mark.parametrize(("change", "said"), TEACHERS.values(), ids=TEACHERS)
+def test_a_teacher_that_cannot_teach_is_found(
+    change: Change, said: str, world: World, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(world.path("teacher_second", "export"), teacher)
+    change(teacher)
+    path = f"stage.cascade.second.teacher.path={teacher}"
+    (found,) = faults(1, "experiment=quickstart_opd", f"root={world.root}", ALONE, path)
+    assert said in found
+
+
+# A student's weights and positions; its turns are the run's own.
+NORM = "model.norm.weight"
+STUDENTS: dict[str, tuple[str, Change, str]] = {
+    "a weight absent": ("sft", weights(lambda t: t.pop(NORM)), f"1 are missing: {NORM}"),
+    "not a number": ("opd", weights(lambda t: t[NORM].fill_(float("inf"))), "not finite"),
+    "pickled": ("evaluate", *TEACHERS["pickled"]),
+    "quantised": ("opd", *TEACHERS["quantised"]),
+    "short, sft": ("sft", *TEACHERS["short"]),
+    "short, opd": ("opd", *TEACHERS["short"]),
+    "short, evaluate": ("evaluate", *TEACHERS["short"]),
+    "no JSON": ("sft", *TEACHERS["no JSON"]),
+}
+
+
+@pytest.mark.parametrize(("stage", "change", "said"), STUDENTS.values(), ids=STUDENTS)
+def test_a_student_that_cannot_learn_is_found(
+    stage: str, change: Change, said: str, world: World, tmp_path: Path
+) -> None:
+    student = tmp_path / "student"
+    shutil.copytree(world.path("sft", "export"), student)
+    change(student)
+    more = [f"model.path={student}"]
+    if stage == "evaluate":
+        more = [*EVALUATED, f"stage.models.sft={student}"]
+    (found,) = faults(1, f"experiment=quickstart_{stage}", f"root={world.root}", ALONE, *more)
+    assert said in found
+
+
+def rows_of(world: World, tmp_path: Path, rows: list[Any]) -> list[str]:
+    """Overrides by which every source has these rows, and nothing is held out."""
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    names = [path.stem for path in Path(world.path("data", "train")).iterdir()]
+    return [*(f"data.sources.{name}.path={file}" for name in names), "data.held_out=null"]
+
+
+def chat(question: str, answer: str | None = "yes") -> dict[str, Any]:
+    asked, answered = {"role": "user", "content": question}, {"role": "assistant"}
+    return {"messages": [asked, answered | {"content": answer}]}
+
+
+UNUSABLE = {
+    "prompts that are too long": ([chat("word " * 60)] * 8, "data/dropped_too_long"),
+    "no answers": ([chat("Well?", None)] * 8, "is not text"),
+    "no chat": ([{"question": "Well?"}] * 8, "no column messages"),
+    "control tokens": ([chat("<|im_end|> Well?")] * 8, "data/dropped_special"),
+}
+
+
+@pytest.mark.parametrize("stage", ["opd", "sft"])
+@pytest.mark.parametrize(("rows", "said"), UNUSABLE.values(), ids=UNUSABLE)
+def test_rows_of_which_none_can_be_used_are_found(
+    rows: list[Any], said: str, stage: str, world: World, tmp_path: Path
+) -> None:
+    given = [f"root={world.root}", ALONE, *rows_of(world, tmp_path, rows)]
+    given += ["stage.eval_every=null"] if stage == "sft" else []
+    found = faults(1, f"experiment=quickstart_{stage}", *given)
+    assert found
+    assert all(said in each for each in found)
+
+
+def test_a_source_that_is_lost_is_found_beside_others(world: World, tmp_path: Path) -> None:
+    lost = tmp_path / "lost.jsonl"
+    lost.write_text('{"prompt": "Well?", "completion": "Yes."}\n' * 9)
+    for stage, expected in (("sft", 1), ("opd", 0)):  # which asks prompts alone
+        path = f"data.sources.math.path={lost}"
+        found = faults(1, f"experiment=quickstart_{stage}", f"root={world.root}", ALONE, path)
+        assert len(found) == expected
+        if found:
+            assert "none of the first 9 rows of a source can be used" in found[0]
+            assert "9 data/dropped_no_loss in 'math'" in found[0]
+
+
+def test_a_few_rows_at_fault_are_named_and_do_no_harm(world: World, tmp_path: Path) -> None:
+    rows: list[Any] = [chat(f"Is {n} even?") for n in range(20)]
+    rows[3] = {"messages": None}
+    given = rows_of(world, tmp_path, rows)
+    done = doctor("experiment=quickstart_opd", f"root={world.root}", ALONE, *given)
+    assert done.returncode == 0, done.stderr
+    assert "row 3 (from 0)" in done.stdout
+    assert "data/dropped_malformed" in done.stdout
+
+
+def test_a_mask_without_the_stop_token_is_found(world: World, tmp_path: Path) -> None:
+    shutil.copytree(world.path("data", "tokenizer"), tmp_path / "tokenizer")
+    text = CHATML.read_text()
+    moved = text.replace(
+        "message['content'] + '<|im_end|>' }}\n{%- endgeneration %}",
+        "message['content'] }}\n{%- endgeneration %}\n{{- '<|im_end|>' }}",
+    )
+    assert moved != text
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(moved)
+    given = [f"root={world.root}", ALONE, f"model.tokenizer={tmp_path / 'tokenizer'}"]
+    (found,) = faults(1, "experiment=quickstart_sft", *given)
+    assert "would not learn to stop" in found
+
+
+def test_what_is_wrong_with_a_config_is_said_whole(world: World) -> None:
+    for override, said in (
+        ("stage.objectiv=full", "objectiv"),
+        ("~data.sources", "data.sources"),
+        ("resume=nowhere", "is no complete checkpoint"),
+        ("stage.cascade.first.teacher.stop_id=5", "its stop_id is 5"),
+        ("stage.objective=topk", "stage.top_k is None"),
+        ("output_dir=/proc/self/run", "can be written"),
+    ):
+        (found,) = faults(1, "experiment=quickstart_opd", f"root={world.root}", ALONE, override)
+        assert said in found, override

@@ -1,0 +1,131 @@
+"""Check a run without training it, and say everything that is wrong with it.
+
+The checks are the run's own up to its first update: files and rows, the first batch, the weights in
+memory, and for distillation a hand-over of weights to the sampler, the student's answers to the
+run's first prompts and what every teacher says of them. Under torchrun they are made as the run
+would be spread.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TypeVar
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import MissingMandatoryValue
+from omegaconf.errors import OmegaConfBaseException
+
+from marco_train.config import StageKind, TrainConfig, to_run
+from marco_train.errors import AwayError, InputError, require
+from marco_train.resumption import check_resume, continuation, is_finished
+from marco_train.train import CONFIG_DIR, in_one_line, is_first_rank
+
+T = TypeVar("T")
+
+REFUSALS = (
+    AwayError,
+    FloatingPointError,
+    HydraException,
+    InputError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
+
+
+def main() -> None:
+    """Examine the run of a command line; ends with 1 where something is wrong with it."""
+    start = time.perf_counter()
+    faults = examine(sys.argv[1:])
+    if faults:
+        sys.exit("\n".join(f"error: {fault}" for fault in faults) if is_first_rank() else 1)
+    if is_first_rank():
+        print(f"all is well, {time.perf_counter() - start:.0f} s")
+
+
+def examine(overrides: list[str]) -> list[str]:
+    """Make all checks of a run; gives what is wrong, each in a sentence."""
+    made = Examination()
+    cfg = made.check("config", partial(composed, overrides))
+    if cfg is None:
+        return made.faults
+    made.check("output directory", partial(check_output, cfg))
+    # Heavy libraries are imported from here on.
+    from marco_train import distributed
+    from marco_train.commands import stage_checks
+
+    distributed.start()
+    match cfg.stage.kind:
+        case StageKind.sft:
+            stage_checks.check_sft(cfg, made)
+        case StageKind.opd:
+            stage_checks.check_opd(cfg, made)
+        case StageKind.evaluate:
+            stage_checks.check_evaluate(cfg, made)
+    distributed.stop()
+    return made.faults
+
+
+class Examination:
+    """Makes checks, prints how each went and keeps what was wrong."""
+
+    def __init__(self) -> None:
+        self.faults: list[str] = []
+
+    def check(self, what: str, find: Callable[[], T]) -> T | None:
+        """Make a check; None where something is wrong, and where nothing is to be found."""
+        start = time.perf_counter()
+        try:
+            found = find()
+        except REFUSALS as error:
+            said = in_one_line(error)
+            # Hydra names the override, and chains what is wrong with it.
+            self._keep(what, said if error.__cause__ is None else f"{said}: {error.__cause__}")
+            return None
+        self._print(f"{what} ... fine, {time.perf_counter() - start:.1f} s")
+        return found
+
+    def passes(self, what: str, find: Callable[[], object]) -> bool:
+        """Make a check, and say whether it found no fault."""
+        before = len(self.faults)
+        self.check(what, find)
+        return len(self.faults) == before
+
+    def _keep(self, what: str, said: str) -> None:
+        self._print(f"{what} ... wrong")
+        fault = " ".join(said.split())
+        if fault not in self.faults:
+            self.faults.append(fault)
+
+    @staticmethod
+    def _print(line: str) -> None:
+        if is_first_rank():
+            print(line, flush=True)
+
+
+def composed(overrides: list[str]) -> TrainConfig:
+    """Compose and check a config as the command line does."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+        return to_run(compose("train", overrides=overrides))
+
+
+def check_output(cfg: TrainConfig) -> None:
+    """Refuse a directory that cannot be written, and a resumption that the run would refuse.
+
+    Raises:
+        InputError: Says which.
+    """
+    directory = Path(cfg.output_dir).absolute()
+    while not directory.exists():
+        directory = directory.parent
+    require(
+        directory.is_dir() and os.access(directory, os.W_OK),
+        f"output_dir is {cfg.output_dir!r}, and {directory} is no directory that can be written: "
+        "choose another output_dir or root",
+    )
+    check_resume(cfg)
+    if not is_finished(cfg):
+        continuation(cfg)
