@@ -316,7 +316,7 @@ class SFTConfig(StageConfig):
 
 @dataclass(kw_only=True)
 class ServersConfig:
-    """Servers of vLLM over HTTP, all of one model; see `server_pool.py`."""
+    """Servers of vLLM over HTTP, all of one model; see `inference/pool.py`."""
 
     owner: ClassVar[str] = "stage.rollout.servers"
 

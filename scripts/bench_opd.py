@@ -52,6 +52,7 @@ from marco_train import distributed
 from marco_train.architecture import ArchitectureConfig, read_architecture
 from marco_train.config import Objective, OPDConfig, TrainConfig, longest_sequence, to_run
 from marco_train.data.packing import pack_rollouts
+from marco_train.inference.engine import with_tied_head
 from marco_train.losses.distillation import bucketed_kl, build_reverse_kl
 from marco_train.metrics import Metrics
 from marco_train.models import save_model
@@ -66,7 +67,6 @@ from marco_train.teachers.build import build_teacher
 from marco_train.train import CONFIG_DIR
 from marco_train.types import FinishReason, FullMicrobatch, PolicyOutput, Prompt, Rollout
 from marco_train.types import ScoredRollout as Scored
-from marco_train.vllm_engine import with_tied_head
 
 SHAPES = {
     "quickstart": QUICKSTART,

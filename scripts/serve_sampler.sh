@@ -29,7 +29,7 @@ port=${PORT:-8100}
 command=(python -m vllm.entrypoints.openai.api_server --model "$model" --served-model-name student
   --host "${HOST:-127.0.0.1}" --load-format dummy --skip-tokenizer-init --generation-config vllm
   --logprobs-mode raw_logprobs --max-logprobs -1 --enable-scale-out --no-enable-chunked-prefill
-  --no-enable-prefix-caching --disable-uvicorn-access-log --worker-extension-cls marco_train.vllm_worker.Receiver "${options[@]}")
+  --no-enable-prefix-caching --disable-uvicorn-access-log --worker-extension-cls marco_train.inference.worker.Receiver "${options[@]}")
 if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "${command[@]}" --port "$port"; echo; exit; fi
 
 # On a CPU servers and ranks share the cores as the launcher says.

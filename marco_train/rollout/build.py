@@ -14,9 +14,9 @@ from marco_train.config import (
     longest_sequence,
 )
 from marco_train.errors import require
+from marco_train.inference.engine import require_vllm
 from marco_train.models.weights import empty_model
 from marco_train.rollout.base import Sampler, Sampling
-from marco_train.vllm_engine import require_vllm
 
 
 def check_sampler(cfg: RolloutConfig, student: ArchitectureConfig) -> None:
@@ -55,7 +55,7 @@ def build_sampler(
     )
     match cfg.rollout.backend:
         case SamplerBackend.hf:
-            from marco_train.rollout.hf import HFSampler
+            from marco_train.rollout.native import HFSampler
 
             return HFSampler(
                 cfg.rollout,

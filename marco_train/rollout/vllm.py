@@ -16,11 +16,11 @@ from torch import Tensor
 
 from marco_train.architecture import ArchitectureConfig
 from marco_train.config import RolloutConfig
+from marco_train.inference.engine import VLLMEngine, with_tied_head
 from marco_train.models.hf_io import hf_config
 from marco_train.models.weights import accounted, meta_model, weight_shapes
 from marco_train.rollout.base import NO_WEIGHTS, Sampling, response_seed
 from marco_train.types import FinishReason, Prompt, Rollout, no_experts
-from marco_train.vllm_engine import VLLMEngine, with_tied_head
 
 
 class VLLMSampler:

@@ -26,11 +26,8 @@ from torch import Tensor
 from marco_train.config import RolloutConfig
 from marco_train.distributed import barrier, gather_objects, is_main, rank, world_size
 from marco_train.errors import InputError, require
-from marco_train.models.safetensors_io import ShardFile
-from marco_train.models.weights import accounted, meta_model, weight_shapes
-from marco_train.rollout.base import NO_WEIGHTS, Sampling, response_seed
-from marco_train.rollout.vllm import check_experts
-from marco_train.server_pool import (
+from marco_train.inference.engine import neutral_sampling
+from marco_train.inference.pool import (
     POLL_SECONDS,
     Ask,
     Patience,
@@ -38,9 +35,7 @@ from marco_train.server_pool import (
     ServerPool,
     UnusableAnswerError,
 )
-from marco_train.types import FinishReason, Prompt, Rollout, no_experts
-from marco_train.vllm_engine import neutral_sampling
-from marco_train.vllm_http import (
+from marco_train.inference.protocol import (
     CALL_WORKERS,
     GENERATE,
     MODELS,
@@ -52,6 +47,11 @@ from marco_train.vllm_http import (
     read_number,
     read_tokens,
 )
+from marco_train.models.safetensors_io import ShardFile
+from marco_train.models.weights import accounted, meta_model, weight_shapes
+from marco_train.rollout.base import NO_WEIGHTS, Sampling, response_seed
+from marco_train.rollout.vllm import check_experts
+from marco_train.types import FinishReason, Prompt, Rollout, no_experts
 
 PREFIX = "sync-"  # of the files that come and go
 

@@ -35,7 +35,7 @@ from marco_train.models.hf_io import (
     stored_weights,
 )
 from marco_train.rollout.base import in_order
-from marco_train.rollout.hf import HFSampler
+from marco_train.rollout.native import HFSampler
 from marco_train.run import begin, mark_finished
 from marco_train.teachers.base import Teacher, Wanted
 from marco_train.teachers.build import build_teacher

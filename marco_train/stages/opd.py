@@ -12,9 +12,9 @@ from marco_train.losses.distillation import build_reverse_kl
 from marco_train.metrics import check_names
 from marco_train.models.hf_io import stop_token_ids, student_architecture
 from marco_train.resumption import schedule_steps
-from marco_train.rollout.ahead import Ahead
 from marco_train.rollout.base import Sampler, summarize
 from marco_train.rollout.build import build_sampler, check_sampler
+from marco_train.rollout.stream import Ahead
 from marco_train.rollout.sync import canaries, sync_weights
 from marco_train.run import Run
 from marco_train.teachers.cascade import Cascade

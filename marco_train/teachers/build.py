@@ -12,7 +12,7 @@ def build_teacher(cfg: TeacherConfig, wanted: Wanted) -> Teacher:
 
             return HFTeacher(cfg, wanted)
         case TeacherBackend.moe:
-            from marco_train.teachers.moe import MoETeacher
+            from marco_train.teachers.native import MoETeacher
 
             return MoETeacher(cfg, wanted)
         case TeacherBackend.vllm:

@@ -22,6 +22,7 @@ from marco_train.config import (
 )
 from marco_train.distributed import is_main, reduce_sums, world_size
 from marco_train.errors import InputError, require
+from marco_train.inference.engine import require_vllm
 from marco_train.metrics import Metrics
 from marco_train.models.chat_template import check_template_kwargs
 from marco_train.models.hf_io import check_teacher_positions, stop_token_ids
@@ -42,7 +43,6 @@ from marco_train.teachers.preflight import (
 from marco_train.teachers.routed import RoutedTeacher
 from marco_train.tracking import say
 from marco_train.types import Conversation, Prompt, Rollout, group_name
-from marco_train.vllm_engine import require_vllm
 
 
 @dataclass(frozen=True)

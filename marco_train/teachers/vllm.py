@@ -13,6 +13,7 @@ from torch import Tensor
 
 from marco_train.config import Objective, TeacherConfig
 from marco_train.distributed import device
+from marco_train.inference.engine import Purpose, VLLMEngine
 from marco_train.models.hf_io import read_head
 from marco_train.teachers.base import (
     Wanted,
@@ -23,7 +24,6 @@ from marco_train.teachers.base import (
 )
 from marco_train.teachers.identity import files_identity
 from marco_train.types import Rollout, ScoredRollout, TokenScores
-from marco_train.vllm_engine import Purpose, VLLMEngine
 
 
 class VLLMTeacher:

@@ -26,14 +26,25 @@ from torch import Tensor
 from marco_train.config import Objective, TeacherConfig, TopKFrom
 from marco_train.distributed import reduce_sums
 from marco_train.errors import AwayError, InputError, require
-from marco_train.models.probe import probe_ids
-from marco_train.server_pool import (
+from marco_train.inference.engine import neutral_sampling
+from marco_train.inference.pool import (
     Ask,
     Patience,
     RejectedError,
     ServerPool,
     UnusableAnswerError,
 )
+from marco_train.inference.protocol import (
+    COMPLETIONS,
+    GENERATE,
+    MODELS,
+    ROUNDING,
+    check_served,
+    only_choice,
+    read_places,
+    read_tokens,
+)
+from marco_train.models.probe import probe_ids
 from marco_train.teachers.base import (
     SAME_ANSWER,
     Wanted,
@@ -44,17 +55,6 @@ from marco_train.teachers.base import (
 from marco_train.teachers.identity import files_identity
 from marco_train.tracking import say
 from marco_train.types import Rollout, ScoredRollout, Scores, TokenScores, TopKScores, known_places
-from marco_train.vllm_engine import neutral_sampling
-from marco_train.vllm_http import (
-    COMPLETIONS,
-    GENERATE,
-    MODELS,
-    ROUNDING,
-    check_served,
-    only_choice,
-    read_places,
-    read_tokens,
-)
 
 # Share of a response's places without a number above which the whole rollout is left out.
 MAX_MISSING = 0.1

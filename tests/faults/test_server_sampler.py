@@ -13,6 +13,7 @@ from torch import Tensor
 
 from marco_train.config import DType, OPDConfig, TrainConfig
 from marco_train.errors import AwayError, InputError
+from marco_train.inference.worker import Receiver
 from marco_train.losses.logprobs import sequence_logprobs
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.weights import named_weights, random_model
@@ -21,7 +22,6 @@ from marco_train.rollout.build import build_sampler
 from marco_train.rollout.sync import WeightSyncError, canaries, sync_weights
 from marco_train.stages import opd
 from marco_train.types import FinishReason, Prompt, Rollout
-from marco_train.vllm_worker import Receiver
 from tests.conftest import VOCAB_SIZE, World, architecture, compose_config
 from tests.faults.fake_sampler import FakeSampler, draw, fake_samplers
 from tests.faults.test_opd_outages import distil, learnt, num_steps_of, saved_steps, soon

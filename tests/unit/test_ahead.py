@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from marco_train.errors import AwayError
-from marco_train.rollout.ahead import Ahead, StaleRolloutError
+from marco_train.rollout.stream import Ahead, StaleRolloutError
 from marco_train.types import FinishReason, Prompt, Rollout
 from tests.conftest import compose_config
 

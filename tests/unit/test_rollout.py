@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from marco_train.config import DType, RolloutConfig, SamplerBackend
+from marco_train.inference.engine import Generation
 from marco_train.losses.logprobs import sequence_logprobs, token_logprobs, topk_logprobs
 from marco_train.models import Qwen3Moe
 from marco_train.models.checksums import CHECKSUM_CHUNK, WORD_BYTES, checksum
@@ -16,11 +17,10 @@ from marco_train.models.routing import Router, Routing
 from marco_train.models.weights import empty_model, named_weights, random_model
 from marco_train.rollout import vllm as rollout_vllm
 from marco_train.rollout.base import Sampling, in_order, response_seed, summarize
-from marco_train.rollout.hf import HFSampler, draw_tokens
+from marco_train.rollout.native import HFSampler, draw_tokens
 from marco_train.rollout.sync import WeightSyncError, canaries, sync_weights
 from marco_train.rollout.vllm import VLLMSampler, check_experts
 from marco_train.types import FinishReason, Prompt, Rollout
-from marco_train.vllm_engine import Generation
 from tests.conftest import architecture
 
 STOP_IDS = [2, 0]

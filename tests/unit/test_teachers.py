@@ -24,7 +24,7 @@ from marco_train.errors import InputError
 from marco_train.losses.distillation import build_reverse_kl
 from marco_train.models import load_model
 from marco_train.models.hf_io import stop_token_ids
-from marco_train.rollout.hf import HFSampler
+from marco_train.rollout.native import HFSampler
 from marco_train.teachers import cascade
 from marco_train.teachers.base import Wanted
 from marco_train.teachers.build import build_teacher

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from marco_train.errors import require
-from marco_train.server_pool import UnusableAnswerError
+from marco_train.inference.pool import UnusableAnswerError
 
 COMPLETIONS = "/v1/completions"
 GENERATE = "/inference/v1/generate"

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from marco_train.errors import require
+from marco_train.inference.engine import replace_weights, with_tied_head
 from marco_train.models.safetensors_io import read, read_header
-from marco_train.vllm_engine import replace_weights, with_tied_head
 
 # The process whose end ends the server.
 OWNER_VARIABLE = "MARCO_TRAIN_OWNER"
