@@ -8,11 +8,9 @@ Imports no tensor library, as these are the first questions of a launch.
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
-from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +24,7 @@ from marco_train.config import (
     ResumeChange,
     TrainConfig,
 )
+from marco_train.content import Content, is_same, look
 from marco_train.errors import InputError, require
 
 MANIFEST = "manifest.json"
@@ -33,6 +32,11 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 FINISHED = "finished.json"
 """The note in a run's directory by which a second launch knows that nothing is left to do."""
+NOTED = {
+    STATE: {"config", "phases", "architecture", "content", "num_updates", "schedule_steps"},
+    FINISHED: {"config", "phases", "content"},
+}
+"""What these files say at least."""
 STEP_NAME = re.compile(r"step_(\d{6,})$")
 
 # What a change of each field takes. `*` stands for any one name, `**` for all that lies below; the
@@ -140,7 +144,8 @@ KINDS: dict[str, tuple[str, ...]] = {
         "stage.rollout.max_staleness",
     ),
 }
-# Fields that this version does not know, of a checkpoint of another: by where they stand.
+# Fields that this version does not know, of a checkpoint of another: by where they stand; what
+# stands elsewhere may not change.
 KIND_BELOW = {"model": "model", "data": "data", "stage": "objective", "optim": "optim"}
 # Files and directories that may move: what they hold counts, not where they lie.
 CONTENT = (
@@ -155,7 +160,6 @@ CONTENT = (
 )
 # The part of them that a checkpoint keeps a digest of; the loader and the cascade keep the others'.
 NOTED_CONTENT = ("model.path", "data.held_out.*.path")
-MODEL_FILES = {".json", ".safetensors", ".bin", ".txt", ".model", ".jinja"}
 
 Keys = tuple[str, ...]
 
@@ -303,7 +307,7 @@ def _differences(then: Any, now: Any, path: Keys, held_out: bool) -> Iterator[Ch
     moved = isinstance(then, str) and isinstance(now, str) and _is_content(path, CONTENT)
     if then == now or moved:
         return
-    kind = kind_of(path) or KIND_BELOW.get(path[0], "free")
+    kind = kind_of(path) or KIND_BELOW.get(path[0], "layout")
     if path[:2] == ("data", "held_out") and not held_out:
         kind = "free"
     yield Change(".".join(path), then, now, kind)
@@ -321,10 +325,10 @@ def _is_content(path: Keys, patterns: Iterable[str]) -> bool:
     return any(fits(pattern, path) for pattern in patterns)
 
 
-def content_paths(config: Mapping[str, Any], patterns: Iterable[str]) -> dict[Keys, str]:
-    """Where the files and directories lie that decide what a run learns or measures."""
+def content_paths(config: Mapping[str, Any], patterns: Iterable[str]) -> dict[str, str]:
+    """Where the files and directories lie that decide what a run learns or measures, by field."""
     return {
-        path: value
+        ".".join(path): value
         for path, value in leaves(config)
         if isinstance(value, str)
         and value
@@ -333,62 +337,37 @@ def content_paths(config: Mapping[str, Any], patterns: Iterable[str]) -> dict[Ke
     }
 
 
-def content_digests(cfg: TrainConfig, patterns: Iterable[str]) -> dict[str, str | None]:
-    """Digest all bytes of what a run reads, by the field that names it."""
-    found = content_paths(plain_config(cfg), patterns)
-    return {".".join(path): content_digest(Path(where)) for path, where in found.items()}
+def observed(cfg: TrainConfig, digests: Mapping[str, str | None]) -> dict[str, Content]:
+    """Note how the files look that a run reads, by the field that names them.
 
-
-def content_digest(path: Path) -> str | None:
-    """Digest all bytes of a file, or of a model's directory; None: it is not on this machine."""
-    files = _content_files(path)
-    with ThreadPoolExecutor() as pool:  # digests of large files leave Python to other threads
-        digests = list(pool.map(_digest_file, files))
-    if path.is_file():
-        return digests[0]
-    named = [f"{file.name}/{digest}" for file, digest in zip(files, digests, strict=True)]
-    return sha256("\n".join(named).encode()).hexdigest() if named else None
-
-
-def _digest_file(path: Path) -> str:
-    with path.open("rb") as content:
-        return file_digest(content, "sha256").hexdigest()
-
-
-def _content_files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    found = path.iterdir() if path.is_dir() else ()
-    return sorted(f for f in found if f.is_file() and f.suffix in MODEL_FILES)
+    Args:
+        cfg: The run.
+        digests: Of what they hold, where it is known.
+    """
+    found = content_paths(plain_config(cfg), CONTENT)
+    return {name: {"files": look(p), "digest": digests.get(name)} for name, p in found.items()}
 
 
 def changed_content(
-    noted: Mapping[str, Any], cfg: TrainConfig, since: float, patterns: Iterable[str]
+    noted: Mapping[str, Any], cfg: TrainConfig, patterns: Iterable[str]
 ) -> list[Change]:
-    """What lies at another place than was noted, or was written since, and holds something else.
+    """What holds something else than was noted.
 
     Args:
-        noted: With the digests, under `content`.
+        noted: With `config`, and the `content` of its paths.
         cfg: What is asked for now.
-        since: When they were noted, in seconds since the epoch.
         patterns: Which fields.
     """
     then = {".".join(path): value for path, value in leaves(noted["config"])}
-    digests = noted.get("content", {})
     found = []
-    for path, where in content_paths(plain_config(cfg), patterns).items():
-        name = ".".join(path)
+    for name, path in content_paths(plain_config(cfg), patterns).items():
         if not isinstance(then.get(name), str):
             continue  # a field that came anew is a change of the config
-        moved = then[name] != where
-        written = max(
-            (max(s.st_mtime, s.st_ctime) for s in map(Path.stat, _content_files(Path(where)))),
-            default=0.0,
-        )
-        if not moved and (written <= since or name not in digests):
-            continue
-        if digests.get(name) is None or content_digest(Path(where)) != digests[name]:
-            found.append(Change(name, then[name], where, kind_of(path) or "data"))
+        known = noted["content"].get(name)
+        unseen = known is None or not (known["files"] or look(path))  # of a hub, say
+        if (then[name] != path) if unseen else not is_same(known, path):
+            kind = kind_of(tuple(name.split("."))) or "data"
+            found.append(Change(name, then[name], path, kind))
     return found
 
 
@@ -477,15 +456,20 @@ def read_note(file: Path) -> dict[str, Any]:
     """Read what an earlier launch left behind.
 
     Raises:
-        InputError: It is torn.
+        InputError: It is torn, or of a version that noted other things.
     """
+    instead = "resume from another checkpoint with resume=<path>, or start with resume=never"
     try:
-        return dict(json.loads(file.read_text()))
-    except (OSError, ValueError) as error:
-        raise InputError(
-            f"{file} is damaged ({error}); resume from another checkpoint with resume=<path>, or "
-            "start with resume=never"
-        ) from error
+        found = dict(json.loads(file.read_text()))
+    except (OSError, TypeError, ValueError) as error:
+        raise InputError(f"{file} is damaged ({error}); {instead}") from error
+    missing = NOTED[file.name] - found.keys()
+    require(
+        not missing,
+        f"{file} was written by another version of marco_train (it lacks "
+        f"{', '.join(sorted(missing))}); {instead}",
+    )
+    return found
 
 
 def refuse_other_stage(noted: Mapping[str, Any], cfg: TrainConfig, what: str) -> None:
@@ -539,12 +523,7 @@ class Lengths:
     def __init__(self, noted: Mapping[str, Any], cfg: TrainConfig) -> None:
         then = with_defaults(noted["config"], cfg)
         self._phases_now = phases_of(cfg)
-        # What an older checkpoint does not say of their order is not held against this one.
-        known = then["stage"].get("cascade", {})
-        self._phases_then = noted.get("phases") or [
-            *(name for name in self._phases_now if name in known),
-            *(name for name in known if name not in self._phases_now),
-        ]
+        self._phases_then = list(noted["phases"])
         self._converged = noted.get("cascade", {}).get("converged", {})
         self._made = noted.get("num_updates", 0)
         self.then = _lengths(then, self._phases_then)
@@ -643,7 +622,7 @@ def _choose_schedule(
         InputError: The old and the new course differ, and none was chosen.
     """
     planned_then, planned_now = lengths.planned
-    old = state.get("schedule_steps", planned_then)
+    old = state["schedule_steps"]
     choice, coming = cfg.on_resume.schedule, state["num_updates"]
     same_length = planned_then == planned_now
 
@@ -693,7 +672,7 @@ def is_finished(cfg: TrainConfig) -> bool:
     what = f"{cfg.output_dir} holds a finished run of another config"
     refuse_other_stage(noted, cfg, what)
     changes = changes_of(noted, cfg)
-    anew = changed_content(noted, cfg, file.stat().st_mtime, CONTENT)
+    anew = changed_content(noted, cfg, CONTENT)
     if isinstance(cfg.stage, EvaluateConfig):
         listed = "; ".join(str(change) for change in (changes + anew)[:5])
         for change in anew:

@@ -17,6 +17,7 @@ from marco_train.checkpoint import (
     set_aside_newer,
 )
 from marco_train.config import ResumeChange, TrainConfig
+from marco_train.content import Content, digest, with_digests
 from marco_train.distributed import barrier, gather_objects, is_main, rank, seed_everything
 from marco_train.errors import AwayError, InputError
 from marco_train.metrics import Metrics
@@ -24,13 +25,13 @@ from marco_train.resumption import (
     CONTENT,
     FINISHED,
     NOTED_CONTENT,
-    STATE,
     Continuation,
     changed_content,
     checkpoints_of,
-    content_digests,
+    content_paths,
     continuation,
     describe,
+    observed,
     phases_of,
     plain_config,
     refuse_changes,
@@ -118,10 +119,10 @@ class Run:
         """
         # Drawn from by nothing that is trained, but part of the state all the same.
         seed_everything(cfg.seed + rank())
-        found = continuation(cfg)
+        found = gather_objects(continuation(cfg))[0]  # one file system may lag behind another
         noted = describe(cfg)
         if found is None:
-            noted |= {"content": noted_content(cfg), "resumed_from": []}
+            noted |= {"content": noted_content(cfg, {}), "resumed_from": []}
         else:
             noted |= resume_from(found, cfg, policy, parts)
         if is_main():
@@ -222,11 +223,11 @@ class Run:
         if self._cfg.checkpoint.save_every is not None:
             self._save(self._policy.num_updates)
         self.export("export")
+        barrier()  # what follows may take long, and no rank has to wait for it
         if self._tracker is not None:
             self._tracker.close()
-            mark_finished(self._cfg)
+            mark_finished(self._cfg, self._noted["content"])
             say(f"{self._cfg.name}: finished, {self._directory / 'export'}")
-        barrier()
 
 
 class TimedStream(Generic[T]):
@@ -267,9 +268,8 @@ def resume_from(
     """
     path, step = found.checkpoint, found.num_updates
     tensors, state = load_checkpoint(path)
-    since = (path / STATE).stat().st_mtime
     # Compared by one rank, for all of them: these files may be large.
-    mine = changed_content(state, cfg, since, NOTED_CONTENT) if is_main() else []
+    mine = changed_content(state, cfg, NOTED_CONTENT) if is_main() else []
     changed = gather_objects(mine)[0]
     refuse_changes(changed, cfg, f"{path} is of a run that began with other files")
     for part in parts:
@@ -286,13 +286,26 @@ def resume_from(
                 f"  {cfg.output_dir}/metrics.jsonl begins with step {step + 1}, as a run of its "
                 f"own on W&B; the steps before are in {old}/metrics.jsonl"
             )
-    content = state.get("content", {}) if not changed else noted_content(cfg)
-    return {"content": content, "resumed_from": [*state.get("resumed_from", []), str(path)]}
+    anew = {change.name for change in changed}
+    known = {name: c["digest"] for name, c in state["content"].items() if name not in anew}
+    return {
+        "content": noted_content(cfg, known),
+        "resumed_from": [*state["resumed_from"], str(path)],
+    }
 
 
-def noted_content(cfg: TrainConfig) -> dict[str, str | None]:
-    """Digests of the files that no other part of a checkpoint knows by their content."""
-    mine = content_digests(cfg, NOTED_CONTENT) if is_main() else {}
+def noted_content(cfg: TrainConfig, known: Mapping[str, str | None]) -> dict[str, Content]:
+    """Note what the run's files hold, and digest what no other part of a checkpoint knows.
+
+    Args:
+        cfg: The run.
+        known: Digests that need not be made again.
+    """
+    mine: dict[str, Content] = {}
+    if is_main():
+        paths = content_paths(plain_config(cfg), NOTED_CONTENT)
+        digests = {name: known.get(name) or digest(path) for name, path in paths.items()}
+        mine = observed(cfg, digests)
     return gather_objects(mine)[0]
 
 
@@ -319,14 +332,19 @@ def begin(cfg: TrainConfig) -> None:
     (directory / "config.json").write_text(json.dumps(plain_config(cfg), indent=2))
 
 
-def mark_finished(cfg: TrainConfig) -> None:
-    """Leave the note that `is_finished` reads; complete or not there."""
+def mark_finished(cfg: TrainConfig, content: Mapping[str, Content]) -> None:
+    """Leave the note that `is_finished` reads; complete or not there.
+
+    Args:
+        cfg: The run.
+        content: What its files held when it began, as `observed` notes it.
+    """
     note = Path(cfg.output_dir) / FINISHED
     partial = note.with_suffix(".partial")
     noted = {
         "config": plain_config(cfg),
         "phases": phases_of(cfg),
-        "content": content_digests(cfg, CONTENT),
+        "content": with_digests(content, content_paths(plain_config(cfg), CONTENT)),
     }
     partial.write_text(json.dumps(noted, indent=2, sort_keys=True))
     partial.replace(note)

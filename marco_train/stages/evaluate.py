@@ -34,6 +34,7 @@ from marco_train.models.hf_io import (
     stop_token_ids,
     stored_weights,
 )
+from marco_train.resumption import observed
 from marco_train.rollout.base import in_order
 from marco_train.rollout.native import HFSampler
 from marco_train.run import begin, mark_finished
@@ -60,6 +61,7 @@ def run_evaluate(cfg: TrainConfig) -> None:
     vocab_size = check_models(cfg, tokenizer)
     questions = checked_questions(cfg, tokenizer)
     mine = questions[rank() :: world_size()]
+    content = observed(cfg, digests={})
     if is_main():
         begin(cfg)
     teachers = open_teachers(cfg, vocab_size)
@@ -95,7 +97,7 @@ def run_evaluate(cfg: TrainConfig) -> None:
         teacher.close()
     if is_main():
         write_reports(cfg, report, signatures)
-        mark_finished(cfg)
+        mark_finished(cfg, content)
     barrier()
 
 

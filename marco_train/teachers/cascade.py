@@ -353,7 +353,7 @@ class Cascade:
             for name, known in state["measures"].items()
         }
         self._identities = dict(state["teachers"])
-        self._said = dict(state.get("said", {}))
+        self._said = dict(state["said"])
         self.phases = self._plan()
         then = sorted(((name, end) for name, end in state["finished"].items()), key=itemgetter(1))
         if step > (then[-1][1] if then else 0):

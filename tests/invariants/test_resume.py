@@ -13,7 +13,7 @@ from marco_train.checkpoint import complete_checkpoints
 from marco_train.config import TrainConfig
 from marco_train.engine.policy import Policy
 from marco_train.errors import InputError
-from marco_train.resumption import check_resume, is_finished
+from marco_train.resumption import check_resume, is_finished, observed
 from marco_train.run import mark_finished
 from marco_train.stages.opd import run_opd
 from marco_train.stages.sft import run_sft
@@ -233,7 +233,7 @@ def test_an_older_checkpoint_is_taken_up_and_newer_ones_are_kept_aside(
 def test_a_finished_run_is_stale_once_its_model_is_made_anew(world: World, tmp_path: Path) -> None:
     cfg = compose_config("quickstart_sft", f"root={world.root}", f"output_dir={tmp_path}")
     assert not is_finished(cfg)
-    mark_finished(cfg)
+    mark_finished(cfg, observed(cfg, digests={}))
     assert is_finished(cfg)
     file = Path(world.path("student", "config.json"))
     before = file.read_text()

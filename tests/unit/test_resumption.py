@@ -10,15 +10,16 @@ from typing import Any
 import pytest
 
 from marco_train.config import OPDConfig, TrainConfig
+from marco_train.content import digest
 from marco_train.errors import InputError
 from marco_train.resumption import (
     KINDS,
-    content_digest,
     continuation,
     describe,
     is_finished,
     kind_of,
     leaves,
+    observed,
     plain_config,
     schedule_steps,
 )
@@ -48,11 +49,20 @@ def third_phase(world: World, steps: int = 2) -> list[str]:
     return [f"+{PHASE}", path.removeprefix("+"), f"+stage.cascade.third.num_steps={steps}"]
 
 
+def planned_steps(cfg: TrainConfig) -> list[int]:
+    """Steps of each phase, or of the run."""
+    stage = cfg.stage
+    asked = [p.num_steps for p in stage.cascade.values()] if cfg.stage.kind.value == "opd" else []
+    return [stage.capped(steps) for steps in asked or [stage.num_steps]]
+
+
 def leave_checkpoint(cfg: TrainConfig, step: int, **more: Any) -> Path:
     """What a launch looks at of a checkpoint."""
     path = Path(cfg.output_dir) / "checkpoints" / f"step_{step:06d}"
     path.mkdir(parents=True)
-    state = describe(cfg) | {"num_updates": step, "cascade": {"converged": {}}} | more
+    spans = sum(planned_steps(cfg))
+    state = describe(cfg) | {"num_updates": step, "schedule_steps": spans}
+    state |= {"content": {}, "cascade": {"converged": {}}} | more
     (path / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
     (path / "manifest.json").write_text("{}")
     return path
@@ -296,7 +306,6 @@ def test_a_field_that_an_older_checkpoint_does_not_have_counts_as_its_default(
     del config["on_resume"], config["stage"]["max_steps"], config["data"]["num_rows"]
     del config["stage"]["cascade"]["first"]["converged"]["num_prompts"]
     del config["stage"]["cascade"]["second"]["teacher_of"]
-    del state["phases"], state["architecture"]
     (path / "state.json").write_text(json.dumps(state))
     assert continuation(cfg) == continuation(cfg) is not None
     other = "stage.cascade.first.converged.num_prompts=8"
@@ -325,6 +334,16 @@ def test_a_torn_state_is_refused_in_a_sentence(world: World, tmp_path: Path) -> 
         continuation(composed("sft", world, tmp_path))
 
 
+def test_a_state_of_another_version_is_refused_in_a_sentence(world: World, tmp_path: Path) -> None:
+    cfg = composed("sft", world, tmp_path)
+    file = leave_checkpoint(cfg, 3) / "state.json"
+    state = json.loads(file.read_text())
+    del state["schedule_steps"], state["phases"]
+    file.write_text(json.dumps(state))
+    with pytest.raises(InputError, match=r"another version .*lacks phases, schedule_steps.*never"):
+        continuation(cfg)
+
+
 FINISHED = [
     ([], "finished"),
     (["checkpoint.save_every=9", "stage.eval_every=3"], "finished"),
@@ -348,7 +367,7 @@ def test_a_finished_run_has_nothing_left_or_goes_on_or_is_refused(
 ) -> None:
     cfg = composed("sft", world, tmp_path)
     leave_checkpoint(cfg, 6)
-    mark_finished(cfg)
+    finish(cfg)
     again = composed("sft", world, tmp_path, *now)
     if outcome in {"finished", "goes on"}:
         assert is_finished(again) == (outcome == "finished")
@@ -359,7 +378,7 @@ def test_a_finished_run_has_nothing_left_or_goes_on_or_is_refused(
 
 
 def test_a_finished_run_without_a_checkpoint_says_so(world: World, tmp_path: Path) -> None:
-    mark_finished(composed("sft", world, tmp_path))
+    finish(composed("sft", world, tmp_path))
     with pytest.raises(InputError, match=r"of 6 steps that left no checkpoint to go on from"):
         is_finished(composed("sft", world, tmp_path, "stage.num_steps=8"))
 
@@ -367,9 +386,14 @@ def test_a_finished_run_without_a_checkpoint_says_so(world: World, tmp_path: Pat
 def test_a_finished_cascade_that_converged_has_no_steps_left(world: World, tmp_path: Path) -> None:
     cfg = composed("opd", world, tmp_path)
     leave_checkpoint(cfg, 5, cascade={"converged": {"first": 3}})
-    mark_finished(cfg)
+    finish(cfg)
     assert is_finished(composed("opd", world, tmp_path, "stage.cascade.first.num_steps=9"))
     assert not is_finished(composed("opd", world, tmp_path, "stage.cascade.second.num_steps=3"))
+
+
+def finish(cfg: TrainConfig) -> None:
+    """Leave the note of a run that has just begun and ended."""
+    mark_finished(cfg, observed(cfg, digests={}))
 
 
 @pytest.fixture
@@ -391,7 +415,7 @@ def test_a_finished_run_looks_at_what_files_hold_and_not_at_their_times(
 ) -> None:
     cfg = compose_config("quickstart_sft", f"root={own}", f"output_dir={own / 'out'}")
     Path(cfg.output_dir).mkdir()
-    mark_finished(cfg)
+    finish(cfg)
     touch(own / file)
     assert is_finished(cfg)
     shutil.copytree(own / "student", own / "elsewhere")
@@ -409,23 +433,46 @@ def test_a_finished_run_looks_at_what_files_hold_and_not_at_their_times(
         is_finished(cfg)
 
 
+def test_a_file_that_was_written_while_the_run_ran_is_not_noted_as_its_own(
+    world: World, own: Path
+) -> None:
+    cfg = compose_config("quickstart_sft", f"root={own}", f"output_dir={own / 'out'}")
+    Path(cfg.output_dir).mkdir()
+    content = observed(cfg, digests={})
+    rows = own / "data" / "train" / "math.jsonl"
+    rows.write_text(rows.read_text() + "\n")
+    mark_finished(cfg, content)
+    with pytest.raises(InputError, match=r"was finished before .*math.jsonl was made anew"):
+        is_finished(cfg)
+
+
+def test_json_in_another_spelling_holds_the_same(tmp_path: Path) -> None:
+    for name, text in (("one", '{"a": 1, "b": 2}'), ("two", '{"b":2,\n"a":1}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
+    (tmp_path / "two" / "trainer_state.json").write_text("{}")  # no part of a model
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
+    (tmp_path / "two" / "config.json").write_text('{"b": 2, "a": 2}')
+    assert digest(tmp_path / "one") != digest(tmp_path / "two")
+
+
 def test_a_digest_covers_every_byte_and_no_name_of_a_directory(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "model.safetensors").write_bytes(bytes(3_000_000))
         (tmp_path / name / "README.md").write_text(name)
-    assert content_digest(tmp_path / "one") == content_digest(tmp_path / "two")
+    assert digest(tmp_path / "one") == digest(tmp_path / "two")
     content = bytearray(3_000_000)
     content[1_234_567] = 1
     (tmp_path / "two" / "model.safetensors").write_bytes(content)
-    assert content_digest(tmp_path / "one") != content_digest(tmp_path / "two")
-    assert content_digest(tmp_path / "three") is None
+    assert digest(tmp_path / "one") != digest(tmp_path / "two")
+    assert digest(tmp_path / "three") is None
 
 
 def test_an_evaluation_that_asks_for_more_is_not_finished(world: World, tmp_path: Path) -> None:
     cfg = composed("evaluate", world, tmp_path)
-    mark_finished(cfg)
+    finish(cfg)
     assert is_finished(composed("evaluate", world, tmp_path, "logging.console_every=3"))
     with pytest.raises(InputError, match=r"stage.num_prompts: .*; choose another root") as refused:
         is_finished(composed("evaluate", world, tmp_path, "stage.num_prompts=3"))
