@@ -3,7 +3,7 @@
 The checks are the run's own up to its first update: files and rows, the first batch, the weights in
 memory, and for distillation a hand-over of weights to the sampler, the student's answers to the
 run's first prompts and what every teacher says of them. Under torchrun they are made as the run
-would be spread.
+would be spread, and end with the first that finds a fault.
 """
 
 import os
@@ -77,28 +77,32 @@ class Examination:
 
     def check(self, what: str, find: Callable[[], T]) -> T | None:
         """Make a check; None where something is wrong, and where nothing is to be found."""
+        return self._attempt(what, find)[1]
+
+    def passes(self, what: str, find: Callable[[], object]) -> bool:
+        """Make a check, and say whether it found no fault."""
+        return self._attempt(what, find)[0]
+
+    def _attempt(self, what: str, find: Callable[[], T]) -> tuple[bool, T | None]:
         start = time.perf_counter()
         try:
             found = find()
         except REFUSALS as error:
             said = in_one_line(error)
             # Hydra names the override, and chains what is wrong with it.
-            self._keep(what, said if error.__cause__ is None else f"{said}: {error.__cause__}")
-            return None
+            said = said if error.__cause__ is None else f"{said}: {error.__cause__}"
+            self._keep(what, " ".join(said.split()))
+            return False, None
         self._print(f"{what} ... fine, {time.perf_counter() - start:.1f} s")
-        return found
+        return True, found
 
-    def passes(self, what: str, find: Callable[[], object]) -> bool:
-        """Make a check, and say whether it found no fault."""
-        before = len(self.faults)
-        self.check(what, find)
-        return len(self.faults) == before
-
-    def _keep(self, what: str, said: str) -> None:
+    def _keep(self, what: str, fault: str) -> None:
         self._print(f"{what} ... wrong")
-        fault = " ".join(said.split())
         if fault not in self.faults:
             self.faults.append(fault)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            # Other ranks may have found nothing, and would wait for this one in the next check.
+            sys.exit("\n".join(f"error: {fault}" for fault in self.faults))
 
     @staticmethod
     def _print(line: str) -> None:

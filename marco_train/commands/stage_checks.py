@@ -14,7 +14,7 @@ from marco_train.config import OPDConfig, TeacherConfig, TrainConfig, longest_se
 from marco_train.data.chat import Tokenizer, load_tokenizer
 from marco_train.data.loader import PromptLoader, SFTLoader
 from marco_train.data.packing import pack_rollouts
-from marco_train.distributed import device, expert_parallel_group, is_main, rank, world_size
+from marco_train.distributed import device, expert_parallel_group, is_main, rank, reduce_sums
 from marco_train.errors import InputError, require
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.losses.distillation import build_reverse_kl
@@ -32,7 +32,7 @@ from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.sync import WeightSyncError, canaries, sync_weights
 from marco_train.stages import evaluate
 from marco_train.teachers.cascade import Cascade, check_teacher, teachers_of
-from marco_train.teachers.preflight import NUM_ANSWERED
+from marco_train.teachers.preflight import NUM_ANSWERED, FirstOfEachKind
 from marco_train.teachers.vocab import check_student_vocabulary
 from marco_train.tracking import say
 from marco_train.types import LossFn, Microbatch, PolicyOutput, Rollout
@@ -79,7 +79,8 @@ def check_opd(cfg: TrainConfig, made: "Examination") -> None:
     if cascade is None or prompts is None or student is None:
         return
     made.check("groups", partial(check_groups, cascade, prompts))
-    made.check("teachers' turns", lambda: cascade.check_turns(prompts.first_prompts()))
+    turns = prompts.first_prompts(FirstOfEachKind())
+    made.check("teachers' turns", partial(cascade.check_turns, turns))
     made.check("held-out prompts", partial(prompts.held_out, cascade.num_held_out))
     model = made.check("weights", partial(load_student, cfg, student))
     if model is None or not fit:
@@ -185,7 +186,7 @@ def load_student(cfg: TrainConfig, student: ArchitectureConfig) -> Qwen3Moe:
 
 @torch.no_grad()
 def first_loss(model: Qwen3Moe, batch: Sequence[Microbatch], loss_fn: LossFn) -> None:
-    """Say the loss of this rank's first microbatch.
+    """Say the loss of the first microbatch of every rank; all ranks take part.
 
     Raises:
         InputError: It is not finite.
@@ -194,7 +195,8 @@ def first_loss(model: Qwen3Moe, batch: Sequence[Microbatch], loss_fn: LossFn) ->
     hidden = model(microbatch.input_ids, microbatch.position_ids)
     sums = MetricSums()
     sums.add(loss_fn(PolicyOutput(hidden, model.head), microbatch), microbatch)
-    found = sums.mean(max(1, microbatch.num_loss_tokens * world_size()))
+    (num_tokens,) = reduce_sums([microbatch.num_loss_tokens])
+    found = sums.mean(max(1, num_tokens))
     shown = {n: v for n, v in found.items() if n in {"loss/cross_entropy", "kl/reverse"}}
     bad = [name for name, value in found.items() if not abs(value) < float("inf")]
     require(not bad, f"the first microbatch gives {', '.join(bad)} that are not finite")

@@ -130,7 +130,8 @@ def check_marks(tokenizer: Tokenizer, conversations: Iterable[Conversation]) -> 
         InputError: The template marks nothing, or a stretch that does not end with a stop token.
     """
     fix = "set model.chat_template=chatml, or mend the template"
-    if not _marked(tokenizer, PROBE):
+    stops = stop_token_ids(tokenizer.path)
+    if not _marked(tokenizer, PROBE, stops):
         raise InputError(
             f"the chat template of {tokenizer.path!r} does not mark the assistant's tokens with "
             "{% generation %}, so the loss mask would be empty; " + fix
@@ -141,7 +142,7 @@ def check_marks(tokenizer: Tokenizer, conversations: Iterable[Conversation]) -> 
         if any(message.role == "assistant" for message in conversation.messages)
         and not holds_control_tokens(tokenizer, conversation)
     ]
-    marked = [_marked(tokenizer, conversation) for conversation in answered]
+    marked = [_marked(tokenizer, conversation, stops) for conversation in answered]
     require(
         not answered or any(marked),
         f"the chat template of {tokenizer.path!r} marks no token of the assistant in any of the "
@@ -149,7 +150,7 @@ def check_marks(tokenizer: Tokenizer, conversations: Iterable[Conversation]) -> 
     )
 
 
-def _marked(tokenizer: Tokenizer, conversation: Conversation) -> bool:
+def _marked(tokenizer: Tokenizer, conversation: Conversation, stops: Sequence[int]) -> bool:
     """Whether any token is marked; refuses a marked stretch that does not end a turn."""
     try:
         example = render_example(tokenizer, conversation, LossTokens.assistant)
@@ -157,7 +158,6 @@ def _marked(tokenizer: Tokenizer, conversation: Conversation) -> bool:
         if conversation is PROBE:
             raise InputError(f"the chat template of {tokenizer.path!r}: {error}") from error
         return False  # a row that the run drops
-    stops = stop_token_ids(tokenizer.path)
     stretches = list(_stretches(example))
     for ids in stretches:
         require(

@@ -87,7 +87,7 @@ class Tally:
         """How many rows a metric counts."""
         return sum(count for (name, _), count in self._counts.items() if name == metric)
 
-    def refusal(self, what: str) -> InputError:
+    def gathered_refusal(self, what: str) -> InputError:
         """Say why no row can be used; all ranks take part."""
         counts: Counter[tuple[str, str]] = Counter()
         first: dict[str, str] = {}
@@ -214,7 +214,7 @@ class _Loader:
         num_kept, drops = 0.0, [0.0] * len(DROPS)
         while num_kept == 0:  # on every rank alike
             if end - first >= max(self._batch_size, self._stream.num_rows):
-                raise dropped.refusal(f"none of {end - first} samples in a row")
+                raise dropped.gathered_refusal(f"none of {end - first} samples in a row")
             share = range(end + rank(), end + self._batch_size, world_size())
             end += self._batch_size
             kept = render_share(self._stream, share, render, dropped)
@@ -247,7 +247,7 @@ class _Loader:
             for each in lost[rank() :: world_size()]:  # counted once
                 dropped.add(each)
             if len(lost) == len(tried):
-                raise dropped.refusal(f"none of the first {len(tried)} rows of a source")
+                raise dropped.gathered_refusal(f"none of the first {len(tried)} rows of a source")
 
     def _render(self, index: int, conversation: Conversation) -> Any:
         """Render a sample, or name the metric that counts it as dropped."""
@@ -369,22 +369,41 @@ class PromptLoader(_Loader):
         }
 
     def first(self, count: int) -> list[Prompt]:
-        """Render this rank's share of the run's first prompts; rows at fault are left out.
+        """Render this rank's share of the run's first `count` prompts; rows at fault are left out.
 
         The cursor stays where it is.
-        """
-        share = range(rank(), count, world_size())
-        return render_share(self._stream, share, self._render, Tally())
 
-    def first_prompts(self) -> Iterator[tuple[Conversation, Prompt]]:
-        """Prompts of the first samples beside what they are rendered from, the same on every rank.
+        Raises:
+            InputError: There is none among the first samples.
+        """
+        found: list[Prompt] = []
+        dropped = Tally()
+        for index in range(NUM_FIRST):
+            if len(found) == count:
+                break
+            item = self._stream.rendered(index, self._render)
+            if not isinstance(item, Dropped):
+                found.append(item)
+            elif index % world_size() == rank():  # counted once
+                dropped.add(item)
+        if not found:
+            raise dropped.gathered_refusal(f"none of the first {NUM_FIRST} samples")
+        return found[rank() :: world_size()]
+
+    def first_prompts(
+        self, is_wanted: Callable[[Conversation], bool]
+    ) -> Iterator[tuple[Conversation, Prompt]]:
+        """Render those of the first samples that are wanted, the same on every rank.
 
         Those that are dropped are left out.
         """
         for index in range(NUM_FIRST):
-            found = self._stream.rendered(index, self._with_conversation)
-            if not isinstance(found, Dropped):
-                yield found
+            found = self._stream[index]
+            if isinstance(found, BadRow) or not is_wanted(found):
+                continue
+            prompt = self._stream.render(found, index, self._render)
+            if not isinstance(prompt, Dropped):
+                yield found, prompt
 
     def held_out(self, count: int) -> list[Prompt]:
         """Render this rank's share of `count` held-out prompts; rows at fault are left out.
@@ -399,12 +418,6 @@ class PromptLoader(_Loader):
                 "stage.cascade.*.converged measures the KL on held-out prompts: set data.held_out"
             )
         return held_out_share(self._data.held_out, count, self._render)
-
-    def _with_conversation(
-        self, index: int, conversation: Conversation
-    ) -> tuple[Conversation, Prompt] | str:
-        prompt = self._render(index, conversation)
-        return prompt if isinstance(prompt, str) else (conversation, prompt)
 
     def _render(self, index: int, conversation: Conversation) -> Prompt | str:
         if holds_control_tokens(self._tokenizer, conversation):
@@ -429,7 +442,7 @@ def held_out_share(
     kept = render_share(stream, range(rank(), count, world_size()), render, dropped)
     num_kept, *drops = reduce_sums([len(kept), *map(dropped.count, DROPS)])
     if num_kept == 0:
-        raise dropped.refusal(f"none of {count} held-out rows")
+        raise dropped.gathered_refusal(f"none of {count} held-out rows")
     if sum(drops) > 0 and is_main():
         said = ", ".join(f"{n:.0f} {name}" for n, name in zip(drops, DROPS, strict=True) if n)
         say(f"held-out: dropped {sum(drops):.0f} of {count} rows ({said})")
@@ -456,15 +469,15 @@ def held_out_questions(
     """
 
     def render(index: int, conversation: Conversation) -> Question | str:
-        asked, answer = conversation.messages[:-1], conversation.messages[-1]
-        if answer.role != "assistant" or not asked:
+        asked, answers = conversation.asked, conversation.messages[len(conversation.asked) :]
+        if not asked or not answers:
             raise InputError("the row is no question with its answer")
         if holds_control_tokens(tokenizer, conversation):
             return "data/dropped_special"
         prompt = make_prompt(tokenizer, index, conversation)
         if len(prompt.input_ids) > max_prompt_length:
             return "data/dropped_too_long"
-        return Question(prompt, asked[-1].content, answer.content, conversation.verifier)
+        return Question(prompt, asked[-1].content, answers[-1].content, conversation.verifier)
 
     check_template_kwargs([tokenizer.chat_template], tokenizer.template_kwargs)
     shares = gather_objects(held_out_share(sources, count, render))

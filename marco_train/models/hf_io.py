@@ -45,6 +45,7 @@ from marco_train.models.safetensors_io import (
     read_header,
     read_into,
 )
+from marco_train.models.tokenizer_files import read_tokenizer
 from marco_train.models.weights import (
     FUSED,
     empty_model,
@@ -649,8 +650,8 @@ def stop_token_ids(tokenizer_dir: str | Path) -> list[int]:
     Raises:
         InputError: The tokenizer has neither.
     """
-    tokenizer = json.loads((Path(tokenizer_dir) / "tokenizer.json").read_text())
-    added = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    tokenizer = read_tokenizer(tokenizer_dir, "the tokenizer")
+    added = {token["content"]: token["id"] for token in tokenizer.get("added_tokens") or []}
     found = [added[text] for text in ("<|im_end|>", "<|endoftext|>") if text in added]
     if not found:
         raise InputError(f"{tokenizer_dir} has neither <|im_end|> nor <|endoftext|> to stop at")

@@ -18,7 +18,7 @@ from marco_train.rollout.stream import Ahead
 from marco_train.rollout.sync import canaries, sync_weights
 from marco_train.run import Run
 from marco_train.teachers.cascade import Cascade
-from marco_train.teachers.preflight import NUM_ANSWERED
+from marco_train.teachers.preflight import NUM_ANSWERED, FirstOfEachKind
 from marco_train.teachers.vocab import check_student_vocabulary
 from marco_train.types import Prompt, Rollout
 
@@ -48,7 +48,7 @@ def run_opd(cfg: TrainConfig) -> None:
     groups = prompts.groups()
     check_names(f"kl/reverse/{group}" for group in groups)
     cascade.check_groups(groups)
-    cascade.check_turns(prompts.first_prompts())
+    cascade.check_turns(prompts.first_prompts(FirstOfEachKind()))
     held_out = prompts.held_out(cascade.num_held_out)
     first_prompts = prompts.first(NUM_ANSWERED)
     policy = build_policy(

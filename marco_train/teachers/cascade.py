@@ -20,7 +20,7 @@ from marco_train.config import (
     TeacherConfig,
     longest_sequence,
 )
-from marco_train.distributed import is_main, reduce_sums, world_size
+from marco_train.distributed import gather_objects, is_main, reduce_sums, world_size
 from marco_train.errors import InputError, require
 from marco_train.inference.engine import require_vllm
 from marco_train.metrics import Metrics
@@ -37,7 +37,6 @@ from marco_train.teachers.preflight import (
     check_turns,
     compare_with_student,
     probe_rollouts,
-    prompts_to_compare,
     same_answers,
 )
 from marco_train.teachers.routed import RoutedTeacher
@@ -171,7 +170,7 @@ class Cascade:
         Raises:
             InputError: Shows the first difference, or names an argument that no template reads.
         """
-        compared, templates = prompts_to_compare(prompts), [self._chat_template]
+        compared, templates = list(prompts), [self._chat_template]
         for name, phase in self._cfg.cascade.items():
             for key, teacher in _teachers(phase).items():
                 owner = owner_of(name, key)
@@ -268,6 +267,7 @@ class Cascade:
             if not same_answers(known_said.get(key, []), said[key], cfg.dtype):
                 bound = SAME_ANSWER[cfg.dtype]
                 changed.append(f"{key}: says of plain sentences what is over {bound} nats away")
+        changed = next(filter(None, gather_objects(changed)), [])  # all ranks go on, or none
         if changed:
             self._take_another(phase.name, changed)
             self._identities[phase.name], self._said[phase.name] = teacher.identity, said

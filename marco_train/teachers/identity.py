@@ -1,18 +1,20 @@
-"""What a teacher's scores are a function of, beside what is asked; told by content.
+"""A digest of everything that determines a teacher's scores, apart from the tokens it scores.
 
 Of a model in this process the weights are digested as they lie in memory, where they compute: what
-did not arrive, or arrived otherwise on another rank, is another teacher. vLLM packs its weights and
-servers keep theirs, so of these the files are digested, whole.
+did not arrive, or arrived otherwise on another rank, is another teacher. vLLM packs its weights, so
+there the files are digested, whole. A server's weights are elsewhere: it is known by its name, and
+by what it says of fixed sentences (`Cascade`, `ScoreCache`).
 """
 
 import json
 from collections.abc import Iterable
-from hashlib import blake2b
+from hashlib import blake2b, file_digest
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from marco_train.architecture import read_config, read_json
 from marco_train.config import TeacherConfig
 from marco_train.distributed import gather_objects
 from marco_train.errors import InputError
@@ -37,7 +39,6 @@ NOT_DIGESTED = {
     "chat_template.json",
 }
 DIGESTED = {".json", ".safetensors", ".bin", ".pt", ".pth", ".gguf"}
-READ_BYTES = 2**22
 
 
 def memory_identity(cfg: TeacherConfig, weights: Iterable[tuple[str, Tensor]]) -> Identity:
@@ -77,29 +78,29 @@ def files_identity(cfg: TeacherConfig, served_as: str | None) -> Identity:
 
     Args:
         cfg: Where they are.
-        served_as: What servers call the model. None: there are none.
+        served_as: What servers call the model, which have weights of their own: what lies here
+            beside config and tokenizer says nothing of them. None: vLLM in this process.
 
     Raises:
         InputError: On every rank, where two of them read other content.
     """
     digest = blake2b(digest_size=16)
-    for file in sorted(Path(cfg.path).iterdir()):
+    for file in sorted(Path(cfg.path).iterdir()) if served_as is None else ():
         if not file.is_file() or file.suffix not in DIGESTED or file.name in NOT_DIGESTED:
             continue
         digest.update(f"{file.name}/".encode())
         if file.suffix == ".json":
-            digest.update(_digest(_decisive(json.loads(file.read_text("utf-8")))).encode())
+            digest.update(_digest(_decisive(read_json(file))).encode())
             continue
         with file.open("rb") as content:
-            while block := content.read(READ_BYTES):
-                digest.update(block)
+            digest.update(file_digest(content, blake2b).digest())
     return _agreed(cfg, digest.hexdigest(), served_as)
 
 
 def _agreed(cfg: TeacherConfig, weights: str, served_as: str | None) -> Identity:
     """Add what else decides a score, and see that all ranks found the same."""
     path = Path(cfg.path)
-    config = json.loads((path / "config.json").read_text("utf-8"))
+    config = read_config(path)
     config["architectures"] = sorted(config.get("architectures") or [])
     identity = {
         "weights": weights,

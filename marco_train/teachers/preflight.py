@@ -8,7 +8,6 @@ what the student says is likelier to it than to a uniform guess.
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -174,18 +173,21 @@ def _rendered(
         raise InputError(f"{owner}: {error}; {SAME_TEMPLATE}") from error
 
 
-def prompts_to_compare(
-    prompts: Iterable[tuple[Conversation, Prompt]],
-) -> list[tuple[Conversation, Prompt]]:
-    """Choose the first prompts of a run, and of those that follow the first of each kind."""
-    coming = iter(prompts)
-    chosen = list(islice(coming, NUM_COMPARED))
-    known = {kind for conversation, _ in chosen for kind in kinds_of(conversation)}
-    for conversation, prompt in coming:
-        if not kinds_of(conversation) <= known:
-            chosen.append((conversation, prompt))
-            known |= kinds_of(conversation)
-    return chosen
+class FirstOfEachKind:
+    """Chooses a run's first conversations, and of those that follow the first of each kind."""
+
+    def __init__(self) -> None:
+        self._num_chosen = 0
+        self._kinds: set[str] = set()
+
+    def __call__(self, conversation: Conversation) -> bool:
+        """Whether the prompt of a conversation is to be compared."""
+        kinds = kinds_of(conversation)
+        if self._num_chosen >= NUM_COMPARED and kinds <= self._kinds:
+            return False
+        self._num_chosen += 1
+        self._kinds |= kinds
+        return True
 
 
 def kinds_of(conversation: Conversation) -> set[str]:
@@ -383,8 +385,8 @@ def compare_with_student(
     gained = of_student - uniform
     require(
         gained < CAN_WRITE * -uniform or of_teacher - uniform >= HAS_READ * gained,
-        f"{figures}: the teacher knows no more of what the student writes than a guess; its "
-        "weights did not arrive, or it never saw such text: fetch it anew, or take another",
+        f"{figures}: over a guess the teacher gains less than a tenth of what the student gains; "
+        "its weights did not arrive, or it never saw such text: fetch it anew, or take another",
     )
     if is_main():
         say(figures)

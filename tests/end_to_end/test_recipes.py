@@ -142,7 +142,9 @@ def test_the_main_job_runs_in_a_fresh_clone(clone: Path) -> None:
     assert json.loads((out / "summary.json").read_text()) == summary
     other = run(clone, command, *tiny[:-1], "seed=4")
     assert other.returncode != 0
-    assert "holds a finished run of another config (then -> now): seed: 3 -> 4" in other.stderr
+    assert (
+        "holds a finished run of another config (then -> now): data: seed: 3 -> 4" in other.stderr
+    )
 
     for stage in ("sft", "opd"):
         alone = run(clone, f"recipes/quickstart/{stage}.sh", *tiny)

@@ -22,12 +22,12 @@ from marco_train.teachers.base import Wanted
 from marco_train.teachers.build import build_teacher
 from marco_train.teachers.preflight import (
     PROBES,
+    FirstOfEachKind,
     check_files,
     check_scores,
     check_turns,
     compare_with_student,
     probe_rollouts,
-    prompts_to_compare,
 )
 from marco_train.types import Conversation, Prompt, Rollout, ScoredRollout, TokenScores
 from tests.conftest import World, compose_config, teacher_config, tokenizer_of, wanted_of
@@ -145,7 +145,9 @@ def prompts_of(
     data = [f"root={world.root}", "data=quickstart_text", f"data.sources.text.path={file}"]
     cfg = compose_config("quickstart_opd", *data)
     tokenizer = tokenizer_of(tmp_path / "student", **kwargs)
-    return list(PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed).first_prompts())
+    return list(
+        PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed).first_prompts(lambda _: True)
+    )
 
 
 @pytest.mark.parametrize(("kind", "change"), CHANGES.items())
@@ -193,7 +195,8 @@ def test_a_kind_of_turn_that_comes_late_is_compared_too(world: World, tmp_path: 
     found = prompts_of(world, tmp_path, *PLAIN_ROWS, turns, turns)
     assert len(found) == 2048  # the nine rows again and again
     prompts = sorted(found, key=lambda pair: pair[0].row)
-    chosen = prompts_to_compare(prompts)
+    wanted = FirstOfEachKind()
+    chosen = [pair for pair in prompts if wanted(pair[0])]
     assert chosen[:256] == prompts[:256]
     (late,) = chosen[256:]
     assert late[0].row == 7
@@ -381,7 +384,9 @@ def test_a_teacher_is_asked_about_the_students_own_answers(
     assert expected < -5  # the world's teachers are drawn at random
     compare_with_student(teacher, answers(-5.25), 320, "teacher 'first'")
     assert capsys.readouterr().out.startswith("teacher 'first' gives the student's answers")
-    with pytest.raises(InputError, match="than a guess; its weights did not arrive") as refusal:
+    with pytest.raises(
+        InputError, match="a tenth of what the student gains; its weights did not"
+    ) as refusal:
         compare_with_student(teacher, answers(-1.0), 320, "teacher 'first'")
     assert capsys.readouterr().out == ""
     found = figures(str(refusal.value))
