@@ -443,3 +443,26 @@ def max_positions(config: dict[str, Any]) -> int | None:
         if _rope_type(each) not in EXTENDED and isinstance(each.get("factor"), int | float):
             factor = each["factor"]
     return int(limit if "gemma3" in kind else limit * factor)
+
+
+# Types of rotary embeddings that transformers scales by the longest sequence of a batch
+# (modeling_rope_utils.py, dynamic_rope_update).
+BY_BATCH = {"dynamic", "longrope", "su"}
+
+
+def steady_positions(config: dict[str, Any]) -> int | None:
+    """Tokens up to which a decoder's rotary embeddings do not depend on the length of its batch.
+
+    None: they never do.
+    """
+    decoder = text_config(config)
+    rope = _rope(decoder)
+    parts = [value for value in rope.values() if isinstance(value, dict)] or [rope]
+    found = [
+        each.get("original_max_position_embeddings")
+        or decoder.get("original_max_position_embeddings")
+        or decoder.get("max_position_embeddings", 0)
+        for each in parts
+        if _rope_type(each) in BY_BATCH
+    ]
+    return min(map(int, found), default=None)

@@ -90,9 +90,19 @@ def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"{world_size()}; launch with --nproc_per_node={manifest['world_size']}"
         )
     mine = f"rank_{rank():03d}.safetensors"
-    for name in (mine, STATE):
-        _verify(path / name, manifest["files"][name])
-    return load_file(path / mine), json.loads((path / STATE).read_text())
+    _verify(path / mine, manifest["files"][mine])
+    return load_file(path / mine), read_state(path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """Read the state of a checkpoint, after checking its size and digest.
+
+    Raises:
+        InputError: It is not what was written.
+    """
+    manifest = json.loads((path / MANIFEST).read_text())
+    _verify(path / STATE, manifest["files"][STATE])
+    return dict(json.loads((path / STATE).read_text()))
 
 
 def _verify(file: Path, expected: dict[str, Any]) -> None:

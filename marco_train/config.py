@@ -701,6 +701,10 @@ class OptimConfig:
                 0 <= coefficient < float("inf"),
                 f"optim.{name} is {coefficient}, and must be a number from 0 (off) upwards",
             )
+        require(
+            0 <= self.weight_decay < float("inf"),
+            f"optim.weight_decay is {self.weight_decay}, and must be a number from 0 upwards",
+        )
         for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
             require(0 <= beta < 1, f"optim.{name} is {beta}, and must lie in [0, 1)")
         require(

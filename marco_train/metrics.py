@@ -133,7 +133,8 @@ class MetricSums:
         metrics = {name: value / num_tokens for name, value in totals.pop("", {}).items()}
         for group, of_group in sorted(totals.items()):
             count = of_group.pop(COUNT)
-            metrics |= {f"{name}/{group}": value / count for name, value in of_group.items()}
+            if count:  # no token of it may have loss
+                metrics |= {f"{name}/{group}": value / count for name, value in of_group.items()}
         for name, bins in spreads.items():
             for share, value in zip(QUANTILES, _quantiles(bins), strict=True):
                 metrics[f"{name}/p{round(100 * share):02d}"] = value

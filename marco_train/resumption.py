@@ -7,7 +7,7 @@ Imports no tensor library, as these are the first questions of a launch.
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from enum import Enum
@@ -160,6 +160,20 @@ CONTENT = (
 )
 # The part of them that a checkpoint keeps a digest of; the loader and the cascade keep the others'.
 NOTED_CONTENT = ("model.path", "data.held_out.*.path")
+
+
+def noted_content(cfg: TrainConfig, opened: Collection[str] = ()) -> tuple[str, ...]:
+    """Fields of which a checkpoint keeps a digest, as no part of the run has looked at them.
+
+    Args:
+        cfg: The run.
+        opened: Phases whose teachers the cascade has opened, and knows.
+    """
+    coming = [name for name in phases_of(cfg)[1:] if name not in opened]
+    teachers = [f"stage.cascade.{name}.teacher" for name in coming]
+    others = [f"stage.cascade.{name}.teacher_of.*" for name in coming]
+    return (*NOTED_CONTENT, *(f"{owner}.path" for owner in teachers + others))
+
 
 Keys = tuple[str, ...]
 
@@ -397,17 +411,25 @@ def find_checkpoint(cfg: TrainConfig) -> Path | None:
 
 
 def check_resume(cfg: TrainConfig) -> None:
-    """Refuse a `resume` that is neither auto, never nor a complete checkpoint.
+    """Refuse a `resume` that is neither auto, never nor a complete checkpoint to go on from.
 
     Raises:
-        InputError: Lists the complete checkpoints of the run.
+        InputError: Lists the complete checkpoints of the run, or names the other run that lies
+            where this one is to begin.
     """
-    if cfg.resume in {"auto", "never"} or (Path(cfg.resume) / MANIFEST).is_file():
+    if cfg.resume in {"auto", "never"}:
         return
-    complete = sorted(map(str, complete_checkpoints(checkpoints_of(cfg))))
-    raise InputError(
+    complete = complete_checkpoints(checkpoints_of(cfg))
+    require(
+        (Path(cfg.resume) / MANIFEST).is_file(),
         f"resume={cfg.resume} is no complete checkpoint, nor auto or never; complete ones: "
-        f"{', '.join(complete) or 'none'}"
+        f"{', '.join(sorted(map(str, complete))) or 'none'}",
+    )
+    own = Path(cfg.resume).resolve().parent == checkpoints_of(cfg).resolve()
+    require(
+        own or not (complete or (Path(cfg.output_dir) / FINISHED).is_file()),
+        f"resume={cfg.resume} begins another run, and {cfg.output_dir} holds one already: choose "
+        "an output_dir of its own, or go on with the one that lies there with resume=auto",
     )
 
 
@@ -681,20 +703,16 @@ def is_finished(cfg: TrainConfig) -> bool:
         return True
     lengths = Lengths(noted, cfg)
     longer = lengths.then != lengths.now or lengths.changes_of_order()
-    allowed = {group.value for group in cfg.on_resume.allow}
-    for change in anew:
-        if change.kind not in allowed:
-            _refuse_made_anew(
-                change,
-                cfg.output_dir,
-                f"{replace}, or go on from it with more steps and on_resume.allow=[{change.kind}]",
-            )
+    if not longer:
+        groups = sorted({f"{change.kind}: {change}" for change in [*changes, *anew]})
+        for change in anew:
+            _refuse_made_anew(change, cfg.output_dir, f"{replace}, or give it more steps")
+        require(
+            not groups,
+            f"{what} (then -> now): {'; '.join(groups)}; it has no steps left to make with other "
+            f"values: give more steps, or {replace}",
+        )
     refuse_changes([*changes, *anew], cfg, what)
-    require(
-        bool(longer) or not (changes or anew),
-        f"{what} (then -> now): {'; '.join(map(str, [*changes, *anew]))}; it has no steps left to "
-        f"make with the new values: give more steps, or {replace}",
-    )
     return not (longer and _steps_left(cfg, lengths))
 
 

@@ -13,6 +13,7 @@ from marco_train.checkpoint import (
     generator_tensors,
     load_checkpoint,
     load_generators,
+    read_state,
     save_checkpoint,
     set_aside_newer,
 )
@@ -24,13 +25,14 @@ from marco_train.metrics import Metrics
 from marco_train.resumption import (
     CONTENT,
     FINISHED,
-    NOTED_CONTENT,
+    Change,
     Continuation,
     changed_content,
     checkpoints_of,
     content_paths,
     continuation,
     describe,
+    noted_content,
     observed,
     phases_of,
     plain_config,
@@ -122,7 +124,7 @@ class Run:
         found = gather_objects(continuation(cfg))[0]  # one file system may lag behind another
         noted = describe(cfg)
         if found is None:
-            noted |= {"content": noted_content(cfg, {}), "resumed_from": []}
+            noted |= {"content": digests_at_start(cfg, {}), "resumed_from": []}
         else:
             noted |= resume_from(found, cfg, policy, parts)
         if is_main():
@@ -268,12 +270,7 @@ def resume_from(
     """
     path, step = found.checkpoint, found.num_updates
     tensors, state = load_checkpoint(path)
-    # Compared by one rank, for all of them: these files may be large.
-    mine = changed_content(state, cfg, NOTED_CONTENT) if is_main() else []
-    changed = gather_objects(mine)[0]
-    refuse_changes(changed, cfg, f"{path} is of a run that began with other files")
-    for part in parts:
-        part.resume(step, state[part.name], cfg.on_resume.allow)
+    changed = resume_parts(found, cfg, parts, state)
     refuse_other_tensors(path, policy.state_tensors(), tensors)
     policy.load_state(tensors, step)
     load_generators(tensors)
@@ -289,12 +286,43 @@ def resume_from(
     anew = {change.name for change in changed}
     known = {name: c["digest"] for name, c in state["content"].items() if name not in anew}
     return {
-        "content": noted_content(cfg, known),
+        "content": digests_at_start(cfg, known),
         "resumed_from": [*state["resumed_from"], str(path)],
     }
 
 
-def noted_content(cfg: TrainConfig, known: Mapping[str, str | None]) -> dict[str, Content]:
+def resume_parts(
+    found: Continuation, cfg: TrainConfig, parts: Sequence[Resumable], state: dict[str, Any]
+) -> list[Change]:
+    """Put the parts where a checkpoint left them; gives what changed by choice in files.
+
+    Raises:
+        InputError: The checkpoint is of other data, teachers or files.
+    """
+    opened = state.get("cascade", {}).get("teachers", {})
+    # Compared by one rank, for all of them: these files may be large.
+    mine = changed_content(state, cfg, noted_content(cfg, opened)) if is_main() else []
+    changed = gather_objects(mine)[0]
+    refuse_changes(changed, cfg, f"{found.checkpoint} is of a run that began with other files")
+    for part in parts:
+        part.resume(found.num_updates, state[part.name], cfg.on_resume.allow)
+    return changed
+
+
+def check_resumption(cfg: TrainConfig, parts: Sequence[Resumable]) -> None:
+    """Refuse what the run would refuse of the checkpoint that it goes on from.
+
+    Tensors are left out, and how many ranks saved them.
+
+    Raises:
+        InputError: Says what is wrong with it.
+    """
+    found = continuation(cfg)
+    if found is not None:
+        resume_parts(found, cfg, parts, read_state(found.checkpoint))
+
+
+def digests_at_start(cfg: TrainConfig, known: Mapping[str, str | None]) -> dict[str, Content]:
     """Note what the run's files hold, and digest what no other part of a checkpoint knows.
 
     Args:
@@ -303,7 +331,7 @@ def noted_content(cfg: TrainConfig, known: Mapping[str, str | None]) -> dict[str
     """
     mine: dict[str, Content] = {}
     if is_main():
-        paths = content_paths(plain_config(cfg), NOTED_CONTENT)
+        paths = content_paths(plain_config(cfg), noted_content(cfg))
         digests = {name: known.get(name) or digest(path) for name, path in paths.items()}
         mine = observed(cfg, digests)
     return gather_objects(mine)[0]

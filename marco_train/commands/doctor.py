@@ -52,7 +52,7 @@ def examine(overrides: list[str]) -> list[str]:
     cfg = made.check("config", partial(composed, overrides))
     if cfg is None:
         return made.faults
-    made.check("output directory", partial(check_output, cfg))
+    made.can_resume = made.passes("output directory", partial(check_output, cfg))
     # Heavy libraries are imported from here on.
     from marco_train import distributed
     from marco_train.commands import stage_checks
@@ -74,6 +74,7 @@ class Examination:
 
     def __init__(self) -> None:
         self.faults: list[str] = []
+        self.can_resume = False
 
     def check(self, what: str, find: Callable[[], T]) -> T | None:
         """Make a check; None where something is wrong, and where nothing is to be found."""

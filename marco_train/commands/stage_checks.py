@@ -30,6 +30,7 @@ from marco_train.models.hf_io import (
 from marco_train.models.weights import named_weights, random_model
 from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.sync import WeightSyncError, canaries, sync_weights
+from marco_train.run import check_resumption
 from marco_train.stages import evaluate
 from marco_train.teachers.cascade import Cascade, check_teacher, teachers_of
 from marco_train.teachers.preflight import NUM_ANSWERED, FirstOfEachKind
@@ -52,8 +53,10 @@ def check_sft(cfg: TrainConfig, made: "Examination") -> None:
         if data is not None:
             made.check("every source", data.check_sources)
             batch = made.check("first batch", partial(next, data))
-            made.check("held-out rows", data.held_out)
             say_batch(data.metrics())
+            made.check("held-out rows", data.held_out)
+            if made.can_resume:
+                made.check("resumption", partial(check_resumption, cfg, [data]))
     model = None if student is None else made.check("weights", partial(load_student, cfg, student))
     if model is not None and batch is not None:
         made.check("first loss", partial(first_loss, model, batch, cross_entropy))
@@ -75,6 +78,7 @@ def check_opd(cfg: TrainConfig, made: "Examination") -> None:
         made.check("every source", prompts.check_sources)
         fit &= made.passes("first batch", partial(next, prompts))
         say_batch(prompts.metrics())
+    model = None if student is None else made.check("weights", partial(load_student, cfg, student))
     cascade = open_cascade(cfg, made, tokenizer, student)
     if cascade is None or prompts is None or student is None:
         return
@@ -82,7 +86,8 @@ def check_opd(cfg: TrainConfig, made: "Examination") -> None:
     turns = prompts.first_prompts(FirstOfEachKind())
     made.check("teachers' turns", partial(cascade.check_turns, turns))
     made.check("held-out prompts", partial(prompts.held_out, cascade.num_held_out))
-    model = made.check("weights", partial(load_student, cfg, student))
+    if made.can_resume:
+        made.check("resumption", partial(check_resumption, cfg, [prompts, cascade]))
     if model is None or not fit:
         return
     answers = made.check("student's answers", partial(answers_of, cfg, student, model, prompts))

@@ -13,7 +13,7 @@ from marco_train.config import ChatTemplate, LossTokens, ModelConfig
 from marco_train.errors import InputError, require
 from marco_train.models.chat_template import apply_template
 from marco_train.models.hf_io import stop_token_ids
-from marco_train.models.tokenizer_files import tokenizer_digest
+from marco_train.models.tokenizer_files import load_fast_tokenizer, tokenizer_digest
 from marco_train.types import Conversation, Example, Message
 
 CHATML = Path(__file__).with_name("chat_template.jinja")
@@ -61,10 +61,7 @@ def load_tokenizer(cfg: ModelConfig) -> Tokenizer:
     path = cfg.tokenizer
     if not (Path(path) / "tokenizer.json").is_file():
         raise InputError(f"model.tokenizer: no tokenizer.json in {path!r}")
-    # Takes a second to import, and AutoTokenizer three; a wrong path is refused before.
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(path)
+    tokenizer = load_fast_tokenizer(path, "model.tokenizer")
     if cfg.chat_template is ChatTemplate.chatml:
         tokenizer.chat_template = CHATML.read_text()
     if isinstance(tokenizer.chat_template, dict):  # several by name; chats without tools get this

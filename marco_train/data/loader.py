@@ -123,9 +123,9 @@ class ConversationStream:
         return self._sources[source][row]
 
     @property
-    def num_rows(self) -> int:
-        """Rows of all sources."""
-        return sum(map(len, self._sources.values()))
+    def num_samples_of_all(self) -> int:
+        """Samples after which every row of every source has been drawn."""
+        return self._mixture.num_samples_of_all
 
     def rendered(self, index: int, render: Callable[[int, Conversation], T | str]) -> T | Dropped:
         """Render a sample, unless it is dropped.
@@ -207,13 +207,13 @@ class _Loader:
         """Render this rank's slots of the coming batch; rows at fault are dropped and counted.
 
         Raises:
-            InputError: As many samples as there are rows gave nothing.
+            InputError: None of all rows can be used.
         """
         first = end = self._begins[self._step]
         dropped = Tally()
         num_kept, drops = 0.0, [0.0] * len(DROPS)
         while num_kept == 0:  # on every rank alike
-            if end - first >= max(self._batch_size, self._stream.num_rows):
+            if end - first >= max(self._batch_size, self._stream.num_samples_of_all):
                 raise dropped.gathered_refusal(f"none of {end - first} samples in a row")
             share = range(end + rank(), end + self._batch_size, world_size())
             end += self._batch_size

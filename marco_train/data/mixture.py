@@ -30,6 +30,16 @@ class Mixture:
         epoch, place = divmod(self._draw(block, source, draw_in_block), self._sizes[source])
         return source, self._order(source, epoch)[place]
 
+    @property
+    def num_samples_of_all(self) -> int:
+        """Samples after which every row of every source that is drawn at all has been drawn."""
+        passes = [
+            -(-size // self.quotas[source])
+            for source, size in self._sizes.items()
+            if self.quotas[source]
+        ]
+        return BLOCK * max(passes)
+
     def epochs(self, index: int) -> dict[str, float]:
         """How often each source has been walked through before sample `index`, about."""
         return {

@@ -17,6 +17,8 @@ from marco_train.types import Conversation, Message
 CHAT_COLUMNS = ("messages", "responses_create_params", "prompt")
 ROLES = {"system", "user", "assistant", "tool"}
 TEXT_PARTS = {"text", "input_text", "output_text"}
+# What a turn says beside its content; without it, the content would be another answer.
+CALLS = ("tool_calls", "function_calls", "function_call")
 GZIP = b"\x1f\x8b"
 # Characters of a row that a message shows.
 MOST_SHOWN = 200
@@ -111,9 +113,10 @@ def read_label(value: Any) -> str:
 def read_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
     """Read the chat of a row in any of the shapes of the datasets on the card.
 
-    `messages` or `prompt` as a list of {role, content} or as text, or
-    `responses_create_params.input`; the first of them that is not empty, as files of several
-    datasets fill the columns of the others with null. Content is text, or a list of parts of text.
+    `messages` as a list of {role, content} or as JSON of one, `prompt` or
+    `responses_create_params.input` as such a list or as text; the first of them that is not empty,
+    as files of several datasets fill the columns of the others with null. Content is text, or a
+    list of parts of text.
 
     Raises:
         KeyError: No such column.
@@ -122,6 +125,8 @@ def read_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
     if not isinstance(row, Mapping):
         raise TypeError(f"the row is {_shown(row)}, not an object with columns")
     columns = {name: row[name] for name in CHAT_COLUMNS if name in row}
+    if columns.get("messages") and isinstance(columns["messages"], str):
+        columns["messages"] = _parsed(columns["messages"])
     if not columns:
         raise KeyError(
             f"no column messages, prompt or responses_create_params.input among {sorted(row)}"
@@ -139,10 +144,20 @@ def read_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
     return tuple(_read_turn(turn) for turn in turns)
 
 
+def _parsed(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise TypeError(f"messages is {_shown(text)}, neither a list nor JSON of one") from error
+
+
 def _read_turn(turn: Any) -> Message:
     role = turn.get("role") if isinstance(turn, Mapping) else None
     if not isinstance(role, str) or role not in ROLES:
         raise TypeError(f"the turn {_shown(turn)} has no role among {sorted(ROLES)}")
+    calls = [name for name in CALLS if turn.get(name)]
+    if calls:
+        raise TypeError(f"the turn {_shown(turn)} holds {calls[0]}, which are not rendered here")
     content = turn.get("content")
     if isinstance(content, list):
         content = _joined(content)

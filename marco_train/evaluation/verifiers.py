@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from marco_train.errors import require
+from marco_train.errors import InputError, require
 
 KNOWN = ("exact", "json_schema", "reasoning_gym")
 
@@ -43,16 +43,29 @@ def verify(answer: str, reference: str, verifier: Mapping[str, object]) -> bool:
 
 
 def check_verifier(verifier: Mapping[str, object]) -> None:
-    """Refuse a verifier that `verify` would not know, before anything is sampled.
+    """Refuse a verifier that `verify` would fail on, before anything is sampled.
 
     Raises:
-        InputError: Its name is unknown.
+        InputError: Its name is unknown, or it lacks what it compares with.
     """
     name = verifier.get("name")
     require(
         name in KNOWN,
-        f"a held-out row names the verifier {name!r}; known are {', '.join(KNOWN)}",
+        f"the row's column `verifier` names {name!r}; known are {', '.join(KNOWN)}, as "
+        '{"name": "exact"}',
     )
+    if name == "json_schema":
+        schema = verifier.get("schema")
+        require(
+            isinstance(schema, dict | bool), f"the verifier json_schema has the schema {schema}"
+        )
+    if name == "reasoning_gym":
+        dataset = str(verifier.get("dataset"))
+        try:
+            _gym_scorer(dataset)
+        except ValueError as error:
+            raise InputError(f"the verifier reasoning_gym: {error}") from error
+        require("entry" in verifier, "the verifier reasoning_gym has no entry")
 
 
 def _satisfies_schema(answer: str, reference: str, schema: object) -> bool:

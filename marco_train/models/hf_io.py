@@ -25,6 +25,7 @@ from marco_train.architecture import (
     read_json,
     refuse_adapter,
     refuse_kind,
+    steady_positions,
     text_config,
 )
 from marco_train.config import (
@@ -33,6 +34,7 @@ from marco_train.config import (
     TeacherConfig,
     TrainConfig,
     check_positions,
+    longest_sequence,
 )
 from marco_train.distributed import gather_objects, is_main, rank, world_size
 from marco_train.errors import InputError, require
@@ -242,6 +244,15 @@ def check_teacher_positions(stage: StageConfig, cfg: TeacherConfig, name: str) -
     num_extra = int(cfg.backend in {TeacherBackend.vllm, TeacherBackend.vllm_server})
     limit = max_positions(decoder_config(cfg.path))
     check_positions(stage, limit, f"{name} ({cfg.path})", num_extra)
+    steady = steady_positions(decoder_config(cfg.path))
+    longest = longest_sequence(stage)
+    require(
+        cfg.backend is not TeacherBackend.hf or steady is None or longest <= steady,
+        f"{name} ({cfg.path}) has rotary embeddings that change once a sequence of the batch is "
+        f"longer than {steady} tokens, and the stage allows {longest}: scores would depend on what "
+        f"else is scored. Set the stage's lengths to {steady} or less in all, or take the backend "
+        "vllm or vllm_server",
+    )
 
 
 def read_head(path: str | Path) -> Tensor:
@@ -345,7 +356,7 @@ def check_checkpoint(path: str | Path, backend: TeacherBackend) -> None:
     quantised = [
         f"{name} {tensor.dtype}"
         for name, tensor in stored.items()
-        if tensor.dtype.startswith(("F8", "F4", "F6"))
+        if tensor.dtype.startswith(("F8_", "F4", "F6_"))
         or ("weight" in name.rsplit(".", 1)[-1] and tensor.dtype not in {*DTYPES, "F64"})
     ]
     require(
@@ -355,6 +366,11 @@ def check_checkpoint(path: str | Path, backend: TeacherBackend) -> None:
         "teacher, the backend vllm or vllm_server",
     )
     if backend is TeacherBackend.hf:
+        heads, embeddings = (
+            [stored[n] for n in known if n in stored] for known in (HEADS, EMBEDDINGS)
+        )
+        if decoder_config(path).get("tie_word_embeddings") and heads and embeddings:
+            _refuse_other_head(heads[0], embeddings[0], path)
         _check_read_by_transformers(path)
 
 
@@ -384,7 +400,14 @@ def _check_read_by_transformers(path: Path) -> None:
 
 
 def _read_headers(path: Path) -> dict[str, StoredTensor]:
-    return {name: t for file in _weight_files(path) for name, t in read_header(file).items()}
+    found = [pair for file in _weight_files(path) for pair in read_header(file).items()]
+    doubled = [name for name, times in Counter(name for name, _ in found).items() if times > 1]
+    require(
+        not doubled,
+        f"{len(doubled)} weights under {path} stand in several of its files: "
+        f"{name_first(doubled)}; fetch the model again",
+    )
+    return dict(found)
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -58,3 +58,23 @@ def tokenizer_digest(path: str | Path, owner: str) -> str:
     content = read_tokenizer(path, owner)
     decisive = tokenizer_meaning(content) | {"post_processor": content.get("post_processor")}
     return sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def load_fast_tokenizer(path: str | Path, owner: str) -> Any:
+    """Open a tokenizer of transformers.
+
+    Raises:
+        InputError: Its files are broken.
+    """
+    read_tokenizer(path, owner)
+    # A second to import.
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(path)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        said = " ".join(str(error).split())
+        raise InputError(
+            f"{owner}: the tokenizer in {str(path)!r} cannot be opened ({type(error).__name__}: "
+            f"{said}); fetch its files again"
+        ) from error

@@ -152,10 +152,10 @@ def check_model(
 
 
 def checked_questions(cfg: TrainConfig, tokenizer: Tokenizer) -> list[Question]:
-    """Read the held-out questions, each with a verifier that we have.
+    """Read the held-out questions whose answers can be checked; others are left out and named.
 
     Raises:
-        InputError: There are none, or a verifier is unknown.
+        InputError: There are none.
     """
     stage: EvaluateConfig = cfg.stage
     if cfg.data.held_out is None:
@@ -163,9 +163,18 @@ def checked_questions(cfg: TrainConfig, tokenizer: Tokenizer) -> list[Question]:
     questions = held_out_questions(
         cfg.data.held_out, stage.num_prompts, stage.max_prompt_length, tokenizer
     )
+    usable, reasons = [], Counter[str]()
     for question in questions:
-        check_verifier(question.verifier)
-    return questions
+        try:
+            check_verifier(question.verifier)
+            usable.append(question)
+        except InputError as error:
+            reasons[f"{question.prompt.source}: {error}"] += 1
+    said = [f"{count} of source {reason}" for reason, count in reasons.items()]
+    require(bool(usable), f"no held-out question can be checked ({'; '.join(said)})")
+    if said and is_main():
+        say(f"left out questions that cannot be checked: {'; '.join(said)}")
+    return usable
 
 
 def open_teachers(cfg: TrainConfig, vocab_size: int) -> dict[str, Teacher]:

@@ -6,7 +6,7 @@ It changes at a known step, or earlier, where the held-out reverse KL has stoppe
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from operator import itemgetter
 from pathlib import Path
@@ -286,6 +286,7 @@ class Cascade:
         )
         if is_main():
             say(f"{what}, as on_resume.allow=[teacher] allows")
+        self._forget_measures(phase)
 
     def _open_teacher(
         self, cfg: TeacherConfig, phase: str, answers: Sequence[Rollout], unless_fit: ExitStack
@@ -336,7 +337,33 @@ class Cascade:
             },
             "teachers": self._identities,
             "said": self._said,
+            "objective": self._objective(),
+            "rules": {p.name: asdict(p.cfg.converged) for p in self.phases},
         }
+
+    def _objective(self) -> list[Any]:
+        """What scores and measures are of."""
+        cfg = self._cfg
+        return [cfg.objective.value, cfg.top_k, cfg.top_k_from.value]
+
+    def _forget_other_measures(self, state: dict[str, Any]) -> None:
+        """Forget what cannot be compared with what this run measures."""
+        other_objective = state["objective"] != self._objective()
+        if other_objective:
+            self._said = {}  # the same teachers say it of other tokens
+        rules = {phase.name: asdict(phase.cfg.converged) for phase in self.phases}
+        for name in list(self._measures):
+            other_rule = state["rules"].get(name) != rules.get(name)
+            if other_objective or other_rule or ResumeChange.data in self._allowed:
+                self._forget_measures(name)
+
+    def _forget_measures(self, phase: str) -> None:
+        """Begin to measure anew whether a phase has converged, unless it has ended."""
+        if phase in self._converged or phase not in self._measures:
+            return
+        del self._measures[phase]
+        if is_main():
+            say(f"phase {phase!r}: its convergence is measured anew")
 
     def resume(
         self, step: int, state: dict[str, Any], allowed: Collection[ResumeChange] = ()
@@ -355,6 +382,7 @@ class Cascade:
         self._identities = dict(state["teachers"])
         self._said = dict(state["said"])
         self.phases = self._plan()
+        self._forget_other_measures(state)
         then = sorted(((name, end) for name, end in state["finished"].items()), key=itemgetter(1))
         if step > (then[-1][1] if then else 0):
             then.append((state["phase"], step))

@@ -19,7 +19,7 @@ from marco_train.config import TeacherConfig
 from marco_train.distributed import gather_objects
 from marco_train.errors import InputError
 from marco_train.models.checksums import checksum
-from marco_train.models.tokenizer_files import tokenizer_digest
+from marco_train.models.tokenizer_files import load_fast_tokenizer, tokenizer_digest
 from marco_train.models.weights import name_first, refuse_broken
 
 Identity = dict[str, Any]
@@ -112,10 +112,7 @@ def _agreed(cfg: TeacherConfig, weights: str, served_as: str | None) -> Identity
         "served_as": served_as,
     }
     if (path / "tokenizer.json").is_file():
-        # A second to import.
-        from transformers import PreTrainedTokenizerFast
-
-        template = PreTrainedTokenizerFast.from_pretrained(path).chat_template
+        template = load_fast_tokenizer(path, f"teacher {path}").chat_template
         identity["tokenizer"] = tokenizer_digest(path, f"teacher {path}")
         identity["template"] = _digest(template)
     first, *others = gather_objects(identity)

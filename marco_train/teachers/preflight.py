@@ -26,6 +26,7 @@ from marco_train.models.hf_io import (
     stop_token_ids,
     stored_weights,
 )
+from marco_train.models.tokenizer_files import load_fast_tokenizer
 from marco_train.teachers.base import SAME_ANSWER, Teacher, Wanted
 from marco_train.teachers.vocab import check_head_rows, check_vocabulary
 from marco_train.tracking import say
@@ -122,10 +123,8 @@ def check_files(
         check_checkpoint(path, cfg.backend)
     check_vocabulary(student_tokenizer, path, name)
     check_head_rows(vocab_size, path, name)
-    # A second to import; wrong files are refused before.
-    from transformers import PreTrainedTokenizerFast
-
-    ours, theirs = (PreTrainedTokenizerFast.from_pretrained(p) for p in (student_tokenizer, path))
+    ours = load_fast_tokenizer(student_tokenizer, "the student")
+    theirs = load_fast_tokenizer(path, name)
     for language, text in PROBES.items():
         expected, found = ours(text)["input_ids"], theirs(text)["input_ids"]
         require(
@@ -226,9 +225,7 @@ def check_turns(
     Raises:
         InputError: Shows the first difference.
     """
-    from transformers import PreTrainedTokenizerFast
-
-    theirs = PreTrainedTokenizerFast.from_pretrained(path)
+    theirs = load_fast_tokenizer(path, name)
     for conversation, prompt in prompts:
         kinds = ", ".join(sorted(kinds_of(conversation))) or "one question"
         where = f"source {conversation.source!r}, row {conversation.row} (from 0; {kinds})"
@@ -278,9 +275,7 @@ def _check_stop_ids(student: int, cfg: TeacherConfig, vocab_size: int, name: str
 
 def probe_rollouts(tokenizer_dir: str, wanted: Wanted) -> list[Rollout]:
     """The probe sentences as rollouts: the second half answers the first."""
-    from transformers import PreTrainedTokenizerFast
-
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_dir)
+    tokenizer = load_fast_tokenizer(tokenizer_dir, "the student")
     rollouts = []
     for index, (language, text) in enumerate(PROBES.items()):
         ids: list[int] = tokenizer(text)["input_ids"]

@@ -291,7 +291,7 @@ def test_a_held_out_row_that_cannot_be_checked_is_refused(world: World, tmp_path
     with pytest.raises(InputError, match=r"none of 3 .* \(3 data/dropped_too_long in 'rows'\)"):
         held_out_questions({"rows": source}, 3, 2, tokenizer)
     (question, *_) = held_out_questions({"rows": source}, 3, 64, tokenizer)
-    with pytest.raises(InputError, match="names the verifier None; known are exact"):
+    with pytest.raises(InputError, match="column `verifier` names None; known are exact"):
         check_verifier(question.verifier)
 
 

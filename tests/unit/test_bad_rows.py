@@ -47,8 +47,23 @@ BAD = {
             {"role": "user", "content": "x"},
             {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
         ),
-        "is not text",
+        "holds tool_calls",
     ),
+    "a call of a tool beside no words": (
+        turns(
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": "", "tool_calls": [{"id": "1"}]},
+        ),
+        "holds tool_calls",
+    ),
+    "a call in the card's words": (
+        turns(
+            {"role": "user", "content": "x"},
+            {"role": "assistant", "content": "", "function_calls": "f()", "functions": None},
+        ),
+        "holds function_calls",
+    ),
+    "text that is no JSON": ('{"messages": "hello"}', "neither a list nor JSON of one"),
     "an unknown role": (turns({"role": "robot", "content": "x"}), "has no role among"),
     "a role that is a list": (turns({"role": ["user"], "content": "x"}), "has no role among"),
     "a turn without a role": (turns({"from": "human", "value": "x"}), "has no role among"),
@@ -247,6 +262,7 @@ PARTS = {
     ),
     "null messages": ({"messages": None, "prompt": "a"}, "a"),
     "empty messages": ({"messages": [], "prompt": "a"}, "a"),
+    "a chat as JSON": ({"messages": '[{"role": "user", "content": "a"}]'}, "a"),
     "empty text": ({"messages": "", "prompt": [{"role": "user", "content": "a"}]}, "a"),
     "null parameters": ({"responses_create_params": None, "prompt": "a"}, "a"),
     "null input": ({"responses_create_params": {"input": None}, "prompt": "a"}, "a"),
@@ -411,9 +427,10 @@ def test_data_of_which_nothing_can_be_used_are_refused_with_the_counts(
     with pytest.raises(InputError) as refusal:
         next(loader)
     said = str(refusal.value)
-    assert said.startswith("none of 8 samples in a row can be used (")
-    assert "2 data/dropped_malformed in 'text'" in said
-    assert "6 data/dropped_too_long in 'text'" in said
+    # In 1,000 samples each of the eight rows has come 125 times.
+    assert said.startswith("none of 1000 samples in a row can be used (")
+    assert "250 data/dropped_malformed in 'text'" in said
+    assert "750 data/dropped_too_long in 'text'" in said
     assert "source 'text', row " in said
 
     both = run_on_ranks(2, refusal_of_rank, stage, world, file)
@@ -429,11 +446,21 @@ def refusal_of_rank(stage: str, world: World, file: Path) -> str:
     raise AssertionError("not refused")
 
 
-def test_a_batch_larger_than_the_data_is_drawn_once(world: World, tmp_path: Path) -> None:
-    file = write(tmp_path, LONG[0])
-    loader = loader_of("opd", world, file, "stage.global_batch_size=6")
-    with pytest.raises(InputError, match="none of 6 samples"):
-        next(loader)
+def test_the_one_row_that_can_be_used_is_found_in_a_small_source(
+    world: World, tmp_path: Path
+) -> None:
+    bad, good = tmp_path / "bad.jsonl", tmp_path / "good.jsonl"
+    bad.write_text("{}\n" * 3)
+    good.write_text(GOOD[0] + "\n")
+    cfg = compose_config("quickstart_opd", f"root={world.root}", "stage.global_batch_size=1")
+    for source in cfg.data.sources.values():
+        source.path = str(bad)
+    cfg.data.sources["math"].path = str(good)  # of weight 0.1
+    tokenizer = tokenizer_of(world.path("data", "tokenizer"))
+    loader = PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
+    for _ in range(20):
+        (prompt,) = next(loader)
+        assert prompt.source == "math"
 
 
 def test_a_file_that_is_no_utf8_is_refused_with_the_line(tmp_path: Path) -> None:

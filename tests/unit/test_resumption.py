@@ -351,8 +351,9 @@ FINISHED = [
     (["stage.num_steps=8"], "choose on_resume.schedule=keep"),
     (["stage.num_steps=5"], "a finished run of 6 steps, and 5 are fewer than were made"),
     (["stage.max_steps=4"], "a finished run of 6 steps, and 4 are fewer than were made"),
-    (["seed=1"], "on_resume.allow=[data]"),
-    (["seed=1", "on_resume.allow=[data]"], "it has no steps left to make with the new values"),
+    (["seed=1"], "data: seed: 0 -> 1; it has no steps left to make with other values"),
+    (["seed=1", "on_resume.allow=[data]"], "it has no steps left to make with other values"),
+    (["seed=1", "stage.num_steps=8"], "on_resume.allow=[data]"),
     (["seed=1", "on_resume.allow=[data]", "stage.num_steps=8"], "on_resume.schedule=keep"),
     (
         ["seed=1", "on_resume.allow=[data]", "stage.num_steps=8", "on_resume.schedule=keep"],
