@@ -16,11 +16,9 @@ from marco_train.checkpoint import (
     save_checkpoint,
     set_aside_newer,
 )
-from marco_train.config import ResumeChange, TrainConfig
-from marco_train.distributed import barrier, gather_objects, is_main, rank, seed_everything
-from marco_train.errors import AwayError, InputError
-from marco_train.metrics import Metrics
-from marco_train.resumption import (
+from marco_train.config import TrainConfig
+from marco_train.config.resume import ResumeChange
+from marco_train.config.resumption import (
     CONTENT,
     FINISHED,
     NOTED_CONTENT,
@@ -36,6 +34,9 @@ from marco_train.resumption import (
     refuse_changes,
     said_of_allowed,
 )
+from marco_train.distributed import barrier, gather_objects, is_main, rank, seed_everything
+from marco_train.errors import AwayError, InputError
+from marco_train.metrics import Metrics
 from marco_train.tracking import Tracker, say
 
 T = TypeVar("T")

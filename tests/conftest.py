@@ -15,18 +15,11 @@ from hydra import compose, initialize_config_dir
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from marco_train.architecture import ArchitectureConfig
-from marco_train.config import (
-    ChatTemplate,
-    DType,
-    ModelConfig,
-    Objective,
-    TeacherBackend,
-    TeacherConfig,
-    TopKFrom,
-    TrainConfig,
-    to_run,
-)
+from marco_train.config import TrainConfig, to_run
+from marco_train.config.architecture import ArchitectureConfig
+from marco_train.config.model import ChatTemplate, DType, ModelConfig
+from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.teacher import TeacherBackend, TeacherConfig
 from marco_train.data.chat import CHATML, load_tokenizer
 from marco_train.data.chat import Tokenizer as ChatTokenizer
 from marco_train.models.hf_io import save_model

@@ -18,14 +18,11 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from marco_train.architecture import ArchitectureConfig, read_architecture
-from marco_train.config import (
-    ChangedSchedule,
-    EvaluateConfig,
-    OPDConfig,
-    ResumeChange,
-    TrainConfig,
-)
+from marco_train.config.architecture import ArchitectureConfig, read_architecture
+from marco_train.config.evaluate import EvaluateConfig
+from marco_train.config.opd import OPDConfig
+from marco_train.config.resume import ChangedSchedule, ResumeChange
+from marco_train.config.run import TrainConfig
 from marco_train.errors import InputError, require
 
 MANIFEST = "manifest.json"

@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from marco_train.architecture import (
+from marco_train.config import TrainConfig
+from marco_train.config.architecture import (
     DEFAULTS,
     POSITIONS,
     ArchitectureConfig,
@@ -27,13 +28,10 @@ from marco_train.architecture import (
     refuse_kind,
     text_config,
 )
-from marco_train.config import (
-    StageConfig,
-    TeacherBackend,
-    TeacherConfig,
-    TrainConfig,
-    check_positions,
-)
+from marco_train.config.lengths import check_positions
+from marco_train.config.resumption import field_difference
+from marco_train.config.stage import StageConfig
+from marco_train.config.teacher import TeacherBackend, TeacherConfig
 from marco_train.distributed import gather_objects, is_main, rank, world_size
 from marco_train.errors import InputError, require
 from marco_train.models.qwen3_moe import Qwen3Moe
@@ -54,7 +52,6 @@ from marco_train.models.weights import (
     refuse_broken,
     weight_shapes,
 )
-from marco_train.resumption import field_difference
 
 SHARD_BYTES = 4 * 2**30
 WEIGHTS = "model.safetensors"

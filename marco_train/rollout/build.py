@@ -4,15 +4,11 @@ from collections.abc import Sequence
 
 import torch
 
-from marco_train.architecture import ArchitectureConfig
-from marco_train.config import (
-    DType,
-    OPDConfig,
-    RolloutConfig,
-    SamplerBackend,
-    check_replay,
-    longest_sequence,
-)
+from marco_train.config.architecture import ArchitectureConfig
+from marco_train.config.lengths import longest_sequence
+from marco_train.config.model import DType
+from marco_train.config.opd import OPDConfig
+from marco_train.config.rollout import RolloutConfig, SamplerBackend, check_replay
 from marco_train.errors import require
 from marco_train.inference.engine import require_vllm
 from marco_train.models.weights import empty_model

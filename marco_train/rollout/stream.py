@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Protocol
 
-from marco_train.config import OPDConfig
+from marco_train.config.opd import OPDConfig
 from marco_train.metrics import Metrics
 from marco_train.rollout.base import Sampler
 from marco_train.types import Prompt, Rollout

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from marco_train.architecture import ArchitectureConfig
-from marco_train.config import RolloutConfig
+from marco_train.config.architecture import ArchitectureConfig
+from marco_train.config.rollout import RolloutConfig
 from marco_train.inference.engine import VLLMEngine, with_tied_head
 from marco_train.models.hf_io import hf_config
 from marco_train.models.weights import accounted, meta_model, weight_shapes

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from marco_train.config import RolloutConfig
+from marco_train.config.rollout import RolloutConfig
 from marco_train.distributed import barrier, gather_objects, is_main, rank, world_size
 from marco_train.errors import InputError, require
 from marco_train.inference.engine import neutral_sampling

@@ -9,16 +9,12 @@ from typing import Any
 
 import torch
 
-from marco_train.architecture import read_architecture
-from marco_train.config import (
-    EvaluateConfig,
-    Objective,
-    TeacherConfig,
-    TopKFrom,
-    TrainConfig,
-    check_positions,
-    longest_sequence,
-)
+from marco_train.config import TrainConfig
+from marco_train.config.architecture import read_architecture
+from marco_train.config.evaluate import EvaluateConfig
+from marco_train.config.lengths import check_positions, longest_sequence
+from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.teacher import TeacherConfig
 from marco_train.data.chat import Tokenizer, load_tokenizer
 from marco_train.data.loader import Question, held_out_questions
 from marco_train.data.packing import pack_rollouts

@@ -1,6 +1,6 @@
 """From a teacher's config to the teacher."""
 
-from marco_train.config import TeacherBackend, TeacherConfig
+from marco_train.config.teacher import TeacherBackend, TeacherConfig
 from marco_train.teachers.base import Teacher, Wanted
 
 

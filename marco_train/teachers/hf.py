@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from marco_train.config import TeacherConfig
+from marco_train.config.teacher import TeacherConfig
 from marco_train.distributed import device
 from marco_train.errors import InputError
 from marco_train.models.probe import probe_ids

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from marco_train.architecture import check_expert_parallel, read_architecture
-from marco_train.config import TeacherConfig
+from marco_train.config.architecture import check_expert_parallel, read_architecture
+from marco_train.config.teacher import TeacherConfig
 from marco_train.distributed import device, expert_parallel_group, reduce_max
 from marco_train.models import load_model
 from marco_train.models.weights import local_weights

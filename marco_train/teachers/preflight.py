@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marco_train.architecture import read_architecture, read_config, read_json
-from marco_train.config import DType, TeacherBackend, TeacherConfig
+from marco_train.config.architecture import read_architecture, read_config, read_json
+from marco_train.config.model import DType
+from marco_train.config.teacher import TeacherBackend, TeacherConfig
 from marco_train.distributed import is_main, reduce_sums
 from marco_train.errors import InputError, require
 from marco_train.losses.logprobs import token_logprobs

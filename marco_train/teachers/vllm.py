@@ -11,7 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from marco_train.config import Objective, TeacherConfig
+from marco_train.config.opd import Objective
+from marco_train.config.teacher import TeacherConfig
 from marco_train.distributed import device
 from marco_train.inference.engine import Purpose, VLLMEngine
 from marco_train.models.hf_io import read_head

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from marco_train.config import Objective, TeacherConfig, TopKFrom
+from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.teacher import TeacherConfig
 from marco_train.distributed import reduce_sums
 from marco_train.errors import AwayError, InputError, require
 from marco_train.inference.engine import neutral_sampling

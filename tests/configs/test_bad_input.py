@@ -9,7 +9,9 @@ import torch
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from marco_train.config import Objective, SourceConfig, SourceKind, check_replay
+from marco_train.config.data import SourceConfig, SourceKind
+from marco_train.config.opd import Objective
+from marco_train.config.rollout import check_replay
 from marco_train.data.chat import CHATML, load_tokenizer
 from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions
 from marco_train.errors import InputError

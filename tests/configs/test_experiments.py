@@ -6,16 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from marco_train.config import (
-    DType,
-    EvaluateConfig,
-    LossTokens,
-    Objective,
-    OPDConfig,
-    Schedule,
-    SFTConfig,
-    TrainConfig,
-)
+from marco_train.config import TrainConfig
+from marco_train.config.evaluate import EvaluateConfig
+from marco_train.config.model import DType
+from marco_train.config.opd import Objective, OPDConfig
+from marco_train.config.optim import Schedule
+from marco_train.config.sft import LossTokens, SFTConfig
 from tests.conftest import compose_config
 
 REPOSITORY = Path(__file__).parents[2]

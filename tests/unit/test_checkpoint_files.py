@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from marco_train.config import TeacherBackend, TeacherServersConfig
+from marco_train.config.teacher import TeacherBackend, TeacherServersConfig
 from marco_train.data.chat import CHATML
 from marco_train.errors import InputError
 from marco_train.models import load_model, save_model

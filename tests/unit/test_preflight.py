@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from marco_train.config import DType, Objective, TeacherBackend, TopKFrom
+from marco_train.config.model import DType
+from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.teacher import TeacherBackend
 from marco_train.data.chat import CHATML
 from marco_train.data.loader import PromptLoader
 from marco_train.errors import InputError

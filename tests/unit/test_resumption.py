@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from marco_train.config import OPDConfig, TrainConfig
-from marco_train.errors import InputError
-from marco_train.resumption import (
+from marco_train.config import TrainConfig
+from marco_train.config.opd import OPDConfig
+from marco_train.config.resumption import (
     KINDS,
     content_digest,
     continuation,
@@ -22,6 +22,7 @@ from marco_train.resumption import (
     plain_config,
     schedule_steps,
 )
+from marco_train.errors import InputError
 from marco_train.run import mark_finished
 from tests.conftest import World, compose_config
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from marco_train.config import DType, RolloutConfig, SamplerBackend
+from marco_train.config.model import DType
+from marco_train.config.rollout import RolloutConfig, SamplerBackend
 from marco_train.inference.engine import Generation
 from marco_train.losses.logprobs import sequence_logprobs, token_logprobs, topk_logprobs
 from marco_train.models import Qwen3Moe

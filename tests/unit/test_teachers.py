@@ -9,13 +9,9 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from marco_train.config import (
-    Objective,
-    TeacherBackend,
-    TeacherConfig,
-    TopKFrom,
-    TrainConfig,
-)
+from marco_train.config import TrainConfig
+from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.teacher import TeacherBackend, TeacherConfig
 from marco_train.data.chat import CHATML, load_tokenizer
 from marco_train.data.loader import PromptLoader
 from marco_train.data.packing import pack_rollouts

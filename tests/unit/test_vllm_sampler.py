@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from marco_train.config import DType, OPDConfig
+from marco_train.config.model import DType
+from marco_train.config.opd import OPDConfig
 from marco_train.inference import engine as vllm_engine
 from marco_train.losses.logprobs import sequence_logprobs
 from marco_train.models.qwen3_moe import Qwen3Moe

@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from marco_train.config import DType, Objective, TeacherBackend
+from marco_train.config.model import DType
+from marco_train.config.opd import Objective
+from marco_train.config.teacher import TeacherBackend
 from marco_train.errors import InputError
 from marco_train.models import hf_io, load_model
 from marco_train.models.hf_io import save_model
