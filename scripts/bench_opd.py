@@ -86,12 +86,10 @@ OBJECTIVES = {
     for objective in (Objective.sampled, Objective.topk, Objective.full)
 }
 # The first is so small that float32 weights stay as they are, and with them what is sampled.
-STILL, MOVING = (
-    [f"optim.learning_rate={rate}", f"optim.min_learning_rate={rate}"] for rate in (1e-30, 1e-6)
-)
+STILL, MOVING = ([f"optim.learning_rate={rate}"] for rate in (1e-30, 1e-6))
 MEMORY_WIDTHS = (64, 96)  # of policy and teacher
 SAMPLERS = {
-    "hf": [],
+    "native": [],
     "vllm": ["stage.rollout.kv_cache_gib=0.25", "stage.rollout.max_tokens_per_batch=4096"],
 }
 SYNC_PARTS = ("sync", "copy", "canary")
@@ -395,7 +393,7 @@ def bench_sampler(bench: Bench, _: argparse.Namespace) -> None:
             cells |= {"sync / bound": median(over), "bound range": span(over)}
             bench.add("sampler", cells, parts)
     bench.note(
-        "sampler", "goals: hf at least 1.3 times the time of vllm; a sync at most its bound,"
+        "sampler", "goals: native at least 1.3 times the time of vllm; a sync at most its bound,"
     )
     bench.note(
         "sampler", "which is two copies of its bytes and the canary; tokens are sampled ones"

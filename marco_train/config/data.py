@@ -1,6 +1,6 @@
 """Which rows a run sees."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from omegaconf import MISSING
@@ -41,13 +41,14 @@ class SourceConfig:
 class DataConfig:
     """Which rows a run sees."""
 
-    sources: dict[str, SourceConfig] = MISSING
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Rows to train on; an evaluation needs none."""
     held_out: dict[str, SourceConfig] | None = None
     """Rows for held-out loss or evaluation. None: no held-out measure."""
     num_rows: int | None = None
     """Budget of rows (labels, in SFT): each source keeps its first weight * num_rows.
     None: all rows."""
-    max_tokens_per_microbatch: int = MISSING
+    max_tokens_per_microbatch: int = 16384
     """Tokens of one packed forward pass on one rank."""
 
     def __post_init__(self) -> None:
@@ -57,7 +58,7 @@ class DataConfig:
             max_tokens_per_microbatch=self.max_tokens_per_microbatch,
         )
         for name, mixture in (("sources", self.sources), ("held_out", self.held_out)):
-            if mixture is None:
+            if not mixture:
                 continue
             total = sum(source.weight for source in mixture.values())
             require(

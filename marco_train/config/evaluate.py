@@ -1,10 +1,10 @@
 """What an evaluation measures."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from omegaconf import MISSING
+from omegaconf import II, MISSING
 
-from marco_train.config.rollout import RolloutConfig, SamplerBackend
+from marco_train.config.rollout import TEMPERATURE, NativeRolloutConfig, RolloutConfig
 from marco_train.config.stage import StageConfig
 from marco_train.config.teacher import TeacherConfig
 from marco_train.errors import require, require_positive
@@ -14,22 +14,24 @@ from marco_train.errors import require, require_positive
 class EvaluateConfig(StageConfig):
     """Sampled accuracy and reverse KL of exported models on held-out prompts."""
 
-    models: dict[str, str] = MISSING
+    models: dict[str, str] = field(default_factory=dict)
     """Hugging Face directories of students, by name: accuracy and KL to each teacher."""
-    teachers: dict[str, TeacherConfig] = MISSING
+    teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     """Accuracy only, and the yardsticks of the KL."""
     num_prompts: int = MISSING
     """Held-out prompts, shared among the categories by the mixture's weights."""
     responses_per_prompt: int = MISSING
     max_prompt_length: int = MISSING
     max_response_length: int = MISSING
-    num_kl_responses: int = MISSING
+    num_kl_responses: int = II("stage.responses_per_prompt")
     """How many of a prompt's responses the teachers score for the KL."""
-    num_shown: int = MISSING
+    num_shown: int = 5
     """Prompts whose answers are written out for a reader."""
-    signatures: bool = MISSING
+    signatures: bool = False
     """Whether signatures.json tells which experts each language's prompts and answers used, over
     the responses that the teachers score."""
+    temperature: float = TEMPERATURE
+    """Of the answers. avg@n is measured at 1."""
     rollout: RolloutConfig = MISSING
 
     def __post_init__(self) -> None:
@@ -42,14 +44,14 @@ class EvaluateConfig(StageConfig):
             max_response_length=self.max_response_length,
         )
         require(
-            self.rollout.temperature == 1.0,
-            f"stage.rollout.temperature is {self.rollout.temperature}; avg@n is measured at "
+            self.temperature == TEMPERATURE,
+            f"stage.temperature is {self.temperature}; avg@n is measured at "
             "temperature 1.0 (Marco-MoE section 4.3): set it to 1.0",
         )
         require(
-            self.rollout.backend is SamplerBackend.hf,
+            isinstance(self.rollout, NativeRolloutConfig),
             f"stage.rollout.backend is {self.rollout.backend.value}, and an evaluation samples "
-            "from exported weights in its own process: choose rollout@stage.rollout=hf",
+            "from exported weights in its own process: choose rollout@stage.rollout=native",
         )
         require(
             not self.rollout.replay_routing,

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import II, MISSING
 
 from marco_train.config.architecture import ArchitectureConfig
 from marco_train.errors import require
@@ -30,9 +30,9 @@ class ModelConfig:
 
     path: str | None = MISSING
     """Hugging Face directory to start from. None: random weights of `architecture`."""
-    tokenizer: str = MISSING
+    tokenizer: str = II("model.path")
     """Hugging Face directory of the tokenizer and its chat template."""
-    chat_template: ChatTemplate = MISSING
+    chat_template: ChatTemplate = ChatTemplate.tokenizer
     """tokenizer: the tokenizer's own, which has to mark the assistant's tokens; chatml: ours, for
     tokenizers that do not (`data/chat_template.jinja`). Exports carry the one in use."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class ModelConfig:
     architecture: ArchitectureConfig | None = None
     """What config.json under `path` has to say, or the shape to initialise at random.
     None: whatever config.json says."""
-    dtype: DType = MISSING
+    dtype: DType = DType.bfloat16
 
     def __post_init__(self) -> None:
         require(

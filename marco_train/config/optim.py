@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from omegaconf import MISSING
+from omegaconf import II, MISSING
 
 from marco_train.errors import require, require_positive
 
@@ -28,21 +28,22 @@ class OptimConfig:
     """AdamW and its schedule."""
 
     learning_rate: float = MISSING
-    min_learning_rate: float = MISSING
-    """Where the cosine ends; equal to `learning_rate` in the constant schedule."""
-    schedule: Schedule = MISSING
-    warmup_steps: int = MISSING
-    beta1: float = MISSING
-    beta2: float = MISSING
-    eps: float = MISSING
-    weight_decay: float = MISSING
+    min_learning_rate: float = II("optim.learning_rate")
+    """Where the cosine ends; the constant schedule has no other rate."""
+    schedule: Schedule = Schedule.constant
+    warmup_steps: int = 0
+    beta1: float = 0.9  # Marco-MoE section 4.1
+    beta2: float = 0.95  # Marco-MoE section 4.1
+    eps: float = 1e-8
+    weight_decay: float = 0.0
     """On matrices; norms are not decayed."""
-    clip_norm: float = MISSING
+    clip_norm: float = 1.0
     """Bound on the global gradient norm."""
-    balance_coefficient: float = MISSING
+    # Both are off in the paper's framework unless asked for, and the paper states neither.
+    balance_coefficient: float = 0.0
     """Of the load-balancing loss, summed over layers; see `losses/balance.py`. 0: off."""
-    balance_scope: BalanceScope = MISSING
-    router_z_coefficient: float = MISSING
+    balance_scope: BalanceScope = BalanceScope.global_batch
+    router_z_coefficient: float = 0.0
     """Of the router z-loss, summed over layers. 0: off."""
 
     def __post_init__(self) -> None:
@@ -69,6 +70,12 @@ class OptimConfig:
             self.schedule is not Schedule.constant or self.min_learning_rate == self.learning_rate,
             "optim.schedule is constant, so optim.min_learning_rate "
             f"{self.min_learning_rate} must equal optim.learning_rate {self.learning_rate}",
+        )
+        require(
+            self.schedule is not Schedule.cosine or self.min_learning_rate < self.learning_rate,
+            f"optim.schedule is cosine, and optim.min_learning_rate {self.min_learning_rate} is no "
+            "less than optim.learning_rate: give where the cosine ends, 0 or more, or choose "
+            "optim.schedule=constant",
         )
 
     def rate_at(self, step: int, num_steps: int) -> float:

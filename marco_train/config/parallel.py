@@ -33,11 +33,11 @@ class ParallelConfig:
 
     expert_parallel_size: int = MISSING
     """Ranks that share the experts of a layer. 1: every rank holds all of them."""
-    zero_stage: int = MISSING
+    zero_stage: int = 1
     """1: optimizer state sharded over ranks; 2: gradients as well."""
-    dispatch: Dispatch = MISSING
+    dispatch: Dispatch = Dispatch.deduplicated
     """Without effect where expert_parallel_size is 1."""
-    recompute: Recompute = MISSING
+    recompute: Recompute = Recompute.none
 
     def __post_init__(self) -> None:
         require_positive("parallel", expert_parallel_size=self.expert_parallel_size)

@@ -114,6 +114,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "stage.num_kl_responses",
         "stage.num_shown",
         "stage.signatures",
+        "stage.temperature",
     ),
     "objective": (
         "stage.loss_tokens",
@@ -132,7 +133,6 @@ KINDS: dict[str, tuple[str, ...]] = {
     ),
     "rollout": (
         "stage.rollout.backend",
-        "stage.rollout.temperature",
         "stage.rollout.replay_routing",
         "stage.rollout.max_staleness",
     ),

@@ -1,4 +1,4 @@
-"""Who samples the responses, and how."""
+"""Who samples the responses: one dataclass a backend, chosen by rollout@stage.rollout=<backend>."""
 
 from dataclasses import dataclass
 from enum import Enum
@@ -6,77 +6,102 @@ from enum import Enum
 from omegaconf import MISSING
 
 from marco_train.config.architecture import ArchitectureConfig
-from marco_train.config.servers import ServersConfig
+from marco_train.config.servers import SamplerServersConfig
 from marco_train.errors import require, require_positive
+
+# At any other the responses are not the policy's own: the sampled-token objective is no unbiased
+# estimate of the reverse KL, and the other objectives are the KL of another distribution.
+TEMPERATURE = 1.0
 
 
 class SamplerBackend(Enum):
     """Who makes the rollouts.
 
-    hf: our own model with a cache of keys and values; vllm: an engine of vLLM in each rank's
+    native: our own model with a cache of keys and values; vllm: an engine of vLLM in each rank's
     process; vllm_server: servers of vLLM over HTTP.
     """
 
-    hf = "hf"
+    native = "native"
     vllm = "vllm"
     vllm_server = "vllm_server"
 
 
 @dataclass(kw_only=True)
 class RolloutConfig:
-    """How responses are sampled."""
+    """What all samplers share."""
 
     backend: SamplerBackend = MISSING
-    batch_size: int | None = MISSING
-    """Responses decoded together on one rank. None for `vllm_server`, which decides itself."""
-    temperature: float = MISSING
-    canary_tolerance: float = MISSING
-    """Largest difference of a log-probability between policy and sampler after a sync, in nats."""
-    replay_routing: bool = MISSING
+    """What the group rollout@stage.rollout was set to."""
+    canary_tolerance: float = 1e-4
+    """Largest difference of a log-probability between policy and sampler after a sync, in nats;
+    bfloat16 needs more than the default."""
+    replay_routing: bool = False
     """Whether the policy's update takes the experts that the sampler chose for each token, with
     the weights of its own routers."""
-    max_tokens_per_batch: int | None = MISSING
-    """Tokens of one forward pass of a `vllm` sampler on one rank. None for any other."""
-    kv_cache_gib: float | None = MISSING
-    """Memory for keys and values of a `vllm` sampler on one rank. None for any other."""
-    servers: ServersConfig | None = MISSING
-    """None for any other than `vllm_server`."""
-    sync_path: str | None = MISSING
+
+    def __post_init__(self) -> None:
+        require(
+            self.backend is type(self).backend,
+            f"stage.rollout.backend is {self.backend.value}, and its other fields are not that "
+            f"sampler's: choose rollout@stage.rollout={self.backend.value} instead",
+        )
+        require_positive("stage.rollout", canary_tolerance=self.canary_tolerance)
+
+
+@dataclass(kw_only=True)
+class NativeRolloutConfig(RolloutConfig):
+    """Our own model, in the trainer's process, with weights of its own."""
+
+    backend: SamplerBackend = SamplerBackend.native
+    batch_size: int = 64
+    """Responses decoded together on one rank."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive("stage.rollout", batch_size=self.batch_size)
+
+
+@dataclass(kw_only=True)
+class VLLMRolloutConfig(RolloutConfig):
+    """An engine of vLLM in the trainer's process."""
+
+    backend: SamplerBackend = SamplerBackend.vllm
+    batch_size: int = 256
+    """Responses decoded together on one rank."""
+    max_tokens_per_batch: int = 16384
+    """Tokens of one forward pass on one rank."""
+    kv_cache_gib: float = 4
+    """Memory for keys and values on one rank."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(
+            "stage.rollout",
+            batch_size=self.batch_size,
+            max_tokens_per_batch=self.max_tokens_per_batch,
+            kv_cache_gib=self.kv_cache_gib,
+        )
+
+
+@dataclass(kw_only=True)
+class VLLMServerRolloutConfig(RolloutConfig):
+    """Servers of vLLM, as scripts/serve_sampler.sh starts them."""
+
+    backend: SamplerBackend = SamplerBackend.vllm_server
+    servers: SamplerServersConfig = MISSING
+    sync_path: str = MISSING
     """Directory that trainer and servers reach under the same name, through which the weights go;
-    of one run at a time. None for any other than `vllm_server`."""
-    max_staleness: int = MISSING
+    of one run at a time."""
+    max_staleness: int = 0
     """Updates that the policy may be ahead of the weights that sampled. 0: on-policy; 1: servers
     sample for the coming step while this one trains."""
 
     def __post_init__(self) -> None:
-        require_positive(
-            "stage.rollout",
-            batch_size=self.batch_size,
-            temperature=self.temperature,
-            canary_tolerance=self.canary_tolerance,
-            max_tokens_per_batch=self.max_tokens_per_batch,
-            kv_cache_gib=self.kv_cache_gib,
-        )
-        in_process, over_http = {SamplerBackend.vllm}, {SamplerBackend.vllm_server}
-        for name, owners in (
-            ("batch_size", set(SamplerBackend) - over_http),
-            ("max_tokens_per_batch", in_process),
-            ("kv_cache_gib", in_process),
-            ("servers", over_http),
-            ("sync_path", over_http),
-        ):
-            named = " or ".join(sorted(owner.value for owner in owners))
-            require(
-                (getattr(self, name) is not None) == (self.backend in owners),
-                f"stage.rollout.{name} is {getattr(self, name)} and stage.rollout.backend is "
-                f"{self.backend.value}; give it with backend={named}, null with any other",
-            )
-        most = 1 if self.backend in over_http else 0
+        super().__post_init__()
         require(
-            0 <= self.max_staleness <= most,
-            f"stage.rollout.max_staleness is {self.max_staleness}, and must lie between 0 and "
-            f"{most} with backend={self.backend.value}: servers sample one step ahead, and a "
-            "sampler in the trainer's process waits while it trains",
+            0 <= self.max_staleness <= 1,
+            f"stage.rollout.max_staleness is {self.max_staleness}, and must be 0 or 1: servers "
+            "sample one step ahead at most",
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import InterpolationValidationError
 
 from marco_train.config.architecture import check_expert_parallel
 from marco_train.config.data import DataConfig
@@ -16,10 +17,23 @@ from marco_train.config.opd import OPDConfig
 from marco_train.config.optim import OptimConfig
 from marco_train.config.parallel import ParallelConfig
 from marco_train.config.resume import OnResumeConfig
-from marco_train.config.rollout import check_replay
+from marco_train.config.rollout import (
+    NativeRolloutConfig,
+    RolloutConfig,
+    VLLMRolloutConfig,
+    VLLMServerRolloutConfig,
+    check_replay,
+)
 from marco_train.config.sft import SFTConfig
 from marco_train.config.stage import StageConfig
-from marco_train.errors import require, require_positive
+from marco_train.config.teacher import (
+    HFTeacherConfig,
+    NativeTeacherConfig,
+    TeacherConfig,
+    VLLMServerTeacherConfig,
+    VLLMTeacherConfig,
+)
+from marco_train.errors import InputError, require, require_positive
 
 
 class LoggingBackend(Enum):
@@ -41,10 +55,10 @@ class LoggingConfig:
     """What a person sees."""
 
     backend: LoggingBackend = MISSING
-    console_every: int = MISSING
+    console_every: int = 1
     """Steps between two printed lines; `metrics.jsonl` has every step."""
-    project: str = MISSING
-    mode: WandbMode = MISSING
+    project: str = "marco_train"
+    mode: WandbMode = WandbMode.offline
 
     def __post_init__(self) -> None:
         require_positive("logging", console_every=self.console_every)
@@ -56,7 +70,7 @@ class CheckpointConfig:
 
     save_every: int | None = MISSING
     """Steps. None: never."""
-    keep_last: int = MISSING
+    keep_last: int = 1
     """Complete checkpoints kept; older ones are deleted after a new one is complete."""
 
     def __post_init__(self) -> None:
@@ -67,12 +81,12 @@ class CheckpointConfig:
 class TrainConfig:
     """One run."""
 
-    name: str = MISSING
-    seed: int = MISSING
-    root: str = MISSING
+    name: str = "run"
+    seed: int = 0
+    root: str = "outputs"
     """Directory under which the runs of a recipe lie; experiments build their paths on it."""
-    output_dir: str = MISSING
-    resume: str = MISSING
+    output_dir: str = "${root}/${name}"
+    resume: str = "auto"
     """auto: the newest complete checkpoint of output_dir, if any; never: from the start;
     otherwise the path of a checkpoint, also of another run's, with which an output_dir of its own
     begins."""
@@ -81,7 +95,8 @@ class TrainConfig:
     data: DataConfig = MISSING
     # The stage is one of StageConfig's subclasses, chosen by the config group `stage`.
     stage: Any = MISSING
-    optim: OptimConfig = MISSING
+    # OptimConfig, which comes with the stages that train; an evaluation has none.
+    optim: Any = None
     parallel: ParallelConfig = MISSING
     logging: LoggingConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
@@ -94,6 +109,18 @@ class TrainConfig:
             isinstance(self.stage, StageConfig),
             "no stage was chosen: add experiment=<name>, or stage=sft|opd|evaluate",
         )
+        if isinstance(self.stage, EvaluateConfig):
+            require(self.optim is None, "an evaluation trains nothing: leave optim out")
+        else:
+            require(
+                isinstance(self.optim, OptimConfig),
+                f"optim is {self.optim}, and the stage trains: give optim.learning_rate instead",
+            )
+            require(
+                len(self.data.sources) > 0,
+                "data.sources is empty: choose data=<group>, or name rows with "
+                "+data.sources={<name>: {...}}",
+            )
         architecture = self.model.architecture
         longest = longest_sequence(self.stage)
         if architecture is not None:
@@ -108,16 +135,29 @@ class TrainConfig:
         )
 
 
+UNIONS = (RolloutConfig, TeacherConfig)
+ROLLOUTS = (NativeRolloutConfig, VLLMRolloutConfig, VLLMServerRolloutConfig)
+TEACHERS = (HFTeacherConfig, NativeTeacherConfig, VLLMTeacherConfig, VLLMServerTeacherConfig)
+
+
 def register_schemas() -> None:
     """Make the dataclasses known to Hydra, in groups of their own under `schema/`."""
     store = ConfigStore.instance()
     run = OmegaConf.structured(TrainConfig)
-    run.model = ModelConfig
+    run.model, run.data, run.parallel = ModelConfig, DataConfig, ParallelConfig
+    run.logging, run.checkpoint = LoggingConfig, CheckpointConfig
     # Any name may stand here, and without `+`.
     OmegaConf.set_struct(run.model.chat_template_kwargs, False)
     store.store(name="run", group="schema", node=run)
-    for kind, node in (("sft", SFTConfig), ("opd", OPDConfig), ("evaluate", EvaluateConfig)):
-        store.store(name=kind, group="schema/stage", node=node)
+    for kind, stage in (("sft", SFTConfig), ("opd", OPDConfig), ("evaluate", EvaluateConfig)):
+        store.store(name=kind, group="schema/stage", node=stage)
+    store.store(name="adamw", group="schema/optim", node=OptimConfig)
+    for group, union in (("rollout", ROLLOUTS), ("teacher", TEACHERS)):
+        for each in union:
+            node = OmegaConf.structured(each)
+            # A field of another backend is refused by `refuse_unknown_keys`, which knows more.
+            OmegaConf.set_struct(node, False)
+            store.store(name=each.backend.value, group=f"schema/{group}", node=node)
 
 
 def to_run(composed: DictConfig) -> TrainConfig:
@@ -127,7 +167,13 @@ def to_run(composed: DictConfig) -> TrainConfig:
         InputError: A value is out of its bounds, or a key is unknown.
         MissingMandatoryValue: A value that only the user can give was not given.
     """
-    cfg = OmegaConf.to_object(composed)
+    try:
+        cfg = OmegaConf.to_object(composed)
+    except InterpolationValidationError as error:
+        raise InputError(
+            f"{error.full_key} is not given, and what it is taken from is null: give both, or set "
+            f"{error.full_key}"
+        ) from error
     assert isinstance(cfg, TrainConfig)
     refuse_unknown_keys(cfg, "")
     return cfg
@@ -142,5 +188,6 @@ def refuse_unknown_keys(value: Any, where: str) -> None:
         return
     known = [field.name for field in fields(value)]
     for name, item in vars(value).items():
-        require(name in known, f"there is no {where}{name}; known are {', '.join(known)}")
+        kind = f" with {where}backend={value.backend.value}" if isinstance(value, UNIONS) else ""
+        require(name in known, f"there is no {where}{name}{kind}; known are {', '.join(known)}")
         refuse_unknown_keys(item, f"{where}{name}.")

@@ -21,14 +21,14 @@ class SFTConfig(StageConfig):
     """Supervised fine-tuning on conversations."""
 
     num_steps: int = MISSING
-    global_batch_size: int = MISSING
+    global_batch_size: int = 64
     """Conversations of one update, over all ranks."""
-    max_length: int = MISSING
+    max_length: int = 4096
     """Tokens of one conversation; longer ones are dropped and counted."""
-    loss_tokens: LossTokens = MISSING
-    eval_every: int | None = MISSING
+    loss_tokens: LossTokens = LossTokens.assistant
+    eval_every: int | None = None
     """Steps between two measures of the held-out loss. None: off."""
-    num_eval_examples: int = MISSING
+    num_eval_examples: int = 512
     """Held-out conversations of one measure."""
 
     def __post_init__(self) -> None:

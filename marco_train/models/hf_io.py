@@ -119,7 +119,7 @@ def stored_weights(path: str | Path, architecture: ArchitectureConfig) -> dict[s
             other than float32, bfloat16 and float16; the first ten of each are named.
     """
     path = Path(path)
-    check_checkpoint(path, TeacherBackend.moe)
+    check_checkpoint(path, TeacherBackend.native)
     found: list[tuple[str, StoredTensor]] = []
     for file in _weight_files(path):
         for name, tensor in read_header(file).items():
@@ -320,8 +320,8 @@ def check_checkpoint(path: str | Path, backend: TeacherBackend) -> None:
 
     Args:
         path: Hugging Face directory.
-        backend: What reads it; `moe` is our own model. vLLM serves quantised models and models of
-            images by itself, and `vllm_server` needs no weights here.
+        backend: What reads it; `native` is our own model. vLLM serves quantised models and models
+            of images by itself, and `vllm_server` needs no weights here.
 
     Raises:
         InputError: An adapter, quantised weights, a model of more than text, weights as pickles or

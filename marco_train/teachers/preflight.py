@@ -118,7 +118,7 @@ def check_files(
         InputError: Says what was expected, what came and what to do.
     """
     path = cfg.path
-    if cfg.backend is TeacherBackend.moe:
+    if cfg.backend is TeacherBackend.native:
         stored_weights(path, read_architecture(path))
     else:
         check_checkpoint(path, cfg.backend)

@@ -241,7 +241,7 @@ def wanted_for(objective: Objective = Objective.sampled) -> Wanted:
     return wanted_of(objective, top_k=4 if objective is Objective.topk else 0)
 
 
-@pytest.mark.parametrize("backend", [TeacherBackend.hf, TeacherBackend.moe])
+@pytest.mark.parametrize("backend", [TeacherBackend.hf, TeacherBackend.native])
 @pytest.mark.parametrize("objective", Objective, ids=lambda objective: objective.value)
 def test_the_numbers_of_real_teachers_pass(
     objective: Objective, backend: TeacherBackend, world: World

@@ -20,7 +20,7 @@ from marco_train.errors import InputError
 from marco_train.losses.distillation import build_reverse_kl
 from marco_train.models import load_model
 from marco_train.models.hf_io import stop_token_ids
-from marco_train.rollout.native import HFSampler
+from marco_train.rollout.native import NativeSampler
 from marco_train.teachers import cascade
 from marco_train.teachers.base import Wanted
 from marco_train.teachers.build import build_teacher
@@ -132,7 +132,7 @@ def score_in_our_model(
     """A rank's rollouts, of which the last rank has none: their numbers and scores."""
     cfg = teacher_config(
         path,
-        TeacherBackend.moe,
+        TeacherBackend.native,
         max_tokens_per_batch=max_tokens,
         expert_parallel_size=ranks_of_experts,
     )
@@ -347,7 +347,7 @@ def distil_from_itself(cfg: TrainConfig) -> tuple[float, float]:
     prompts = next(PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed))
     policy = build_policy(cfg.model, cfg.optim, cfg.parallel, 1, cfg.seed, "")
     path = str(cfg.model.path)
-    sampler = HFSampler(
+    sampler = NativeSampler(
         cfg.stage.rollout,
         load_model(path, torch.float32),
         stop_token_ids(path),

@@ -145,7 +145,7 @@ def frequencies(backend: str, count: int) -> tuple[Counter[int], Tensor]:
         return found, policy.model.logits(hidden)[-1].softmax(-1)
 
 
-@pytest.mark.parametrize("backend", ["hf", "vllm"])
+@pytest.mark.parametrize("backend", ["native", "vllm"])
 def test_tokens_are_as_frequent_as_the_policy_makes_them(backend: str) -> None:
     count = 4000
     ((found, wanted),) = run_on_ranks(1, frequencies, backend, count)
