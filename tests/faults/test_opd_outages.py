@@ -191,7 +191,7 @@ def test_scores_of_a_server_that_served_other_weights_are_asked_anew(
 def test_a_sampler_of_another_distribution_stops_the_run(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = hf.draw_tokens
+    plain = native.draw_tokens
 
     def perturbed(*args: object) -> object:
         tokens, logprobs = plain(*args)  # type: ignore[arg-type]

@@ -267,7 +267,7 @@ def test_a_phase_opens_and_checks_the_teachers_of_its_groups(world: World) -> No
     last = whole.num_steps - 1
     assert isinstance(whole.teacher_at(last, list), HFTeacher)
     missing = compose_config("quickstart_opd", *routed, path + "nowhere")
-    with pytest.raises(InputError, match=r"first.teacher_of.category_math.path: there is no"):
+    with pytest.raises(InputError, match=r"'first' \(teacher_of.category_math\): there is no"):
         Cascade(missing.stage, missing.model.tokenizer, TEMPLATE, 320)
 
 
@@ -308,7 +308,7 @@ def test_a_teacher_without_prompts_is_refused(group: str, world: World) -> None:
 
 def first_prompts(cfg: TrainConfig) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
     """A rank's share of the first eight, of the first batch of six, and of the first one again."""
-    tokenizer = load_tokenizer(cfg.model.tokenizer, cfg.model.chat_template)
+    tokenizer = load_tokenizer(cfg.model)
     loader = PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
     return loader.first(8), next(loader), loader.first(1)
 
