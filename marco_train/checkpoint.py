@@ -20,9 +20,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from marco_train.config.resumption import MANIFEST, STATE, complete_checkpoints
 from marco_train.distributed import barrier, gather_objects, is_main, rank, world_size
 from marco_train.errors import InputError
-from marco_train.resumption import MANIFEST, STATE, complete_checkpoints
 
 
 def save_checkpoint(

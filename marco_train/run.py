@@ -17,12 +17,9 @@ from marco_train.checkpoint import (
     save_checkpoint,
     set_aside_newer,
 )
-from marco_train.config import ResumeChange, TrainConfig
-from marco_train.content import Content, digest, with_digests
-from marco_train.distributed import barrier, gather_objects, is_main, rank, seed_everything
-from marco_train.errors import AwayError, InputError
-from marco_train.metrics import Metrics
-from marco_train.resumption import (
+from marco_train.config import TrainConfig
+from marco_train.config.resume import ResumeChange
+from marco_train.config.resumption import (
     CONTENT,
     FINISHED,
     Change,
@@ -39,6 +36,10 @@ from marco_train.resumption import (
     refuse_changes,
     said_of_allowed,
 )
+from marco_train.content import Content, digest, with_digests
+from marco_train.distributed import barrier, gather_objects, is_main, rank, seed_everything
+from marco_train.errors import AwayError, InputError
+from marco_train.metrics import Metrics
 from marco_train.tracking import Tracker, say
 
 T = TypeVar("T")

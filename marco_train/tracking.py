@@ -10,7 +10,7 @@ from uuid import uuid4
 
 from tqdm import tqdm
 
-from marco_train.config import LoggingBackend, LoggingConfig, WandbMode
+from marco_train.config.run import LoggingBackend, LoggingConfig, WandbMode
 from marco_train.metrics import Metrics, check_names
 
 

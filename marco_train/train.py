@@ -8,9 +8,11 @@ from pathlib import Path
 import hydra
 from omegaconf import DictConfig, MissingMandatoryValue
 
-from marco_train.config import StageKind, TrainConfig, register_schemas, to_run
+from marco_train.config import TrainConfig, to_run
+from marco_train.config.resumption import check_resume, continuation, is_finished
+from marco_train.config.run import register_schemas
+from marco_train.config.stage import StageKind
 from marco_train.errors import AwayError, InputError
-from marco_train.resumption import check_resume, continuation, is_finished
 
 PACKAGE = Path(__file__).resolve().parent
 # Beside the package in a checkout, inside it in a wheel; absolute, so that the console script

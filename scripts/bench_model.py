@@ -42,8 +42,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
 from marco_train import distributed
-from marco_train.architecture import ArchitectureConfig
-from marco_train.config import Dispatch, Recompute
+from marco_train.config.architecture import ArchitectureConfig
+from marco_train.config.parallel import Dispatch, Recompute
 from marco_train.losses.logprobs import token_logprobs
 from marco_train.models import Qwen3Moe, load_model, save_model
 from marco_train.models.grouped_swiglu import grouped_swiglu

@@ -49,8 +49,11 @@ from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from marco_train import distributed
-from marco_train.architecture import ArchitectureConfig, read_architecture
-from marco_train.config import Objective, OPDConfig, TrainConfig, longest_sequence, to_run
+from marco_train.config import TrainConfig, to_run
+from marco_train.config.architecture import ArchitectureConfig, read_architecture
+from marco_train.config.lengths import longest_sequence
+from marco_train.config.opd import Objective, OPDConfig
+from marco_train.config.resumption import plain_config
 from marco_train.data.packing import pack_rollouts
 from marco_train.inference.engine import with_tied_head
 from marco_train.losses.distillation import bucketed_kl, build_reverse_kl
@@ -58,7 +61,6 @@ from marco_train.metrics import Metrics
 from marco_train.models import save_model
 from marco_train.models.hf_io import stop_token_ids
 from marco_train.models.weights import accounted, meta_model, random_model, weight_shapes
-from marco_train.resumption import plain_config
 from marco_train.rollout.base import in_order, summarize
 from marco_train.rollout.build import build_sampler
 from marco_train.rollout.sync import canaries, sync_weights
@@ -84,12 +86,10 @@ OBJECTIVES = {
     for objective in (Objective.sampled, Objective.topk, Objective.full)
 }
 # The first is so small that float32 weights stay as they are, and with them what is sampled.
-STILL, MOVING = (
-    [f"optim.learning_rate={rate}", f"optim.min_learning_rate={rate}"] for rate in (1e-30, 1e-6)
-)
+STILL, MOVING = ([f"optim.learning_rate={rate}"] for rate in (1e-30, 1e-6))
 MEMORY_WIDTHS = (64, 96)  # of policy and teacher
 SAMPLERS = {
-    "hf": [],
+    "native": [],
     "vllm": ["stage.rollout.kv_cache_gib=0.25", "stage.rollout.max_tokens_per_batch=4096"],
 }
 SYNC_PARTS = ("sync", "copy", "canary")
@@ -393,7 +393,7 @@ def bench_sampler(bench: Bench, _: argparse.Namespace) -> None:
             cells |= {"sync / bound": median(over), "bound range": span(over)}
             bench.add("sampler", cells, parts)
     bench.note(
-        "sampler", "goals: hf at least 1.3 times the time of vllm; a sync at most its bound,"
+        "sampler", "goals: native at least 1.3 times the time of vllm; a sync at most its bound,"
     )
     bench.note(
         "sampler", "which is two copies of its bytes and the canary; tokens are sampled ones"

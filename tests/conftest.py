@@ -15,17 +15,17 @@ from hydra import compose, initialize_config_dir
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from marco_train.architecture import ArchitectureConfig
-from marco_train.config import (
-    ChatTemplate,
-    DType,
-    ModelConfig,
-    Objective,
+from marco_train.config import TrainConfig, to_run
+from marco_train.config.architecture import ArchitectureConfig
+from marco_train.config.model import ChatTemplate, DType, ModelConfig
+from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.teacher import (
+    HFTeacherConfig,
+    NativeTeacherConfig,
     TeacherBackend,
     TeacherConfig,
-    TopKFrom,
-    TrainConfig,
-    to_run,
+    VLLMServerTeacherConfig,
+    VLLMTeacherConfig,
 )
 from marco_train.data.chat import CHATML, load_tokenizer
 from marco_train.data.chat import Tokenizer as ChatTokenizer
@@ -149,19 +149,24 @@ def wanted_of(
     return Wanted(objective, top_k, top_k_from, vocab_size, max_length=200, stop_id=2)
 
 
+TEACHERS: dict[TeacherBackend, tuple[type[TeacherConfig], dict[str, Any]]] = {
+    TeacherBackend.hf: (HFTeacherConfig, {"max_tokens_per_batch": 4096}),
+    TeacherBackend.native: (
+        NativeTeacherConfig,
+        {"max_tokens_per_batch": 4096, "expert_parallel_size": 1},
+    ),
+    TeacherBackend.vllm: (
+        VLLMTeacherConfig,
+        {"max_tokens_per_batch": 4096, "kv_cache_gib": 0.0625},
+    ),
+    TeacherBackend.vllm_server: (VLLMServerTeacherConfig, {}),
+}
+
+
 def teacher_config(path: str, backend: TeacherBackend, **changes: Any) -> TeacherConfig:
     """A teacher in float32, or what the changes make of it."""
-    fields: dict[str, Any] = {
-        "path": path,
-        "backend": backend,
-        "dtype": DType.float32,
-        "max_tokens_per_batch": 4096,
-        "expert_parallel_size": 1,
-        "stop_id": None,
-        "kv_cache_gib": 0.0625 if backend is TeacherBackend.vllm else None,
-        "servers": None,
-    }
-    return TeacherConfig(**fields | changes)
+    kind, own = TEACHERS[backend]
+    return kind(**{"path": path, "dtype": DType.float32} | own | changes)
 
 
 def tokenizer_of(

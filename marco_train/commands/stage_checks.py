@@ -9,8 +9,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from marco_train.architecture import ArchitectureConfig, check_expert_parallel
-from marco_train.config import OPDConfig, TeacherConfig, TrainConfig, longest_sequence
+from marco_train.config import TrainConfig
+from marco_train.config.architecture import ArchitectureConfig, check_expert_parallel
+from marco_train.config.lengths import longest_sequence
+from marco_train.config.opd import OPDConfig
+from marco_train.config.teacher import TeacherConfig
 from marco_train.data.chat import Tokenizer, load_tokenizer
 from marco_train.data.loader import PromptLoader, SFTLoader
 from marco_train.data.packing import pack_rollouts

@@ -9,7 +9,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from marco_train.config import ChatTemplate, LossTokens, ModelConfig
+from marco_train.config.model import ChatTemplate, ModelConfig
+from marco_train.config.sft import LossTokens
 from marco_train.errors import InputError, require
 from marco_train.models.chat_template import apply_template
 from marco_train.models.hf_io import stop_token_ids

@@ -6,14 +6,11 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Any, TypeVar
 
-from marco_train.config import (
-    DataConfig,
-    LossTokens,
-    OPDConfig,
-    ResumeChange,
-    SFTConfig,
-    SourceConfig,
-)
+from marco_train.config.data import DataConfig, SourceConfig
+from marco_train.config.opd import OPDConfig
+from marco_train.config.resume import ResumeChange
+from marco_train.config.resumption import field_difference
+from marco_train.config.sft import LossTokens, SFTConfig
 from marco_train.data.chat import (
     Tokenizer,
     check_marks,
@@ -28,7 +25,6 @@ from marco_train.distributed import gather_objects, is_main, rank, reduce_sums, 
 from marco_train.errors import InputError, require
 from marco_train.metrics import Metrics
 from marco_train.models.chat_template import check_template_kwargs
-from marco_train.resumption import field_difference
 from marco_train.tracking import say
 from marco_train.types import (
     GROUPED_BY,

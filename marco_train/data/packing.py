@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from marco_train.config import Objective
+from marco_train.config.opd import Objective
 from marco_train.distributed import reduce_max
 from marco_train.types import (
     GROUPED_BY,

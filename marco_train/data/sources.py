@@ -10,7 +10,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
 
-from marco_train.config import SourceConfig, SourceKind
+from marco_train.config.data import SourceConfig, SourceKind
 from marco_train.errors import InputError
 from marco_train.types import Conversation, Message
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from marco_train.config import OptimConfig
+from marco_train.config.optim import OptimConfig
 from marco_train.engine.expert_groups import expert_group_name, is_expert
 
 LearningRate = Callable[[int], float]

@@ -9,8 +9,10 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
-from marco_train.architecture import check_expert_parallel, read_architecture
-from marco_train.config import ModelConfig, OptimConfig, ParallelConfig
+from marco_train.config.architecture import check_expert_parallel, read_architecture
+from marco_train.config.model import ModelConfig
+from marco_train.config.optim import OptimConfig
+from marco_train.config.parallel import ParallelConfig
 from marco_train.distributed import (
     device,
     expert_parallel_group,

@@ -6,7 +6,7 @@ Legend: L layers, E experts.
 import torch
 from torch import Tensor
 
-from marco_train.config import BalanceScope, OptimConfig
+from marco_train.config.optim import BalanceScope, OptimConfig
 from marco_train.distributed import all_reduce_sum
 from marco_train.losses.balance import balance_loss, router_z_loss
 from marco_train.metrics import Metrics

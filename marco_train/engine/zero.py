@@ -2,7 +2,9 @@
 
 from typing import Any
 
-from marco_train.config import DType, OptimConfig, ParallelConfig
+from marco_train.config.model import DType
+from marco_train.config.optim import OptimConfig
+from marco_train.config.parallel import ParallelConfig
 
 # Elements of one reduction; bounds the buffer that contiguous gradients are copied into.
 BUCKET_ELEMENTS = 2**25

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from marco_train import distributed
+from marco_train.config.rollout import TEMPERATURE
 from marco_train.errors import InputError, require
 
 # Settings of the process that vLLM reads; each is as in the engines that were measured.
@@ -71,7 +72,8 @@ def require_vllm() -> None:
     require(
         importlib.util.find_spec("vllm") is not None,
         "vLLM is not installed: pip install 'marco-train[vllm]' on a machine with a GPU, "
-        "scripts/setup_vllm_cpu for trials without one, or choose backend=hf",
+        "scripts/setup_vllm_cpu for trials without one, or choose another kind: native samples "
+        "without it, and hf and native score",
     )
 
 
@@ -399,7 +401,7 @@ def neutral_sampling(max_tokens: int) -> dict[str, Any]:
         "n": 1,
         "max_tokens": max_tokens,
         "min_tokens": 0,
-        "temperature": 1.0,
+        "temperature": TEMPERATURE,
         "top_p": 1.0,
         "top_k": 0,
         "min_p": 0.0,

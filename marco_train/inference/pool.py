@@ -26,7 +26,7 @@ from tenacity import (
     wait_random_exponential,
 )
 
-from marco_train.config import ServersConfig
+from marco_train.config.servers import ServersConfig
 from marco_train.distributed import reduce_max
 from marco_train.errors import AwayError, InputError
 

@@ -35,7 +35,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from marco_train.config import Objective, OPDConfig
+from marco_train.config.opd import Objective, OPDConfig
 from marco_train.losses.logprobs import (
     HeadGradient,
     RunningSoftmax,

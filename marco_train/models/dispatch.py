@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from marco_train.config import Dispatch
+from marco_train.config.parallel import Dispatch
 from marco_train.models.rows import RowMap, group_rows, spread_tokens, sum_rows
 
 

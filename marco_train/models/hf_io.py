@@ -15,7 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from marco_train.architecture import (
+from marco_train.config import TrainConfig
+from marco_train.config.architecture import (
     DEFAULTS,
     POSITIONS,
     ArchitectureConfig,
@@ -28,14 +29,10 @@ from marco_train.architecture import (
     steady_positions,
     text_config,
 )
-from marco_train.config import (
-    StageConfig,
-    TeacherBackend,
-    TeacherConfig,
-    TrainConfig,
-    check_positions,
-    longest_sequence,
-)
+from marco_train.config.lengths import check_positions, longest_sequence
+from marco_train.config.resumption import field_difference
+from marco_train.config.stage import StageConfig
+from marco_train.config.teacher import TeacherBackend, TeacherConfig
 from marco_train.distributed import gather_objects, is_main, rank, world_size
 from marco_train.errors import InputError, require
 from marco_train.models.qwen3_moe import Qwen3Moe
@@ -57,7 +54,6 @@ from marco_train.models.weights import (
     refuse_broken,
     weight_shapes,
 )
-from marco_train.resumption import field_difference
 
 SHARD_BYTES = 4 * 2**30
 WEIGHTS = "model.safetensors"
@@ -125,7 +121,7 @@ def stored_weights(path: str | Path, architecture: ArchitectureConfig) -> dict[s
             other than float32, bfloat16 and float16; the first ten of each are named.
     """
     path = Path(path)
-    check_checkpoint(path, TeacherBackend.moe)
+    check_checkpoint(path, TeacherBackend.native)
     found: list[tuple[str, StoredTensor]] = []
     for file in _weight_files(path):
         for name, tensor in read_header(file).items():
@@ -335,8 +331,8 @@ def check_checkpoint(path: str | Path, backend: TeacherBackend) -> None:
 
     Args:
         path: Hugging Face directory.
-        backend: What reads it; `moe` is our own model. vLLM serves quantised models and models of
-            images by itself, and `vllm_server` needs no weights here.
+        backend: What reads it; `native` is our own model. vLLM serves quantised models and models
+            of images by itself, and `vllm_server` needs no weights here.
 
     Raises:
         InputError: An adapter, quantised weights, a model of more than text, weights as pickles or

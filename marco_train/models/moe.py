@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from marco_train.config import Dispatch
+from marco_train.config.parallel import Dispatch
 from marco_train.models.dispatch import dispatch
 from marco_train.models.grouped_swiglu import grouped_swiglu
 from marco_train.models.routing import LayerRouting, Router

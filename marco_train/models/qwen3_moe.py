@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from marco_train.architecture import ArchitectureConfig, check_expert_parallel
-from marco_train.config import Dispatch, Recompute
+from marco_train.config.architecture import ArchitectureConfig, check_expert_parallel
+from marco_train.config.parallel import Dispatch, Recompute
 from marco_train.models.attention import KVCache, PackedSequences
 from marco_train.models.moe import SparseMLP
 from marco_train.models.routing import LayerRouting, Routing

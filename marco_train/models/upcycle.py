@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from marco_train.architecture import ArchitectureConfig, read_architecture
+from marco_train.config.architecture import ArchitectureConfig, read_architecture
 from marco_train.errors import require
 from marco_train.models.hf_io import stored_weights, write_directory
 from marco_train.models.safetensors_io import DTYPES, read

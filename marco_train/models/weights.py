@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from marco_train.architecture import ArchitectureConfig
+from marco_train.config.architecture import ArchitectureConfig
 from marco_train.distributed import device, gather_objects
 from marco_train.errors import InputError, require
 from marco_train.models.qwen3_moe import Qwen3Moe

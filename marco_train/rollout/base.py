@@ -7,8 +7,8 @@ from typing import Protocol
 
 from torch import Tensor
 
-from marco_train.architecture import ArchitectureConfig
-from marco_train.config import DType
+from marco_train.config.architecture import ArchitectureConfig
+from marco_train.config.model import DType
 from marco_train.distributed import gather_objects
 from marco_train.metrics import Metrics
 from marco_train.types import FinishReason, Prompt, Rollout, rollout_groups

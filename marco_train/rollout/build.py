@@ -4,14 +4,16 @@ from collections.abc import Sequence
 
 import torch
 
-from marco_train.architecture import ArchitectureConfig
-from marco_train.config import (
-    DType,
-    OPDConfig,
+from marco_train.config.architecture import ArchitectureConfig
+from marco_train.config.lengths import longest_sequence
+from marco_train.config.model import DType
+from marco_train.config.opd import OPDConfig
+from marco_train.config.rollout import (
+    NativeRolloutConfig,
     RolloutConfig,
-    SamplerBackend,
+    VLLMRolloutConfig,
+    VLLMServerRolloutConfig,
     check_replay,
-    longest_sequence,
 )
 from marco_train.errors import require
 from marco_train.inference.engine import require_vllm
@@ -26,13 +28,13 @@ def check_sampler(cfg: RolloutConfig, student: ArchitectureConfig) -> None:
         InputError: Says what to install or to change.
     """
     check_replay(cfg, student)
-    if cfg.backend is SamplerBackend.vllm:
+    if isinstance(cfg, VLLMRolloutConfig):
         require_vllm()
         require(
             not cfg.replay_routing or torch.cuda.is_available(),
             "stage.rollout.replay_routing is true, and there is no GPU: vLLM says which experts it "
             "took with its V2 model runner only, which needs Triton; set it to false, or choose "
-            "stage.rollout.backend=hf",
+            "rollout@stage.rollout=native",
         )
 
 
@@ -53,23 +55,24 @@ def build_sampler(
         cfg.num_sampler_topk,
         seed,
     )
-    match cfg.rollout.backend:
-        case SamplerBackend.hf:
-            from marco_train.rollout.native import HFSampler
+    match cfg.rollout:
+        case NativeRolloutConfig() as rollout:
+            from marco_train.rollout.native import NativeSampler
 
-            return HFSampler(
-                cfg.rollout,
+            return NativeSampler(
+                rollout,
                 empty_model(architecture, getattr(torch, dtype.value), ep_group=None),
                 stop_ids,
                 cfg.max_response_length,
                 cfg.num_sampler_topk,
                 seed,
             )
-        case SamplerBackend.vllm:
+        case VLLMRolloutConfig() as rollout:
             from marco_train.rollout.vllm import VLLMSampler
 
-            return VLLMSampler(cfg.rollout, sampling)
-        case SamplerBackend.vllm_server:
+            return VLLMSampler(rollout, sampling)
+        case VLLMServerRolloutConfig() as rollout:
             from marco_train.rollout.vllm_server import ServerSampler
 
-            return ServerSampler(cfg.rollout, sampling)
+            return ServerSampler(rollout, sampling)
+    raise TypeError(f"no such sampler: {type(cfg.rollout).__name__}")

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from marco_train.config import RolloutConfig
+from marco_train.config.rollout import NativeRolloutConfig
 from marco_train.distributed import device
 from marco_train.losses.logprobs import sequence_logprobs
 from marco_train.models.attention import KVCache
@@ -21,14 +21,14 @@ from marco_train.rollout.base import NO_WEIGHTS, response_seed
 from marco_train.types import FinishReason, Prompt, Rollout, no_experts
 
 
-class HFSampler:
+class NativeSampler:
     """Samples on this rank, alone: every rank holds all experts and its own prompts."""
 
     gives_checksums = True
 
     def __init__(
         self,
-        cfg: RolloutConfig,
+        cfg: NativeRolloutConfig,
         model: Qwen3Moe,
         stop_ids: Sequence[int],
         max_response_length: int,
@@ -40,7 +40,6 @@ class HFSampler:
 
         Rollouts name the `num_topk` likeliest tokens in each place.
         """
-        assert cfg.batch_size is not None
         self._model = model.eval()
         self._batch_size = cfg.batch_size
         self._replay_routing = cfg.replay_routing

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Protocol
 
-from marco_train.config import OPDConfig
+from marco_train.config.opd import OPDConfig
 from marco_train.metrics import Metrics
 from marco_train.rollout.base import Sampler
 from marco_train.types import Prompt, Rollout
@@ -33,7 +33,7 @@ class Ahead:
 
     def __init__(self, cfg: OPDConfig, sampler: Sampler, prompts: PromptSource) -> None:
         self._num_responses = cfg.responses_per_prompt
-        self._max_staleness = cfg.rollout.max_staleness
+        self._max_staleness = cfg.max_staleness
         self._sampler = sampler
         self._prompts = prompts
         self._asked: Iterator[Rollout] | None = None

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from marco_train.architecture import ArchitectureConfig
-from marco_train.config import RolloutConfig
+from marco_train.config.architecture import ArchitectureConfig
+from marco_train.config.rollout import VLLMRolloutConfig
 from marco_train.inference.engine import VLLMEngine, with_tied_head
 from marco_train.models.hf_io import hf_config
 from marco_train.models.weights import accounted, meta_model, weight_shapes
@@ -28,10 +28,8 @@ class VLLMSampler:
 
     gives_checksums = False
 
-    def __init__(self, cfg: RolloutConfig, sampling: Sampling) -> None:
+    def __init__(self, cfg: VLLMRolloutConfig, sampling: Sampling) -> None:
         """Build the engine of a model of this shape."""
-        assert cfg.kv_cache_gib is not None and cfg.max_tokens_per_batch is not None
-        assert cfg.batch_size is not None
         self._sampling = sampling
         self._replay_routing = cfg.replay_routing
         self._shapes = weight_shapes(meta_model(sampling.architecture))

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from marco_train.config import RolloutConfig
+from marco_train.config.rollout import VLLMServerRolloutConfig
 from marco_train.distributed import barrier, gather_objects, is_main, rank, world_size
 from marco_train.errors import InputError, require
 from marco_train.inference.engine import neutral_sampling
@@ -61,9 +61,8 @@ class ServerSampler:
 
     gives_checksums = False
 
-    def __init__(self, cfg: RolloutConfig, sampling: Sampling) -> None:
+    def __init__(self, cfg: VLLMServerRolloutConfig, sampling: Sampling) -> None:
         """Nothing is asked yet: servers may still be starting."""
-        assert cfg.servers is not None and cfg.sync_path is not None
         self._sampling = sampling
         self._replay_routing = cfg.replay_routing
         self._shapes = weight_shapes(meta_model(sampling.architecture))

@@ -9,16 +9,14 @@ from typing import Any
 
 import torch
 
-from marco_train.architecture import read_architecture
-from marco_train.config import (
-    EvaluateConfig,
-    Objective,
-    TeacherConfig,
-    TopKFrom,
-    TrainConfig,
-    check_positions,
-    longest_sequence,
-)
+from marco_train.config import TrainConfig
+from marco_train.config.architecture import read_architecture
+from marco_train.config.evaluate import EvaluateConfig
+from marco_train.config.lengths import check_positions, longest_sequence
+from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.resumption import observed
+from marco_train.config.rollout import NativeRolloutConfig
+from marco_train.config.teacher import TeacherConfig
 from marco_train.data.chat import Tokenizer, load_tokenizer
 from marco_train.data.loader import Question, held_out_questions
 from marco_train.data.packing import pack_rollouts
@@ -34,9 +32,8 @@ from marco_train.models.hf_io import (
     stop_token_ids,
     stored_weights,
 )
-from marco_train.resumption import observed
 from marco_train.rollout.base import in_order
-from marco_train.rollout.native import HFSampler
+from marco_train.rollout.native import NativeSampler
 from marco_train.run import begin, mark_finished
 from marco_train.teachers.base import Teacher, Wanted
 from marco_train.teachers.build import build_teacher
@@ -212,8 +209,9 @@ def sample_answers(
 ) -> Answers:
     """Sample every question's responses; the text ends before the stop token."""
     stage: EvaluateConfig = cfg.stage
+    assert isinstance(stage.rollout, NativeRolloutConfig)  # any other was refused
     stop_ids = stop_token_ids(cfg.model.tokenizer)
-    sampler = HFSampler(
+    sampler = NativeSampler(
         stage.rollout,
         model,
         stop_ids,

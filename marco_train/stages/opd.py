@@ -3,7 +3,9 @@
 from collections.abc import Callable, Iterable, Sequence
 from functools import cache, partial
 
-from marco_train.config import TrainConfig, longest_sequence
+from marco_train.config import TrainConfig
+from marco_train.config.lengths import longest_sequence
+from marco_train.config.resumption import schedule_steps
 from marco_train.data.chat import load_tokenizer
 from marco_train.data.loader import PromptLoader
 from marco_train.data.packing import pack_rollouts
@@ -11,7 +13,6 @@ from marco_train.engine.policy import Policy, build_policy
 from marco_train.losses.distillation import build_reverse_kl
 from marco_train.metrics import check_names
 from marco_train.models.hf_io import stop_token_ids, student_architecture
-from marco_train.resumption import schedule_steps
 from marco_train.rollout.base import Sampler, summarize
 from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.stream import Ahead

@@ -1,13 +1,13 @@
 """Supervised fine-tuning."""
 
 from marco_train.config import TrainConfig
+from marco_train.config.resumption import schedule_steps
 from marco_train.data.chat import load_tokenizer
 from marco_train.data.loader import SFTLoader
 from marco_train.engine.policy import build_policy
 from marco_train.evaluation.held_out import evaluate
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.models.hf_io import student_architecture
-from marco_train.resumption import schedule_steps
 from marco_train.run import Run, due
 from marco_train.teachers.vocab import check_student_vocabulary
 

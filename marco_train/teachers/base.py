@@ -8,7 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from marco_train.config import DType, Objective, TopKFrom
+from marco_train.config.model import DType
+from marco_train.config.opd import Objective, TopKFrom
 from marco_train.losses.logprobs import gather_logprobs, token_logprobs, topk_logprobs
 from marco_train.teachers.identity import Identity
 from marco_train.types import HiddenScores, Rollout, ScoredRollout, TokenScores, TopKScores

@@ -1,25 +1,32 @@
 """From a teacher's config to the teacher."""
 
-from marco_train.config import TeacherBackend, TeacherConfig
+from marco_train.config.teacher import (
+    HFTeacherConfig,
+    NativeTeacherConfig,
+    TeacherConfig,
+    VLLMServerTeacherConfig,
+    VLLMTeacherConfig,
+)
 from marco_train.teachers.base import Teacher, Wanted
 
 
 def build_teacher(cfg: TeacherConfig, wanted: Wanted) -> Teacher:
     """Open a teacher; every rank takes part."""
-    match cfg.backend:
-        case TeacherBackend.hf:
+    match cfg:
+        case HFTeacherConfig():
             from marco_train.teachers.hf import HFTeacher
 
             return HFTeacher(cfg, wanted)
-        case TeacherBackend.moe:
-            from marco_train.teachers.native import MoETeacher
+        case NativeTeacherConfig():
+            from marco_train.teachers.native import NativeTeacher
 
-            return MoETeacher(cfg, wanted)
-        case TeacherBackend.vllm:
+            return NativeTeacher(cfg, wanted)
+        case VLLMTeacherConfig():
             from marco_train.teachers.vllm import VLLMTeacher
 
             return VLLMTeacher(cfg, wanted)
-        case TeacherBackend.vllm_server:
+        case VLLMServerTeacherConfig():
             from marco_train.teachers.vllm_server import ServerTeacher
 
             return ServerTeacher(cfg, wanted)
+    raise TypeError(f"no such teacher: {type(cfg).__name__}")

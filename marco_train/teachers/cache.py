@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from marco_train.config import Objective, ScoreCacheConfig, TopKFrom
+from marco_train.config.opd import Objective, ScoreCacheConfig, TopKFrom
 from marco_train.distributed import is_main
 from marco_train.teachers.base import Teacher, Wanted
 from marco_train.teachers.identity import Identity

@@ -12,21 +12,17 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-from marco_train.config import (
-    OPDConfig,
-    PhaseConfig,
-    ResumeChange,
-    TeacherBackend,
-    TeacherConfig,
-    longest_sequence,
-)
+from marco_train.config.lengths import longest_sequence
+from marco_train.config.opd import OPDConfig, PhaseConfig
+from marco_train.config.resume import ResumeChange
+from marco_train.config.resumption import field_difference
+from marco_train.config.teacher import TeacherBackend, TeacherConfig
 from marco_train.distributed import gather_objects, is_main, reduce_sums, world_size
 from marco_train.errors import InputError, require
 from marco_train.inference.engine import require_vllm
 from marco_train.metrics import Metrics
 from marco_train.models.chat_template import check_template_kwargs
 from marco_train.models.hf_io import check_teacher_positions, stop_token_ids
-from marco_train.resumption import field_difference
 from marco_train.teachers.base import SAME_ANSWER, Teacher, Wanted
 from marco_train.teachers.build import build_teacher
 from marco_train.teachers.cache import ScoreCache

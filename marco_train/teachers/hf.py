@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from marco_train.config import TeacherConfig
+from marco_train.config.teacher import HFTeacherConfig
 from marco_train.distributed import device
 from marco_train.errors import InputError
 from marco_train.models.probe import probe_ids
@@ -103,7 +103,7 @@ def _load_report() -> Iterator[list[str]]:
 class HFTeacher:
     """Scores this rank's rollouts with a whole copy of the teacher."""
 
-    def __init__(self, cfg: TeacherConfig, wanted: Wanted) -> None:
+    def __init__(self, cfg: HFTeacherConfig, wanted: Wanted) -> None:
         """Load a teacher whole.
 
         Raises:

@@ -14,8 +14,8 @@ from typing import Any
 
 from torch import Tensor
 
-from marco_train.architecture import read_config, read_json
-from marco_train.config import TeacherConfig
+from marco_train.config.architecture import read_config, read_json
+from marco_train.config.teacher import TeacherConfig
 from marco_train.distributed import gather_objects
 from marco_train.errors import InputError
 from marco_train.models.checksums import checksum

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from marco_train.architecture import check_expert_parallel, read_architecture
-from marco_train.config import TeacherConfig
+from marco_train.config.architecture import check_expert_parallel, read_architecture
+from marco_train.config.teacher import NativeTeacherConfig
 from marco_train.distributed import device, expert_parallel_group, reduce_max
 from marco_train.models import load_model
 from marco_train.models.weights import local_weights
@@ -18,10 +18,10 @@ from marco_train.teachers.identity import memory_identity
 from marco_train.types import Rollout, ScoredRollout
 
 
-class MoETeacher:
+class NativeTeacher:
     """Scores this rank's rollouts; every rank takes part in every pass."""
 
-    def __init__(self, cfg: TeacherConfig, wanted: Wanted) -> None:
+    def __init__(self, cfg: NativeTeacherConfig, wanted: Wanted) -> None:
         check_expert_parallel(read_architecture(cfg.path), cfg.expert_parallel_size)
         group = expert_parallel_group(cfg.expert_parallel_size)
         model = load_model(cfg.path, getattr(torch, cfg.dtype.value), group)

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marco_train.architecture import read_architecture, read_config, read_json
-from marco_train.config import DType, TeacherBackend, TeacherConfig
+from marco_train.config.architecture import read_architecture, read_config, read_json
+from marco_train.config.model import DType
+from marco_train.config.teacher import TeacherBackend, TeacherConfig
 from marco_train.distributed import is_main, reduce_sums
 from marco_train.errors import InputError, require
 from marco_train.losses.logprobs import token_logprobs
@@ -117,7 +118,7 @@ def check_files(
         InputError: Says what was expected, what came and what to do.
     """
     path = cfg.path
-    if cfg.backend is TeacherBackend.moe:
+    if cfg.backend is TeacherBackend.native:
         stored_weights(path, read_architecture(path))
     else:
         check_checkpoint(path, cfg.backend)

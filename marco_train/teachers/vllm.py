@@ -11,7 +11,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from marco_train.config import Objective, TeacherConfig
+from marco_train.config.opd import Objective
+from marco_train.config.teacher import VLLMTeacherConfig
 from marco_train.distributed import device
 from marco_train.inference.engine import Purpose, VLLMEngine
 from marco_train.models.hf_io import read_head
@@ -29,8 +30,7 @@ from marco_train.types import Rollout, ScoredRollout, TokenScores
 class VLLMTeacher:
     """Scores this rank's rollouts with an engine of its own."""
 
-    def __init__(self, cfg: TeacherConfig, wanted: Wanted) -> None:
-        assert cfg.kv_cache_gib is not None
+    def __init__(self, cfg: VLLMTeacherConfig, wanted: Wanted) -> None:
         self._wanted = wanted
         self._stop_id = cfg.stop_id
         self.identity = files_identity(cfg, served_as=None)

@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from marco_train.config import Objective, TeacherConfig, TopKFrom
+from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.teacher import VLLMServerTeacherConfig
 from marco_train.distributed import reduce_sums
 from marco_train.errors import AwayError, InputError, require
 from marco_train.inference.engine import neutral_sampling
@@ -66,7 +67,7 @@ class ServerTeacher:
 
     head: Tensor | None = None
 
-    def __init__(self, cfg: TeacherConfig, wanted: Wanted) -> None:
+    def __init__(self, cfg: VLLMServerTeacherConfig, wanted: Wanted) -> None:
         """Wait until a server answers, and check it.
 
         Raises:
@@ -77,9 +78,8 @@ class ServerTeacher:
         require(
             wanted.objective is not Objective.full,
             "stage.objective=full needs a teacher's hidden states, which vllm_server does not "
-            "give: choose sampled or topk, or another teacher.backend",
+            "give: choose sampled or topk, or another kind of teacher",
         )
-        assert cfg.servers is not None
         self._servers = cfg.servers
         self._stop_id = cfg.stop_id
         self._wanted = wanted

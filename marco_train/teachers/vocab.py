@@ -5,11 +5,11 @@ With a foreign vocabulary the KL falls while the student is destroyed, so nothin
 
 from pathlib import Path
 
-from marco_train.config import ModelConfig
+from marco_train.config.model import ModelConfig
+from marco_train.config.resumption import field_difference
 from marco_train.errors import InputError
 from marco_train.models.hf_io import decoder_config
 from marco_train.models.tokenizer_files import read_tokenizer, tokenizer_meaning
-from marco_train.resumption import field_difference
 
 SHOWN = 5
 

@@ -5,17 +5,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 
-from marco_train.config import (
-    DType,
-    EvaluateConfig,
-    LossTokens,
-    Objective,
-    OPDConfig,
-    Schedule,
-    SFTConfig,
-    TrainConfig,
-)
+from marco_train.config import TrainConfig, to_run
+from marco_train.config.evaluate import EvaluateConfig
+from marco_train.config.model import DType
+from marco_train.config.opd import Objective, OPDConfig
+from marco_train.config.optim import Schedule
+from marco_train.config.rollout import TEMPERATURE
+from marco_train.config.sft import LossTokens, SFTConfig
+from marco_train.train import CONFIG_DIR
 from tests.conftest import compose_config
 
 REPOSITORY = Path(__file__).parents[2]
@@ -104,7 +103,7 @@ def test_opd_has_the_papers_numbers(name: str, steps: tuple[int, int]) -> None:
     assert (stage.global_batch_size, stage.responses_per_prompt) == (512, 2)
     assert (stage.max_prompt_length, stage.max_response_length) == (2048, 8192)
     assert stage.objective is Objective.sampled
-    assert stage.rollout.temperature == 1.0
+    assert TEMPERATURE == 1.0
     assert list(stage.cascade) == ["first", "second"]
     assert tuple(phase.num_steps for phase in stage.cascade.values()) == steps
     assert stage.cascade["first"].teacher.path == "Qwen3-30B-A3B-Instruct-2507"
@@ -112,6 +111,36 @@ def test_opd_has_the_papers_numbers(name: str, steps: tuple[int, int]) -> None:
     optim = cfg.optim
     assert (optim.learning_rate, optim.min_learning_rate) == (1e-6, 1e-6)
     assert optim.schedule is Schedule.constant
+
+
+def test_a_model_data_a_rate_and_a_length_are_a_run() -> None:
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+        given = ["stage=sft", "model.path=weights", "data=marco_sft"]
+        run = to_run(
+            compose("train", overrides=[*given, "optim.learning_rate=1e-5", "stage.num_steps=3"])
+        )
+    assert isinstance(run.stage, SFTConfig)
+    assert run.model.tokenizer == "weights"
+    assert run.optim.rate_at(0, 3) == run.optim.rate_at(2, 3) == 1e-5
+    assert run.output_dir == "outputs/run"
+
+
+def test_an_evaluation_of_one_model_needs_neither_teachers_nor_what_training_needs() -> None:
+    given = [
+        "stage=evaluate",
+        "model.path=weights",
+        "+stage.models.mine=weights",
+        "data=quickstart_test",
+        "stage.num_prompts=8",
+        "stage.responses_per_prompt=4",
+        "stage.max_prompt_length=64",
+        "stage.max_response_length=64",
+    ]
+    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+        run = to_run(compose("train", overrides=given))
+    assert run.optim is None
+    assert run.stage.teachers == {}
+    assert run.stage.num_kl_responses == 4
 
 
 def test_the_opd_mixture_is_the_papers() -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from marco_train.config import TrainConfig
 from marco_train.errors import AwayError
-from marco_train.rollout import hf
+from marco_train.rollout import native
 from marco_train.stages.opd import RolloutMismatchError, run_opd
 from marco_train.teachers.preflight import NUM_ANSWERED, PROBES
 from tests.conftest import World, compose_config, launch
@@ -191,13 +191,13 @@ def test_scores_of_a_server_that_served_other_weights_are_asked_anew(
 def test_a_sampler_of_another_distribution_stops_the_run(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = hf.draw_tokens
+    plain = native.draw_tokens
 
     def perturbed(*args: object) -> object:
         tokens, logprobs = plain(*args)  # type: ignore[arg-type]
         return tokens, logprobs + 0.3
 
-    monkeypatch.setattr(hf, "draw_tokens", perturbed)
+    monkeypatch.setattr(native, "draw_tokens", perturbed)
     with fake_servers(1) as (server,):
         message = r"differ by 0\.3 nats a token in the mean, more than stage\.max_mismatch 0\.2"
         with pytest.raises(AssertionError, match=message) as failure:

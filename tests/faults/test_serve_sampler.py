@@ -16,7 +16,7 @@ import httpx
 import pytest
 import torch
 
-from marco_train.config import DType
+from marco_train.config.model import DType
 from marco_train.models.hf_io import hf_config
 from marco_train.rollout.base import Sampler, in_order
 from marco_train.rollout.build import build_sampler

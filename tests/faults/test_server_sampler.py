@@ -11,7 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from marco_train.config import DType, OPDConfig, TrainConfig
+from marco_train.config import TrainConfig
+from marco_train.config.model import DType
+from marco_train.config.opd import OPDConfig
 from marco_train.errors import AwayError, InputError
 from marco_train.inference.worker import Receiver
 from marco_train.losses.logprobs import sequence_logprobs

@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from marco_train.config import Objective, TeacherBackend, TeacherServersConfig, TopKFrom
+from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.servers import TeacherServersConfig
+from marco_train.config.teacher import TeacherBackend
 from marco_train.errors import AwayError, InputError
 from marco_train.teachers.vllm_server import ServerTeacher
 from marco_train.types import Rollout, ScoredRollout, TokenScores, TopKScores

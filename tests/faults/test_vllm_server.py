@@ -14,7 +14,10 @@ import httpx
 import pytest
 import torch
 
-from marco_train.config import DType, Objective, TeacherBackend, TeacherServersConfig, TopKFrom
+from marco_train.config.model import DType
+from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.servers import TeacherServersConfig
+from marco_train.config.teacher import TeacherBackend
 from marco_train.errors import AwayError, InputError
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model

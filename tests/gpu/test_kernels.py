@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from marco_train.config import Dispatch
+from marco_train.config.parallel import Dispatch
 from marco_train.losses.logprobs import token_logprobs
 from marco_train.models.moe import SparseMLP
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from marco_train.config import SourceConfig, SourceKind, TrainConfig
+from marco_train.config import TrainConfig
+from marco_train.config.data import SourceConfig, SourceKind
 from marco_train.stages.opd import run_opd
 from tests.card_rows import SHAPES
 from tests.conftest import World, compose_config

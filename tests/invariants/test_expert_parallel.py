@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from marco_train.config import Dispatch
+from marco_train.config.parallel import Dispatch
 from marco_train.errors import InputError
 from marco_train.models import Qwen3Moe, hf_io, load_model, save_model
 from marco_train.models.dispatch import dispatch

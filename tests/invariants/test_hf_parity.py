@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from marco_train.architecture import ArchitectureConfig
+from marco_train.config.architecture import ArchitectureConfig
 from marco_train.models import Qwen3Moe, load_model, save_model
 from marco_train.models.weights import random_model
 from tests.conftest import DENSE, architecture

@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 
 from marco_train.checkpoint import complete_checkpoints
 from marco_train.config import TrainConfig
+from marco_train.config.resumption import check_resume, is_finished, observed
 from marco_train.engine.policy import Policy
 from marco_train.errors import InputError
-from marco_train.resumption import check_resume, is_finished, observed
 from marco_train.run import mark_finished
 from marco_train.stages.opd import run_opd
 from marco_train.stages.sft import run_sft

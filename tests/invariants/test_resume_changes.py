@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file
 
 from marco_train.config import TrainConfig
+from marco_train.config.resumption import is_finished
 from marco_train.errors import InputError
-from marco_train.resumption import is_finished
 from tests.conftest import World, compose_config
 from tests.invariants.test_resume import losses, overrides, run
 from tests.ranks import run_on_ranks

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from marco_train.architecture import max_positions, read_architecture, text_config
+from marco_train.config.architecture import max_positions, read_architecture, text_config
 from marco_train.errors import InputError
 from marco_train.models import load_model
 

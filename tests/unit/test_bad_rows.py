@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from marco_train.config import SourceConfig, SourceKind, TrainConfig
+from marco_train.config import TrainConfig
+from marco_train.config.data import SourceConfig, SourceKind
 from marco_train.data.loader import MOST_NAMED, PromptLoader, SFTLoader, held_out_questions
 from marco_train.data.sources import BadRow, Source, read_messages
 from marco_train.errors import InputError

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from marco_train.config import TeacherConfig
+from marco_train.config.teacher import TeacherConfig
 from marco_train.errors import InputError
 from marco_train.rollout.build import check_sampler
 from marco_train.stages import opd

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from marco_train.config import ChatTemplate, LossTokens
+from marco_train.config.model import ChatTemplate
+from marco_train.config.sft import LossTokens
 from marco_train.data.chat import (
     Tokenizer,
     holds_control_tokens,

@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from marco_train.config import TeacherBackend, TeacherServersConfig
+from marco_train.config.servers import TeacherServersConfig
+from marco_train.config.teacher import TeacherBackend
 from marco_train.data.chat import CHATML
 from marco_train.errors import InputError
 from marco_train.models import load_model, save_model
@@ -307,9 +308,9 @@ LAYOUTS = {
 
 
 def check_with(backend: TeacherBackend, path: Path, world: World) -> None:
-    servers = None
+    given = {}
     if backend is TeacherBackend.vllm_server:
-        servers = TeacherServersConfig(
+        given["servers"] = TeacherServersConfig(
             urls=["http://localhost:1"],
             max_requests=1,
             request_timeout_seconds=1,
@@ -317,7 +318,7 @@ def check_with(backend: TeacherBackend, path: Path, world: World) -> None:
             give_up_after_seconds=1,
             max_rejected=0.0,
         )
-    cfg = teacher_config(str(path), backend, servers=servers)
+    cfg = teacher_config(str(path), backend, **given)
     check_files(world.path("data", "tokenizer"), CHATML.read_text(), 320, cfg, "teacher")
 
 
@@ -335,7 +336,7 @@ def test_student_and_teachers_read_one_model_or_refuse_it(
                 check_with(backend, model_dir, world)
     for read in (
         lambda: load_model(model_dir, torch.float32),
-        lambda: check_with(TeacherBackend.moe, model_dir, world),
+        lambda: check_with(TeacherBackend.native, model_dir, world),
     ):
         if layout.student is None:
             read()

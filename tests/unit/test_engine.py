@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from marco_train.config import BalanceScope, DType, OptimConfig, ParallelConfig, Schedule
+from marco_train.config.model import DType
+from marco_train.config.optim import BalanceScope, OptimConfig, Schedule
+from marco_train.config.parallel import ParallelConfig
 from marco_train.engine.expert_groups import mark_experts
 from marco_train.engine.optim import build_schedule, parameter_groups
 from marco_train.engine.zero import deepspeed_config

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from marco_train.config import Objective
+from marco_train.config.opd import Objective
 from marco_train.data.packing import pack_rollouts
 from marco_train.evaluation.accuracy import accuracy_by_category
 from marco_train.metrics import MetricSums, check_names

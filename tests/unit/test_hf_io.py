@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from marco_train.architecture import read_architecture
+from marco_train.config.architecture import read_architecture
 from marco_train.errors import InputError
 from marco_train.models import hf_io, load_model, save_model
 from marco_train.models.hf_io import check_architecture, stop_token_ids

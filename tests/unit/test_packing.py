@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from marco_train.config import Objective
+from marco_train.config.opd import Objective
 from marco_train.data.packing import pack_examples, pack_rollouts
 from marco_train.types import (
     Example,

@@ -88,7 +88,7 @@ def test_a_student_without_positions_for_a_response_is_refused(
         evaluate.run_evaluate(evaluate_config(world, student))
 
 
-@pytest.mark.parametrize("backend", ["hf", "moe", "vllm_server"])
+@pytest.mark.parametrize("backend", ["hf", "native", "vllm_server"])
 def test_a_teacher_without_positions_is_refused(backend: str, world: World, tmp_path: Path) -> None:
     over_http = backend == "vllm_server"
     short = 96 if over_http else 95  # vLLM makes a token after what it scores

@@ -14,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from marco_train.config import DType, Objective, TeacherBackend, TopKFrom
+from marco_train.config.model import DType
+from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.teacher import TeacherBackend
 from marco_train.data.chat import CHATML
 from marco_train.data.loader import PromptLoader
 from marco_train.errors import InputError
@@ -242,7 +244,7 @@ def wanted_for(objective: Objective = Objective.sampled) -> Wanted:
     return wanted_of(objective, top_k=4 if objective is Objective.topk else 0)
 
 
-@pytest.mark.parametrize("backend", [TeacherBackend.hf, TeacherBackend.moe])
+@pytest.mark.parametrize("backend", [TeacherBackend.hf, TeacherBackend.native])
 @pytest.mark.parametrize("objective", Objective, ids=lambda objective: objective.value)
 def test_the_numbers_of_real_teachers_pass(
     objective: Objective, backend: TeacherBackend, world: World

@@ -9,10 +9,9 @@ from typing import Any
 
 import pytest
 
-from marco_train.config import OPDConfig, TrainConfig
-from marco_train.content import digest
-from marco_train.errors import InputError
-from marco_train.resumption import (
+from marco_train.config import TrainConfig
+from marco_train.config.opd import OPDConfig
+from marco_train.config.resumption import (
     KINDS,
     continuation,
     describe,
@@ -23,6 +22,8 @@ from marco_train.resumption import (
     plain_config,
     schedule_steps,
 )
+from marco_train.content import digest
+from marco_train.errors import InputError
 from marco_train.run import mark_finished
 from tests.conftest import World, compose_config
 
@@ -68,10 +69,24 @@ def leave_checkpoint(cfg: TrainConfig, step: int, **more: Any) -> Path:
     return path
 
 
-@pytest.mark.parametrize("stage", ["sft", "opd", "evaluate"])
-def test_every_field_of_a_config_is_classified(stage: str, world: World, tmp_path: Path) -> None:
-    more = {"sft": [], "opd": [*SERVED, "rollout@stage.rollout=vllm_server"], "evaluate": []}
-    cfg = composed(stage, world, tmp_path, *more[stage])
+FIRST = "teacher@stage.cascade.first.teacher"
+EVERY_KIND = [
+    ("sft", []),
+    ("opd", [*SERVED, "rollout@stage.rollout=vllm_server"]),
+    ("opd", [f"{FIRST}=native", "rollout@stage.rollout=vllm"]),
+    ("opd", [f"{FIRST}=vllm"]),
+    ("evaluate", []),
+    ("evaluate", ["+teacher@stage.teachers.third=native", "stage.teachers.third.path=anywhere"]),
+]
+
+
+@pytest.mark.parametrize(
+    ("stage", "more"), EVERY_KIND, ids=[" ".join(m) or s for s, m in EVERY_KIND]
+)
+def test_every_field_of_a_config_is_classified(
+    stage: str, more: list[str], world: World, tmp_path: Path
+) -> None:
+    cfg = composed(stage, world, tmp_path, *more)
     if isinstance(cfg.stage, OPDConfig):
         first, second = cfg.stage.cascade.values()
         first.teacher_of = {"category_math": second.teacher, "language_de": first.teacher}
@@ -131,7 +146,7 @@ CHANGES: list[tuple[str, list[str], list[str], str]] = [
     ("opd", [], ["stage.cascade.first.converged.measure_every=2"], "objective"),
     ("opd", [], ["stage.max_importance_ratio=null"], "objective"),
     ("opd", [], ["stage.max_response_length=20"], "data"),
-    ("opd", [], ["teacher@stage.cascade.second.teacher=moe"], "teacher"),
+    ("opd", [], ["teacher@stage.cascade.second.teacher=native"], "teacher"),
     ("opd", [], ["stage.cascade.second.teacher.stop_id=3"], "teacher"),
     ("opd", [], ["stage.cascade.first.teacher.dtype=bfloat16"], "teacher"),
     ("opd", [], ["rollout@stage.rollout=vllm"], "rollout"),
@@ -311,12 +326,12 @@ def test_a_field_that_an_older_checkpoint_does_not_have_counts_as_its_default(
     other = "stage.cascade.first.converged.num_prompts=8"
     with pytest.raises(InputError, match=r"first.converged.num_prompts: 256 -> 8"):
         continuation(composed("opd", world, tmp_path, other))
-    del config["optim"]["clip_norm"]  # that has none
+    del config["optim"]["learning_rate"]  # that has none
     config["optim"]["label_smoothing"] = 0.1  # nor is there such a field
     (path / "state.json").write_text(json.dumps(state))
     with pytest.raises(InputError) as refused:
         continuation(cfg)
-    assert "optim: optim.clip_norm: None -> 1.0, optim.label_smoothing: 0.1 -> None" in str(
+    assert "optim: optim.label_smoothing: 0.1 -> None, optim.learning_rate: None -> 0.001" in str(
         refused.value
     )
 

@@ -1,14 +1,14 @@
 """The sampler samples the model's distribution, by seed, and holds the policy's weights."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from marco_train.config import DType, RolloutConfig, SamplerBackend
+from marco_train.config.model import DType
+from marco_train.config.rollout import NativeRolloutConfig, VLLMRolloutConfig
 from marco_train.inference.engine import Generation
 from marco_train.losses.logprobs import sequence_logprobs, token_logprobs, topk_logprobs
 from marco_train.models import Qwen3Moe
@@ -17,7 +17,7 @@ from marco_train.models.routing import Router, Routing
 from marco_train.models.weights import empty_model, named_weights, random_model
 from marco_train.rollout import vllm as rollout_vllm
 from marco_train.rollout.base import Sampling, in_order, response_seed, summarize
-from marco_train.rollout.native import HFSampler, draw_tokens
+from marco_train.rollout.native import NativeSampler, draw_tokens
 from marco_train.rollout.sync import WeightSyncError, canaries, sync_weights
 from marco_train.rollout.vllm import VLLMSampler, check_experts
 from marco_train.types import FinishReason, Prompt, Rollout
@@ -29,19 +29,8 @@ TOP_K = 3
 PROBES = canaries(16, 200)
 
 
-def config(batch_size: int = 64, replay_routing: bool = False) -> RolloutConfig:
-    return RolloutConfig(
-        backend=SamplerBackend.hf,
-        batch_size=batch_size,
-        temperature=1.0,
-        canary_tolerance=1e-4,
-        replay_routing=replay_routing,
-        max_tokens_per_batch=None,
-        kv_cache_gib=None,
-        servers=None,
-        sync_path=None,
-        max_staleness=0,
-    )
+def config(batch_size: int = 64, replay_routing: bool = False) -> NativeRolloutConfig:
+    return NativeRolloutConfig(batch_size=batch_size, replay_routing=replay_routing)
 
 
 def spread_model(seed: int = 0) -> Qwen3Moe:
@@ -61,8 +50,8 @@ def prompts() -> list[Prompt]:
     ]
 
 
-def sampler(model: Qwen3Moe, batch_size: int = 64, seed: int = 7) -> HFSampler:
-    return HFSampler(config(batch_size), model, STOP_IDS, LIMIT, TOP_K, seed, weight_version=3)
+def sampler(model: Qwen3Moe, batch_size: int = 64, seed: int = 7) -> NativeSampler:
+    return NativeSampler(config(batch_size), model, STOP_IDS, LIMIT, TOP_K, seed, weight_version=3)
 
 
 def test_the_logprobs_with_a_cache_are_those_of_a_full_forward_pass() -> None:
@@ -82,7 +71,7 @@ def test_the_logprobs_with_a_cache_are_those_of_a_full_forward_pass() -> None:
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_the_experts_recorded_are_those_of_a_full_forward_pass(batch_size: int) -> None:
     model = spread_model()
-    recording = HFSampler(config(batch_size, True), model, STOP_IDS, LIMIT, TOP_K, 7, 3)
+    recording = NativeSampler(config(batch_size, True), model, STOP_IDS, LIMIT, TOP_K, 7, 3)
     rollouts = in_order(recording.sample(prompts(), 6))
     assert len({len(r.response_ids) for r in rollouts}) > 2, "lengths should differ"
     assert rollouts == in_order(sampler(model, batch_size).sample(prompts(), 6))
@@ -147,12 +136,7 @@ def test_experts_come_from_vllm_with_the_rollout_where_they_are_asked_for(
     replay_routing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rollout_vllm, "VLLMEngine", FakeEngine)
-    cfg = replace(
-        config(replay_routing=replay_routing),
-        backend=SamplerBackend.vllm,
-        max_tokens_per_batch=256,
-        kv_cache_gib=1.0,
-    )
+    cfg = VLLMRolloutConfig(replay_routing=replay_routing, batch_size=64, kv_cache_gib=1.0)
     shape = architecture(vocab_size=16)
     sampling = Sampling(shape, DType.float32, STOP_IDS, 64, LIMIT, num_topk=0, seed=7)
     target = VLLMSampler(cfg, sampling)
@@ -247,9 +231,9 @@ class FakePolicy:
         return sequence_logprobs(self.model, self.model.head, sequences)
 
 
-def fresh_sampler() -> HFSampler:
+def fresh_sampler() -> NativeSampler:
     model = empty_model(architecture(vocab_size=16), torch.float32, ep_group=None)
-    return HFSampler(config(), model, STOP_IDS, LIMIT, TOP_K, seed=7)
+    return NativeSampler(config(), model, STOP_IDS, LIMIT, TOP_K, seed=7)
 
 
 def test_a_sync_makes_the_sampler_the_policy() -> None:
@@ -282,7 +266,7 @@ def test_a_weight_that_is_missing_stops_the_sync() -> None:
         target.sample(prompts(), 1)
 
 
-class DeafSampler(HFSampler):
+class DeafSampler(NativeSampler):
     """Takes every weight and keeps one of them as it was, as a stale kernel would."""
 
     def load_weights(self, weights: Iterator[tuple[str, Tensor]], version: int) -> None:  # type: ignore[override]
@@ -298,7 +282,7 @@ def test_a_weight_that_did_not_arrive_is_named() -> None:
         sync_weights(FakePolicy(spread_model(seed=2)), deaf, 0, PROBES, 1e-4)
 
 
-class Miscalculating(HFSampler):
+class Miscalculating(NativeSampler):
     """Holds the right weights and computes with others, as a packed expert kernel can."""
 
     def score(self, sequences: Sequence[list[int]]) -> Tensor:

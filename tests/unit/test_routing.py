@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from marco_train.config import Recompute
+from marco_train.config.parallel import Recompute
 from marco_train.evaluation.signatures import language_signatures
 from marco_train.losses.balance import balance_loss, router_z_loss
 from marco_train.models import load_model, save_model

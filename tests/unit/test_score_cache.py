@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from marco_train.config import Objective, ScoreCacheConfig
+from marco_train.config.opd import Objective, ScoreCacheConfig
 from marco_train.teachers.base import Wanted, scores_from_hidden
 from marco_train.teachers.cache import ScoreCache
 from marco_train.types import FinishReason, Prompt, Rollout, ScoredRollout

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from marco_train.config import SourceConfig, SourceKind
+from marco_train.config.data import SourceConfig, SourceKind
 from marco_train.data.sources import Source, read_messages
 from marco_train.evaluation.accuracy import accuracy_by_category
 from marco_train.types import Message

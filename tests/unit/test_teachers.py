@@ -9,13 +9,9 @@ import torch
 import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from marco_train.config import (
-    Objective,
-    TeacherBackend,
-    TeacherConfig,
-    TopKFrom,
-    TrainConfig,
-)
+from marco_train.config import TrainConfig
+from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.teacher import TeacherBackend, TeacherConfig
 from marco_train.data.chat import CHATML, load_tokenizer
 from marco_train.data.loader import PromptLoader
 from marco_train.data.packing import pack_rollouts
@@ -24,7 +20,7 @@ from marco_train.errors import InputError
 from marco_train.losses.distillation import build_reverse_kl
 from marco_train.models import load_model
 from marco_train.models.hf_io import stop_token_ids
-from marco_train.rollout.native import HFSampler
+from marco_train.rollout.native import NativeSampler
 from marco_train.teachers import cascade
 from marco_train.teachers.base import Wanted
 from marco_train.teachers.build import build_teacher
@@ -136,7 +132,7 @@ def score_in_our_model(
     """A rank's rollouts, of which the last rank has none: their numbers and scores."""
     cfg = teacher_config(
         path,
-        TeacherBackend.moe,
+        TeacherBackend.native,
         max_tokens_per_batch=max_tokens,
         expert_parallel_size=ranks_of_experts,
     )
@@ -271,9 +267,7 @@ def test_a_phase_opens_and_checks_the_teachers_of_its_groups(world: World) -> No
     last = whole.num_steps - 1
     assert isinstance(whole.teacher_at(last, list), HFTeacher)
     missing = compose_config("quickstart_opd", *routed, path + "nowhere")
-    with pytest.raises(
-        InputError, match=r"teacher 'first' \(teacher_of.category_math\): there is no model at"
-    ):
+    with pytest.raises(InputError, match=r"'first' \(teacher_of.category_math\): there is no"):
         Cascade(missing.stage, missing.model.tokenizer, TEMPLATE, 320)
 
 
@@ -353,7 +347,7 @@ def distil_from_itself(cfg: TrainConfig) -> tuple[float, float]:
     prompts = next(PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed))
     policy = build_policy(cfg.model, cfg.optim, cfg.parallel, 1, cfg.seed, "")
     path = str(cfg.model.path)
-    sampler = HFSampler(
+    sampler = NativeSampler(
         cfg.stage.rollout,
         load_model(path, torch.float32),
         stop_token_ids(path),

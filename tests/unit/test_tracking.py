@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from wandb.proto.wandb_internal_pb2 import HistoryItem, HistoryRecord, HistoryStep, Record
 
-from marco_train.config import LoggingBackend, LoggingConfig, WandbMode
+from marco_train.config.run import LoggingBackend, LoggingConfig, WandbMode
 from marco_train.metrics import NAMES
 from marco_train.tracking import Tracker, _lost_after, format_eta, step_line
 

@@ -15,7 +15,9 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from marco_train.config import DType, Objective, TeacherBackend, TopKFrom
+from marco_train.config.model import DType
+from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.teacher import TeacherBackend
 from marco_train.errors import InputError
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model

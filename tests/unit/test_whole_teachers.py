@@ -14,7 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from marco_train.config import DType, Objective, TeacherBackend
+from marco_train.config.model import DType
+from marco_train.config.opd import Objective
+from marco_train.config.teacher import TeacherBackend
 from marco_train.errors import InputError
 from marco_train.models import hf_io, load_model
 from marco_train.models.hf_io import save_model
@@ -27,7 +29,7 @@ from tests.ranks import run_on_ranks
 from tests.unit.test_teachers import TEMPLATE, rollouts
 
 Weights = dict[str, Tensor]
-IN_MEMORY = [TeacherBackend.hf, TeacherBackend.moe]
+IN_MEMORY = [TeacherBackend.hf, TeacherBackend.native]
 
 
 def changed(path: Path, change: Callable[[Weights], Weights]) -> None:
@@ -214,7 +216,7 @@ def test_right_checkpoints_of_many_families_load(family: str, tied: bool, tmp_pa
     model.save_pretrained(tmp_path)
     check_scores_of(opened(tmp_path), model)
     if family.startswith("qwen3"):
-        check_scores_of(opened(tmp_path, TeacherBackend.moe), model)
+        check_scores_of(opened(tmp_path, TeacherBackend.native), model)
 
 
 def test_old_names_that_decide_nothing_are_let_pass(tmp_path: Path) -> None:
@@ -367,13 +369,18 @@ def test_files_are_digested_whole(name: str, teacher_dir: Path) -> None:
     assert files_of(teacher_dir) == plain
 
 
+def shared(backend: TeacherBackend, experts_over: int) -> dict[str, int]:
+    """What says over how many ranks experts are shared, of a teacher that shares them."""
+    return {"expert_parallel_size": experts_over} if backend is TeacherBackend.native else {}
+
+
 def identity_on_a_rank(path: Path, backend: TeacherBackend, experts_over: int) -> Identity:
-    return dict(opened(path, backend, expert_parallel_size=experts_over).identity)
+    return dict(opened(path, backend, **shared(backend, experts_over)).identity)
 
 
 def test_every_rank_and_every_sharing_of_experts_is_one_teacher(teacher_dir: Path) -> None:
     for backend, layouts in (
-        (TeacherBackend.moe, [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]),
+        (TeacherBackend.native, [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]),
         (TeacherBackend.hf, [(1, 1), (2, 1)]),
     ):
         found = [
@@ -390,7 +397,7 @@ def refusal_on_a_rank(paths: list[Path], backend: TeacherBackend, experts_over: 
     """A rank's own copy of a teacher, and why it is refused."""
     path = paths[dist.get_rank()]
     try:
-        opened(path, backend, expert_parallel_size=experts_over)
+        opened(path, backend, **shared(backend, experts_over))
     except InputError as error:
         return str(error)
     return "accepted"
@@ -400,8 +407,8 @@ def refusal_on_a_rank(paths: list[Path], backend: TeacherBackend, experts_over: 
     ("backend", "experts_over", "name"),
     [
         (TeacherBackend.hf, 1, "model.layers.1.mlp.experts.gate_up_proj"),
-        (TeacherBackend.moe, 1, PLACE),
-        (TeacherBackend.moe, 2, "model.norm.weight"),  # an expert is on one rank only
+        (TeacherBackend.native, 1, PLACE),
+        (TeacherBackend.native, 2, "model.norm.weight"),  # an expert is on one rank only
     ],
 )
 def test_ranks_with_different_teachers_all_refuse(

@@ -16,14 +16,11 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from marco_train.architecture import ArchitectureConfig, read_architecture
-from marco_train.config import (
-    ChangedSchedule,
-    EvaluateConfig,
-    OPDConfig,
-    ResumeChange,
-    TrainConfig,
-)
+from marco_train.config.architecture import ArchitectureConfig, read_architecture
+from marco_train.config.evaluate import EvaluateConfig
+from marco_train.config.opd import OPDConfig
+from marco_train.config.resume import ChangedSchedule, ResumeChange
+from marco_train.config.run import TrainConfig
 from marco_train.content import Content, is_same, look
 from marco_train.errors import InputError, require
 
@@ -121,6 +118,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "stage.num_kl_responses",
         "stage.num_shown",
         "stage.signatures",
+        "stage.temperature",
     ),
     "objective": (
         "stage.loss_tokens",
@@ -139,7 +137,6 @@ KINDS: dict[str, tuple[str, ...]] = {
     ),
     "rollout": (
         "stage.rollout.backend",
-        "stage.rollout.temperature",
         "stage.rollout.replay_routing",
         "stage.rollout.max_staleness",
     ),

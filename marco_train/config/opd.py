@@ -1,0 +1,163 @@
+"""What on-policy distillation does: its objective, and the cascade of its teachers."""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+from omegaconf import MISSING
+
+from marco_train.config.rollout import RolloutConfig, VLLMServerRolloutConfig
+from marco_train.config.stage import StageConfig
+from marco_train.config.teacher import TeacherConfig
+from marco_train.errors import require, require_positive
+
+
+class Objective(Enum):
+    """How the reverse KL of an OPD step is estimated; see `losses/distillation.py`."""
+
+    sampled = "sampled"
+    topk = "topk"
+    full = "full"
+
+
+class TopKFrom(Enum):
+    """Whose likeliest tokens the top-k objective tells apart.
+
+    sampler: the policy's own; teacher: the teacher's, for servers that give no others.
+    """
+
+    sampler = "sampler"
+    teacher = "teacher"
+
+
+@dataclass(kw_only=True)
+class ScoreCacheConfig:
+    """Teachers' scores kept on disk; see `teachers/cache.py`."""
+
+    path: str | None = None
+    """Directory; may be shared by ranks and runs. None: every rollout is scored by its teacher."""
+    max_gib: float = 16
+    """Bound on its size; the oldest scores go first."""
+
+    def __post_init__(self) -> None:
+        require_positive("stage.score_cache", max_gib=self.max_gib)
+
+
+@dataclass(kw_only=True)
+class ConvergedConfig:
+    """When a phase ends before its last step: the held-out reverse KL falls no more."""
+
+    measure_every: int | None = None
+    """Steps between two measures, the first before the first step of the phase. None: the phase
+    makes all its steps."""
+    num_prompts: int = 256
+    """Of data.held_out; each gets one response."""
+    num_measures: int = 3
+    """The phase ends where the best of so many measures in a row ..."""
+    min_fall: float = 0.01
+    """... lies less than this below the best before them, in nats a token."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "stage.cascade.*.converged",
+            measure_every=self.measure_every,
+            num_prompts=self.num_prompts,
+            num_measures=self.num_measures,
+        )
+        require(
+            0 <= self.min_fall < float("inf"),
+            f"stage.cascade.*.converged.min_fall is {self.min_fall}, and must be 0 or more nats",
+        )
+
+
+@dataclass(kw_only=True)
+class PhaseConfig:
+    """One teacher of a cascade and how long it teaches."""
+
+    teacher: TeacherConfig = MISSING
+    """Of every rollout without a teacher of its own."""
+    teacher_of: dict[str, TeacherConfig] = field(default_factory=dict)
+    """Teachers of some rollouts, by `category_<name>` or `language_<code>`; the category decides
+    where both have one."""
+    num_steps: int = MISSING
+    """Of which the learning rate's schedule knows; fewer where the phase converges."""
+    converged: ConvergedConfig = field(default_factory=ConvergedConfig)
+
+    def __post_init__(self) -> None:
+        require_positive("stage.cascade.*", num_steps=self.num_steps)
+        for group in self.teacher_of:
+            require(
+                group.startswith(("category_", "language_")),
+                f"stage.cascade.*.teacher_of names {group!r}; name a group category_<name> or "
+                "language_<code>",
+            )
+
+
+@dataclass(kw_only=True)
+class OPDConfig(StageConfig):
+    """On-policy distillation from a cascade of teachers."""
+
+    objective: Objective = MISSING
+    max_importance_ratio: float | None = 2.0
+    """Cap on the weight policy/sampler of a token's gradient in the `sampled` objective, any number
+    above 0; inert while both are the same weights. None: no cap."""
+    max_advantage: float | None = None
+    """Bound on |log teacher - log sampler| in the `sampled` objective, in nats. None: no bound."""
+    top_k: int | None = None
+    """Tokens that the `topk` objective tells apart; the others are one bucket. None: another
+    objective is chosen."""
+    top_k_from: TopKFrom = TopKFrom.sampler
+    max_mismatch: float | None = 0.2
+    """Mean |log policy - log sampler| of a step's tokens above which the run stops, in nats;
+    bfloat16 kernels differ by a tenth of the default. None: no bound."""
+    global_batch_size: int = MISSING
+    """Prompts of one update, over all ranks."""
+    responses_per_prompt: int = MISSING
+    max_prompt_length: int = MISSING
+    """Tokens; longer prompts are dropped and counted."""
+    max_response_length: int = MISSING
+    """Tokens; a longer response is cut and counted."""
+    rollout: RolloutConfig = MISSING
+    score_cache: ScoreCacheConfig = field(default_factory=ScoreCacheConfig)
+    cascade: dict[str, PhaseConfig] = field(default_factory=dict)
+    """Phases in their order, by name."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(
+            "stage",
+            max_importance_ratio=self.max_importance_ratio,
+            max_advantage=self.max_advantage,
+            top_k=self.top_k,
+            max_mismatch=self.max_mismatch,
+            global_batch_size=self.global_batch_size,
+            responses_per_prompt=self.responses_per_prompt,
+            max_prompt_length=self.max_prompt_length,
+            max_response_length=self.max_response_length,
+        )
+        require(len(self.cascade) > 0, "stage.cascade has no phase: name at least one teacher")
+        for name, phase in self.cascade.items():
+            require(
+                not phase.teacher_of or self.objective is not Objective.full,
+                f"stage.cascade.{name} has several teachers, and stage.objective=full multiplies "
+                "hidden states by the head of one: choose sampled or topk",
+            )
+        require(
+            (self.top_k is not None) == (self.objective is Objective.topk),
+            f"stage.top_k is {self.top_k} and stage.objective is {self.objective.value}; give "
+            "stage.top_k with stage.objective=topk, and null with any other",
+        )
+
+    @property
+    def num_sampler_topk(self) -> int:
+        """How many of its likeliest tokens the sampler has to name in each place."""
+        return (self.top_k or 0) if self.top_k_from is TopKFrom.sampler else 0
+
+    @property
+    def max_staleness(self) -> int:
+        """Updates that the policy may be ahead of the weights that sampled.
+
+        Only servers sample while the policy trains.
+        """
+        if isinstance(self.rollout, VLLMServerRolloutConfig):
+            return self.rollout.max_staleness
+        return 0

@@ -1,0 +1,99 @@
+"""AdamW, its schedule, and the losses of the routers."""
+
+import math
+from dataclasses import dataclass
+from enum import Enum
+
+from omegaconf import II, MISSING
+
+from marco_train.errors import require, require_positive
+
+
+class Schedule(Enum):
+    """Shape of the learning rate after warm-up."""
+
+    cosine = "cosine"
+    constant = "constant"
+
+
+class BalanceScope(Enum):
+    """Over which tokens the balance loss takes the experts' loads."""
+
+    microbatch = "microbatch"
+    global_batch = "global_batch"
+
+
+@dataclass(kw_only=True)
+class OptimConfig:
+    """AdamW and its schedule."""
+
+    learning_rate: float = MISSING
+    min_learning_rate: float = II("optim.learning_rate")
+    """Where the cosine ends; the constant schedule has no other rate."""
+    schedule: Schedule = Schedule.constant
+    warmup_steps: int = 0
+    beta1: float = 0.9  # Marco-MoE section 4.1
+    beta2: float = 0.95  # Marco-MoE section 4.1
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    """On matrices; norms are not decayed."""
+    clip_norm: float = 1.0
+    """Bound on the global gradient norm."""
+    # Both are off in the paper's framework unless asked for, and the paper states neither.
+    balance_coefficient: float = 0.0
+    """Of the load-balancing loss, summed over layers; see `losses/balance.py`. 0: off."""
+    balance_scope: BalanceScope = BalanceScope.global_batch
+    router_z_coefficient: float = 0.0
+    """Of the router z-loss, summed over layers. 0: off."""
+
+    def __post_init__(self) -> None:
+        require_positive(
+            "optim", learning_rate=self.learning_rate, eps=self.eps, clip_norm=self.clip_norm
+        )
+        require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}, below 0")
+        for name, coefficient in (
+            ("balance_coefficient", self.balance_coefficient),
+            ("router_z_coefficient", self.router_z_coefficient),
+        ):
+            require(
+                0 <= coefficient < float("inf"),
+                f"optim.{name} is {coefficient}, and must be a number from 0 (off) upwards",
+            )
+        require(
+            0 <= self.weight_decay < float("inf"),
+            f"optim.weight_decay is {self.weight_decay}, and must be a number from 0 upwards",
+        )
+        for name, beta in (("beta1", self.beta1), ("beta2", self.beta2)):
+            require(0 <= beta < 1, f"optim.{name} is {beta}, and must lie in [0, 1)")
+        require(
+            0 <= self.min_learning_rate <= self.learning_rate,
+            f"optim.min_learning_rate {self.min_learning_rate} is above optim.learning_rate "
+            f"{self.learning_rate}",
+        )
+        require(
+            self.schedule is not Schedule.constant or self.min_learning_rate == self.learning_rate,
+            "optim.schedule is constant, so optim.min_learning_rate "
+            f"{self.min_learning_rate} must equal optim.learning_rate {self.learning_rate}",
+        )
+        require(
+            self.schedule is not Schedule.cosine or self.min_learning_rate < self.learning_rate,
+            f"optim.schedule is cosine, and optim.min_learning_rate {self.min_learning_rate} is no "
+            "less than optim.learning_rate: give where the cosine ends, 0 or more, or choose "
+            "optim.schedule=constant",
+        )
+
+    def rate_at(self, step: int, num_steps: int) -> float:
+        """Learning rate of an update, from 0, in a run of `num_steps` updates.
+
+        Rises linearly over `warmup_steps`, the first update being at 1 / warmup_steps of the peak,
+        then stays, or falls along half a cosine to `min_learning_rate` at the last update, where it
+        stays.
+        """
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        if self.schedule is Schedule.constant:
+            return self.learning_rate
+        falling = max(1, num_steps - 1 - self.warmup_steps)
+        progress = min(1.0, (step - self.warmup_steps) / falling)
+        swing = self.learning_rate - self.min_learning_rate
+        return self.min_learning_rate + swing * (1 + math.cos(math.pi * progress)) / 2

@@ -1,0 +1,47 @@
+"""How a model is spread over the ranks."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from omegaconf import MISSING
+
+from marco_train.errors import require, require_positive
+
+
+class Dispatch(Enum):
+    """How tokens cross an expert-parallel group; see `models/dispatch.py`."""
+
+    all_to_all = "all_to_all"
+    deduplicated = "deduplicated"
+
+
+class Recompute(Enum):
+    """What backward computes again instead of keeping it.
+
+    attention: each layer's attention with its norms; layer: whole layers, of which only the input
+    is kept.
+    """
+
+    none = "none"
+    attention = "attention"
+    layer = "layer"
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """How the model and its optimizer are spread over the ranks."""
+
+    expert_parallel_size: int = MISSING
+    """Ranks that share the experts of a layer. 1: every rank holds all of them."""
+    zero_stage: int = 1
+    """1: optimizer state sharded over ranks; 2: gradients as well."""
+    dispatch: Dispatch = Dispatch.deduplicated
+    """Without effect where expert_parallel_size is 1."""
+    recompute: Recompute = Recompute.none
+
+    def __post_init__(self) -> None:
+        require_positive("parallel", expert_parallel_size=self.expert_parallel_size)
+        require(
+            self.zero_stage in {1, 2},
+            f"parallel.zero_stage is {self.zero_stage}, and must be 1 or 2",
+        )

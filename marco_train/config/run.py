@@ -1,0 +1,193 @@
+"""The whole of a run: from what Hydra composed to a checked config."""
+
+from dataclasses import dataclass, field, fields, is_dataclass
+from enum import Enum
+from typing import Any
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import InterpolationValidationError
+
+from marco_train.config.architecture import check_expert_parallel
+from marco_train.config.data import DataConfig
+from marco_train.config.evaluate import EvaluateConfig
+from marco_train.config.lengths import check_positions, longest_sequence
+from marco_train.config.model import ModelConfig
+from marco_train.config.opd import OPDConfig
+from marco_train.config.optim import OptimConfig
+from marco_train.config.parallel import ParallelConfig
+from marco_train.config.resume import OnResumeConfig
+from marco_train.config.rollout import (
+    NativeRolloutConfig,
+    RolloutConfig,
+    VLLMRolloutConfig,
+    VLLMServerRolloutConfig,
+    check_replay,
+)
+from marco_train.config.sft import SFTConfig
+from marco_train.config.stage import StageConfig
+from marco_train.config.teacher import (
+    HFTeacherConfig,
+    NativeTeacherConfig,
+    TeacherConfig,
+    VLLMServerTeacherConfig,
+    VLLMTeacherConfig,
+)
+from marco_train.errors import InputError, require, require_positive
+
+
+class LoggingBackend(Enum):
+    """Where metrics go beside the console and `metrics.jsonl`."""
+
+    none = "none"
+    wandb = "wandb"
+
+
+class WandbMode(Enum):
+    """`offline` needs neither account nor network."""
+
+    online = "online"
+    offline = "offline"
+
+
+@dataclass(kw_only=True)
+class LoggingConfig:
+    """What a person sees."""
+
+    backend: LoggingBackend = MISSING
+    console_every: int = 1
+    """Steps between two printed lines; `metrics.jsonl` has every step."""
+    project: str = "marco_train"
+    mode: WandbMode = WandbMode.offline
+
+    def __post_init__(self) -> None:
+        require_positive("logging", console_every=self.console_every)
+
+
+@dataclass(kw_only=True)
+class CheckpointConfig:
+    """When a run saves the state it can be resumed from."""
+
+    save_every: int | None = MISSING
+    """Steps. None: never."""
+    keep_last: int = 1
+    """Complete checkpoints kept; older ones are deleted after a new one is complete."""
+
+    def __post_init__(self) -> None:
+        require_positive("checkpoint", save_every=self.save_every, keep_last=self.keep_last)
+
+
+@dataclass(kw_only=True)
+class TrainConfig:
+    """One run."""
+
+    name: str = "run"
+    seed: int = 0
+    root: str = "outputs"
+    """Directory under which the runs of a recipe lie; experiments build their paths on it."""
+    output_dir: str = "${root}/${name}"
+    resume: str = "auto"
+    """auto: the newest complete checkpoint of output_dir, if any; never: from the start;
+    otherwise the path of a checkpoint, also of another run's, with which an output_dir of its own
+    begins."""
+    on_resume: OnResumeConfig = field(default_factory=OnResumeConfig)
+    model: ModelConfig = MISSING
+    data: DataConfig = MISSING
+    # The stage is one of StageConfig's subclasses, chosen by the config group `stage`.
+    stage: Any = MISSING
+    # OptimConfig, which comes with the stages that train; an evaluation has none.
+    optim: Any = None
+    parallel: ParallelConfig = MISSING
+    logging: LoggingConfig = MISSING
+    checkpoint: CheckpointConfig = MISSING
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.seed < 2**31, f"seed is {self.seed}, and must lie between 0 and {2**31 - 1}"
+        )
+        require(
+            isinstance(self.stage, StageConfig),
+            "no stage was chosen: add experiment=<name>, or stage=sft|opd|evaluate",
+        )
+        if isinstance(self.stage, EvaluateConfig):
+            require(self.optim is None, "an evaluation trains nothing: leave optim out")
+        else:
+            require(
+                isinstance(self.optim, OptimConfig),
+                f"optim is {self.optim}, and the stage trains: give optim.learning_rate instead",
+            )
+            require(
+                len(self.data.sources) > 0,
+                "data.sources is empty: choose data=<group>, or name rows with "
+                "+data.sources={<name>: {...}}",
+            )
+        architecture = self.model.architecture
+        longest = longest_sequence(self.stage)
+        if architecture is not None:
+            check_expert_parallel(architecture, self.parallel.expert_parallel_size)
+            check_positions(self.stage, architecture.max_position_embeddings, "the model")
+            if isinstance(self.stage, OPDConfig):
+                check_replay(self.stage.rollout, architecture)
+        require(
+            longest <= self.data.max_tokens_per_microbatch,
+            f"data.max_tokens_per_microbatch is {self.data.max_tokens_per_microbatch}, below the "
+            f"longest sequence the stage allows, {longest} tokens",
+        )
+
+
+UNIONS = (RolloutConfig, TeacherConfig)
+ROLLOUTS = (NativeRolloutConfig, VLLMRolloutConfig, VLLMServerRolloutConfig)
+TEACHERS = (HFTeacherConfig, NativeTeacherConfig, VLLMTeacherConfig, VLLMServerTeacherConfig)
+
+
+def register_schemas() -> None:
+    """Make the dataclasses known to Hydra, in groups of their own under `schema/`."""
+    store = ConfigStore.instance()
+    run = OmegaConf.structured(TrainConfig)
+    run.model, run.data, run.parallel = ModelConfig, DataConfig, ParallelConfig
+    run.logging, run.checkpoint = LoggingConfig, CheckpointConfig
+    # Any name may stand here, and without `+`.
+    OmegaConf.set_struct(run.model.chat_template_kwargs, False)
+    store.store(name="run", group="schema", node=run)
+    for kind, stage in (("sft", SFTConfig), ("opd", OPDConfig), ("evaluate", EvaluateConfig)):
+        store.store(name=kind, group="schema/stage", node=stage)
+    store.store(name="adamw", group="schema/optim", node=OptimConfig)
+    for group, union in (("rollout", ROLLOUTS), ("teacher", TEACHERS)):
+        for each in union:
+            node = OmegaConf.structured(each)
+            # A field of another backend is refused by `refuse_unknown_keys`, which knows more.
+            OmegaConf.set_struct(node, False)
+            store.store(name=each.backend.value, group=f"schema/{group}", node=node)
+
+
+def to_run(composed: DictConfig) -> TrainConfig:
+    """Make the typed config of what Hydra composed; every check between fields runs here.
+
+    Raises:
+        InputError: A value is out of its bounds, or a key is unknown.
+        MissingMandatoryValue: A value that only the user can give was not given.
+    """
+    try:
+        cfg = OmegaConf.to_object(composed)
+    except InterpolationValidationError as error:
+        raise InputError(
+            f"{error.full_key} is not given, and what it is taken from is null: give both, or set "
+            f"{error.full_key}"
+        ) from error
+    assert isinstance(cfg, TrainConfig)
+    refuse_unknown_keys(cfg, "")
+    return cfg
+
+
+def refuse_unknown_keys(value: Any, where: str) -> None:
+    """Refuse what `+key=value` added beside the schema: OmegaConf would carry it along unread."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            refuse_unknown_keys(item, f"{where}{key}.")
+    if not is_dataclass(value):
+        return
+    known = [field.name for field in fields(value)]
+    for name, item in vars(value).items():
+        kind = f" with {where}backend={value.backend.value}" if isinstance(value, UNIONS) else ""
+        require(name in known, f"there is no {where}{name}{kind}; known are {', '.join(known)}")
+        refuse_unknown_keys(item, f"{where}{name}.")
