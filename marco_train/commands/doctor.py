@@ -20,19 +20,19 @@ from omegaconf import MissingMandatoryValue
 from omegaconf.errors import OmegaConfBaseException
 
 from marco_train.config import StageKind, TrainConfig, to_run
-from marco_train.errors import AwayError, InputError, require
+from marco_train.errors import InputError, ServersUnavailable, require
 from marco_train.resumption import check_resume, continuation, is_finished
 from marco_train.train import CONFIG_DIR, in_one_line, is_first_rank
 
 T = TypeVar("T")
 
 REFUSALS = (
-    AwayError,
     FloatingPointError,
     HydraException,
     InputError,
     MissingMandatoryValue,
     OmegaConfBaseException,
+    ServersUnavailable,
 )
 
 

@@ -1,9 +1,9 @@
 """What a teacher is."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,26 +108,41 @@ def head_for_student(head: Tensor, wanted: Wanted, stop_id: int | None) -> Tenso
     return head[rows.to(head.device)]
 
 
-class Teacher(Protocol):
+@dataclass(frozen=True)
+class Submitted:
+    """Rollouts that a teacher is to score."""
+
+    rollouts: list[Rollout]
+    asked: Any = None
+    """What the teacher keeps of them until they are collected; None: nothing has begun."""
+
+
+class Teacher:
     """Frozen; scores the tokens of rollouts, by their ids."""
 
-    @property
-    def head(self) -> Tensor | None:
-        """Weights of the output head, [V, D]; None where it is not at hand."""
+    head: Tensor | None
+    """Weights of the output head, [V, D]; None where it is not at hand."""
+    identity: Identity
+    """What its scores are a function of, beside what is asked; the same on every rank."""
 
-    @property
-    def identity(self) -> Identity:
-        """What its scores are a function of, beside what is asked; the same on every rank."""
-
-    def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Score this rank's rollouts, in their order; every rank takes part.
 
-        Servers are asked for a rollout as soon as the iterable yields it. What could not be scored
-        is left out and counted.
+        What could not be scored is left out and counted.
         """
+        raise NotImplementedError
+
+    def submit(self, rollouts: Iterable[Rollout]) -> Submitted:
+        """Take this rank's rollouts as they are sampled; servers begin with each at once."""
+        return Submitted(list(rollouts))
+
+    def collect(self, submitted: Submitted) -> list[ScoredRollout]:
+        """Score what was submitted, as `score` does."""
+        return self.score(submitted.rollouts)
 
     def take_counts(self) -> Counter[str]:
         """What happened on this rank since last taken, by the names in `cascade.metrics`."""
+        return Counter()
 
     def close(self) -> None:
         """Let go of memory and connections."""

@@ -13,13 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from marco_train.config import DType, OPDConfig
+from marco_train.errors import WeightSyncError
 from marco_train.inference import engine as vllm_engine
 from marco_train.losses.logprobs import sequence_logprobs
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.weights import named_weights, random_model
 from marco_train.rollout.base import Sampler, in_order
 from marco_train.rollout.build import build_sampler
-from marco_train.rollout.sync import WeightSyncError, canaries, sync_weights
+from marco_train.rollout.sync import canaries, sync_weights
 from marco_train.types import FinishReason, Prompt, Rollout
 from tests.conftest import VOCAB_SIZE, architecture, compose_config
 from tests.ranks import run_on_ranks
