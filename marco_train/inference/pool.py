@@ -40,7 +40,8 @@ COOL_DOWN_SECONDS = 5.0
 MAX_UNUSABLE = 3
 BUSY = {429, 503}
 
-Ask = Callable[[str, dict[str, Any] | None], Any]
+Body = dict[str, Any] | None
+Ask = Callable[[str, Body], Any]
 """POST a body to a path of one server, or GET without one; the JSON of the answer."""
 HealthCheck = Callable[[str, Ask], None]
 """Check a server, given its URL; raises `InputError` to end the run."""
@@ -113,11 +114,7 @@ class ServerPool:
             thread.start()
 
     def submit(
-        self,
-        path: str,
-        body: dict[str, Any] | None,
-        read: Callable[[Any], T],
-        server: Server | None = None,
+        self, path: str, body: Body, read: Callable[[Any], T], server: Server | None = None
     ) -> Future[T]:
         """Ask any server, until one answers.
 
@@ -136,7 +133,7 @@ class ServerPool:
             if self._num_waiting == 0:
                 self._silent_since = time.monotonic()
             self._num_waiting += 1
-        self._requests.put((future, partial(self._until_answered, path, body, read, server)))
+        self._requests.put((future, partial(self._attempt, path, body, read, server)))
         return future
 
     def answers(self, futures: Sequence[Future[T]]) -> Iterator[T]:
@@ -224,29 +221,23 @@ class ServerPool:
     def _work(self) -> None:
         """Answer requests in turn; one thread."""
         while (request := self._requests.get()) is not None:
-            future, ask = request
+            future, attempt = request
             try:
-                found, failed = ask(), None
+                found, failed = self._until_answered(attempt), None
             except BaseException as error:
                 found, failed = None, error
             with self._changed:
-                self._num_waiting -= 1
+                self._num_waiting -= 1  # before whoever waits goes on and asks more
             if failed is None:
                 future.set_result(found)
             else:
                 future.set_exception(failed)
 
-    def _until_answered(
-        self,
-        path: str,
-        body: dict[str, Any] | None,
-        read: Callable[[Any], T],
-        server: Server | None,
-    ) -> T:
+    def _until_answered(self, attempt: Callable[[], T]) -> T:
         pause, num_unusable = 0.0, 0
         while not self._closing.wait(self._jitter.uniform(0, pause)):
             try:
-                return self._attempt(path, body, read, server)
+                return attempt()
             except UnusableAnswerError as error:
                 self.last_error = str(error)
                 num_unusable += 1
@@ -259,13 +250,7 @@ class ServerPool:
                 self._counts["repeated_requests"] += 1
         raise ServersUnavailable(f"the {self._name}'s servers are asked no more")
 
-    def _attempt(
-        self,
-        path: str,
-        body: dict[str, Any] | None,
-        read: Callable[[Any], T],
-        chosen: Server | None,
-    ) -> T:
+    def _attempt(self, path: str, body: Body, read: Callable[[Any], T], chosen: Server | None) -> T:
         server = self._acquire(chosen)
         try:
             self._check_health(server)
@@ -291,7 +276,7 @@ class ServerPool:
             self._health_check(server.url, partial(self._request, server))
             server.healthy = True
 
-    def _request(self, server: Server, path: str, body: dict[str, Any] | None) -> Any:
+    def _request(self, server: Server, path: str, body: Body) -> Any:
         """Ask one server once."""
         method, url = "GET" if body is None else "POST", server.url + path
         try:

@@ -41,7 +41,9 @@ def run_opd(cfg: TrainConfig) -> None:
                 sampler.drain()  # max_staleness=1: finish the requests sent during the last step
                 metrics = sync(cfg, policy, sampler, step)  # weights, verified by numbers
             with run.timer("sample"):
+                # A new teacher is checked with answers of the student to the run's first prompts.
                 answers = prompts.answers() if cascade.opens_at(step) else []
+                # Server teachers score each response as soon as it is complete.
                 submitted = cascade.submit(step, prompts.rollouts(step, cascade.num_steps))
             with run.timer("score"):
                 sampler.sleep()  # its memory is free before a teacher in this process needs some
@@ -120,11 +122,12 @@ def end_converged_phases(
 
     The sampler is left asleep.
     """
-    sampler.drain()
-    sync(cfg, policy, sampler, step)
-    answers, held_out = prompts.answers(), prompts.held_out()
-    sampler.sleep()
     while cascade.measure_due(step):  # of the next phase too, where one ends
+        sampler.drain()
+        sync(cfg, policy, sampler, step)
+        answers = prompts.answers() if cascade.opens_at(step) else []
+        held_out = prompts.held_out()
+        sampler.sleep()
         teacher = cascade.teacher_at(step, answers)
         scored = teacher.score(held_out)
         batch = pack_rollouts(scored, cfg.stage.objective, cfg.data.max_tokens_per_microbatch)
