@@ -15,6 +15,7 @@ from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.teachers.vllm_server import ServerTeacher
 from marco_train.types import Rollout, ScoredRollout, TokenScores, TopKScores
 from tests.conftest import World, teacher_config, wanted_of
+from tests.faults import fake_server
 from tests.faults.fake_server import FakeServer, connections, distribution, fake_servers
 from tests.unit.test_teachers import rollouts
 
@@ -285,18 +286,21 @@ def test_an_outage_saves_the_run_once_and_ends_after_all_the_seconds_of_whoever_
 
 
 def test_a_teacher_that_hangs_leaves_no_thread_and_no_connection(
-    world: World, servers: list[FakeServer]
+    world: World, servers: list[FakeServer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(fake_server, "HANG_SECONDS", 8.0)
     threads, sockets = set(threading.enumerate()), connections(servers)
     bounds = {"request_timeout_seconds": 60.0, "give_up_after_seconds": 1.0}
     for server in servers:
         server.script = ["hangs"] * 1000
     teacher = teacher_of(world, servers, max_requests=8, save_after_seconds=0.5, **bounds)
+    start = time.monotonic()
     submitted = teacher.submit(rollouts())
     time.sleep(0.3)
     assert len(ours(threads)) == 8 and connections(servers) == sockets + len(rollouts())
     with pytest.raises(ServersUnavailable):
         teacher.collect(submitted)
+    assert time.monotonic() - start < 5  # no request is waited for
     assert ours(threads) == set()
     assert connections(servers) == sockets
 
