@@ -82,7 +82,7 @@ def refuse_non_finite(values: Tensor) -> None:
         )
 
 
-def trade_places(ids: Tensor, one: int, other: int | None) -> Tensor:
+def swap_ids(ids: Tensor, one: int, other: int | None) -> Tensor:
     """Exchange two ids wherever they stand, into a new tensor; None exchanges nothing."""
     if other is None:
         return ids
@@ -94,7 +94,7 @@ def trade_places(ids: Tensor, one: int, other: int | None) -> Tensor:
 
 def ids_for_teacher(ids: list[int], wanted: Wanted, stop_id: int | None) -> list[int]:
     """Ids with the stop tokens of student and teacher in each other's place; None: as they are."""
-    traded: list[int] = trade_places(
+    traded: list[int] = swap_ids(
         torch.tensor(ids, dtype=torch.int64), wanted.stop_id, stop_id
     ).tolist()
     return traded
@@ -104,7 +104,7 @@ def head_for_student(head: Tensor, wanted: Wanted, stop_id: int | None) -> Tenso
     """The teacher's head [V, D] with its stop token in the row of the student's."""
     if stop_id is None:
         return head
-    rows = trade_places(torch.arange(len(head)), wanted.stop_id, stop_id)
+    rows = swap_ids(torch.arange(len(head)), wanted.stop_id, stop_id)
     return head[rows.to(head.device)]
 
 

@@ -44,7 +44,7 @@ from marco_train.teachers.base import (
     Wanted,
     ids_for_teacher,
     overlap_with,
-    trade_places,
+    swap_ids,
 )
 from marco_train.teachers.identity import files_identity
 from marco_train.tracking import say
@@ -236,7 +236,7 @@ class ServerTeacher(Teacher):
         """The teacher's likeliest tokens, [R, K]."""
         choice = only_choice(answer)
         named, logprobs = _read_likeliest(choice, ids, first, self._wanted.top_k)
-        named = trade_places(named, self._wanted.stop_id, self._stop_id)
+        named = swap_ids(named, self._wanted.stop_id, self._stop_id)
         return TopKScores(named, _refuse_gaps(logprobs), torch.ones(len(named)))
 
     def _given_topk(
