@@ -1,19 +1,53 @@
-"""Why a run ends before its time, in one sentence for whoever started it."""
+"""Why a run ends before its time, in one sentence for whoever started it.
+
+RunError
+    InputError: what a user gave cannot be used
+    ServersUnavailable: servers are away, and the run can be resumed (exit status 75)
+    WeightSyncError: policy and sampler disagree after a sync
+    RolloutMismatchError: the sampler does not sample from the policy
+    StaleRolloutError: a rollout is of other weights than those that were to sample it
+    AnswerError: of a server, to one request
+        UnusableAnswerError: it is asked again
+        RejectedError: no answer could be used, as often as it was asked
+"""
 
 import math
 
 
-class InputError(ValueError):
+class RunError(Exception):
+    """Whatever this package raises for a reader."""
+
+
+class InputError(RunError, ValueError):
     """What a user gave cannot be used; the message says what, the bound, and the fix."""
 
 
-class AwayError(RuntimeError):
-    """Something that a run depends on does not answer; nothing is lost."""
+class ServersUnavailable(RunError):  # noqa: N818
+    """A server the run depends on is unreachable. State is saved; the run can be resumed."""
 
-    def __init__(self, message: str, final: bool) -> None:
-        """Say whether waiting has come to its end."""
-        super().__init__(message)
-        self.final = final
+
+class WeightSyncError(RunError):
+    """Sampler and policy disagree after a sync; nothing may be sampled."""
+
+
+class RolloutMismatchError(RunError):
+    """The sampler does not sample from the policy."""
+
+
+class StaleRolloutError(RunError):
+    """A rollout is of other weights than those that were to sample it."""
+
+
+class AnswerError(RunError):
+    """What a server answered to one request."""
+
+
+class UnusableAnswerError(AnswerError):
+    """A server answered with something else than what it was asked for."""
+
+
+class RejectedError(AnswerError):
+    """No answer to a request could be used, as often as it was made."""
 
 
 def require(condition: bool, message: str) -> None:

@@ -2,10 +2,10 @@
 
 import json
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -38,11 +38,9 @@ from marco_train.config.resumption import (
 )
 from marco_train.content import Content, digest, with_digests
 from marco_train.distributed import barrier, gather_objects, is_main, rank, seed_everything
-from marco_train.errors import AwayError, InputError
+from marco_train.errors import InputError
 from marco_train.metrics import Metrics
 from marco_train.tracking import Tracker, say
-
-T = TypeVar("T")
 
 
 class Trainable(Protocol):
@@ -76,6 +74,14 @@ class Resumable(Protocol):
         """Go on at a step, or refuse what changed and is not allowed to."""
 
 
+class Plan(Protocol):
+    """Says how long a run is."""
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run, those behind it included."""
+
+
 class Run:
     """Tracker, checkpoints and timers of one execution."""
 
@@ -102,11 +108,10 @@ class Run:
         self._noted = describe(cfg) if noted is None else noted
         self._directory = Path(cfg.output_dir)
         self._timers: dict[str, float] = {}
-        self._inner_seconds = 0.0  # of timers that ended inside the one that runs
-        self._until = 0
+        self._first = policy.num_updates
+        self._until = self._first
         self._started = time.perf_counter()
         self._step_started = self._started
-        self._first = 0
         self._saved: int | None = None
         self._tracker: Tracker | None = None
         if is_main():
@@ -140,52 +145,25 @@ class Run:
                 run._save(found.num_updates)  # a later launch need not look elsewhere
         return run
 
-    def steps(self, until: int) -> Iterator[int]:
-        """Yield the steps still to make, counted from 0."""
-        self._until, self._first = until, self._policy.num_updates
+    def steps(self, plan: Plan) -> Iterator[int]:
+        """Yield the steps still to make, counted from 0; the plan may become shorter meanwhile."""
         if self._tracker is not None:
-            self._tracker.start(self._first, until)
+            self._tracker.start(self._first, plan.num_steps)
         self._started = time.perf_counter()
-        for step in range(self._first, until):
+        step = self._first
+        while step < plan.num_steps:
+            self._until = plan.num_steps
             self._timers = {}
             self._step_started = time.perf_counter()
             yield step
+            step += 1
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
-        """Add the time of a block to this step's `time/<name>`, in seconds.
-
-        A timer inside another takes its time from it.
-        """
+        """Take the time of a block as this step's `time/<name>`, in seconds."""
         start = time.perf_counter()
-        outside, self._inner_seconds = self._inner_seconds, 0.0
-        try:
-            yield
-        finally:  # what breaks off has taken its time too
-            spent = time.perf_counter() - start
-            self._timers[name] = self._timers.get(name, 0.0) + spent - self._inner_seconds
-            self._inner_seconds = outside + spent
-
-    def timed(self, name: str, items: Iterator[T]) -> "TimedStream[T]":
-        """Items as they come, the wait for each of which counts as `time/<name>`."""
-        return TimedStream(self, name, items)
-
-    def outlast(self, step: int, ask: Callable[[], T]) -> T:
-        """Ask for something; while it is away, save what was learnt and ask again.
-
-        Raises:
-            AwayError: It was away for too long; what was learnt is saved.
-        """
-        while True:
-            try:
-                return ask()
-            except AwayError as error:
-                if step > self._first:  # else nothing was learnt since it was opened
-                    self._save(step)
-                if error.final:
-                    raise
-                if is_main():
-                    say(f"step {step}: {error}; nothing is lost, and the run waits")
+        yield
+        self._timers[name] = time.perf_counter() - start
 
     def log(self, step: int, metrics: Metrics, phase: str | None = None) -> None:
         """Record what a step measured, with its times."""
@@ -203,6 +181,17 @@ class Run:
         """Save a checkpoint every `checkpoint.save_every` updates; all ranks take part."""
         if due(step, self._cfg.checkpoint.save_every):
             self._save(step + 1)
+
+    def save_early(self) -> bool:
+        """Save a checkpoint in the middle of a step, as a pool asks; all ranks take part.
+
+        Returns:
+            False where nothing was learnt since the run was opened, and nothing is saved.
+        """
+        learnt = self._policy.num_updates > self._first
+        if learnt:
+            self._save(self._policy.num_updates)
+        return learnt
 
     def _save(self, num_updates: int) -> None:
         """Save a checkpoint, unless there is one of so many updates; all ranks take part."""
@@ -231,26 +220,6 @@ class Run:
             self._tracker.close()
             mark_finished(self._cfg, self._noted["content"])
             say(f"{self._cfg.name}: finished, {self._directory / 'export'}")
-
-
-class TimedStream(Generic[T]):
-    """Items of an iterator, kept: whoever iterates again gets the same ones again."""
-
-    def __init__(self, run: Run, name: str, items: Iterator[T]) -> None:
-        self._run = run
-        self._name = name
-        self._items = items
-        self._kept: list[T] = []
-
-    def __iter__(self) -> Iterator[T]:
-        yield from list(self._kept)
-        while True:
-            with self._run.timer(self._name):
-                item = next(self._items, None)
-            if item is None:
-                return
-            self._kept.append(item)
-            yield item
 
 
 def due(step: int, every: int | None) -> bool:
@@ -354,7 +323,7 @@ def refuse_other_tensors(path: Path, own: dict[str, Tensor], saved: dict[str, Te
 
 
 def begin(cfg: TrainConfig) -> None:
-    """Write down what runs, and take back that it was finished."""
+    """Write config.json and delete finished.json."""
     directory = Path(cfg.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     (directory / FINISHED).unlink(missing_ok=True)

@@ -12,7 +12,7 @@ from marco_train.config import TrainConfig, to_run
 from marco_train.config.resumption import check_resume, continuation, is_finished
 from marco_train.config.run import register_schemas
 from marco_train.config.stage import StageKind
-from marco_train.errors import AwayError, InputError
+from marco_train.errors import InputError, ServersUnavailable
 
 PACKAGE = Path(__file__).resolve().parent
 # Beside the package in a checkout, inside it in a wheel; absolute, so that the console script
@@ -20,7 +20,7 @@ PACKAGE = Path(__file__).resolve().parent
 CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 # The exit status by which schedulers know that a run may be queued again (EX_TEMPFAIL).
 TRY_AGAIN_LATER = 75
-# How long ranks that have nothing to say leave to the one that has.
+# Other ranks wait this long, so that rank 0 can print the error before torchrun ends the job.
 SECONDS_TO_SAY_IT = 10
 
 register_schemas()
@@ -48,7 +48,7 @@ def main(composed: DictConfig) -> None:
         run_stage(cfg)
     except InputError as error:
         sys.exit(f"error: {error}")
-    except AwayError as error:  # the same on every rank
+    except ServersUnavailable as error:  # the same on every rank
         if is_first_rank():
             print(f"error: {error}; nothing is lost: launch it again later", file=sys.stderr)
         sys.exit(TRY_AGAIN_LATER)

@@ -22,18 +22,18 @@ from omegaconf.errors import OmegaConfBaseException
 from marco_train.config import TrainConfig, to_run
 from marco_train.config.resumption import check_resume, continuation, is_finished
 from marco_train.config.stage import StageKind
-from marco_train.errors import AwayError, InputError, require
+from marco_train.errors import InputError, ServersUnavailable, require
 from marco_train.train import CONFIG_DIR, in_one_line, is_first_rank
 
 T = TypeVar("T")
 
 REFUSALS = (
-    AwayError,
     FloatingPointError,
     HydraException,
     InputError,
     MissingMandatoryValue,
     OmegaConfBaseException,
+    ServersUnavailable,
 )
 
 

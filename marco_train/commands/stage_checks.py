@@ -17,8 +17,14 @@ from marco_train.config.teacher import TeacherConfig
 from marco_train.data.chat import Tokenizer, load_tokenizer
 from marco_train.data.loader import PromptLoader, SFTLoader
 from marco_train.data.packing import pack_rollouts
-from marco_train.distributed import device, expert_parallel_group, is_main, rank, reduce_sums
-from marco_train.errors import InputError, require
+from marco_train.distributed import (
+    device,
+    expert_parallel_group,
+    is_main,
+    rank,
+    reduce_sums,
+)
+from marco_train.errors import InputError, WeightSyncError, require
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.losses.distillation import build_reverse_kl
 from marco_train.losses.logprobs import sequence_logprobs
@@ -32,7 +38,7 @@ from marco_train.models.hf_io import (
 )
 from marco_train.models.weights import named_weights, random_model
 from marco_train.rollout.build import build_sampler, check_sampler
-from marco_train.rollout.sync import WeightSyncError, canaries, sync_weights
+from marco_train.rollout.sync import canaries, sync_weights
 from marco_train.run import check_resumption
 from marco_train.stages import evaluate
 from marco_train.teachers.cascade import Cascade, check_teacher, teachers_of
@@ -254,7 +260,7 @@ def first_scores(
 ) -> None:
     """Open the teacher of a step as the run does, and say the KL of the student's answers."""
     opd: OPDConfig = cfg.stage
-    teacher = cascade.teacher_at(step, lambda: answers)
+    teacher = cascade.teacher_at(step, answers)
     scored = teacher.score(answers)
     packed = pack_rollouts(scored, opd.objective, cfg.data.max_tokens_per_microbatch)
     first_loss(model, packed, build_reverse_kl(opd, teacher.head))

@@ -37,11 +37,6 @@ ENVIRONMENT = {
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 MAX_SEQUENCES = 256
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-# Without the first, a mixture on a CPU goes on with old experts and says nothing; with caching and
-# without a reset, prompts go on with old keys. Other values are for tests, which see both caught.
-FORGET_PACKED_EXPERTS = True
-PREFIX_CACHING = False
-RESET_PREFIX_CACHE = True
 LOAD_FORMAT = "marco_whole"
 LOADED_TYPES = {torch.float32, torch.bfloat16, torch.float16}
 MAX_REASON = 500  # characters; vLLM's may name every weight of a model
@@ -95,6 +90,7 @@ class VLLMEngine:
         purpose: Purpose = Purpose.generate,
         with_weights: bool = True,
         with_experts: bool = False,
+        prefix_caching: bool = False,
     ) -> None:
         """Build an engine.
 
@@ -110,6 +106,7 @@ class VLLMEngine:
                 config.json is enough under `path`.
             with_experts: Whether generations name the experts that their tokens took; on a GPU
                 only.
+            prefix_caching: Whether keys of prompts that begin alike are kept.
 
         Raises:
             InputError: vLLM is not installed, or the files do not give all weights of the model.
@@ -143,9 +140,8 @@ class VLLMEngine:
                 kv_cache_memory_bytes=kv_cache_bytes,
                 enforce_eager=not torch.cuda.is_available(),
                 enable_return_routed_experts=with_experts,
-                # Keys of old weights would outlive a change of weights. vLLM keeps the experts
-                # beside the keys, and insists; nothing reads them.
-                enable_prefix_caching=with_experts or PREFIX_CACHING,
+                # vLLM keeps the experts beside the keys, and insists; nothing reads them.
+                enable_prefix_caching=with_experts or prefix_caching,
                 # A prompt that is split over steps breaks seeds on CPU.
                 enable_chunked_prefill=False,
                 # Takes LOCAL_RANK for its device; the default would put all ranks on the first.
@@ -180,8 +176,11 @@ class VLLMEngine:
         if self._asleep:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
-        if RESET_PREFIX_CACHE:
-            self._llm.reset_prefix_cache()
+        self.forget_keys()
+
+    def forget_keys(self) -> None:
+        """Drop kept keys, which would outlive the weights that they were computed with."""
+        self._llm.reset_prefix_cache()
 
     def sleep(self) -> bool:
         """Give the memory of weights, keys and values to the trainer until `load_weights`.
@@ -371,15 +370,20 @@ def replace_weights(model: Any, weights: Iterable[tuple[str, Tensor]], config: A
     from vllm.model_executor.model_loader.reload import layerwise
 
     needed = {name for name, _ in model.named_parameters()}
-    for module in model.modules():
-        method: Any = getattr(module, "quant_method", None)
-        if FORGET_PACKED_EXPERTS and hasattr(method, "moe_kernel"):
-            method.moe_kernel = None  # else it keeps the old experts, packed
+    forget_packed_experts(model)
     layerwise.initialize_layerwise_reload(model)
     loaded = model.load_weights(weights)
     layerwise.finalize_layerwise_reload(model, config)
     if not_reached := sorted(needed - loaded):
         raise RuntimeError(f"vLLM took no new {', '.join(not_reached[:10])}")
+
+
+def forget_packed_experts(model: Any) -> None:
+    """Have experts packed anew: vLLM on a CPU silently keeps the old expert weights."""
+    for module in model.modules():
+        method: Any = getattr(module, "quant_method", None)
+        if hasattr(method, "moe_kernel"):
+            method.moe_kernel = None
 
 
 def with_tied_head(

@@ -1,34 +1,38 @@
-"""Requests to several servers that may be slow, busy, broken or away.
+"""Requests to several servers that may be slow, busy, broken or away: all waiting happens here.
 
 A request goes to the server with the fewest open ones and is made anew, after a jittered pause,
 until it is answered: by another server, where there is one. A busy server (429, 503) halves the
 number of open requests, answers raise it again. A server that failed, or gave an answer that cannot
-be used, is checked before it is trusted again. Whoever waits decides how long; see `Patience`.
+be used, passes its health check before it is asked again. While no server answers, all ranks wait
+together; the run is saved early, once in a wait, and in the end given up.
 """
 
+import random
+import socket
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
+from weakref import WeakSet
 
 import httpx
-from tenacity import (
-    Retrying,
-    retry_if_exception_type,
-    sleep_using_event,
-    stop_when_event_set,
-    wait_random_exponential,
-)
 
 from marco_train.config.servers import ServersConfig
-from marco_train.distributed import reduce_max
-from marco_train.errors import AwayError, InputError
+from marco_train.distributed import is_main, reduce_max
+from marco_train.errors import (
+    InputError,
+    RejectedError,
+    ServersUnavailable,
+    UnusableAnswerError,
+)
+from marco_train.tracking import say
 
 T = TypeVar("T")
 
@@ -36,28 +40,27 @@ CONNECT_SECONDS = 10.0
 FIRST_PAUSE_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 20.0
 # Seconds for which a server that failed is passed over while another one is at hand.
-PASSED_OVER_SECONDS = 5.0
-# Times that a question is asked whose answers cannot be used.
+COOL_DOWN_SECONDS = 5.0
+# Times that a request is made whose answers cannot be used.
 MAX_UNUSABLE = 3
-# Seconds between two looks at how long servers have been silent.
-POLL_SECONDS = 1.0
 BUSY = {429, 503}
 
+Body = dict[str, Any] | None
+Ask = Callable[[str, Body], Any]
+"""POST a body to a path of one server, or GET without one; the JSON of the answer."""
+HealthCheck = Callable[[str, Ask], None]
+"""Check a server, given its URL; raises `InputError` to end the run."""
+SaveEarly = Callable[[], bool]
+"""Save the run, on all ranks; False where nothing was learnt since it was opened."""
 
-class UnusableAnswerError(ValueError):
-    """A server answered with something else than what it was asked for."""
+
+def nothing_to_save() -> bool:
+    """Stand for a run where there is none."""
+    return False
 
 
-class RejectedError(RuntimeError):
-    """No answer to a question could be used, as often as it was asked."""
-
-
-class _AgainError(RuntimeError):
+class _AgainError(Exception):
     """A request failed in a way that may pass."""
-
-
-class _AwayJustNowError(_AgainError):
-    """Another question found the server away while this one waited to ask."""
 
 
 @dataclass
@@ -66,62 +69,57 @@ class Server:
 
     url: str
     num_open: int = 0
-    trusted: bool = False
+    healthy: bool = False
     checking: threading.Lock = field(default_factory=threading.Lock)
     num_failures: int = 0
-    passed_over_until: float = 0.0
+    cool_until: float = 0.0
 
-
-@dataclass(frozen=True)
-class _Question(Generic[T]):
-    """What `ServerPool.submit` was given."""
-
-    path: str
-    body: dict[str, Any] | None
-    read: Callable[[Any], T]
-    server: Server | None
-
-
-Ask = Callable[[str, dict[str, Any] | None], Any]
-"""POST a body to a path of one server, or GET without one; the JSON of the answer."""
+    def cool_down(self) -> None:
+        """Note a failure."""
+        self.healthy = False
+        self.num_failures += 1
+        self.cool_until = time.monotonic() + COOL_DOWN_SECONDS
 
 
 class ServerPool:
     """Asks servers from threads of its own."""
 
-    def __init__(self, cfg: ServersConfig, trust: Callable[[str, Ask], None]) -> None:
+    def __init__(
+        self, cfg: ServersConfig, name: str, health_check: HealthCheck, save_early: SaveEarly
+    ) -> None:
         """Open connections.
 
         Args:
             cfg: Servers and bounds.
-            trust: Checks a server, given its URL, before its first answer and after a failure;
-                raises `InputError` to end the run.
+            name: What messages call the one that they serve, as "teacher".
+            health_check: Made before a server's first answer and after a failure.
+            save_early: Called on all ranks at once while servers are away.
         """
         self.servers = [Server(url.rstrip("/")) for url in cfg.urls]
-        self._trust = trust
+        self.last_error = "no answer yet"
+        self._cfg = cfg
+        self._name = name
+        self._health_check = health_check
+        self._save_early = save_early
         timeout = httpx.Timeout(cfg.request_timeout_seconds, connect=CONNECT_SECONDS)
         limits = httpx.Limits(max_connections=cfg.max_requests)
         self._client = httpx.Client(timeout=timeout, limits=limits, trust_env=False)
+        self._sockets: WeakSet[socket.socket] = WeakSet()
+        self._changed = threading.Condition()
+        self._closing = threading.Event()
+        self._max_open = float(cfg.max_requests)
+        self._num_waiting = 0
+        self._silent_since = 0.0  # while requests wait
+        self._counts: Counter[str] = Counter()
+        self._jitter = random.Random()
         self._requests: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
-        # Daemons, since a request that hangs must not hold up the end of the run.
+        # Daemons, since a connection that is being made must not hold up the end of the run.
         self._threads = [Thread(target=self._work, daemon=True) for _ in range(cfg.max_requests)]
         for thread in self._threads:
             thread.start()
-        self._closing = threading.Event()
-        self._changed = threading.Condition()
-        self._max_open = float(cfg.max_requests)
-        self._bound = float(cfg.max_requests)
-        self._num_waiting = 0
-        self._answered = 0.0
-        self.last_error = "no answer yet"
-        self._counts: Counter[str] = Counter()
 
     def submit(
-        self,
-        path: str,
-        body: dict[str, Any] | None,
-        read: Callable[[Any], T],
-        server: Server | None = None,
+        self, path: str, body: Body, read: Callable[[Any], T], server: Server | None = None
     ) -> Future[T]:
         """Ask any server, until one answers.
 
@@ -135,29 +133,75 @@ class ServerPool:
             A future of the value. It fails with `RejectedError` where no answer could be used, and
             with `InputError` where a server refuses the request.
         """
-        question = _Question(path, body, read, server)
         future: Future[T] = Future()
         with self._changed:
             if self._num_waiting == 0:
-                self._answered = time.monotonic()
+                self._silent_since = time.monotonic()
             self._num_waiting += 1
-        self._requests.put((future, partial(self._until_answered, question)))
+        self._requests.put((future, partial(self._attempt, path, body, read, server)))
         return future
 
-    def check_anew(self) -> None:
-        """Trust no server any more until it was checked; while no question is open."""
-        for server in self.servers:
-            server.trusted = False
+    def answers(self, futures: Sequence[Future[T]]) -> Iterator[T]:
+        """Yield answers as they come, none of which may be missing; see `as_answered`."""
+        for future in self.as_answered(futures):
+            try:
+                answer = future.result()
+            except RejectedError as error:
+                said = f"a server of the {self._name} does not work: {error}"
+                raise InputError(said) from error
+            yield answer
 
-    def trust_all(self) -> None:
+    def wait(self, futures: Sequence[Future[Any]]) -> None:
+        """Wait until all ranks have their answers; see `as_answered`."""
+        for _ in self.as_answered(futures):
+            pass
+
+    def as_answered(self, futures: Sequence[Future[T]]) -> Iterator[Future[T]]:
+        """Yield futures as each is answered, until all ranks have theirs; every rank takes part.
+
+        Raises:
+            InputError: A server refuses a request, or is not fit.
+            ServersUnavailable: On every rank, after `give_up_after_seconds` without any answer.
+        """
+        waiting, limit = set(futures), self._cfg.save_after_seconds
+        while True:
+            while waiting and (left := limit - self._silent_seconds()) > 0:
+                done, waiting = wait(waiting, left, return_when=FIRST_COMPLETED)
+                for future in done:
+                    if isinstance(error := future.exception(), InputError):
+                        raise error
+                    yield future
+            silent, limit = self._silent_seconds(), self._cfg.give_up_after_seconds
+            worst = reduce_max(0 if not waiting else 1 if silent < limit else 2)
+            if worst == 0:
+                return
+            saved = self._save_early()
+            message = (
+                f"no answer for {silent:.0f} s from the {self._name}'s servers "
+                f"{', '.join(self._cfg.urls)}, {len(waiting)} of {len(futures)} requests of this "
+                f"rank are open; the last error: {self.last_error}"
+            )
+            if worst == 2:
+                self.close()
+                raise ServersUnavailable(message)
+            if is_main():
+                state = "the run is saved" if saved else "nothing was learnt yet that is not saved"
+                say(f"{message}; {state}, and it waits")
+
+    def _silent_seconds(self) -> float:
+        """How long there have been requests and no answer to any."""
+        with self._changed:
+            return time.monotonic() - self._silent_since if self._num_waiting else 0.0
+
+    def invalidate(self) -> None:
+        """Have every server checked before its next answer; while no request is open."""
+        for server in self.servers:
+            server.healthy = False
+
+    def mark_healthy(self) -> None:
         """Take all servers as checked: other ranks have."""
         for server in self.servers:
-            server.trusted = True
-
-    def seconds_without_answer(self) -> float:
-        """How long there have been questions and no answer to any."""
-        with self._changed:
-            return time.monotonic() - self._answered if self._num_waiting else 0.0
+            server.healthy = True
 
     def take_counts(self) -> Counter[str]:
         """Repeated requests since last taken."""
@@ -166,111 +210,117 @@ class ServerPool:
         return counts
 
     def close(self) -> None:
-        """Drop open requests and let the threads go."""
+        """Drop open requests, connections and threads; again changes nothing."""
         self._closing.set()
-        with self._changed:
-            self._changed.notify_all()
         for _ in self._threads:
             self._requests.put(None)
+        with self._changed:
+            self._changed.notify_all()
+            for each in self._sockets:
+                _end(each)
+        deadline = time.monotonic() + CONNECT_SECONDS  # one may still be connecting
+        for thread in self._threads:
+            thread.join(max(0.0, deadline - time.monotonic()))
+        self._client.close()
 
     def _work(self) -> None:
         """Answer requests in turn; one thread."""
         while (request := self._requests.get()) is not None:
-            future, ask = request
+            future, attempt = request
             try:
-                future.set_result(ask())
+                found, failed = self._until_answered(attempt), None
             except BaseException as error:
-                future.set_exception(error)
-            finally:
-                with self._changed:
-                    self._num_waiting -= 1
+                found, failed = None, error
+            with self._changed:
+                self._num_waiting -= 1  # before whoever waits goes on and asks more
+            if failed is None:
+                future.set_result(found)
+            else:
+                future.set_exception(failed)
 
-    def _until_answered(self, question: _Question[T]) -> T:
-        num_attempts = num_unusable = 0
-
-        def attempt() -> T:
-            nonlocal num_attempts, num_unusable
-            num_attempts += 1
-            if num_attempts > 1:
-                self._count("repeated_requests")
+    def _until_answered(self, attempt: Callable[[], T]) -> T:
+        pause, num_unusable = 0.0, 0
+        while not self._closing.wait(self._jitter.uniform(0, pause)):
             try:
-                return self._attempt(question)
+                return attempt()
             except UnusableAnswerError as error:
                 self.last_error = str(error)
                 num_unusable += 1
                 if num_unusable == MAX_UNUSABLE:
                     raise RejectedError(str(error)) from error
-                raise
+            except _AgainError:
+                pass
+            pause = min(max(FIRST_PAUSE_SECONDS, 2 * pause), LONGEST_PAUSE_SECONDS)
+            with self._changed:
+                self._counts["repeated_requests"] += 1
+        raise ServersUnavailable(f"the {self._name}'s servers are asked no more")
 
-        attempts = Retrying(
-            retry=retry_if_exception_type((_AgainError, UnusableAnswerError)),
-            wait=wait_random_exponential(FIRST_PAUSE_SECONDS, LONGEST_PAUSE_SECONDS),
-            stop=stop_when_event_set(self._closing),
-            sleep=sleep_using_event(self._closing),
-            reraise=True,
-        )
-        answer: T = attempts(attempt)
-        return answer
-
-    def _attempt(self, question: _Question[T]) -> T:
-        server = self._take(question.server)
+    def _attempt(self, path: str, body: Body, read: Callable[[Any], T], chosen: Server | None) -> T:
+        server = self._acquire(chosen)
         try:
-            self._check(server)
-            value = question.read(self._request(server, question.path, question.body))
-        except _AwayJustNowError:
-            raise
-        except _AgainError as error:
-            self.last_error = f"{server.url}: {error}"
-            raise
+            self._check_health(server)
+            value = read(self._request(server, path, body))
         except UnusableAnswerError:
-            server.trusted = False
+            server.healthy = False
             raise
         finally:
-            self._give_back(server)
-        self._answered = time.monotonic()
+            self._release(server)
         with self._changed:
-            self._max_open = min(self._bound, self._max_open + 1 / self._max_open)
+            self._silent_since = time.monotonic()
+            self._max_open = min(self._cfg.max_requests, self._max_open + 1 / self._max_open)
         return value
 
-    def _check(self, server: Server) -> None:
-        """See that a server is trusted; of many that ask for it, one does the work."""
+    def _check_health(self, server: Server) -> None:
+        """Run the health check once; concurrent callers wait for its result."""
         known = server.num_failures
         with server.checking:
-            if server.trusted:
+            if server.healthy:
                 return
             if server.num_failures > known:
-                raise _AwayJustNowError
-            self._trust(server.url, lambda path, body: self._request(server, path, body))
-            server.trusted = True
+                raise _AgainError("the server failed while this request waited for its check")
+            self._health_check(server.url, partial(self._request, server))
+            server.healthy = True
 
-    def _request(self, server: Server, path: str, body: dict[str, Any] | None) -> Any:
+    def _request(self, server: Server, path: str, body: Body) -> Any:
         """Ask one server once."""
+        method, url = "GET" if body is None else "POST", server.url + path
         try:
-            if body is None:
-                response = self._client.get(server.url + path)
-            else:
-                response = self._client.post(server.url + path, json=body)
+            response = self._client.request(
+                method, url, json=body, extensions={"trace": self._keep_socket}
+            )
         except httpx.TransportError as error:
-            self._pass_over(server)
-            raise _AgainError(f"{type(error).__name__}: {error}") from error
+            server.cool_down()
+            raise self._again(server, f"{type(error).__name__}: {error}") from error
         if response.status_code in BUSY:
             with self._changed:
                 self._max_open = max(1.0, self._max_open / 2)
-            raise _AgainError(f"busy ({response.status_code})")
+            raise self._again(server, f"busy ({response.status_code})")
         if response.status_code >= 500:
-            self._pass_over(server)
-            raise _AgainError(f"{response.status_code} {response.text[:200]}")
+            server.cool_down()
+            raise self._again(server, f"{response.status_code} {response.text[:200]}")
         if response.status_code >= 400:
             raise InputError(
-                f"{server.url}{path} refuses a request with {response.status_code}: "
-                f"{response.text[:500]}"
+                f"{url} refuses a request with {response.status_code}: {response.text[:500]}"
             )
         try:
             return response.json()
         except ValueError as error:
-            raise UnusableAnswerError(f"{server.url}{path} answers with no JSON") from error
+            raise UnusableAnswerError(f"{url} answers with no JSON") from error
 
-    def _take(self, chosen: Server | None) -> Server:
+    def _again(self, server: Server, reason: str) -> _AgainError:
+        self.last_error = f"{server.url}: {reason}"
+        return _AgainError(reason)
+
+    def _keep_socket(self, event: str, info: dict[str, Any]) -> None:
+        """Know every connection, so that a request that hangs can be ended."""
+        if event in {"connection.connect_tcp.complete", "connection.start_tls.complete"}:
+            opened = info["return_value"].get_extra_info("socket")
+            with self._changed:
+                self._sockets.add(opened)
+            if self._closing.is_set():
+                _end(opened)
+
+    def _acquire(self, chosen: Server | None) -> Server:
         """Wait for room, and choose the server with the fewest open requests."""
         with self._changed:
             while sum(s.num_open for s in self.servers) >= max(1, int(self._max_open)):
@@ -278,81 +328,17 @@ class ServerPool:
                 if self._closing.is_set():
                     raise _AgainError("closed")
             now = time.monotonic()
-            server = chosen or min(
-                self.servers, key=lambda s: (now < s.passed_over_until, s.num_open)
-            )
+            server = chosen or min(self.servers, key=lambda s: (now < s.cool_until, s.num_open))
             server.num_open += 1
             return server
 
-    def _give_back(self, server: Server) -> None:
+    def _release(self, server: Server) -> None:
         with self._changed:
             server.num_open -= 1
             self._changed.notify_all()
 
-    def _pass_over(self, server: Server) -> None:
-        server.trusted = False
-        server.num_failures += 1
-        server.passed_over_until = time.monotonic() + PASSED_OVER_SECONDS
 
-    def _count(self, name: str) -> None:
-        with self._changed:
-            self._counts[name] += 1
-
-
-class Patience:
-    """How long servers may be silent, which all ranks decide together."""
-
-    def __init__(self, pool: ServerPool, cfg: ServersConfig, name: str) -> None:
-        """Wait for a pool until `cfg` gives up; `name` is what its servers are to a reader."""
-        self._pool = pool
-        self._cfg = cfg
-        self._name = name
-        self._save_at = cfg.give_up_after_seconds  # nothing is there to be saved yet
-
-    def renew(self) -> None:
-        """New questions were asked: from now on the run is to be saved while it waits."""
-        self._save_at = self._cfg.save_after_seconds
-
-    @property
-    def is_over(self) -> bool:
-        """Whether this rank has waited long enough to ask the others."""
-        limit = min(self._save_at, self._cfg.give_up_after_seconds)
-        return self._pool.seconds_without_answer() >= limit
-
-    def wait(self, futures: Sequence[Future[Any]], fatal: tuple[type[Exception], ...]) -> None:
-        """Wait until all ranks have their answers; every rank takes part.
-
-        Raises:
-            AwayError: As `agree`.
-            fatal: What a question failed with, of these types; others are left in the futures.
-        """
-        waiting = set(futures)
-        while waiting and not self.is_over:
-            done, waiting = wait(waiting, POLL_SECONDS, return_when=FIRST_COMPLETED)
-            for future in done:
-                if isinstance(error := future.exception(), fatal):
-                    raise error
-        self.agree(len(waiting), len(futures))
-
-    def agree(self, num_open: int, num_asked: int) -> None:
-        """Go on if no rank waits for an answer any more; every rank takes part.
-
-        Args:
-            num_open: Questions of this rank that are not answered.
-            num_asked: All that it asked.
-
-        Raises:
-            AwayError: On every rank, where any still waits; `final` says that the time is up.
-        """
-        silent = self._pool.seconds_without_answer()
-        given_up = silent >= self._cfg.give_up_after_seconds
-        worst = reduce_max(0 if not num_open else 2 if given_up else 1)
-        if worst == 0:
-            return
-        self._save_at = silent + self._cfg.save_after_seconds
-        raise AwayError(
-            f"no answer for {silent:.0f} s from {self._name} "
-            f"{', '.join(self._cfg.urls)}, {num_open} of {num_asked} requests of this "
-            f"rank are open; the last error: {self._pool.last_error}",
-            final=worst == 2,
-        )
+def _end(connection: socket.socket) -> None:
+    """End a request that hangs in another thread."""
+    with suppress(OSError):  # of one that is closed already
+        connection.shutdown(socket.SHUT_RDWR)

@@ -3,14 +3,16 @@
 Written after vLLM 0.32. Whatever is not as it has to be is an answer that cannot be used.
 """
 
+import base64
+import io
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from marco_train.errors import require
-from marco_train.inference.pool import UnusableAnswerError
+from marco_train.errors import UnusableAnswerError, require
 
 COMPLETIONS = "/v1/completions"
 GENERATE = "/inference/v1/generate"
@@ -83,3 +85,12 @@ def read_tokens(holder: Any, ids: list[int], first: int) -> Tensor:
     """Log-probabilities of the tokens from `first` on, [R] float32; not a number where absent."""
     places = read_places(holder, ids, first)
     return torch.tensor([p.get(i, math.nan) for i, p in zip(ids[first:], places, strict=True)])
+
+
+def read_array(holder: Any, name: str) -> Any:
+    """An array that a server writes as base64 of numpy's format."""
+    try:
+        content = base64.b64decode(holder[name])
+        return np.load(io.BytesIO(content), allow_pickle=False)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnusableAnswerError(f"no {name} that can be read: {error}") from error

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Protocol
 
 from torch import Tensor
 
@@ -14,29 +13,39 @@ from marco_train.metrics import Metrics
 from marco_train.types import FinishReason, Prompt, Rollout, rollout_groups
 
 
-class Sampler(Protocol):
+class Sampler:
     """Makes responses with the policy's weights."""
 
-    gives_checksums: bool
+    gives_checksums: bool = False
     """False where it keeps weights in another form, which the canary alone can prove."""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take a complete stream of named weights."""
+        raise NotImplementedError
 
     def sample(self, prompts: Sequence[Prompt], num_responses: int) -> Iterator[Rollout]:
-        """Sample responses of each prompt; yields each as it ends."""
+        """Sample responses of each prompt; yields each as it ends.
+
+        Servers are asked at once; a sampler in this process samples while it is iterated.
+        """
+        raise NotImplementedError
 
     def score(self, sequences: Sequence[list[int]]) -> Tensor:
         """Log-probabilities of the tokens of sequences; the first token of each has none."""
+        raise NotImplementedError
 
     def checksums(self) -> dict[str, int]:
-        """Digest every weight that the sampler holds, under its checkpoint name."""
+        """Digest every weight that the sampler holds, by its checkpoint name, if it gives any."""
+        raise NotImplementedError
+
+    def drain(self) -> None:
+        """Wait for what servers still sample, so that they may get other weights; collective."""
 
     def sleep(self) -> None:
-        """Leave memory to the trainer until `load_weights`, where there is a way to."""
+        """Leave memory to others until `load_weights`, where there is a way to."""
 
     def close(self) -> None:
-        """Let go of memory."""
+        """Let go of memory and connections."""
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from marco_train.config.rollout import (
 )
 from marco_train.errors import require
 from marco_train.inference.engine import require_vllm
+from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.models.weights import empty_model
 from marco_train.rollout.base import Sampler, Sampling
 
@@ -44,8 +45,12 @@ def build_sampler(
     dtype: DType,
     stop_ids: Sequence[int],
     seed: int,
+    save_early: SaveEarly = nothing_to_save,
 ) -> Sampler:
-    """Make the sampler of a run, without weights yet; every rank takes part."""
+    """Make the sampler of a run, without weights yet; every rank takes part.
+
+    `save_early` saves the run while servers are away.
+    """
     sampling = Sampling(
         architecture,
         dtype,
@@ -74,5 +79,5 @@ def build_sampler(
         case VLLMServerRolloutConfig() as rollout:
             from marco_train.rollout.vllm_server import ServerSampler
 
-            return ServerSampler(rollout, sampling)
+            return ServerSampler(rollout, sampling, save_early)
     raise TypeError(f"no such sampler: {type(cfg.rollout).__name__}")

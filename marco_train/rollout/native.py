@@ -17,11 +17,11 @@ from marco_train.models.checksums import checksum
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.routing import Routing
 from marco_train.models.weights import named_weights, receive_weights
-from marco_train.rollout.base import NO_WEIGHTS, response_seed
+from marco_train.rollout.base import NO_WEIGHTS, Sampler, response_seed
 from marco_train.types import FinishReason, Prompt, Rollout, no_experts
 
 
-class NativeSampler:
+class NativeSampler(Sampler):
     """Samples on this rank, alone: every rank holds all experts and its own prompts."""
 
     gives_checksums = True
@@ -62,12 +62,6 @@ class NativeSampler:
     def checksums(self) -> dict[str, int]:
         """Digest every weight that this sampler holds."""
         return {name: checksum(weight) for name, weight in named_weights(self._model)}
-
-    def sleep(self) -> None:
-        """It keeps its weights."""
-
-    def close(self) -> None:
-        """Nothing but memory is held, which goes with the object."""
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[list[int]]) -> Tensor:

@@ -1,9 +1,9 @@
 """The policy's weights into the sampler, proved by numbers each time.
 
-Elsewhere this is where runs are silently lost. Names, shapes and count of the weights are
-accounted for; then both sides have to give the same log-probabilities of fixed sequences, the
-canary. Where the sampler keeps its weights as they came, their checksums have to be those of the
-policy's as well; one that packs them for kernels is proved by the canary alone.
+A weight sync that fails silently is a common way to lose a run of distillation. Names, shapes and
+count of the weights are accounted for; then both sides have to give the same log-probabilities of
+fixed sequences, the canary. Where the sampler keeps its weights as they came, their checksums have
+to be those of the policy's as well; one that packs them for kernels is proved by the canary alone.
 
 What it takes for Mini (28 layers, 256 experts of 768, width 1,024) in bfloat16 with experts over 8
 ranks: 34.6 GB in 21,759 tensors. Two matrices of experts a layer are gathered, 56 collectives in
@@ -22,6 +22,7 @@ from typing import Protocol
 from torch import Tensor
 
 from marco_train.distributed import device
+from marco_train.errors import WeightSyncError
 from marco_train.metrics import Metrics
 from marco_train.models.checksums import checksum
 from marco_train.models.probe import probe_ids
@@ -30,10 +31,6 @@ from marco_train.rollout.base import Sampler
 # Tokens of the canary's sequences: enough to touch most experts, few enough to cost little. The
 # last is longer than a block of vLLM's prefix cache, 128 tokens on a CPU.
 CANARY_LENGTHS = (32, 32, 32, 160)
-
-
-class WeightSyncError(RuntimeError):
-    """Sampler and policy disagree after a hand-over; nothing may be sampled."""
 
 
 class SyncSource(Protocol):

@@ -19,14 +19,12 @@ from marco_train.config.rollout import VLLMRolloutConfig
 from marco_train.inference.engine import VLLMEngine, with_tied_head
 from marco_train.models.hf_io import hf_config
 from marco_train.models.weights import accounted, meta_model, weight_shapes
-from marco_train.rollout.base import NO_WEIGHTS, Sampling, response_seed
+from marco_train.rollout.base import NO_WEIGHTS, Sampler, Sampling, response_seed
 from marco_train.types import FinishReason, Prompt, Rollout, no_experts
 
 
-class VLLMSampler:
+class VLLMSampler(Sampler):
     """Samples on this rank, alone; every rank builds one at the same time."""
-
-    gives_checksums = False
 
     def __init__(self, cfg: VLLMRolloutConfig, sampling: Sampling) -> None:
         """Build the engine of a model of this shape."""
@@ -57,10 +55,6 @@ class VLLMSampler:
         self._weight_version = None
         self._engine.load_weights(with_tied_head(accounted(weights, self._shapes), self._shapes))
         self._weight_version = version
-
-    def checksums(self) -> dict[str, int]:
-        """Not given: the engine packs weights for its kernels."""
-        raise NotImplementedError
 
     def score(self, sequences: Sequence[list[int]]) -> Tensor:
         """Log-probabilities of the tokens of sequences; the first token of each has none.

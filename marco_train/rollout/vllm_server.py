@@ -8,33 +8,23 @@ answered, and its response is the same wherever and whenever it is made.
 Legend: R tokens of a response, K likeliest tokens.
 """
 
-import base64
-import io
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, wait
+from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 from uuid import uuid4
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from marco_train.config.rollout import VLLMServerRolloutConfig
 from marco_train.distributed import barrier, gather_objects, is_main, rank, world_size
-from marco_train.errors import InputError, require
+from marco_train.errors import UnusableAnswerError, require
 from marco_train.inference.engine import neutral_sampling
-from marco_train.inference.pool import (
-    POLL_SECONDS,
-    Ask,
-    Patience,
-    RejectedError,
-    ServerPool,
-    UnusableAnswerError,
-)
+from marco_train.inference.pool import Ask, SaveEarly, ServerPool
 from marco_train.inference.protocol import (
     CALL_WORKERS,
     GENERATE,
@@ -44,24 +34,25 @@ from marco_train.inference.protocol import (
     WEIGHT_INFO,
     check_served,
     only_choice,
+    read_array,
     read_number,
     read_tokens,
 )
 from marco_train.models.safetensors_io import ShardFile
 from marco_train.models.weights import accounted, meta_model, weight_shapes
-from marco_train.rollout.base import NO_WEIGHTS, Sampling, response_seed
+from marco_train.rollout.base import NO_WEIGHTS, Sampler, Sampling, response_seed
 from marco_train.rollout.vllm import check_experts
 from marco_train.types import FinishReason, Prompt, Rollout, no_experts
 
 PREFIX = "sync-"  # of the files that come and go
 
 
-class ServerSampler:
+class ServerSampler(Sampler):
     """Samples over HTTP; every rank asks for its own prompts."""
 
-    gives_checksums = False
-
-    def __init__(self, cfg: VLLMServerRolloutConfig, sampling: Sampling) -> None:
+    def __init__(
+        self, cfg: VLLMServerRolloutConfig, sampling: Sampling, save_early: SaveEarly
+    ) -> None:
         """Nothing is asked yet: servers may still be starting."""
         self._sampling = sampling
         self._replay_routing = cfg.replay_routing
@@ -73,10 +64,9 @@ class ServerSampler:
         self._run = gather_objects(uuid4().hex[:12])[0]
         self._file: Path | None = None  # the weights that servers have to have
         self._canary: tuple[list[list[int]], Tensor] | None = None  # and what they say with them
-        self._loads: list[Future[bool]] = []  # of the servers that this rank sees to
+        self._in_flight: list[Future[Rollout]] = []
         self._weight_version: int | None = None
-        self._pool = ServerPool(cfg.servers, self._trust)
-        self._patience = Patience(self._pool, cfg.servers, "the sampler's servers")
+        self._pool = ServerPool(cfg.servers, "sampler", self._health_check, save_early)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Write a complete stream of named weights and have every server load it.
@@ -84,21 +74,18 @@ class ServerSampler:
         Raises:
             InputError: A weight is missing, doubled, unknown or misshapen; or a server cannot
                 serve this run.
-            AwayError: A server does not answer.
+            ServersUnavailable: A server does not answer.
         """
-        self._weight_version = None
+        self._weight_version = self._canary = None
         file = self._directory / f"{PREFIX}{self._run}-{version}.safetensors"
-        if file != self._file:  # else this is tried again, and servers may still be reading it
-            self._canary = None
-            self._write(accounted(weights, self._shapes), file)
-            barrier()
-            self._file = file
-            self._pool.check_anew()
-            self._patience.renew()
-            mine = self._pool.servers[rank() :: world_size()]
-            self._loads = [self._pool.submit(WEIGHT_INFO, None, bool, s) for s in mine]
-        self._wait(self._loads)
-        self._pool.trust_all()  # by the word of those that saw to them; answers say their version
+        self._write(accounted(weights, self._shapes), file)
+        barrier()
+        self._file = file
+        self._pool.invalidate()
+        mine = self._pool.servers[rank() :: world_size()]
+        list(self._pool.answers([self._pool.submit(WEIGHT_INFO, None, bool, s) for s in mine]))
+        # Other ranks had theirs load these; every answer is checked for its weight version.
+        self._pool.mark_healthy()
         self._weight_version = version
 
     def _write(self, weights: Iterator[tuple[str, Tensor]], file: Path) -> None:
@@ -113,7 +100,7 @@ class ServerSampler:
             if is_main():
                 shard.write(name, weight)
 
-    def _trust(self, url: str, ask: Ask) -> None:
+    def _health_check(self, url: str, ask: Ask) -> None:
         """See that a server has the weights that it has to have, by its word and by numbers.
 
         Raises:
@@ -140,15 +127,11 @@ class ServerSampler:
             f"stage.rollout.canary_tolerance {self._tolerance:.3g}",
         )
 
-    def checksums(self) -> dict[str, int]:
-        """Not given: servers pack weights for their kernels."""
-        raise NotImplementedError
-
     def score(self, sequences: Sequence[list[int]]) -> Tensor:
         """Log-probabilities of the tokens of sequences, [servers, N], of this rank's servers.
 
         All ranks together ask all servers. The first token of each sequence has none, the last of
-        the longest is sampled. What they say is what a server that comes back has to say.
+        the longest is sampled. The result is kept: a restarted server must reproduce it.
         """
         servers = self._pool.servers
         mine = servers[rank() :: world_size()] or [servers[rank() % len(servers)]]
@@ -157,7 +140,7 @@ class ServerSampler:
             for server in mine
             for requests in [self._score_requests(sequences)]
         ]
-        self._wait([future for each in futures for future in each])
+        list(self._pool.answers([future for each in futures for future in each]))
         found = torch.stack([torch.cat([f.result() for f in each]) for each in futures])
         self._canary = list(sequences), found[0]
         return found
@@ -189,20 +172,23 @@ class ServerSampler:
     def sample(self, prompts: Sequence[Prompt], num_responses: int) -> Iterator[Rollout]:
         """Ask for responses of each prompt at temperature 1, at once; yields each as it ends.
 
-        Where it raises `AwayError`, the same iterator goes on afterwards; every rank takes part in
-        its end.
+        Every rank takes part, to the end.
 
         Raises:
             RuntimeError: No weights were loaded.
-            AwayError: No server has answered for long; `final` says that the time is up.
+            ServersUnavailable: No server has answered for long.
             InputError: A server refuses a request, or no server gives a usable answer.
         """
         if self._weight_version is None:
             raise RuntimeError(NO_WEIGHTS)
-        self._patience.renew()
         version = self._weight_version
         asked = [self._ask(prompt, n, version) for prompt in prompts for n in range(num_responses)]
-        return _Responses(asked, self._patience)
+        self._in_flight = [each for each in self._in_flight if not each.done()] + asked
+        return self._pool.answers(asked)
+
+    def drain(self) -> None:
+        """Wait for all responses that were asked for; every rank takes part."""
+        self._pool.wait(self._in_flight)
 
     def _ask(self, prompt: Prompt, sample_index: int, version: int) -> "Future[Rollout]":
         params = neutral_sampling(self._sampling.max_response_length) | {
@@ -245,10 +231,9 @@ class ServerSampler:
             UnusableAnswerError: They are not there or cannot be.
         """
         try:
-            content = base64.b64decode(only_choice(answer)["routed_experts"])
-            found = np.load(io.BytesIO(content), allow_pickle=False)
+            found = read_array(only_choice(answer), "routed_experts")
             return check_experts(found, num_inputs, self._sampling.architecture)
-        except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        except (UnusableAnswerError, RuntimeError) as error:
             raise UnusableAnswerError(
                 f"no experts to replay (start servers with --enable-return-routed-experts and "
                 f"--enable-prefix-caching): {error}"
@@ -289,64 +274,11 @@ class ServerSampler:
         if versions != {self._file.stem}:
             raise UnusableAnswerError(f"an answer of the weights {json.dumps(sorted(versions))}")
 
-    def _wait(self, futures: Sequence[Future[Any]]) -> None:
-        """Wait until all ranks have their answers.
-
-        Raises:
-            AwayError: One has waited too long.
-            InputError: A question cannot be answered.
-        """
-        try:
-            self._patience.wait(futures, (InputError, RejectedError))
-        except RejectedError as error:
-            raise _broken(error) from error
-
-    def sleep(self) -> None:
-        """Servers have memory of their own."""
-
     def close(self) -> None:
         """Drop the connections and the file of weights."""
         self._pool.close()
-        barrier()
         if is_main() and self._file is not None:
             self._file.unlink(missing_ok=True)
-
-
-class _Responses:
-    """Rollouts of one rank in the order in which they end."""
-
-    def __init__(self, asked: Sequence["Future[Rollout]"], patience: Patience) -> None:
-        self._num_asked = len(asked)
-        self._waiting = set(asked)
-        self._done: list[Future[Rollout]] = []
-        self._patience = patience
-        self._ended = False
-
-    def __iter__(self) -> Self:
-        return self
-
-    def __next__(self) -> Rollout:
-        while not self._done and self._waiting:
-            done, self._waiting = wait(self._waiting, POLL_SECONDS, return_when=FIRST_COMPLETED)
-            self._done = list(done)
-            if not done and self._patience.is_over:
-                self._agree()
-        if self._done:
-            try:
-                return self._done.pop().result()
-            except RejectedError as error:
-                raise _broken(error) from error
-        if not self._ended:
-            self._agree()
-            self._ended = True
-        raise StopIteration
-
-    def _agree(self) -> None:
-        self._patience.agree(len(self._waiting), self._num_asked)
-
-
-def _broken(error: RejectedError) -> InputError:
-    return InputError(f"a server of the sampler does not work: {error}")
 
 
 def _body(ids: list[int], params: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ def run_sft(cfg: TrainConfig) -> None:
     )
     run = Run.open(cfg, policy, train_data)  # a fresh run, or the last checkpoint's
 
-    for step in run.steps(until=train_data.num_steps):
+    for step in run.steps(train_data):
         microbatches = next(train_data)  # this rank's share of the global batch
         metrics = policy.train_step(microbatches, cross_entropy)
         if due(step, cfg.stage.eval_every):

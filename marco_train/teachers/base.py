@@ -1,9 +1,9 @@
 """What a teacher is."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +83,7 @@ def refuse_non_finite(values: Tensor) -> None:
         )
 
 
-def trade_places(ids: Tensor, one: int, other: int | None) -> Tensor:
+def swap_ids(ids: Tensor, one: int, other: int | None) -> Tensor:
     """Exchange two ids wherever they stand, into a new tensor; None exchanges nothing."""
     if other is None:
         return ids
@@ -95,7 +95,7 @@ def trade_places(ids: Tensor, one: int, other: int | None) -> Tensor:
 
 def ids_for_teacher(ids: list[int], wanted: Wanted, stop_id: int | None) -> list[int]:
     """Ids with the stop tokens of student and teacher in each other's place; None: as they are."""
-    traded: list[int] = trade_places(
+    traded: list[int] = swap_ids(
         torch.tensor(ids, dtype=torch.int64), wanted.stop_id, stop_id
     ).tolist()
     return traded
@@ -105,30 +105,45 @@ def head_for_student(head: Tensor, wanted: Wanted, stop_id: int | None) -> Tenso
     """The teacher's head [V, D] with its stop token in the row of the student's."""
     if stop_id is None:
         return head
-    rows = trade_places(torch.arange(len(head)), wanted.stop_id, stop_id)
+    rows = swap_ids(torch.arange(len(head)), wanted.stop_id, stop_id)
     return head[rows.to(head.device)]
 
 
-class Teacher(Protocol):
+@dataclass(frozen=True)
+class Submitted:
+    """Rollouts that a teacher is to score."""
+
+    rollouts: list[Rollout]
+    asked: Any = None
+    """What the teacher keeps of them until they are collected; None: nothing has begun."""
+
+
+class Teacher:
     """Frozen; scores the tokens of rollouts, by their ids."""
 
-    @property
-    def head(self) -> Tensor | None:
-        """Weights of the output head, [V, D]; None where it is not at hand."""
+    head: Tensor | None
+    """Weights of the output head, [V, D]; None where it is not at hand."""
+    identity: Identity
+    """What its scores are a function of, beside what is asked; the same on every rank."""
 
-    @property
-    def identity(self) -> Identity:
-        """What its scores are a function of, beside what is asked; the same on every rank."""
-
-    def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Score this rank's rollouts, in their order; every rank takes part.
 
-        Servers are asked for a rollout as soon as the iterable yields it. What could not be scored
-        is left out and counted.
+        What could not be scored is left out and counted.
         """
+        raise NotImplementedError
+
+    def submit(self, rollouts: Iterable[Rollout]) -> Submitted:
+        """Take this rank's rollouts as they are sampled; servers begin with each at once."""
+        return Submitted(list(rollouts))
+
+    def collect(self, submitted: Submitted) -> list[ScoredRollout]:
+        """Score what was submitted, as `score` does."""
+        return self.score(submitted.rollouts)
 
     def take_counts(self) -> Counter[str]:
         """What happened on this rank since last taken, by the names in `cascade.metrics`."""
+        return Counter()
 
     def close(self) -> None:
         """Let go of memory and connections."""

@@ -7,10 +7,13 @@ from marco_train.config.teacher import (
     VLLMServerTeacherConfig,
     VLLMTeacherConfig,
 )
+from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.teachers.base import Teacher, Wanted
 
 
-def build_teacher(cfg: TeacherConfig, wanted: Wanted) -> Teacher:
+def build_teacher(
+    cfg: TeacherConfig, wanted: Wanted, save_early: SaveEarly = nothing_to_save
+) -> Teacher:
     """Open a teacher; every rank takes part."""
     match cfg:
         case HFTeacherConfig():
@@ -28,5 +31,5 @@ def build_teacher(cfg: TeacherConfig, wanted: Wanted) -> Teacher:
         case VLLMServerTeacherConfig():
             from marco_train.teachers.vllm_server import ServerTeacher
 
-            return ServerTeacher(cfg, wanted)
+            return ServerTeacher(cfg, wanted, save_early)
     raise TypeError(f"no such teacher: {type(cfg).__name__}")

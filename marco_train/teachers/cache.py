@@ -23,8 +23,7 @@ from torch import Tensor
 
 from marco_train.config.opd import Objective, ScoreCacheConfig, TopKFrom
 from marco_train.distributed import is_main
-from marco_train.teachers.base import Teacher, Wanted
-from marco_train.teachers.identity import Identity
+from marco_train.teachers.base import Submitted, Teacher, Wanted
 from marco_train.tracking import say
 from marco_train.types import (
     HiddenScores,
@@ -43,7 +42,7 @@ KINDS: dict[Objective, type[Scores]] = {
 }
 
 
-class ScoreCache:
+class ScoreCache(Teacher):
     """A teacher that looks on disk first."""
 
     def __init__(
@@ -64,6 +63,7 @@ class ScoreCache:
             same: Whether another time it said the same.
         """
         self._teacher = teacher
+        self.head, self.identity = teacher.head, teacher.identity
         self._wanted = wanted
         assert cfg.path is not None
         self._directory = Path(cfg.path)
@@ -77,45 +77,42 @@ class ScoreCache:
             self._learn(file)
         self._counts: Counter[str] = Counter()
 
-    @property
-    def head(self) -> Tensor | None:
-        """Weights of the teacher's output head, [V, D]."""
-        return self._teacher.head
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        """Score this rank's rollouts, in their order; every rank takes part."""
+        return self.collect(self.submit(rollouts))
 
-    @property
-    def identity(self) -> Identity:
-        """The teacher's."""
-        return self._teacher.identity
-
-    def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
-        """Score this rank's rollouts, in their order; every rank takes part.
-
-        The teacher sees only those that are not on disk, as they come.
-        """
-        keys: list[tuple[str, Rollout]] = []
+    def submit(self, rollouts: Iterable[Rollout]) -> Submitted:
+        """Hand on those that are not on disk, as they come."""
+        keys: list[str] = []
+        taken: list[Rollout] = []
         known: dict[str, Scores] = {}
-        missing: dict[int, str] = {}
 
         def without_scores() -> Iterator[Rollout]:
             asked = set()
             for rollout in rollouts:
                 key = self._key(rollout)
-                keys.append((key, rollout))
+                keys.append(key)
+                taken.append(rollout)
                 scores = known.get(key) or self._read(key)
                 if scores is not None:
                     known[key] = scores
                 elif key not in asked:
                     asked.add(key)
-                    missing[id(rollout)] = key
                     yield rollout
 
-        scored = self._teacher.score(without_scores())
+        missing = self._teacher.submit(without_scores())
+        return Submitted(taken, (keys, known, missing))
+
+    def collect(self, submitted: Submitted) -> list[ScoredRollout]:
+        """Join what is on disk with what the teacher says, and keep the latter."""
+        keys, known, missing = submitted.asked or self.submit(submitted.rollouts).asked
         self._counts["cache_asked"] += len(keys)
-        self._counts["cache_found"] += sum(key in known for key, _ in keys)
-        fresh = {missing[id(s.rollout)]: s.scores for s in scored}
+        self._counts["cache_found"] += sum(key in known for key in keys)
+        fresh = {self._key(s.rollout): s.scores for s in self._teacher.collect(missing)}
         self._write(fresh)
         known |= fresh
-        return [ScoredRollout(rollout, known[key]) for key, rollout in keys if key in known]
+        pairs = zip(keys, submitted.rollouts, strict=True)
+        return [ScoredRollout(rollout, known[key]) for key, rollout in pairs if key in known]
 
     def take_counts(self) -> Counter[str]:
         """Rollouts asked for, those found and broken entries, beside the teacher's counts."""

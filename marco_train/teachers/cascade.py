@@ -4,7 +4,7 @@ It changes at a known step, or earlier, where the held-out reverse KL has stoppe
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -20,10 +20,11 @@ from marco_train.config.teacher import TeacherBackend, TeacherConfig
 from marco_train.distributed import gather_objects, is_main, reduce_sums, world_size
 from marco_train.errors import InputError, require
 from marco_train.inference.engine import require_vllm
+from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.metrics import Metrics
 from marco_train.models.chat_template import check_template_kwargs
 from marco_train.models.hf_io import check_teacher_positions, stop_token_ids
-from marco_train.teachers.base import SAME_ANSWER, Teacher, Wanted
+from marco_train.teachers.base import SAME_ANSWER, Submitted, Teacher, Wanted
 from marco_train.teachers.build import build_teacher
 from marco_train.teachers.cache import ScoreCache
 from marco_train.teachers.identity import Identity
@@ -94,7 +95,7 @@ def check_teacher(
 
 
 class Cascade:
-    """Opens each teacher when its phase begins; the former goes once the next is checked."""
+    """Opens each teacher when its phase begins; closes the previous one after the next's checks."""
 
     name = "cascade"
 
@@ -138,6 +139,7 @@ class Cascade:
         self._template_kwargs = template_kwargs or {}
         self._student_tokenizer = student_tokenizer
         self._open: tuple[str, Teacher] | None = None
+        self.save_early: SaveEarly = nothing_to_save  # while servers are away
         self._allowed: Collection[ResumeChange] = ()
         # By phase; all are kept in checkpoints.
         self._converged: dict[str, int] = {}  # the step before which it ended
@@ -224,28 +226,44 @@ class Cascade:
             say(f"phase {phase.name!r} has converged before step {step}: held-out KL {shown}")
         return phase.name
 
-    def teacher_at(self, step: int, answer: Callable[[], Iterable[Rollout]]) -> Teacher:
+    def _open_at(self, step: int) -> Teacher | None:
+        """The teacher of a step, if it is open."""
+        name, teacher = self._open or (None, None)
+        return teacher if name == self.phase_at(step).name else None
+
+    def opens_at(self, step: int) -> bool:
+        """Whether a step's teacher is still to be opened: its phase begins, or a run resumes."""
+        return self._open_at(step) is None
+
+    def submit(self, step: int, rollouts: Iterable[Rollout]) -> Submitted:
+        """Take the rollouts of a step as they are sampled, for `Teacher.collect`.
+
+        Servers of a teacher that is open begin with each at once.
+        """
+        teacher = self._open_at(step)
+        return Submitted(list(rollouts)) if teacher is None else teacher.submit(rollouts)
+
+    def teacher_at(self, step: int, answers: Sequence[Rollout]) -> Teacher:
         """Return the teacher of a step; opens it where its phase begins or a run resumes.
 
         Args:
             step: The step.
-            answer: Gives this rank's share of the student's answers to the run's first prompts;
-                asked only where a teacher is opened, before it takes memory.
+            answers: This rank's share of the student's answers to the run's first prompts, with
+                which a teacher that is opened is checked.
 
         Raises:
             InputError: The teacher is not fit to teach, or another than before the run resumed.
-            AwayError: Its servers do not answer.
+            ServersUnavailable: Its servers do not answer.
         """
+        if (teacher := self._open_at(step)) is not None:
+            return teacher
         phase = self.phase_at(step)
-        if self._open is None or self._open[0] != phase.name:
-            answers = list(answer())
-            with ExitStack() as unless_fit:
-                opened = self._open_phase(phase, answers, unless_fit)
-                unless_fit.pop_all()
-            if self._open is not None:
-                self._open[1].close()
-            self._open = phase.name, opened
-        return self._open[1]
+        with ExitStack() as unless_fit:
+            opened = self._open_phase(phase, answers, unless_fit)
+            unless_fit.pop_all()
+        self.close()
+        self._open = phase.name, opened
+        return opened
 
     def _open_phase(
         self, phase: Phase, answers: Sequence[Rollout], unless_fit: ExitStack
@@ -288,7 +306,7 @@ class Cascade:
         self, cfg: TeacherConfig, phase: str, answers: Sequence[Rollout], unless_fit: ExitStack
     ) -> tuple[Teacher, list[float]]:
         """Load a teacher and check it; also gives what it says of the probe sentences."""
-        teacher = build_teacher(cfg, self._wanted)
+        teacher = build_teacher(cfg, self._wanted, self.save_early)
         unless_fit.callback(teacher.close)
         probes = probe_rollouts(self._student_tokenizer, self._wanted)
         name = f"teacher {phase!r} ({cfg.path})"
@@ -304,6 +322,7 @@ class Cascade:
         """Let go of the teacher that is open."""
         if self._open is not None:
             self._open[1].close()
+            self._open = None
 
     def ends_at(self, step: int) -> bool:
         """Whether a step is the last of its phase."""

@@ -4,8 +4,7 @@ Legend: B rollouts of a batch, L longest of them, R tokens of a response, V voca
 """
 
 import logging
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,7 +17,7 @@ from marco_train.distributed import device
 from marco_train.errors import InputError
 from marco_train.models.probe import probe_ids
 from marco_train.models.weights import name_first
-from marco_train.teachers.base import Wanted, head_for_student, scores_from_hidden
+from marco_train.teachers.base import Teacher, Wanted, head_for_student, scores_from_hidden
 from marco_train.teachers.identity import memory_identity
 from marco_train.types import Rollout, ScoredRollout
 
@@ -100,7 +99,7 @@ def _load_report() -> Iterator[list[str]]:
         logger.removeFilter(keep)
 
 
-class HFTeacher:
+class HFTeacher(Teacher):
     """Scores this rank's rollouts with a whole copy of the teacher."""
 
     def __init__(self, cfg: HFTeacherConfig, wanted: Wanted) -> None:
@@ -118,7 +117,7 @@ class HFTeacher:
         self.identity = memory_identity(cfg, self._model.state_dict().items())
         head: Tensor = self._model.get_output_embeddings().weight
         self._check_head(head, cfg.path, HEAD_TOLERANCE[dtype])
-        self.head = head_for_student(head, wanted, cfg.stop_id)
+        self.head: Tensor = head_for_student(head, wanted, cfg.stop_id)
 
     @torch.inference_mode()
     def _check_head(self, head: Tensor, path: str, tolerance: float) -> None:
@@ -143,9 +142,8 @@ class HFTeacher:
         return found
 
     @torch.inference_mode()
-    def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Score this rank's rollouts, in their order."""
-        rollouts = list(rollouts)
         scored: dict[int, ScoredRollout] = {}
         for members in self._batches(rollouts):
             batch = [rollouts[i] for i in members]
@@ -179,13 +177,6 @@ class HFTeacher:
             # The state at a token predicts the next one.
             first = len(rollout.prompt.input_ids) - 1
             yield hidden[row, first : first + len(rollout.response_ids)]
-
-    def take_counts(self) -> Counter[str]:
-        """Nothing happens that has to be counted."""
-        return Counter()
-
-    def close(self) -> None:
-        """Nothing but memory is held, which goes with the object."""
 
     def _scores(self, rollout: Rollout, hidden: Tensor) -> ScoredRollout:
         return ScoredRollout(rollout, scores_from_hidden(rollout, hidden, self.head, self._wanted))

@@ -3,22 +3,22 @@
 A mixture like Qwen3-30B-A3B does not fit one GPU beside the student; spread over eight it does.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 import torch
+from torch import Tensor
 
 from marco_train.config.architecture import check_expert_parallel, read_architecture
 from marco_train.config.teacher import NativeTeacherConfig
 from marco_train.distributed import device, expert_parallel_group, reduce_max
 from marco_train.models import load_model
 from marco_train.models.weights import local_weights
-from marco_train.teachers.base import Wanted, head_for_student, scores_from_hidden
+from marco_train.teachers.base import Teacher, Wanted, head_for_student, scores_from_hidden
 from marco_train.teachers.identity import memory_identity
 from marco_train.types import Rollout, ScoredRollout
 
 
-class NativeTeacher:
+class NativeTeacher(Teacher):
     """Scores this rank's rollouts; every rank takes part in every pass."""
 
     def __init__(self, cfg: NativeTeacherConfig, wanted: Wanted) -> None:
@@ -29,22 +29,15 @@ class NativeTeacher:
         self._wanted = wanted
         self._max_tokens = cfg.max_tokens_per_batch
         self.identity = memory_identity(cfg, local_weights(self._model))
-        self.head = head_for_student(self._model.head, wanted, cfg.stop_id)
+        self.head: Tensor = head_for_student(self._model.head, wanted, cfg.stop_id)
 
     @torch.inference_mode()
-    def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Score this rank's rollouts, in their order."""
         batches = self._batches(rollouts)
         # A rank that is done runs passes without a token: its experts are needed.
         batches += [[]] * (reduce_max(len(batches)) - len(batches))
         return [scored for batch in batches for scored in self._score_batch(batch)]
-
-    def take_counts(self) -> Counter[str]:
-        """Nothing happens that has to be counted."""
-        return Counter()
-
-    def close(self) -> None:
-        """Nothing but memory is held, which goes with the object."""
 
     def _batches(self, rollouts: Iterable[Rollout]) -> list[list[Rollout]]:
         """Cut rollouts, in their order, into packs of a bounded number of tokens."""

@@ -2,8 +2,8 @@
 
 Files, before any model is loaded: the same ids for the same text, the same way to open and to end a
 turn. Numbers, whenever a teacher is opened: the same answer to the same question, one finite number
-for each token that was asked, and an opinion, which a model that came back empty does not have;
-what the student says is likelier to it than to a uniform guess.
+for each token that was asked, and not near-uniform, as a model without loaded weights is; what the
+student says is likelier to it than to a uniform guess.
 """
 
 import math

@@ -5,8 +5,7 @@ last hidden states from an engine that pools, and multiply them by the head, whi
 it: so every objective is exact, and K tokens may be anyone's.
 """
 
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,6 +16,7 @@ from marco_train.distributed import device
 from marco_train.inference.engine import Purpose, VLLMEngine
 from marco_train.models.hf_io import read_head
 from marco_train.teachers.base import (
+    Teacher,
     Wanted,
     head_for_student,
     ids_for_teacher,
@@ -27,7 +27,7 @@ from marco_train.teachers.identity import files_identity
 from marco_train.types import Rollout, ScoredRollout, TokenScores
 
 
-class VLLMTeacher:
+class VLLMTeacher(Teacher):
     """Scores this rank's rollouts with an engine of its own."""
 
     def __init__(self, cfg: VLLMTeacherConfig, wanted: Wanted) -> None:
@@ -48,14 +48,13 @@ class VLLMTeacher:
         )
 
     @torch.inference_mode()
-    def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         """Score this rank's rollouts, in their order."""
-        rollouts = list(rollouts)
         if not rollouts:
             return []
         return self._token_scores(rollouts) if self.head is None else self._by_state(rollouts)
 
-    def _token_scores(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
+    def _token_scores(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         sequences = [
             r.prompt.input_ids + ids_for_teacher(r.response_ids, self._wanted, self._stop_id)
             for r in rollouts
@@ -68,7 +67,7 @@ class VLLMTeacher:
             scored.append(ScoredRollout(rollout, TokenScores(logprobs[first:, 0].clone())))
         return scored
 
-    def _by_state(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
+    def _by_state(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         assert self.head is not None
         scored = []
         states = self._engine.hidden_states([rollout.input_ids for rollout in rollouts])
@@ -79,10 +78,6 @@ class VLLMTeacher:
             scores = scores_from_hidden(rollout, on_device, self.head, self._wanted)
             scored.append(ScoredRollout(rollout, scores))
         return scored
-
-    def take_counts(self) -> Counter[str]:
-        """Nothing happens that has to be counted."""
-        return Counter()
 
     def close(self) -> None:
         """Free the engine's memory."""

@@ -8,33 +8,24 @@ field is sent, since a server fills the others in from the model's generation_co
 Legend: R tokens of a response, K tokens that are told apart.
 """
 
-import base64
-import io
 import math
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Future
 from functools import partial
 from threading import Lock
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from marco_train.config.opd import Objective, TopKFrom
 from marco_train.config.teacher import VLLMServerTeacherConfig
 from marco_train.distributed import reduce_sums
-from marco_train.errors import AwayError, InputError, require
+from marco_train.errors import InputError, RejectedError, UnusableAnswerError, require
 from marco_train.inference.engine import neutral_sampling
-from marco_train.inference.pool import (
-    Ask,
-    Patience,
-    RejectedError,
-    ServerPool,
-    UnusableAnswerError,
-)
+from marco_train.inference.pool import Ask, SaveEarly, ServerPool, nothing_to_save
 from marco_train.inference.protocol import (
     COMPLETIONS,
     GENERATE,
@@ -42,16 +33,19 @@ from marco_train.inference.protocol import (
     ROUNDING,
     check_served,
     only_choice,
+    read_array,
     read_places,
     read_tokens,
 )
 from marco_train.models.probe import probe_ids
 from marco_train.teachers.base import (
     SAME_ANSWER,
+    Submitted,
+    Teacher,
     Wanted,
     ids_for_teacher,
     overlap_with,
-    trade_places,
+    swap_ids,
 )
 from marco_train.teachers.identity import files_identity
 from marco_train.tracking import say
@@ -62,73 +56,80 @@ MAX_MISSING = 0.1
 PROBE_LENGTH = 16
 
 
-class ServerTeacher:
+class ServerTeacher(Teacher):
     """Scores this rank's rollouts over HTTP."""
 
-    head: Tensor | None = None
-
-    def __init__(self, cfg: VLLMServerTeacherConfig, wanted: Wanted) -> None:
+    def __init__(
+        self, cfg: VLLMServerTeacherConfig, wanted: Wanted, save_early: SaveEarly = nothing_to_save
+    ) -> None:
         """Wait until a server answers, and check it.
 
         Raises:
             InputError: Servers of different models, a window that is too short, or scores that
                 they cannot give.
-            AwayError: No server answered in time.
+            ServersUnavailable: No server answered in time.
         """
         require(
             wanted.objective is not Objective.full,
             "stage.objective=full needs a teacher's hidden states, which vllm_server does not "
             "give: choose sampled or topk, or another kind of teacher",
         )
+        self.head = None
         self._servers = cfg.servers
         self._stop_id = cfg.stop_id
         self._wanted = wanted
         self._same_answer = SAME_ANSWER[cfg.dtype]
         self._model: str | None = None  # the name under which all servers serve it
         self._probe_scores: Tensor | None = None  # what the first server said of the probe
-        self._trusting = Lock()
-        self._asked: dict[int, tuple[Rollout, Future[Scores]]] = {}
-        self._asked_at = 0.0
+        self._checking = Lock()
         self._counts: Counter[str] = Counter()
-        self._pool = ServerPool(cfg.servers, self._trust)
-        self._patience = Patience(self._pool, cfg.servers, "the teacher's servers")
+        self._pool = pool = ServerPool(cfg.servers, "teacher", self._health_check, save_early)
         try:
-            opened = [self._pool.submit(MODELS, None, bool, s) for s in self._pool.servers]
-            self._patience.wait(opened, (InputError,))
-            for each in opened:
-                each.result()
-        except BaseException as error:
-            self._pool.close()
-            if isinstance(error, RejectedError):
-                raise InputError(f"a server of the teacher does not work: {error}") from error
+            list(pool.answers([pool.submit(MODELS, None, bool, s) for s in pool.servers]))
+        except BaseException:
+            pool.close()
             raise
         self.identity = files_identity(cfg, self._model)
 
-    def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
-        """Ask for each rollout as it comes, and wait for all answers; every rank takes part.
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        """Ask for all rollouts, and wait for their answers; every rank takes part."""
+        return self.collect(self.submit(rollouts))
 
-        Called again after `AwayError` with the same rollouts, it goes on waiting for what is
-        missing.
+    def submit(self, rollouts: Iterable[Rollout]) -> Submitted:
+        """Ask for each rollout as it comes."""
+        asked_at = time.perf_counter()
+        pairs = [(rollout, self._ask(rollout)) for rollout in rollouts]
+        return Submitted([r for r, _ in pairs], (asked_at, [future for _, future in pairs]))
+
+    def collect(self, submitted: Submitted) -> list[ScoredRollout]:
+        """Wait for all answers; every rank takes part.
 
         Raises:
-            AwayError: No server has answered for long; `final` says that the time is up.
+            ServersUnavailable: No server has answered for long.
             InputError: A server serves another model, refuses a request, or too many rollouts had
                 no usable score.
         """
-        try:
-            if not self._asked:
-                self._asked_at = time.perf_counter()
-                self._patience.renew()
-            for rollout in rollouts:
-                if id(rollout) not in self._asked:
-                    self._asked[id(rollout)] = rollout, self._ask(rollout)
-            asked = [future for _, future in self._asked.values()]
-            self._patience.wait(asked, (InputError,))
-            return self._take_scores()
-        except BaseException as error:
-            if not isinstance(error, AwayError) or error.final:
-                self._pool.close()
-            raise
+        asked_at, futures = submitted.asked or self.submit(submitted.rollouts).asked
+        self._pool.wait(futures)
+        scored = []
+        for rollout, future in zip(submitted.rollouts, futures, strict=True):
+            try:
+                scored.append(ScoredRollout(rollout, future.result()))
+            except RejectedError as error:
+                say(f"left out a rollout of {rollout.prompt.source}: {error}")
+        num_rejected, num_asked = len(futures) - len(scored), len(futures)
+        self._counts["rejected"] += num_rejected
+        self._counts["missing_tokens"] += sum(int((~known_places(s.scores)).sum()) for s in scored)
+        self._counts["milliseconds"] += int(1e3 * (time.perf_counter() - asked_at))
+        all_rejected, all_asked = reduce_sums([num_rejected, num_asked])
+        share = all_rejected / max(1.0, all_asked)
+        require(
+            share <= self._servers.max_rejected,
+            f"{all_rejected:.0f} of {all_asked:.0f} rollouts had no usable score ({share:.1%}, "
+            f"more than teacher.servers.max_rejected {self._servers.max_rejected:.1%}); the last "
+            f"one: {self._pool.last_error}",
+        )
+        return scored
 
     def take_counts(self) -> Counter[str]:
         """Rejected rollouts, missing tokens, repeated requests and milliseconds of scoring."""
@@ -139,37 +140,13 @@ class ServerTeacher:
         """Drop the connections."""
         self._pool.close()
 
-    def _take_scores(self) -> list[ScoredRollout]:
-        """Collect all answers; refuse a step of which too much is missing."""
-        asked = list(self._asked.values())
-        self._asked = {}
-        scored = []
-        for rollout, future in asked:
-            try:
-                scored.append(ScoredRollout(rollout, future.result()))
-            except RejectedError as error:
-                say(f"left out a rollout of {rollout.prompt.source}: {error}")
-        missing = sum(int((~known_places(s.scores)).sum()) for s in scored)
-        self._counts["rejected"] += len(asked) - len(scored)
-        self._counts["missing_tokens"] += missing
-        self._counts["milliseconds"] += int(1e3 * (time.perf_counter() - self._asked_at))
-        num_asked, num_rejected = reduce_sums([len(asked), len(asked) - len(scored)])
-        share = num_rejected / max(1.0, num_asked)
-        if share > self._servers.max_rejected:
-            raise InputError(
-                f"{num_rejected:.0f} of {num_asked:.0f} rollouts had no usable score "
-                f"({share:.1%}, more than teacher.servers.max_rejected "
-                f"{self._servers.max_rejected:.1%}); the last one: {self._pool.last_error}"
-            )
-        return scored
-
-    def _trust(self, url: str, ask: Ask) -> None:
+    def _health_check(self, url: str, ask: Ask) -> None:
         """Check a server before its first answer, and when it was away.
 
         Raises:
             InputError: It serves another model than the others or than before.
         """
-        with self._trusting:
+        with self._checking:
             served = check_served(url, ask(MODELS, None), self._wanted.max_length + 1)
             self._model = self._model or served
             require(
@@ -188,14 +165,14 @@ class ServerTeacher:
                 f"first (bound {self._same_answer}): its weights are others, or broken",
             )
             if self._gives_topk_of_sampler:
-                self._trust_given_ids(url, ask, probe)
+                self._check_given_ids(url, ask, probe)
 
     @property
     def _gives_topk_of_sampler(self) -> bool:
         topk = self._wanted.objective is Objective.topk
         return topk and self._wanted.top_k_from is TopKFrom.sampler
 
-    def _trust_given_ids(self, url: str, ask: Ask, probe: list[int]) -> None:
+    def _check_given_ids(self, url: str, ask: Ask, probe: list[int]) -> None:
         """Refuse a server that does not score given token ids."""
         rows = [list(range(self._wanted.top_k))] * (len(probe) - 1)
         try:
@@ -259,7 +236,7 @@ class ServerTeacher:
         """The teacher's likeliest tokens, [R, K]."""
         choice = only_choice(answer)
         named, logprobs = _read_likeliest(choice, ids, first, self._wanted.top_k)
-        named = trade_places(named, self._wanted.stop_id, self._stop_id)
+        named = swap_ids(named, self._wanted.stop_id, self._stop_id)
         return TopKScores(named, _refuse_gaps(logprobs), torch.ones(len(named)))
 
     def _given_topk(
@@ -268,11 +245,7 @@ class ServerTeacher:
         """The teacher's log-probabilities of the sampler's likeliest tokens, [R, K]."""
         first, shape = len(rollout.prompt.input_ids), (len(wanted), self._wanted.top_k)
         likeliest, _ = _read_likeliest(answer, ids, first, self._wanted.top_k)
-        try:
-            content = base64.b64decode(answer["prompt_token_id_logprobs"])
-            found = torch.from_numpy(np.load(io.BytesIO(content), allow_pickle=False)).float()
-        except (KeyError, TypeError, ValueError) as error:
-            raise UnusableAnswerError(f"no log-probabilities of the given ids: {error}") from error
+        found = torch.from_numpy(read_array(answer, "prompt_token_id_logprobs")).float()
         if found.shape != shape:
             raise UnusableAnswerError(
                 f"log-probabilities of shape {list(found.shape)} for {list(shape)} given ids"

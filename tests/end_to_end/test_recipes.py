@@ -72,7 +72,7 @@ def test_the_readme_shows_the_loop_as_it_stands() -> None:
     readme = (REPOSITORY / "README.md").read_text()
     (shown,) = re.findall(r"```python\n(for step in run\.steps.*?)```", readme, re.DOTALL)
     source = (REPOSITORY / "marco_train" / "stages" / "opd.py").read_text()
-    assert textwrap.indent(shown, "    ") in source
+    assert textwrap.indent(shown, " " * 8) in source
 
 
 def single_process_weights(clone: Path, out: Path) -> list[bytes]:

@@ -4,12 +4,15 @@ import base64
 import io
 import json
 import math
+import os
+import socket
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -215,3 +218,18 @@ def stop_all(servers: Sequence[FakeServer]) -> None:
     """Refuse connections, and wait for what is still being answered."""
     for server in servers:
         server.leave()
+
+
+def connections(servers: Sequence[FakeServer]) -> int:
+    """Connections of this process to servers."""
+    ports = {int(server.url.rpartition(":")[2]) for server in servers}
+    return sum(remote_port(int(file.name)) in ports for file in Path("/proc/self/fd").iterdir())
+
+
+def remote_port(descriptor: int) -> int | None:
+    """The port at the other end of a connection; None of anything else."""
+    try:
+        with socket.socket(fileno=os.dup(descriptor)) as found:
+            return int(found.getpeername()[1])
+    except (OSError, IndexError):
+        return None

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 
 from marco_train.config import TrainConfig
-from marco_train.errors import AwayError
+from marco_train.errors import RolloutMismatchError, ServersUnavailable
 from marco_train.rollout import native
-from marco_train.stages.opd import RolloutMismatchError, run_opd
+from marco_train.stages.opd import run_opd
 from marco_train.teachers.preflight import NUM_ANSWERED, PROBES
 from tests.conftest import World, compose_config, launch
-from tests.faults.fake_server import FakeServer, fake_servers
+from tests.faults.fake_server import FakeServer, connections, fake_servers
 from tests.ranks import run_on_ranks
 
 NUM_STEPS = 6
@@ -119,7 +119,7 @@ def test_a_run_that_gave_up_is_saved_and_can_be_resumed(world: World, tmp_path: 
         absence = threading.Thread(target=go_away)
         absence.start()
         give_up = "stage.cascade.first.teacher.servers.give_up_after_seconds=1"
-        with pytest.raises(AssertionError, match=f"{AwayError.__name__}: no answer for 1 s from"):
+        with pytest.raises(AssertionError, match="ServersUnavailable: no answer for 1 s from"):
             run_on_ranks(1, distil, config(world, parts, server, 1, give_up), server.socket)
         absence.join()
         (saved,) = saved_steps(parts)
@@ -136,6 +136,68 @@ def test_a_run_that_gave_up_is_saved_and_can_be_resumed(world: World, tmp_path: 
         with pytest.raises(AssertionError, match=otherwise):
             run_on_ranks(1, distil, cfg, server.socket)
         server.weights = 0
+        run_on_ranks(1, distil, cfg, server.socket)
+    assert learnt(parts) == learnt(whole)
+
+
+HANGING = [
+    "stage.cascade.{}.teacher.servers.save_after_seconds=0.5",
+    "stage.cascade.{}.teacher.servers.give_up_after_seconds=4",
+    "stage.cascade.{}.teacher.servers.max_requests=8",
+]
+
+
+def give_up_on(cfg: TrainConfig, server: FakeServer) -> tuple[str, float, int, int]:
+    """How a run ends on a rank, how long it took, and the threads and connections that are left."""
+    os.close(server.socket)
+    start, before = time.monotonic(), set(threading.enumerate())
+    with pytest.raises(ServersUnavailable) as ended:
+        run_opd(cfg)
+    seconds = time.monotonic() - start
+    left = [t for t in set(threading.enumerate()) - before if t.name.endswith("(_work)")]
+    return str(ended.value), seconds, len(left), connections([server])
+
+
+def test_a_teacher_that_hangs_on_scoring_while_its_phase_opens_is_opened_once(
+    world: World, tmp_path: Path
+) -> None:
+    with fake_servers(1) as (server,):
+        server.script = ["hangs"] * 10_000
+        cfg = config(world, tmp_path, server, 1, *(each.format("first") for each in HANGING))
+        ((said, seconds, num_threads, num_connections),) = run_on_ranks(1, give_up_on, cfg, server)
+    assert said.startswith("no answer for 4 s from the teacher's servers")
+    assert 4 <= seconds < 10
+    assert num_threads == num_connections == 0
+    assert saved_steps(tmp_path) == []  # nothing was learnt
+
+
+def test_a_later_phase_whose_teacher_hangs_is_saved_and_resumed(
+    world: World, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    later = [
+        "teacher@stage.cascade.first.teacher=hf",
+        "stage.cascade.first.num_steps=2",
+        "teacher@stage.cascade.second.teacher=vllm_server",
+        "stage.cascade.second.teacher.dtype=float32",
+        "stage.cascade.second.teacher.servers.request_timeout_seconds=2",
+        *(each.format("second") for each in HANGING),
+    ]
+    common = [
+        each for each in overrides(world, parts, "", 1) if not each.startswith(("stage.c", "teach"))
+    ]
+    with fake_servers(1) as (server,):
+        later += [f"stage.cascade.second.teacher.servers.urls=[{server.url}]"]
+        later += ["stage.cascade.second.num_steps=2"]
+        cfg = compose_config("quickstart_opd", *common, *later)
+        server.script = ["hangs"] * 10_000
+        ((_, seconds, num_threads, num_connections),) = run_on_ranks(1, give_up_on, cfg, server)
+        assert 4 <= seconds < 10
+        assert num_threads == num_connections == 0
+        assert saved_steps(parts) == [2]
+        server.script = []
+        run_on_ranks(1, distil, cfg, server.socket)
+        cfg = compose_config("quickstart_opd", *common, *later, f"output_dir={whole}")
         run_on_ranks(1, distil, cfg, server.socket)
     assert learnt(parts) == learnt(whole)
 

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from marco_train.config.model import DType
+from marco_train.errors import WeightSyncError
 from marco_train.models.hf_io import hf_config
 from marco_train.rollout.base import Sampler, in_order
 from marco_train.rollout.build import build_sampler
-from marco_train.rollout.sync import WeightSyncError
 from marco_train.types import Rollout
 from tests.conftest import compose_config
 from tests.end_to_end.test_vllm_quickstart import IN_PROCESS, distil, root

@@ -12,11 +12,13 @@ import torch
 from marco_train.config.opd import Objective, TopKFrom
 from marco_train.config.servers import TeacherServersConfig
 from marco_train.config.teacher import TeacherBackend
-from marco_train.errors import AwayError, InputError
+from marco_train.errors import InputError, ServersUnavailable
+from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.teachers.vllm_server import ServerTeacher
 from marco_train.types import Rollout, ScoredRollout, TokenScores, TopKScores
 from tests.conftest import World, teacher_config, wanted_of
-from tests.faults.fake_server import FakeServer, distribution, fake_servers
+from tests.faults import fake_server
+from tests.faults.fake_server import FakeServer, connections, distribution, fake_servers
 from tests.unit.test_teachers import rollouts
 
 NEUTRAL = {
@@ -50,7 +52,12 @@ def servers() -> Iterator[list[FakeServer]]:
 
 
 def teacher_of(
-    world: World, servers: list[FakeServer], *kind: Any, stop_id: int | None = None, **changes: Any
+    world: World,
+    servers: list[FakeServer],
+    *kind: Any,
+    stop_id: int | None = None,
+    save_early: SaveEarly = nothing_to_save,
+    **changes: Any,
 ) -> ServerTeacher:
     fields: dict[str, Any] = {
         "urls": [server.url for server in servers],
@@ -66,7 +73,8 @@ def teacher_of(
         stop_id=stop_id,
         servers=TeacherServersConfig(**fields | changes),
     )
-    OPENED.append(ServerTeacher(cfg, wanted_of(*(kind or (Objective.sampled,)))))
+    wanted = wanted_of(*(kind or (Objective.sampled,)))
+    OPENED.append(ServerTeacher(cfg, wanted, save_early))
     return OPENED[-1]
 
 
@@ -221,17 +229,24 @@ def test_a_teacher_that_is_down_at_the_start_is_waited_for(world: World) -> None
         assert teacher_of(world, [server]).identity["served_as"] == "teacher"
         server.stop()
         message = rf"no answer for \d s from .* {server.url}, .* the last error: .*refused"
-        with pytest.raises(AwayError, match=message) as caught:
+        with pytest.raises(ServersUnavailable, match=message):
             teacher_of(world, [server], save_after_seconds=0.1, give_up_after_seconds=1.0)
-        assert caught.value.final
 
 
 def test_a_teacher_that_goes_away_is_waited_for_and_nothing_is_asked_twice(
-    world: World, servers: list[FakeServer]
+    world: World, servers: list[FakeServer], capsys: pytest.CaptureFixture[str]
 ) -> None:
     asked = rollouts()
-    waits = {"save_after_seconds": 0.5, "give_up_after_seconds": 3.0}
-    teacher = teacher_of(world, servers, max_requests=1, **waits)
+    saves: list[int] = []
+
+    def save_early() -> bool:
+        saves.append(sum(server.outcomes["fine"] for server in servers))
+        for server in servers:
+            server.start()
+        return True
+
+    bounds = {"save_after_seconds": 0.5, "give_up_after_seconds": 30.0}
+    teacher = teacher_of(world, servers, max_requests=1, save_early=save_early, **bounds)
 
     def as_they_come() -> Iterator[Rollout]:
         yield from asked[:2]
@@ -241,21 +256,61 @@ def test_a_teacher_that_goes_away_is_waited_for_and_nothing_is_asked_twice(
             server.stop()
         yield from asked[2:]
 
-    with pytest.raises(AwayError) as caught:
-        teacher.score(as_they_come())
-    assert not caught.value.final
-    for server in servers:
-        server.start()
-    check_tokens(teacher.score(asked), asked)
+    check_tokens(teacher.collect(teacher.submit(as_they_come())), asked)
+    assert saves == [2]  # once, for what was learnt before
     assert sum(server.outcomes["fine"] for server in servers) == len(asked)
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "no answer" in line]
+    assert said.endswith("refused; the run is saved, and it waits")
+
+
+def test_an_outage_saves_the_run_once_and_ends_after_all_the_seconds_of_whoever_waited(
+    world: World, servers: list[FakeServer]
+) -> None:
+    saves: list[float] = []
+    start = time.monotonic()
+
+    def save_early() -> bool:
+        saves.append(time.monotonic() - start)
+        return True
+
+    bounds = {"save_after_seconds": 0.5, "give_up_after_seconds": 2.0}
+    teacher = teacher_of(world, servers, save_early=save_early, **bounds)
     for server in servers:
-        server.stop()
-    num_saves = 0
-    while not caught.value.final:  # each time the run may save
-        with pytest.raises(AwayError) as caught:
-            teacher.score(asked)
-        num_saves += 1
-    assert 2 <= num_saves <= 6
+        server.script = ["hangs"] * 1000
+    start = time.monotonic()
+    submitted = teacher.submit(rollouts())
+    time.sleep(1.2)  # sampling goes on
+    with pytest.raises(ServersUnavailable, match="no answer for 2 s from the teacher's servers"):
+        teacher.collect(submitted)
+    assert 2.0 <= time.monotonic() - start < 2.9
+    early, last = saves  # at once, and before it ends
+    assert early == pytest.approx(1.2, abs=0.4) and last == pytest.approx(2.0, abs=0.4)
+
+
+def test_a_teacher_that_hangs_leaves_no_thread_and_no_connection(
+    world: World, servers: list[FakeServer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fake_server, "HANG_SECONDS", 8.0)
+    threads, sockets = set(threading.enumerate()), connections(servers)
+    bounds = {"request_timeout_seconds": 60.0, "give_up_after_seconds": 1.0}
+    for server in servers:
+        server.script = ["hangs"] * 1000
+    teacher = teacher_of(world, servers, max_requests=8, save_after_seconds=0.5, **bounds)
+    start = time.monotonic()
+    submitted = teacher.submit(rollouts())
+    time.sleep(0.3)
+    assert len(ours(threads)) == 8 and connections(servers) == sockets + len(rollouts())
+    with pytest.raises(ServersUnavailable):
+        teacher.collect(submitted)
+    assert time.monotonic() - start < 5  # no request is waited for
+    assert ours(threads) == set()
+    assert connections(servers) == sockets
+
+
+def ours(before: set[threading.Thread]) -> set[threading.Thread]:
+    """Threads that were started since, but for those of the fake servers."""
+    started = set(threading.enumerate()) - before
+    return {thread for thread in started if "process_request" not in thread.name}
 
 
 def test_scoring_begins_before_sampling_ends(world: World, servers: list[FakeServer]) -> None:
@@ -270,7 +325,7 @@ def test_scoring_begins_before_sampling_ends(world: World, servers: list[FakeSer
                 assert time.monotonic() < deadline, "nothing was asked yet"
                 time.sleep(0.01)
 
-    check_tokens(teacher.score(as_they_come()), asked)
+    check_tokens(teacher.collect(teacher.submit(as_they_come())), asked)
 
 
 def test_slow_sampling_is_no_absence_of_the_teacher(
@@ -284,7 +339,7 @@ def test_slow_sampling_is_no_absence_of_the_teacher(
             time.sleep(0.8)
             yield rollout
 
-    check_tokens(teacher.score(as_they_come()), asked[:3])
+    check_tokens(teacher.collect(teacher.submit(as_they_come())), asked[:3])
 
 
 def test_open_requests_are_bounded_and_fewer_where_a_server_is_busy(world: World) -> None:

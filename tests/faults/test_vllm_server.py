@@ -18,7 +18,7 @@ from marco_train.config.model import DType
 from marco_train.config.opd import Objective, TopKFrom
 from marco_train.config.servers import TeacherServersConfig
 from marco_train.config.teacher import TeacherBackend
-from marco_train.errors import AwayError, InputError
+from marco_train.errors import InputError, ServersUnavailable
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
 from marco_train.teachers.hf import HFTeacher
@@ -96,13 +96,15 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Re
     found.kill()
 
 
-def teacher_of(server: RealServer, model: Path, *kind: object) -> ServerTeacher:
+def teacher_of(
+    server: RealServer, model: Path, *kind: object, give_up_after_seconds: float = 60.0
+) -> ServerTeacher:
     servers = TeacherServersConfig(
         urls=[server.url],
         max_requests=4,
         request_timeout_seconds=60.0,
         save_after_seconds=1.0,
-        give_up_after_seconds=60.0,
+        give_up_after_seconds=give_up_after_seconds,
         max_rejected=0.0,
     )
     cfg = teacher_config(str(model), TeacherBackend.vllm_server, servers=servers)
@@ -137,10 +139,8 @@ def test_what_it_cannot_do_on_a_cpu_is_said(server: RealServer, model: Path) -> 
 
 
 def test_a_killed_server_is_away_and_nothing_is_trained(server: RealServer, model: Path) -> None:
-    teacher = teacher_of(server, model, Objective.sampled)
+    teacher = teacher_of(server, model, Objective.sampled, give_up_after_seconds=2.0)
     assert len(teacher.score(rollouts())) == 5
     server.kill()
-    with pytest.raises(AwayError, match=r"ConnectError|RemoteProtocolError|ReadError") as caught:
+    with pytest.raises(ServersUnavailable, match=r"ConnectError|RemoteProtocolError|ReadError"):
         teacher.score(rollouts())
-    assert not caught.value.final
-    teacher.close()

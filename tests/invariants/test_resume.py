@@ -150,6 +150,17 @@ def test_a_phase_converges_at_the_same_step_after_a_resumption(
         assert files[0] == files[1]
 
 
+def test_a_run_whose_first_phase_converges_makes_all_steps_of_the_second(
+    world: World, tmp_path: Path
+) -> None:
+    rule = {"measure_every": 2, "num_prompts": 3, "num_measures": 1, "min_fall": 5.0}
+    given = overrides("opd", world, tmp_path, 1)
+    given += [f"stage.cascade.first.converged.{name}={v}" for name, v in rule.items()]
+    run_on_ranks(1, run, compose_config("quickstart_opd", *given), "opd", None)
+    assert [line["cascade/phase"] for line in losses(tmp_path)] == [0, 0, 1, 1]
+    assert (tmp_path / "finished.json").exists()
+
+
 def test_two_ranks_distil_as_one(world: World, tmp_path: Path) -> None:
     found = []
     for name, num_ranks in (("one", 1), ("two", 2)):

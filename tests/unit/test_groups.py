@@ -10,6 +10,7 @@ from marco_train.data.packing import pack_rollouts
 from marco_train.evaluation.accuracy import accuracy_by_category
 from marco_train.metrics import MetricSums, check_names
 from marco_train.rollout.base import summarize
+from marco_train.teachers.base import Teacher
 from marco_train.teachers.routed import RoutedTeacher
 from marco_train.types import (
     FinishReason,
@@ -103,7 +104,7 @@ def test_sums_leave_out_the_groups_that_a_token_has_not() -> None:
     assert not any(name.endswith("_") for name in responses)
 
 
-class Named:
+class Named(Teacher):
     """A teacher that says who it is."""
 
     head = None

@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from marco_train.config.model import DType
-from marco_train.config.rollout import NativeRolloutConfig, VLLMRolloutConfig
+from marco_train.config.rollout import (
+    NativeRolloutConfig,
+    VLLMRolloutConfig,
+)
+from marco_train.errors import WeightSyncError
 from marco_train.inference.engine import Generation
 from marco_train.losses.logprobs import sequence_logprobs, token_logprobs, topk_logprobs
 from marco_train.models import Qwen3Moe
@@ -18,7 +22,7 @@ from marco_train.models.weights import empty_model, named_weights, random_model
 from marco_train.rollout import vllm as rollout_vllm
 from marco_train.rollout.base import Sampling, in_order, response_seed, summarize
 from marco_train.rollout.native import NativeSampler, draw_tokens
-from marco_train.rollout.sync import WeightSyncError, canaries, sync_weights
+from marco_train.rollout.sync import canaries, sync_weights
 from marco_train.rollout.vllm import VLLMSampler, check_experts
 from marco_train.types import FinishReason, Prompt, Rollout
 from tests.conftest import architecture

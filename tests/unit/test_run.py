@@ -1,12 +1,12 @@
 """What a run measures of its own time."""
 
-from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from marco_train import run as run_module
-from marco_train.errors import AwayError
 from marco_train.run import Run
 from tests.conftest import World, compose_config
 
@@ -25,6 +25,10 @@ class Untrained:
     """The part of a policy that a run looks at."""
 
     num_updates = 0
+    schedule_steps = 9
+
+    def state_tensors(self) -> dict[str, Any]:
+        return {}
 
 
 @pytest.fixture
@@ -40,55 +44,33 @@ def run(world: World, tmp_path: Path) -> Run:
     return Run(cfg, Untrained(), [], resumed=False)  # type: ignore[arg-type]
 
 
-def test_a_timer_inside_another_takes_its_time_from_it(clock: Clock, run: Run) -> None:
-    def sampled() -> Iterator[int]:
-        for item in range(3):
-            clock.now += 10
-            yield item
-
-    stream = run.timed("sample", sampled())
-    with run.timer("score"):
-        clock.now += 1
-        assert next(iter(stream)) == 0  # as when scoring broke off
-    with run.timer("score"):
-        for _ in stream:
-            clock.now += 1
-        with run.timer("sync"):
-            clock.now += 100
-        clock.now += 1
-    assert list(stream) == [0, 1, 2]  # again, and at no cost
-    assert run._timers == {"sample": 30, "score": 5, "sync": 100}
+def test_a_timer_takes_the_time_of_its_block(clock: Clock, run: Run) -> None:
+    for name, seconds in (("sync", 1.0), ("sample", 10.0)):
+        with run.timer(name):
+            clock.now += seconds
+        clock.now += 100
+    assert run._timers == {"sync": 1.0, "sample": 10.0}
 
 
-def test_a_timer_counts_what_breaks_off_inside_it(clock: Clock, run: Run) -> None:
-    def score() -> None:
-        with run.timer("score"):
-            clock.now += 2
-            with run.timer("sync"):
-                clock.now += 10
-            raise AwayError("no answer", final=False)
-
-    with run.timer("evaluate"):
-        clock.now += 1
-        with pytest.raises(AwayError):
-            score()
-        clock.now += 5
-    assert run._timers == {"evaluate": 6, "score": 2, "sync": 10}
+def test_a_plan_that_becomes_shorter_ends_the_run_earlier(run: Run) -> None:
+    plan = SimpleNamespace(num_steps=9)
+    made = []
+    for step in run.steps(plan):
+        made.append(step)
+        plan.num_steps = 3
+    assert made == [0, 1, 2]
 
 
-def test_a_wait_before_anything_is_learnt_saves_nothing_and_says_so(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_that_learnt_nothing_is_not_saved_early_and_one_that_did_is_saved_once(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    answers = iter([AwayError("no answer", final=False), "here"])
-
-    def ask() -> str:
-        answer = next(answers)
-        if isinstance(answer, AwayError):
-            raise answer
-        return str(answer)
-
-    assert run.outlast(next(run.steps(until=4)), ask) == "here"
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        "step 0: no answer; nothing is lost, and the run waits"
-    )
-    assert not (tmp_path / "checkpoints").exists()
+    saved: list[int] = []
+    monkeypatch.setattr(run_module, "save_checkpoint", lambda _, step, *__: saved.append(step))
+    cfg = compose_config("quickstart_opd", f"root={world.root}", f"output_dir={tmp_path}")
+    policy = Untrained()
+    policy.num_updates = 2  # as one that was resumed
+    run = Run(cfg, policy, [], resumed=False)  # type: ignore[arg-type]
+    assert not run.save_early() and saved == []
+    policy.num_updates = 3
+    assert run.save_early() and run.save_early()
+    assert saved == [3]

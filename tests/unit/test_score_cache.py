@@ -1,7 +1,7 @@
 """Scores on disk: found again, checked, bounded."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from marco_train.config.opd import Objective, ScoreCacheConfig
-from marco_train.teachers.base import Wanted, scores_from_hidden
+from marco_train.teachers.base import Teacher, Wanted, scores_from_hidden
 from marco_train.teachers.cache import ScoreCache
 from marco_train.types import FinishReason, Prompt, Rollout, ScoredRollout
 from tests.conftest import wanted_of
@@ -18,7 +18,7 @@ from tests.ranks import run_on_ranks
 WIDTH, VOCAB = 6, 20
 
 
-class CountingTeacher:
+class CountingTeacher(Teacher):
     """Scores from states that are a function of the ids, and counts what it was asked."""
 
     def __init__(self, wanted: Wanted) -> None:
@@ -27,8 +27,7 @@ class CountingTeacher:
         self.num_calls = 0
         self._wanted = wanted
 
-    def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
-        rollouts = list(rollouts)
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         self.num_calls += 1
         if rollouts:
             self.asked.append([r.prompt.index for r in rollouts])
@@ -209,7 +208,7 @@ def test_scores_of_a_server_with_other_weights_are_not_used(
 class Forgetful(CountingTeacher):
     """Leaves out every second rollout, and does not know a token of the first."""
 
-    def score(self, rollouts: Iterable[Rollout]) -> list[ScoredRollout]:
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         scored = super().score(rollouts)
         scored[0].scores.teacher_logprobs[1] = float("nan")  # type: ignore[union-attr]
         return scored[::2]

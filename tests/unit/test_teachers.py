@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from marco_train.models import load_model
 from marco_train.models.hf_io import stop_token_ids
 from marco_train.rollout.native import NativeSampler
 from marco_train.teachers import cascade
-from marco_train.teachers.base import Wanted
+from marco_train.teachers.base import Teacher, Wanted
 from marco_train.teachers.build import build_teacher
 from marco_train.teachers.cascade import Cascade
 from marco_train.teachers.hf import HFTeacher
@@ -194,7 +195,7 @@ def test_the_cascade_changes_teacher_at_exactly_its_step(
 ) -> None:
     opened: list[str] = []
 
-    def record(cfg: TeacherConfig, wanted: Wanted) -> HFTeacher:
+    def record(cfg: TeacherConfig, wanted: Wanted, *_: Any) -> HFTeacher:
         opened.append(Path(cfg.path).parent.name)
         return HFTeacher(cfg, wanted)
 
@@ -207,7 +208,7 @@ def test_the_cascade_changes_teacher_at_exactly_its_step(
     )
     whole = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
     assert opened == []  # checked, not loaded
-    widths = [whole.teacher_at(step, list).head.shape[1] for step in range(whole.num_steps)]
+    widths = [whole.teacher_at(step, []).head.shape[1] for step in range(whole.num_steps)]
     assert widths == [32, 32, 32, 48, 48]
     assert opened == ["teacher_first", "teacher_second"]
     assert [whole.ends_at(step) for step in range(5)] == [False, False, True, False, True]
@@ -216,15 +217,16 @@ def test_the_cascade_changes_teacher_at_exactly_its_step(
     opened.clear()
     resumed = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
     resumed.resume(3, whole.state_at(3))
-    assert resumed.teacher_at(3, list).head.shape[1] == 48
+    assert resumed.teacher_at(3, []).head.shape[1] == 48
     assert opened == ["teacher_second"]
 
 
-class Named:
+class Named(Teacher):
     """Scores each token with one number, its own."""
 
     def __init__(self, number: float) -> None:
         self.head = torch.zeros(320, 4)
+        self.identity = {}
         self.asked: list[list[int]] = []
         self._number = number
 
@@ -263,9 +265,9 @@ def test_a_phase_opens_and_checks_the_teachers_of_its_groups(world: World) -> No
     right = path + world.path("teacher_second", "export")
     cfg = compose_config("quickstart_opd", *routed, right)
     whole = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
-    assert isinstance(whole.teacher_at(0, list), RoutedTeacher)
+    assert isinstance(whole.teacher_at(0, []), RoutedTeacher)
     last = whole.num_steps - 1
-    assert isinstance(whole.teacher_at(last, list), HFTeacher)
+    assert isinstance(whole.teacher_at(last, []), HFTeacher)
     missing = compose_config("quickstart_opd", *routed, path + "nowhere")
     with pytest.raises(InputError, match=r"'first' \(teacher_of.category_math\): there is no"):
         Cascade(missing.stage, missing.model.tokenizer, TEMPLATE, 320)
@@ -360,7 +362,7 @@ def distil_from_itself(cfg: TrainConfig) -> tuple[float, float]:
         config(path), wanted_of(cfg.stage.objective, cfg.stage.top_k or 0, cfg.stage.top_k_from)
     )
     before = {name: weight.clone() for name, weight in policy.named_weights()}
-    scored = teacher.score(sampler.sample(prompts, 2))
+    scored = teacher.score(list(sampler.sample(prompts, 2)))
     packed = pack_rollouts(scored, cfg.stage.objective, cfg.data.max_tokens_per_microbatch)
     metrics = policy.train_step(packed, build_reverse_kl(cfg.stage, teacher.head))
     moved = max(float((w - before[name]).abs().max()) for name, w in policy.named_weights())

@@ -4,7 +4,6 @@ import importlib.util
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import pytest
@@ -14,13 +13,16 @@ from torch import Tensor
 
 from marco_train.config.model import DType
 from marco_train.config.opd import OPDConfig
+from marco_train.errors import WeightSyncError
 from marco_train.inference import engine as vllm_engine
+from marco_train.inference.engine import VLLMEngine
 from marco_train.losses.logprobs import sequence_logprobs
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.weights import named_weights, random_model
+from marco_train.rollout import vllm
 from marco_train.rollout.base import Sampler, in_order
 from marco_train.rollout.build import build_sampler
-from marco_train.rollout.sync import WeightSyncError, canaries, sync_weights
+from marco_train.rollout.sync import canaries, sync_weights
 from marco_train.types import FinishReason, Prompt, Rollout
 from tests.conftest import VOCAB_SIZE, architecture, compose_config
 from tests.ranks import run_on_ranks
@@ -228,11 +230,25 @@ def test_a_sync_that_is_not_complete_or_not_right_is_caught() -> None:
         assert re.search(message, found), said
 
 
-def sync_twice(**settings: bool) -> str:
+class CachingEngine(VLLMEngine):
+    """Keeps keys of prompts that begin alike, until the weights change."""
+
+    def __init__(self, *given: Any, **named: Any) -> None:
+        super().__init__(*given, **named, prefix_caching=True)
+
+
+class StaleEngine(CachingEngine):
+    """Keeps them for good."""
+
+    def forget_keys(self) -> None:
+        pass
+
+
+def sync_twice(engine: type[VLLMEngine], forgets_experts: bool) -> str:
     """What the second sync says, where vLLM is left to itself in some way."""
-    for name, value in settings.items():
-        assert hasattr(vllm_engine, name)
-        setattr(vllm_engine, name, value)
+    vllm.VLLMEngine = engine  # type: ignore[misc]
+    if not forgets_experts:
+        vllm_engine.forget_packed_experts = lambda _: None
     sampler = sampler_of("vllm")
     try:
         for version in (1, 2):
@@ -243,18 +259,18 @@ def sync_twice(**settings: bool) -> str:
 
 
 @pytest.mark.parametrize(
-    ("settings", "step"),
+    ("engine", "forgets_experts", "step"),
     [
-        ({"FORGET_PACKED_EXPERTS": False}, 1),  # the first sync finds those of random weights
-        ({"PREFIX_CACHING": True, "RESET_PREFIX_CACHE": False}, 2),
-        ({"PREFIX_CACHING": True}, None),
+        (VLLMEngine, False, 1),  # the first sync finds those of random weights
+        (StaleEngine, True, 2),
+        (CachingEngine, True, None),
     ],
     ids=["packed experts", "prefix cache", "prefix cache with a reset"],
 )
 def test_the_canary_sees_what_vllm_keeps_of_old_weights(
-    settings: dict[str, bool], step: int | None
+    engine: type[VLLMEngine], forgets_experts: bool, step: int | None
 ) -> None:
-    (said,) = run_on_ranks(1, partial(sync_twice, **settings))
+    (said,) = run_on_ranks(1, sync_twice, engine, forgets_experts)
     caught = f"step {step}: the canary's log-probabilities differ by"
     assert said.startswith("fine" if step is None else caught)
 

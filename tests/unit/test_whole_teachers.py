@@ -167,7 +167,7 @@ def test_the_cascade_refuses_a_teacher_that_is_not_whole(world: World, teacher_d
     cfg = compose_config("quickstart_opd", f"root={world.root}", path)
     found = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
     with pytest.raises(InputError, match=r"what is missing would be drawn at random; \d+ are miss"):
-        found.teacher_at(0, list)
+        found.teacher_at(0, [])
 
 
 SHAPE = {
@@ -458,15 +458,15 @@ def test_another_teacher_under_the_same_path_does_not_resume(
 ) -> None:
     path, new = resumable
     before = new()
-    before.teacher_at(0, list)
+    before.teacher_at(0, [])
     state = before.state_at(1)
-    resumed(new, state).teacher_at(1, list)
+    resumed(new, state).teacher_at(1, [])
     respell_config(path)
-    resumed(new, state).teacher_at(1, list)
+    resumed(new, state).teacher_at(1, [])
     changed(path, with_value("model.norm.weight", 0.999))
     names = r"'first' is another .* resumed \(weights: \w{32} -> \w{32}(; teacher: says .*)?\)"
     with pytest.raises(InputError, match=names):
-        resumed(new, state).teacher_at(1, list)
+        resumed(new, state).teacher_at(1, [])
 
 
 @pytest.mark.parametrize(("away", "refused"), [(9e-4, False), (2e-3, True)])
@@ -475,13 +475,13 @@ def test_a_teacher_that_answers_otherwise_does_not_resume(
 ) -> None:
     _, new = resumable
     before = new()
-    before.teacher_at(0, list)
+    before.teacher_at(0, [])
     state = json.loads(json.dumps(before.state_at(1)))
     state["said"]["first"]["teacher"][7] += away
     later = resumed(new, state)
     if not refused:
-        later.teacher_at(1, list)
+        later.teacher_at(1, [])
         assert later.state_at(1)["said"] == state["said"]  # what is kept does not drift
         return
     with pytest.raises(InputError, match=r"\(teacher: says of plain sentences .* over 0.001 nats"):
-        later.teacher_at(1, list)
+        later.teacher_at(1, [])
