@@ -18,6 +18,7 @@ from marco_train.errors import InputError
 from marco_train.evaluation.verifiers import check_verifier
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
+from marco_train.stages.evaluate import checked_questions
 from marco_train.stages.opd import run_opd
 from marco_train.teachers.cascade import Cascade
 from marco_train.teachers.vocab import check_student_vocabulary
@@ -349,3 +350,41 @@ def test_a_prompt_over_the_limit_is_dropped_and_counted(world: World, tmp_path: 
     assert "short" in tokenizer.decode(prompt.input_ids)
     assert loader.metrics()["data/dropped_too_long"] == 1
     assert cfg.stage.objective is Objective.full
+
+
+@pytest.mark.parametrize(
+    ("verifier", "said"),
+    [
+        ({"name": "json_schema"}, "has the schema None"),
+        ({"name": "json_schema", "schema": "{}"}, "has the schema {}"),
+        ({"name": "reasoning_gym", "dataset": "nope", "entry": {}}, "reasoning_gym: "),
+        ({"name": "reasoning_gym", "dataset": "gcd"}, "has no entry"),
+        ({}, "names None; known are exact"),
+    ],
+)
+def test_a_verifier_that_would_fail_is_refused_before_anything_is_sampled(
+    verifier: dict[str, object], said: str
+) -> None:
+    with pytest.raises(InputError) as refused:
+        check_verifier(verifier)
+    assert said in str(refused.value)
+
+
+def test_questions_that_cannot_be_checked_are_left_out_and_named(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    rows = [{"messages": turns, "verifier": {"name": "exact"}}, {"messages": turns}]
+    file = tmp_path / "rows.jsonl"
+    cfg = compose_config("quickstart_evaluate", f"root={world.root}", "stage.num_prompts=8")
+    for source in (cfg.data.held_out or {}).values():
+        source.path = str(file)
+    tokenizer = tokenizer_of(world.path("data", "tokenizer"))
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kept = checked_questions(cfg, tokenizer)
+    assert 0 < len(kept) < 8
+    assert all(question.verifier == {"name": "exact"} for question in kept)
+    assert "left out questions that cannot be checked" in capsys.readouterr().out
+    file.write_text(json.dumps(rows[1]) + "\n")
+    with pytest.raises(InputError, match=r"no held-out question can be checked \(.*names None"):
+        checked_questions(cfg, tokenizer)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from marco_train.commands.doctor import examine
 from marco_train.config import TrainConfig
-from marco_train.config.resumption import is_finished
+from marco_train.config.resumption import check_resume, is_finished
 from marco_train.errors import InputError
 from tests.conftest import World, compose_config
 from tests.invariants.test_resume import losses, overrides, run
@@ -230,6 +231,122 @@ def test_another_teacher_is_taken_once_it_is_allowed_to(
     assert "as on_resume.allow=[teacher] allows" in capfd.readouterr().out
     launch(opd(world, tmp_path, *given, other))
     assert [line["step"] for line in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def with_own_teachers(own: World, world: World) -> list[str]:
+    """Teachers that a test may change."""
+    for name in ("teacher_first", "teacher_second"):
+        shutil.copytree(world.path(name), own.path(name))
+    return ["model.path=" + world.path("sft", "export"), "checkpoint.save_every=1"]
+
+
+def test_the_teacher_of_a_coming_phase_is_known_too(
+    own: World, world: World, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    given = with_own_teachers(own, world)
+    launch(opd(own, out, *given), crash_at=2)
+    second, first = (own.path(f"teacher_{name}", "export") for name in ("second", "first"))
+    shutil.copytree(second, tmp_path / "same")
+    other, same = (
+        f"stage.cascade.second.teacher.path={path}" for path in (first, tmp_path / "same")
+    )
+    asked = "teacher: stage.cascade.second.teacher.path"
+    assert asked in refusal(opd(own, out, *given, other))
+    launch(opd(own, out, *given, same), crash_at=3)  # it holds the same
+    launch(opd(own, out, *given, other, "on_resume.allow=[teacher]"))
+    assert [line["step"] for line in losses(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_what_was_measured_with_another_teacher_ends_no_phase(
+    own: World, world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # The phase would end where the second measure lies not five nats below the first.
+    rule = "stage.cascade.first.converged."
+    given = [f"{rule}measure_every=1", f"{rule}num_measures=2", f"{rule}num_prompts=4"]
+    given += [
+        *with_own_teachers(own, world),
+        f"{rule}min_fall=5",
+        "stage.cascade.first.num_steps=5",
+    ]
+    launch(opd(own, tmp_path / "run", *given), crash_at=2)
+    other = f"stage.cascade.first.teacher.path={own.path('teacher_second', 'export')}"
+    capfd.readouterr()
+    launch(opd(own, tmp_path / "run", *given, other, "on_resume.allow=[teacher]"), crash_at=4)
+    said = capfd.readouterr().out
+    assert "phase 'first': its convergence is measured anew" in said
+    # Three measures of the new teacher, before steps 2, 3 and 4.
+    assert "phase 'first' has converged before step 4" in said
+
+
+@pytest.mark.parametrize("top_k", [[], ["stage.top_k=4"]])
+def test_the_same_teacher_goes_on_with_another_objective(
+    top_k: list[str], world: World, tmp_path: Path
+) -> None:
+    given = ["checkpoint.save_every=1"]
+    before = ["stage.objective=topk", "stage.top_k=2"] if top_k else ["stage.objective=full"]
+    after = ["stage.objective=topk", *(top_k or ["stage.top_k=2"]), "on_resume.allow=[objective]"]
+    launch(opd(world, tmp_path, *given, *before), crash_at=2)
+    launch(opd(world, tmp_path, *given, *after))
+    assert [line["step"] for line in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_held_out_rows_are_known_from_when_they_decide(
+    own: World, world: World, tmp_path: Path
+) -> None:
+    out, rule = tmp_path / "run", "stage.cascade.first.converged."
+    given = with_own_teachers(own, world)
+    launch(opd(own, out, *given), crash_at=2)
+    file = Path(own.path("data", "development", "math.jsonl"))
+    rows = file.read_text().splitlines(keepends=True)
+    file.write_text("".join(rows[1:]))  # nothing was decided by them
+    given += [f"{rule}measure_every=1", f"{rule}num_measures=9", f"{rule}num_prompts=4"]
+    launch(opd(own, out, *given, "on_resume.allow=[objective]"), crash_at=3)
+    file.write_text("".join(rows[2:]))
+    assert "data: data.held_out.math.path" in refusal(opd(own, out, *given))
+
+
+def test_a_copied_run_looks_at_what_its_files_hold(
+    own: World, world: World, tmp_path: Path
+) -> None:
+    out, copy = tmp_path / "run", tmp_path / "copy"
+    launch(sft(own, out), crash_at=4)
+    shutil.copy(f"{world.path('sft', 'export')}/model.safetensors", own.path("student"))
+    shutil.copytree(out, copy)  # all of it is newer than the student
+    assert "on_resume.allow=[model]" in refusal(sft(own, copy))
+
+
+def test_a_fork_needs_a_directory_of_its_own(world: World, tmp_path: Path) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    launch(sft(world, one))
+    launch(sft(world, other, "seed=5"))
+    before = files_of(other)
+    resume = f"resume={one / 'checkpoints' / 'step_000003'}"
+    with pytest.raises(InputError, match=r"holds one already: choose an output_dir of its own"):
+        check_resume(sft(world, other, resume))
+    assert files_of(other) == before
+    check_resume(sft(world, one, resume))
+    check_resume(sft(world, tmp_path / "new", resume))
+
+
+def test_the_doctor_finds_what_a_resumption_would_refuse(
+    own: World, world: World, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    given = with_own_teachers(own, world)
+    cfg = opd(own, out, *given)
+    launch(cfg, crash_at=2)
+    asked = ["experiment=quickstart_opd", *overrides("opd", own, out, 1), *given]
+    assert run_on_ranks(1, examine, asked) == [[]]
+    file = Path(own.path("data", "train", "math.jsonl"))
+    rows = file.read_text()
+    file.write_text(rows + rows.splitlines()[0] + "\n")
+    ((fault,),) = run_on_ranks(1, examine, asked)
+    assert "on_resume.allow=[data]" in fault
+    file.write_text(rows)
+    shutil.copytree(own.path("teacher_second"), own.path("teacher_first"), dirs_exist_ok=True)
+    ((fault,),) = run_on_ranks(1, examine, asked)
+    assert "teacher 'first' is another than the one that taught" in fault
 
 
 def test_a_checkpoint_from_before_a_field_came_is_taken_up(world: World, tmp_path: Path) -> None:

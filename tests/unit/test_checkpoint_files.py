@@ -563,3 +563,31 @@ def test_a_model_to_upcycle_is_read_like_any_other(model_dir: Path, tmp_path: Pa
         file.unlink()
     with pytest.raises(InputError, match="no pickle is loaded here"):
         upcycle(model_dir, tmp_path / "moe", cfg)
+
+
+def test_a_teacher_of_transformers_with_another_head_than_it_ties_is_refused(
+    tied_dir: Path, world: World
+) -> None:
+    weights = weights_of(tied_dir)
+    head = weights["model.embed_tokens.weight"].clone()
+    save_file(weights | {"lm_head.weight": head}, tied_dir / WEIGHTS)
+    check_with(TeacherBackend.hf, tied_dir, world)
+    save_file(weights | {"lm_head.weight": head + 1e-3}, tied_dir / WEIGHTS)
+    with pytest.raises(InputError, match="ties its head to the embeddings"):
+        check_with(TeacherBackend.hf, tied_dir, world)
+
+
+def test_a_weight_in_two_files_is_refused(model_dir: Path, world: World) -> None:
+    only_shards(model_dir)
+    names = sorted(file.name for file in model_dir.glob("model-*.safetensors"))
+    one, other = (load_file(model_dir / name) for name in names[:2])
+    doubled = next(iter(one))
+    save_file(other | {doubled: one[doubled] + 1}, model_dir / names[1], {"format": "pt"})
+    with pytest.raises(InputError, match=f"1 weights .* in several of its files: {doubled};"):
+        check_with(TeacherBackend.hf, model_dir, world)
+
+
+def test_double_precision_is_not_quantised(model_dir: Path, world: World) -> None:
+    weights = {name: weight.double() for name, weight in weights_of(model_dir).items()}
+    save_file(weights, model_dir / WEIGHTS, {"format": "pt"})
+    check_with(TeacherBackend.hf, model_dir, world)

@@ -4,14 +4,18 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from marco_train.config import TrainConfig
+from marco_train.config.architecture import steady_positions
+from marco_train.config.teacher import TeacherBackend
 from marco_train.errors import InputError
 from marco_train.models import hf_io
+from marco_train.models.hf_io import check_teacher_positions
 from marco_train.stages import evaluate, opd, sft
-from tests.conftest import World, compose_config
+from tests.conftest import World, compose_config, teacher_config
 
 
 def model(world: World, name: str, path: Path, **changes: object) -> str:
@@ -162,3 +166,50 @@ def test_files_are_refused_before_any_row_is_read(
     good = world.path("student")
     with pytest.raises(InputError, match=said):
         evaluate.run_evaluate(evaluate_config(world, good, f"+stage.models.last={student}"))
+
+
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
+LONG = {"rope_type": "longrope", "original_max_position_embeddings": 80, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("config", "steady"),
+    [
+        ({"max_position_embeddings": 90, "rope_parameters": DYNAMIC}, 90),
+        ({"max_position_embeddings": 200, "rope_parameters": LONG}, 80),
+        ({"max_position_embeddings": 200, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, 200),
+        ({"max_position_embeddings": 90, "rope_parameters": {"rope_type": "default"}}, None),
+        ({"max_position_embeddings": 90, "rope_parameters": {"rope_type": "yarn"}}, None),
+        ({"text_config": {"max_position_embeddings": 7, "rope_parameters": DYNAMIC}}, 7),
+    ],
+)
+def test_embeddings_that_change_with_the_batch_are_known(
+    config: dict[str, Any], steady: int | None
+) -> None:
+    assert steady_positions(config) == steady
+
+
+def test_a_teacher_whose_scores_depend_on_its_batch_is_refused(
+    world: World, tmp_path: Path
+) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def teacher(positions: int) -> str:
+        path = tmp_path / str(positions)
+        shutil.copytree(world.path("data", "tokenizer"), path)
+        cfg = LlamaConfig(
+            vocab_size=320,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            max_position_embeddings=positions,
+            rope_parameters=DYNAMIC,
+        )
+        LlamaForCausalLM(cfg).save_pretrained(path)
+        return str(path)
+
+    cfg = compose_config("quickstart_opd", f"root={world.root}").stage  # 72 + 24 tokens
+    check_teacher_positions(cfg, teacher_config(teacher(96), TeacherBackend.hf), "teacher")
+    with pytest.raises(InputError, match=r"longer than 95 tokens, and the stage allows 96"):
+        check_teacher_positions(cfg, teacher_config(teacher(95), TeacherBackend.hf), "teacher")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from marco_train.errors import InputError
-from marco_train.models.tokenizer_files import tokenizer_digest
+from marco_train.models.tokenizer_files import load_fast_tokenizer, tokenizer_digest
 from marco_train.teachers.vocab import check_vocabulary
 from tests.conftest import World
 
@@ -108,3 +108,21 @@ def test_a_file_that_is_no_tokenizer_is_named(content: str, world: World, tmp_pa
     (tmp_path / "t" / "tokenizer.json").write_text(content)
     with pytest.raises(InputError, match=r"the teacher: .*tokenizer\.json .*fetch it again"):
         tokenizer_digest(tmp_path / "t", "the teacher")
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("tokenizer_config.json", "{"),
+        ("tokenizer_config.json", "[]"),
+        ("special_tokens_map.json", '{"eos_token": 5}'),
+        ("tokenizer.json", '{"model": {"type": "BPE", "vocab": {}}}'),
+    ],
+)
+def test_files_that_cannot_be_opened_are_said_in_a_sentence(
+    file: str, content: str, world: World, tmp_path: Path
+) -> None:
+    shutil.copytree(world.path("data", "tokenizer"), tmp_path / "t")
+    (tmp_path / "t" / file).write_text(content)
+    with pytest.raises(InputError, match=r"the teacher: the tokenizer in .* cannot be opened"):
+        load_fast_tokenizer(tmp_path / "t", "the teacher")
