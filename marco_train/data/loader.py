@@ -382,7 +382,7 @@ class PromptLoader(_Loader):
                 found.append(item)
             elif index % world_size() == rank():  # counted once
                 dropped.add(item)
-        if not found:
+        if count and not found:
             raise dropped.gathered_refusal(f"none of the first {NUM_FIRST} samples")
         return found[rank() :: world_size()]
 
