@@ -374,6 +374,14 @@ def shared(backend: TeacherBackend, experts_over: int) -> dict[str, int]:
     return {"expert_parallel_size": experts_over} if backend is TeacherBackend.native else {}
 
 
+def test_a_server_is_not_known_by_weights_that_lie_here(teacher_dir: Path) -> None:
+    known, own = files_of(teacher_dir, served_as="teacher"), files_of(teacher_dir)
+    (teacher_dir / "model.safetensors").write_bytes(b"of no use to a server elsewhere")
+    assert files_of(teacher_dir, served_as="teacher") == known
+    assert files_of(teacher_dir) != own
+    assert files_of(teacher_dir, served_as="another") != known
+
+
 def identity_on_a_rank(path: Path, backend: TeacherBackend, experts_over: int) -> Identity:
     return dict(opened(path, backend, **shared(backend, experts_over)).identity)
 
