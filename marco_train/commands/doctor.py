@@ -92,7 +92,8 @@ class Examination:
         except REFUSALS as error:
             said = in_one_line(error)
             # Hydra names the override, and chains what is wrong with it.
-            said = said if error.__cause__ is None else f"{said}: {error.__cause__}"
+            if isinstance(error, HydraException) and error.__cause__ is not None:
+                said = f"{said}: {error.__cause__}"
             self._keep(what, " ".join(said.split()))
             return False, None
         self._print(f"{what} ... fine, {time.perf_counter() - start:.1f} s")

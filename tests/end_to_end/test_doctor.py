@@ -235,6 +235,14 @@ def test_a_few_rows_at_fault_are_named_and_do_no_harm(world: World, tmp_path: Pa
     assert "data/dropped_malformed" in done.stdout
 
 
+def test_a_fault_is_said_once(world: World, tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes('{"prompt": "café"}\n'.encode("latin-1"))
+    path = f"data.sources.math.path={file}"
+    (found,) = faults(1, "experiment=quickstart_opd", f"root={world.root}", ALONE, path)
+    assert found.endswith("save the file as UTF-8")
+
+
 def test_a_mask_without_the_stop_token_is_found(world: World, tmp_path: Path) -> None:
     shutil.copytree(world.path("data", "tokenizer"), tmp_path / "tokenizer")
     text = CHATML.read_text()
