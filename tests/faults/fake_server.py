@@ -230,6 +230,7 @@ def remote_port(descriptor: int) -> int | None:
     """The port at the other end of a connection; None of anything else."""
     try:
         with socket.socket(fileno=os.dup(descriptor)) as found:
-            return int(found.getpeername()[1])
-    except (OSError, IndexError):
+            is_tcp = found.family in (socket.AF_INET, socket.AF_INET6)
+            return int(found.getpeername()[1]) if is_tcp else None
+    except OSError:
         return None
