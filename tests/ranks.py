@@ -6,11 +6,14 @@ import pickle
 import tempfile
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+
+SECONDS_TO_MEET = 20
 
 
 def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
@@ -23,7 +26,7 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> li
     with tempfile.TemporaryDirectory() as directory:
         children, pipes = [], []
         for rank in range(num_ranks):
-            here, there = context.Pipe(duplex=False)
+            here, there = context.Pipe()
             child = context.Process(
                 target=_work, args=(rank, num_ranks, Path(directory), there, function, args)
             )
@@ -32,6 +35,10 @@ def run_on_ranks(num_ranks: int, function: Callable[..., Any], *args: Any) -> li
             children.append(child)
             pipes.append(here)
         outcomes = [_receive(pipe) for pipe in pipes]
+        for pipe, (ok, _) in zip(pipes, outcomes, strict=True):
+            if ok:
+                with suppress(OSError):  # it has waited long enough, and left
+                    pipe.send_bytes(b"all of you may leave")
         failures = [text for ok, text in outcomes if not ok]
         for child in children:
             if failures:
@@ -65,6 +72,8 @@ def _work(
     except BaseException:
         outcome = (False, f"rank {rank}:\n{traceback.format_exc()}")
     pipe.send_bytes(pickle.dumps(outcome))  # not send: it would share tensors, and we leave
+    if outcome[0]:
+        pipe.poll(SECONDS_TO_MEET)  # others may still be connecting to this rank
     pipe.close()
     # Leave without running the parent's exit handlers.
     os._exit(0 if outcome[0] else 1)
