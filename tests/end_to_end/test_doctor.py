@@ -180,6 +180,17 @@ def test_a_student_that_cannot_learn_is_found(
     assert said in found
 
 
+def test_a_teacher_without_an_opinion_is_found_in_an_evaluation(
+    world: World, tmp_path: Path
+) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(world.path("teacher_second", "export"), teacher)
+    weights(lambda tensors: [tensor.zero_() for tensor in tensors.values()])(teacher)
+    given = [f"root={world.root}", ALONE, *EVALUATED, f"stage.teachers.second.path={teacher}"]
+    (found,) = faults(1, "experiment=quickstart_evaluate", *given)
+    assert "finds all tokens alike" in found
+
+
 def rows_of(world: World, tmp_path: Path, rows: list[Any]) -> list[str]:
     """Overrides by which every source has these rows, and nothing is held out."""
     file = tmp_path / "rows.jsonl"
