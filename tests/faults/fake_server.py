@@ -41,6 +41,7 @@ class FakeServer:
         self.script: list[str] = []
         self.bodies: list[dict[str, Any]] = []  # of questions but the probes
         self.outcomes: Counter[str] = Counter()
+        self._num_unanswered = 0
         self.num_open = self.most_open = 0
         self._lock = threading.Lock()
         self._stopping = threading.Event()
@@ -121,13 +122,18 @@ class FakeServer:
         is_probe = self.is_probe(path, body)
         with self._lock:
             self.num_open += 1
-            self.most_open = max(self.most_open, self.num_open)
+            self._num_unanswered += 1
+            self.most_open = max(self.most_open, self._num_unanswered)
             fault = "" if is_probe or not self.script else self.script.pop(0)
             if not is_probe:
                 self.bodies.append(body | {"path": path})
                 self.outcomes[fault or "fine"] += 1
         try:
-            self._stopping.wait(HANG_SECONDS if fault == "hangs" else self.slowness)
+            try:
+                self._stopping.wait(HANG_SECONDS if fault == "hangs" else self.slowness)
+            finally:  # before the answer, which a client may follow up at once
+                with self._lock:
+                    self._num_unanswered -= 1
             self._respond(handler, path, body, fault)
         except (BrokenPipeError, ConnectionResetError):
             pass
