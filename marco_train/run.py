@@ -40,7 +40,7 @@ from marco_train.content import Content, digest, with_digests
 from marco_train.distributed import barrier, gather_objects, is_main, rank, seed_everything
 from marco_train.errors import InputError
 from marco_train.metrics import Metrics
-from marco_train.tracking import Tracker, say
+from marco_train.tracking import Tracker, log_line
 
 
 class Trainable(Protocol):
@@ -219,7 +219,7 @@ class Run:
         if self._tracker is not None:
             self._tracker.close()
             mark_finished(self._cfg, self._noted["content"])
-            say(f"{self._cfg.name}: finished, {self._directory / 'export'}")
+            log_line(f"{self._cfg.name}: finished, {self._directory / 'export'}")
 
 
 def due(step: int, every: int | None) -> bool:
@@ -245,11 +245,11 @@ def resume_from(
     policy.load_state(tensors, step)
     load_generators(tensors)
     if is_main():
-        say(f"resumed from {path}")
+        log_line(f"resumed from {path}")
         for sentence in (*found.sentences, *map(said_of_allowed, changed)):
-            say(f"  {sentence}")
+            log_line(f"  {sentence}")
         if (old := path.parent.parent).resolve() != Path(cfg.output_dir).resolve():
-            say(
+            log_line(
                 f"  {cfg.output_dir}/metrics.jsonl begins with step {step + 1}, as a run of its "
                 f"own on W&B; the steps before are in {old}/metrics.jsonl"
             )

@@ -14,7 +14,7 @@ from marco_train.config.run import LoggingBackend, LoggingConfig, WandbMode
 from marco_train.metrics import Metrics, check_names
 
 
-def say(text: str) -> None:
+def log_line(text: str) -> None:
     """Print one line, past a progress bar if there is one."""
     tqdm.write(text, file=sys.stdout)
     sys.stdout.flush()
@@ -78,7 +78,7 @@ class Tracker:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
             except json.JSONDecodeError:
-                say(f"{self._jsonl}: left out a torn line")
+                log_line(f"{self._jsonl}: left out a torn line")
         return kept
 
     def log(self, step: int, until: int, phase: str | None, metrics: Metrics, eta: float) -> None:
@@ -92,7 +92,7 @@ class Tracker:
         if self._bar is not None:
             self._bar.update(1)
         if step % self._every == 0 or step == until:
-            say(step_line(step, until, phase, metrics, eta))
+            log_line(step_line(step, until, phase, metrics, eta))
 
     def _record(self, line: Mapping[str, Any]) -> None:
         """Give W&B a step, under its own number unless W&B is past it, and have it counted."""

@@ -64,7 +64,7 @@ from marco_train.models.weights import accounted, meta_model, random_model, weig
 from marco_train.rollout.base import in_order, summarize
 from marco_train.rollout.build import build_sampler
 from marco_train.rollout.sync import canaries, sync_weights
-from marco_train.teachers.base import Wanted, scores_from_hidden
+from marco_train.teachers.base import ScoreSpec, scores_from_hidden
 from marco_train.teachers.build import build_teacher
 from marco_train.train import CONFIG_DIR
 from marco_train.types import FinishReason, FullMicrobatch, PolicyOutput, Prompt, Rollout
@@ -229,10 +229,10 @@ class Distillation:
         return self.policy.train_step(packed, build_reverse_kl(self.opd, self.teacher.head))
 
 
-def wanted_of(cfg: OPDConfig, vocab_size: int, stop_id: int) -> Wanted:
+def wanted_of(cfg: OPDConfig, vocab_size: int, stop_id: int) -> ScoreSpec:
     """What an objective needs of its teacher."""
     length = longest_sequence(cfg)
-    return Wanted(cfg.objective, cfg.top_k or 0, cfg.top_k_from, vocab_size, length, stop_id)
+    return ScoreSpec(cfg.objective, cfg.top_k or 0, cfg.top_k_source, vocab_size, length, stop_id)
 
 
 def rollout_of(prompt: Prompt, response: list[int], topk_ids: list[list[int]]) -> Rollout:

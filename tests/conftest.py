@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from marco_train.config import TrainConfig, to_run
 from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.model import ChatTemplate, DType, ModelConfig
-from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.opd import Objective, TopKSource
 from marco_train.config.teacher import (
     HFTeacherConfig,
     NativeTeacherConfig,
@@ -31,7 +31,7 @@ from marco_train.data.chat import CHATML, load_tokenizer
 from marco_train.data.chat import Tokenizer as ChatTokenizer
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
-from marco_train.teachers.base import Wanted
+from marco_train.teachers.base import ScoreSpec
 from marco_train.train import CONFIG_DIR
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -142,11 +142,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def wanted_of(
     objective: Objective,
     top_k: int = 0,
-    top_k_from: TopKFrom = TopKFrom.sampler,
+    top_k_source: TopKSource = TopKSource.sampler,
     vocab_size: int = VOCAB_SIZE,
-) -> Wanted:
+) -> ScoreSpec:
     """What a run of the world's student needs of a teacher; its turns end with token 2."""
-    return Wanted(objective, top_k, top_k_from, vocab_size, max_length=200, stop_id=2)
+    return ScoreSpec(objective, top_k, top_k_source, vocab_size, max_length=200, stop_id=2)
 
 
 TEACHERS: dict[TeacherBackend, tuple[type[TeacherConfig], dict[str, Any]]] = {

@@ -36,7 +36,7 @@ from marco_train.models.hf_io import (
     stop_token_ids,
     student_architecture,
 )
-from marco_train.models.weights import named_weights, random_model
+from marco_train.models.weights import named_weights, random_model, torch_dtype
 from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.sync import canaries, sync_weights
 from marco_train.run import check_resumption
@@ -44,7 +44,7 @@ from marco_train.stages import evaluate
 from marco_train.teachers.cascade import Cascade, check_teacher, teachers_of
 from marco_train.teachers.preflight import NUM_ANSWERED, FirstOfEachKind
 from marco_train.teachers.vocab import check_student_vocabulary
-from marco_train.tracking import say
+from marco_train.tracking import log_line
 from marco_train.types import LossFn, Microbatch, PolicyOutput, Rollout
 
 if TYPE_CHECKING:
@@ -165,7 +165,7 @@ def check_evaluate(cfg: TrainConfig, made: "Examination") -> None:
     mine = questions[rank() : rank() + 1]
 
     def measure(kind: str, path: str) -> None:
-        model = load_model(path, getattr(torch, cfg.model.dtype.value))
+        model = load_model(path, torch_dtype(cfg.model.dtype))
         answers = evaluate.sample_answers(cfg, model, mine, tokenizer)
         evaluate.accuracy_of(answers)
         if kind == "models":
@@ -184,12 +184,12 @@ def say_batch(metrics: Metrics) -> None:
         return
     drops = {name: count for name, count in metrics.items() if "dropped" in name and count > 0}
     said = [f"{count:.0f} {name}" for name, count in drops.items()] or ["none dropped"]
-    say(f"  {metrics['data/num_sequences']:.0f} rows; {', '.join(said)}")
+    log_line(f"  {metrics['data/num_sequences']:.0f} rows; {', '.join(said)}")
 
 
 def load_student(cfg: TrainConfig, student: ArchitectureConfig) -> Qwen3Moe:
     """Load the student as the policy would, or draw it."""
-    dtype = getattr(torch, cfg.model.dtype.value)
+    dtype = torch_dtype(cfg.model.dtype)
     ep_size = cfg.parallel.expert_parallel_size
     check_expert_parallel(student, ep_size)
     group = expert_parallel_group(ep_size)
@@ -217,7 +217,7 @@ def first_loss(model: Qwen3Moe, batch: Sequence[Microbatch], loss_fn: LossFn) ->
     bad = [name for name, value in found.items() if not abs(value) < float("inf")]
     require(not bad, f"the first microbatch gives {', '.join(bad)} that are not finite")
     if is_main():
-        say(f"  {', '.join(f'{name} {value:.3f}' for name, value in shown.items())}")
+        log_line(f"  {', '.join(f'{name} {value:.3f}' for name, value in shown.items())}")
 
 
 @dataclass(frozen=True)

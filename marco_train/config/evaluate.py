@@ -25,7 +25,7 @@ class EvaluateConfig(StageConfig):
     max_response_length: int = MISSING
     num_kl_responses: int = II("stage.responses_per_prompt")
     """How many of a prompt's responses the teachers score for the KL."""
-    num_shown: int = 5
+    num_examples_shown: int = 5
     """Prompts whose answers are written out for a reader."""
     signatures: bool = False
     """Whether signatures.json tells which experts each language's prompts and answers used, over

@@ -19,7 +19,7 @@ class Objective(Enum):
     full = "full"
 
 
-class TopKFrom(Enum):
+class TopKSource(Enum):
     """Whose likeliest tokens the top-k objective tells apart.
 
     sampler: the policy's own; teacher: the teacher's, for servers that give no others.
@@ -43,7 +43,7 @@ class ScoreCacheConfig:
 
 
 @dataclass(kw_only=True)
-class ConvergedConfig:
+class EarlySwitchConfig:
     """When a phase ends before its last step: the held-out reverse KL falls no more."""
 
     measure_every: int | None = None
@@ -58,14 +58,14 @@ class ConvergedConfig:
 
     def __post_init__(self) -> None:
         require_positive(
-            "stage.cascade.*.converged",
+            "stage.cascade.*.early_switch",
             measure_every=self.measure_every,
             num_prompts=self.num_prompts,
             num_measures=self.num_measures,
         )
         require(
             0 <= self.min_fall < float("inf"),
-            f"stage.cascade.*.converged.min_fall is {self.min_fall}, and must be 0 or more nats",
+            f"stage.cascade.*.early_switch.min_fall is {self.min_fall}, and must be 0 or more nats",
         )
 
 
@@ -75,20 +75,20 @@ class PhaseConfig:
 
     teacher: TeacherConfig = MISSING
     """Of every rollout without a teacher of its own."""
-    teacher_of: dict[str, TeacherConfig] = field(default_factory=dict)
+    teachers_by_group: dict[str, TeacherConfig] = field(default_factory=dict)
     """Teachers of some rollouts, by `category_<name>` or `language_<code>`; the category decides
     where both have one."""
     num_steps: int = MISSING
     """Of which the learning rate's schedule knows; fewer where the phase converges."""
-    converged: ConvergedConfig = field(default_factory=ConvergedConfig)
+    early_switch: EarlySwitchConfig = field(default_factory=EarlySwitchConfig)
 
     def __post_init__(self) -> None:
         require_positive("stage.cascade.*", num_steps=self.num_steps)
-        for group in self.teacher_of:
+        for group in self.teachers_by_group:
             require(
                 group.startswith(("category_", "language_")),
-                f"stage.cascade.*.teacher_of names {group!r}; name a group category_<name> or "
-                "language_<code>",
+                f"stage.cascade.*.teachers_by_group names {group!r}; name a group "
+                "category_<name> or language_<code>",
             )
 
 
@@ -105,8 +105,8 @@ class OPDConfig(StageConfig):
     top_k: int | None = None
     """Tokens that the `topk` objective tells apart; the others are one bucket. None: another
     objective is chosen."""
-    top_k_from: TopKFrom = TopKFrom.sampler
-    max_mismatch: float | None = 0.2
+    top_k_source: TopKSource = TopKSource.sampler
+    max_sampler_mismatch: float | None = 0.2
     """Mean |log policy - log sampler| of a step's tokens above which the run stops, in nats;
     bfloat16 kernels differ by a tenth of the default. None: no bound."""
     global_batch_size: int = MISSING
@@ -128,7 +128,7 @@ class OPDConfig(StageConfig):
             max_importance_ratio=self.max_importance_ratio,
             max_advantage=self.max_advantage,
             top_k=self.top_k,
-            max_mismatch=self.max_mismatch,
+            max_sampler_mismatch=self.max_sampler_mismatch,
             global_batch_size=self.global_batch_size,
             responses_per_prompt=self.responses_per_prompt,
             max_prompt_length=self.max_prompt_length,
@@ -137,7 +137,7 @@ class OPDConfig(StageConfig):
         require(len(self.cascade) > 0, "stage.cascade has no phase: name at least one teacher")
         for name, phase in self.cascade.items():
             require(
-                not phase.teacher_of or self.objective is not Objective.full,
+                not phase.teachers_by_group or self.objective is not Objective.full,
                 f"stage.cascade.{name} has several teachers, and stage.objective=full multiplies "
                 "hidden states by the head of one: choose sampled or topk",
             )
@@ -150,7 +150,7 @@ class OPDConfig(StageConfig):
     @property
     def num_sampler_topk(self) -> int:
         """How many of its likeliest tokens the sampler has to name in each place."""
-        return (self.top_k or 0) if self.top_k_from is TopKFrom.sampler else 0
+        return (self.top_k or 0) if self.top_k_source is TopKSource.sampler else 0
 
     @property
     def max_staleness(self) -> int:

@@ -57,7 +57,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "parallel.recompute",
         "stage.eval_every",
         "stage.num_eval_examples",
-        "stage.max_mismatch",
+        "stage.max_sampler_mismatch",
         "stage.score_cache.**",
         "stage.rollout.batch_size",
         "stage.rollout.canary_tolerance",
@@ -69,13 +69,13 @@ KINDS: dict[str, tuple[str, ...]] = {
             f"{teacher}.{name}"
             for teacher in (
                 "stage.cascade.*.teacher",
-                "stage.cascade.*.teacher_of.*",
+                "stage.cascade.*.teachers_by_group.*",
                 "stage.teachers.*",
             )
             for name in ("max_tokens_per_batch", "expert_parallel_size", "kv_cache_gib")
         ),
         "stage.cascade.*.teacher.servers.**",
-        "stage.cascade.*.teacher_of.*.servers.**",
+        "stage.cascade.*.teachers_by_group.*.servers.**",
         "stage.teachers.*.servers.**",
     ),
     "length": ("stage.max_steps", "stage.num_steps", "stage.cascade.*.num_steps"),
@@ -116,7 +116,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "stage.max_response_length",
         "stage.num_prompts",
         "stage.num_kl_responses",
-        "stage.num_shown",
+        "stage.num_examples_shown",
         "stage.signatures",
         "stage.temperature",
     ),
@@ -126,13 +126,13 @@ KINDS: dict[str, tuple[str, ...]] = {
         "stage.max_importance_ratio",
         "stage.max_advantage",
         "stage.top_k",
-        "stage.top_k_from",
-        "stage.cascade.*.converged.**",
+        "stage.top_k_source",
+        "stage.cascade.*.early_switch.**",
     ),
     "optim": ("optim.**",),
     "teacher": (
         "stage.cascade.*.teacher.**",
-        "stage.cascade.*.teacher_of.**",
+        "stage.cascade.*.teachers_by_group.**",
         "stage.teachers.**",
     ),
     "rollout": (
@@ -151,7 +151,7 @@ CONTENT = (
     "data.sources.*.path",
     "data.held_out.*.path",
     "stage.cascade.*.teacher.path",
-    "stage.cascade.*.teacher_of.*.path",
+    "stage.cascade.*.teachers_by_group.*.path",
     "stage.models.*",
     "stage.teachers.*.path",
 )
@@ -168,7 +168,7 @@ def noted_content(cfg: TrainConfig, opened: Collection[str] = ()) -> tuple[str, 
     """
     coming = [name for name in phases_of(cfg)[1:] if name not in opened]
     teachers = [f"stage.cascade.{name}.teacher" for name in coming]
-    others = [f"stage.cascade.{name}.teacher_of.*" for name in coming]
+    others = [f"stage.cascade.{name}.teachers_by_group.*" for name in coming]
     return (*NOTED_CONTENT, *(f"{owner}.path" for owner in teachers + others))
 
 
@@ -328,7 +328,7 @@ def held_out_decides(config: Mapping[str, Any]) -> bool:
     """Whether anything but a measure depends on the held-out rows."""
     stage = config["stage"]
     phases = stage.get("cascade", {}).values()
-    measured = any(phase.get("converged", {}).get("measure_every") for phase in phases)
+    measured = any(phase.get("early_switch", {}).get("measure_every") for phase in phases)
     return measured or stage["kind"] == "evaluate"
 
 

@@ -25,7 +25,7 @@ from marco_train.distributed import gather_objects, is_main, rank, reduce_sums, 
 from marco_train.errors import InputError, require
 from marco_train.metrics import Metrics
 from marco_train.models.chat_template import check_template_kwargs
-from marco_train.tracking import say
+from marco_train.tracking import log_line
 from marco_train.types import (
     GROUPED_BY,
     Conversation,
@@ -156,9 +156,9 @@ class ConversationStream:
         if drop.metric != MALFORMED or place in self._named or len(self._named) == MOST_NAMED:
             return
         self._named.add(place)
-        say(f"dropped {drop.place}: {drop.reason}")
+        log_line(f"dropped {drop.place}: {drop.reason}")
         if len(self._named) == MOST_NAMED:
-            say(f"further rows at fault are not named; {MALFORMED} counts them")
+            log_line(f"further rows at fault are not named; {MALFORMED} counts them")
 
     def values(self, column: str) -> set[str]:
         """What stands in a column of any source."""
@@ -277,7 +277,9 @@ class _Loader:
                 "or start with resume=never",
             )
             if is_main():
-                say(f"{what}, as on_resume.allow=[data] allows: rows may be skipped or seen twice")
+                log_line(
+                    f"{what}, as on_resume.allow=[data] allows: rows may be skipped or seen twice"
+                )
 
 
 def render_share(
@@ -411,7 +413,8 @@ class PromptLoader(_Loader):
             return []
         if self._data.held_out is None:
             raise InputError(
-                "stage.cascade.*.converged measures the KL on held-out prompts: set data.held_out"
+                "stage.cascade.*.early_switch measures the KL on held-out prompts: "
+                "set data.held_out"
             )
         return held_out_share(self._data.held_out, count, self._render)
 
@@ -441,7 +444,7 @@ def held_out_share(
         raise dropped.gathered_refusal(f"none of {count} held-out rows")
     if sum(drops) > 0 and is_main():
         said = ", ".join(f"{n:.0f} {name}" for n, name in zip(drops, DROPS, strict=True) if n)
-        say(f"held-out: dropped {sum(drops):.0f} of {count} rows ({said})")
+        log_line(f"held-out: dropped {sum(drops):.0f} of {count} rows ({said})")
     return kept
 
 

@@ -29,7 +29,7 @@ from marco_train.metrics import Metrics, MetricSums
 from marco_train.models.hf_io import check_architecture, load_model, save_model
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.routing import Routing
-from marco_train.models.weights import named_weights, random_model
+from marco_train.models.weights import named_weights, random_model, torch_dtype
 from marco_train.types import LossFn, Microbatch, PolicyOutput
 
 
@@ -239,7 +239,7 @@ def build_policy(
         InputError: The weights are not those the config describes, or cannot be shared over
             the ranks; before the model is built.
     """
-    dtype = getattr(torch, model_cfg.dtype.value)
+    dtype = torch_dtype(model_cfg.dtype)
     ep_size = parallel.expert_parallel_size
     if model_cfg.path is None:
         assert model_cfg.architecture is not None

@@ -32,7 +32,7 @@ from marco_train.errors import (
     ServersUnavailable,
     UnusableAnswerError,
 )
-from marco_train.tracking import say
+from marco_train.tracking import log_line
 
 T = TypeVar("T")
 
@@ -186,7 +186,7 @@ class ServerPool:
                 raise ServersUnavailable(message)
             if is_main():
                 state = "the run is saved" if saved else "nothing was learnt yet that is not saved"
-                say(f"{message}; {state}, and it waits")
+                log_line(f"{message}; {state}, and it waits")
 
     def _silent_seconds(self) -> float:
         """How long there have been requests and no answer to any."""

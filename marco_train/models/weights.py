@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from marco_train.config.architecture import ArchitectureConfig
+from marco_train.config.model import DType
 from marco_train.distributed import device, gather_objects
 from marco_train.errors import InputError, require
 from marco_train.models.qwen3_moe import Qwen3Moe
@@ -33,6 +34,12 @@ def _split_experts(name: str, fused: Tensor, first: int) -> Iterator[tuple[str, 
             gate, up = whole.chunk(2)
             yield f"{prefix}.{expert}.gate_proj.weight", gate
             yield f"{prefix}.{expert}.up_proj.weight", up
+
+
+def torch_dtype(dtype: DType) -> torch.dtype:
+    """The type of torch that a config names."""
+    named: torch.dtype = getattr(torch, dtype.value)
+    return named
 
 
 def local_weights(model: Qwen3Moe) -> Iterator[tuple[str, Tensor]]:

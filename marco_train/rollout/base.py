@@ -49,7 +49,7 @@ class Sampler:
 
 
 @dataclass(frozen=True)
-class Sampling:
+class SamplerSpec:
     """What a run samples with an engine of vLLM, wherever it runs."""
 
     architecture: ArchitectureConfig

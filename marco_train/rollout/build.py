@@ -18,8 +18,8 @@ from marco_train.config.rollout import (
 from marco_train.errors import require
 from marco_train.inference.engine import require_vllm
 from marco_train.inference.pool import SaveEarly, nothing_to_save
-from marco_train.models.weights import empty_model
-from marco_train.rollout.base import Sampler, Sampling
+from marco_train.models.weights import empty_model, torch_dtype
+from marco_train.rollout.base import Sampler, SamplerSpec
 
 
 def check_sampler(cfg: RolloutConfig, student: ArchitectureConfig) -> None:
@@ -51,7 +51,7 @@ def build_sampler(
 
     `save_early` saves the run while servers are away.
     """
-    sampling = Sampling(
+    sampling = SamplerSpec(
         architecture,
         dtype,
         list(stop_ids),
@@ -66,7 +66,7 @@ def build_sampler(
 
             return NativeSampler(
                 rollout,
-                empty_model(architecture, getattr(torch, dtype.value), ep_group=None),
+                empty_model(architecture, torch_dtype(dtype), ep_group=None),
                 stop_ids,
                 cfg.max_response_length,
                 cfg.num_sampler_topk,

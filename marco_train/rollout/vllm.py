@@ -18,22 +18,22 @@ from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.rollout import VLLMRolloutConfig
 from marco_train.inference.engine import VLLMEngine, with_tied_head
 from marco_train.models.hf_io import hf_config
-from marco_train.models.weights import accounted, meta_model, weight_shapes
-from marco_train.rollout.base import NO_WEIGHTS, Sampler, Sampling, response_seed
+from marco_train.models.weights import accounted, meta_model, torch_dtype, weight_shapes
+from marco_train.rollout.base import NO_WEIGHTS, Sampler, SamplerSpec, response_seed
 from marco_train.types import FinishReason, Prompt, Rollout, no_experts
 
 
 class VLLMSampler(Sampler):
     """Samples on this rank, alone; every rank builds one at the same time."""
 
-    def __init__(self, cfg: VLLMRolloutConfig, sampling: Sampling) -> None:
+    def __init__(self, cfg: VLLMRolloutConfig, sampling: SamplerSpec) -> None:
         """Build the engine of a model of this shape."""
         self._sampling = sampling
         self._replay_routing = cfg.replay_routing
         self._shapes = weight_shapes(meta_model(sampling.architecture))
         self._weight_version: int | None = None
         with tempfile.TemporaryDirectory() as directory:
-            config = hf_config(sampling.architecture, getattr(torch, sampling.dtype.value))
+            config = hf_config(sampling.architecture, torch_dtype(sampling.dtype))
             (Path(directory) / "config.json").write_text(json.dumps(config))
             self._engine = VLLMEngine(
                 directory,

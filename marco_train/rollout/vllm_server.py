@@ -39,8 +39,8 @@ from marco_train.inference.protocol import (
     read_tokens,
 )
 from marco_train.models.safetensors_io import ShardFile
-from marco_train.models.weights import accounted, meta_model, weight_shapes
-from marco_train.rollout.base import NO_WEIGHTS, Sampler, Sampling, response_seed
+from marco_train.models.weights import accounted, meta_model, torch_dtype, weight_shapes
+from marco_train.rollout.base import NO_WEIGHTS, Sampler, SamplerSpec, response_seed
 from marco_train.rollout.vllm import check_experts
 from marco_train.types import FinishReason, Prompt, Rollout, no_experts
 
@@ -51,13 +51,13 @@ class ServerSampler(Sampler):
     """Samples over HTTP; every rank asks for its own prompts."""
 
     def __init__(
-        self, cfg: VLLMServerRolloutConfig, sampling: Sampling, save_early: SaveEarly
+        self, cfg: VLLMServerRolloutConfig, sampling: SamplerSpec, save_early: SaveEarly
     ) -> None:
         """Nothing is asked yet: servers may still be starting."""
         self._sampling = sampling
         self._replay_routing = cfg.replay_routing
         self._shapes = weight_shapes(meta_model(sampling.architecture))
-        self._dtype: torch.dtype = getattr(torch, sampling.dtype.value)
+        self._dtype = torch_dtype(sampling.dtype)
         self._tolerance = cfg.canary_tolerance
         self._directory = Path(cfg.sync_path).resolve()
         # Servers may outlive runs: no version of one run is also another's.

@@ -13,7 +13,7 @@ from marco_train.config import TrainConfig
 from marco_train.config.architecture import read_architecture
 from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.lengths import check_positions, longest_sequence
-from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.opd import Objective, TopKSource
 from marco_train.config.resumption import observed
 from marco_train.config.rollout import NativeRolloutConfig
 from marco_train.config.teacher import TeacherConfig
@@ -32,14 +32,15 @@ from marco_train.models.hf_io import (
     stop_token_ids,
     stored_weights,
 )
+from marco_train.models.weights import torch_dtype
 from marco_train.rollout.base import in_order
 from marco_train.rollout.native import NativeSampler
 from marco_train.run import begin, mark_finished
-from marco_train.teachers.base import Teacher, Wanted
+from marco_train.teachers.base import ScoreSpec, Teacher
 from marco_train.teachers.build import build_teacher
 from marco_train.teachers.preflight import check_files, check_scores, probe_rollouts
 from marco_train.teachers.vocab import check_head_rows, check_vocabulary
-from marco_train.tracking import format_seconds, say
+from marco_train.tracking import format_seconds, log_line
 from marco_train.types import PolicyOutput, Rollout
 
 Answers = list[tuple[Question, Rollout, str]]
@@ -73,7 +74,7 @@ def run_evaluate(cfg: TrainConfig) -> None:
 
     for kind, name, path in measured:
         start = time.perf_counter()
-        model = load_model(path, getattr(torch, cfg.model.dtype.value))
+        model = load_model(path, torch_dtype(cfg.model.dtype))
         answers = sample_answers(cfg, model, mine, tokenizer)
         found = report[kind][name] = {"avg_at_n": accuracy_of(answers)}
         if kind == "models":
@@ -85,10 +86,10 @@ def run_evaluate(cfg: TrainConfig) -> None:
             if stage.signatures and model.architecture.is_moe:
                 signatures[name] = signatures_of(cfg, model, scored)
         if is_main():
-            report["answers"][name] = shown_answers(answers, stage.num_shown)
+            report["answers"][name] = shown_answers(answers, stage.num_examples_shown)
             spent = format_seconds(time.perf_counter() - start)
             accuracy = found["avg_at_n"]["all"]
-            say(f"{name}: avg@{stage.responses_per_prompt} {accuracy:.1f} %, {spent}")
+            log_line(f"{name}: avg@{stage.responses_per_prompt} {accuracy:.1f} %, {spent}")
 
     for teacher in teachers.values():
         teacher.close()
@@ -170,7 +171,7 @@ def checked_questions(cfg: TrainConfig, tokenizer: Tokenizer) -> list[Question]:
     said = [f"{count} of source {reason}" for reason, count in reasons.items()]
     require(bool(usable), f"no held-out question can be checked ({'; '.join(said)})")
     if said and is_main():
-        say(f"left out questions that cannot be checked: {'; '.join(said)}")
+        log_line(f"left out questions that cannot be checked: {'; '.join(said)}")
     return usable
 
 
@@ -190,10 +191,10 @@ def open_teacher(
     Raises:
         InputError: They cannot be trusted.
     """
-    states = Wanted(
+    states = ScoreSpec(
         Objective.full,
         top_k=0,
-        top_k_from=TopKFrom.teacher,
+        top_k_source=TopKSource.teacher,
         vocab_size=vocab_size,
         max_length=longest_sequence(cfg.stage),
         stop_id=stop_token_ids(cfg.model.tokenizer)[0],

@@ -57,7 +57,7 @@ def run_opd(cfg: TrainConfig) -> None:
 
             metrics |= summarize(submitted.rollouts) | prompts.metrics() | cascade.metrics(step)
             run.log(step, metrics, cascade.phase_at(step).name)
-            refuse_mismatch(step, metrics["kl/sampler_mismatch"], opd.max_mismatch)
+            refuse_mismatch(step, metrics["kl/sampler_mismatch"], opd.max_sampler_mismatch)
             if cascade.ends_at(step):
                 run.export(f"export-{cascade.phase_at(step).name}")
             run.save_if_due(step)
@@ -148,7 +148,7 @@ def refuse_mismatch(step: int, mismatch: float, bound: float | None) -> None:
     if bound is not None and mismatch > bound:
         raise RolloutMismatchError(
             f"step {step}: log-probabilities of sampler and policy differ by {mismatch:.3g} nats "
-            f"a token in the mean, more than stage.max_mismatch {bound}: the responses are of "
-            "another distribution than the one that is trained; with max_staleness=1 an update "
+            f"a token in the mean, more than stage.max_sampler_mismatch {bound}: the responses are "
+            "of another distribution than the one that is trained; with max_staleness=1 an update "
             "lies between, and the bound may want raising. The last checkpoint is intact"
         )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from marco_train.config.model import DType
-from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.opd import Objective, TopKSource
 from marco_train.losses.logprobs import gather_logprobs, token_logprobs, topk_logprobs
 from marco_train.teachers.identity import Identity
 from marco_train.types import HiddenScores, Rollout, ScoredRollout, TokenScores, TopKScores
@@ -20,12 +20,12 @@ SAME_ANSWER = {DType.float32: 1e-3, DType.bfloat16: 0.1}
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ScoreSpec:
     """What a run needs of its teachers."""
 
     objective: Objective
     top_k: int  # 0 unless the objective is topk
-    top_k_from: TopKFrom
+    top_k_source: TopKSource
     vocab_size: int
     max_length: int
     """Tokens of the longest prompt with its response."""
@@ -34,7 +34,7 @@ class Wanted:
 
 
 def scores_from_hidden(
-    rollout: Rollout, hidden: Tensor, head: Tensor, wanted: Wanted
+    rollout: Rollout, hidden: Tensor, head: Tensor, spec: ScoreSpec
 ) -> TokenScores | TopKScores | HiddenScores:
     """Score a response from the teacher's last hidden states.
 
@@ -42,7 +42,7 @@ def scores_from_hidden(
         rollout: R response tokens.
         hidden: [R, D], those that predict the response.
         head: [V, D].
-        wanted: Which kind of scores.
+        spec: Which kind of scores.
 
     Returns:
         Scores on the CPU.
@@ -51,7 +51,7 @@ def scores_from_hidden(
         FloatingPointError: The hidden states are not numbers.
     """
     refuse_non_finite(hidden)
-    match wanted.objective:
+    match spec.objective:
         case Objective.full:
             return HiddenScores(hidden.cpu().clone())
         case Objective.sampled:
@@ -59,11 +59,11 @@ def scores_from_hidden(
             logprobs, _ = token_logprobs(hidden, head, targets)
             return TokenScores(logprobs.cpu().clone())
         case Objective.topk:
-            logprobs, likeliest = topk_logprobs(hidden, head, wanted.top_k)
+            logprobs, likeliest = topk_logprobs(hidden, head, spec.top_k)
             ids = likeliest
-            if wanted.top_k_from is TopKFrom.sampler:
+            if spec.top_k_source is TopKSource.sampler:
                 ids = torch.tensor(rollout.topk_ids, dtype=torch.int64, device=hidden.device)
-                ids = ids.view(len(rollout.response_ids), wanted.top_k)
+                ids = ids.view(len(rollout.response_ids), spec.top_k)
                 logprobs, _ = gather_logprobs(hidden, head, ids)
             overlap = overlap_with(likeliest, ids)
             return TopKScores(ids.cpu().clone(), logprobs.cpu().clone(), overlap.cpu())
@@ -93,19 +93,19 @@ def swap_ids(ids: Tensor, one: int, other: int | None) -> Tensor:
     return traded
 
 
-def ids_for_teacher(ids: list[int], wanted: Wanted, stop_id: int | None) -> list[int]:
+def ids_for_teacher(ids: list[int], spec: ScoreSpec, stop_id: int | None) -> list[int]:
     """Ids with the stop tokens of student and teacher in each other's place; None: as they are."""
     traded: list[int] = swap_ids(
-        torch.tensor(ids, dtype=torch.int64), wanted.stop_id, stop_id
+        torch.tensor(ids, dtype=torch.int64), spec.stop_id, stop_id
     ).tolist()
     return traded
 
 
-def head_for_student(head: Tensor, wanted: Wanted, stop_id: int | None) -> Tensor:
+def head_for_student(head: Tensor, spec: ScoreSpec, stop_id: int | None) -> Tensor:
     """The teacher's head [V, D] with its stop token in the row of the student's."""
     if stop_id is None:
         return head
-    rows = swap_ids(torch.arange(len(head)), wanted.stop_id, stop_id)
+    rows = swap_ids(torch.arange(len(head)), spec.stop_id, stop_id)
     return head[rows.to(head.device)]
 
 

@@ -21,10 +21,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from marco_train.config.opd import Objective, ScoreCacheConfig, TopKFrom
+from marco_train.config.opd import Objective, ScoreCacheConfig, TopKSource
 from marco_train.distributed import is_main
-from marco_train.teachers.base import Submitted, Teacher, Wanted
-from marco_train.tracking import say
+from marco_train.teachers.base import ScoreSpec, Submitted, Teacher
+from marco_train.tracking import log_line
 from marco_train.types import (
     HiddenScores,
     Rollout,
@@ -48,29 +48,29 @@ class ScoreCache(Teacher):
     def __init__(
         self,
         teacher: Teacher,
-        wanted: Wanted,
+        spec: ScoreSpec,
         cfg: ScoreCacheConfig,
-        said: list[float],
+        probe_logprobs: list[float],
         same: Callable[[list[float]], bool],
     ) -> None:
         """Open the entries of a teacher.
 
         Args:
             teacher: Scores what is not there.
-            wanted: Which kind of scores.
+            spec: Which kind of scores.
             cfg: Where, and how many.
-            said: What the teacher says of the probe sentences.
+            probe_logprobs: What the teacher says of the probe sentences.
             same: Whether another time it said the same.
         """
         self._teacher = teacher
         self.head, self.identity = teacher.head, teacher.identity
-        self._wanted = wanted
+        self._spec = spec
         assert cfg.path is not None
         self._directory = Path(cfg.path)
         self._directory.mkdir(parents=True, exist_ok=True)
-        kind = f"{wanted.objective.value}/{wanted.top_k}/{wanted.top_k_from.value}"
+        kind = f"{spec.objective.value}/{spec.top_k}/{spec.top_k_source.value}"
         named = f"{json.dumps(teacher.identity, sort_keys=True)}/{kind}"
-        self._asked_of = self._find_same(named, said, same)
+        self._asked_of = self._find_same(named, probe_logprobs, same)
         self._max_bytes = int(cfg.max_gib * 2**30)
         self._file_of_key: dict[str, Path] = {}
         for file in self._files():
@@ -123,7 +123,9 @@ class ScoreCache(Teacher):
         """Close the teacher; the scores stay."""
         self._teacher.close()
 
-    def _find_same(self, named: str, said: list[float], same: Callable[[list[float]], bool]) -> str:
+    def _find_same(
+        self, named: str, probe_logprobs: list[float], same: Callable[[list[float]], bool]
+    ) -> str:
         """Name the entries of a teacher that says the same; those of one that does not stay.
 
         Servers may serve other weights under one name, which no file tells.
@@ -135,13 +137,13 @@ class ScoreCache(Teacher):
             file = self._directory / f"{digest}.json"
             if not file.is_file():
                 partial = self._directory / f".{uuid4().hex}.partial"
-                partial.write_text(json.dumps(said))
+                partial.write_text(json.dumps(probe_logprobs))
                 partial.replace(file)
                 return asked_of
             if same(json.loads(file.read_text())):
                 return asked_of
             if is_main():
-                say(
+                log_line(
                     f"score cache: the scores of {file.name} are of a teacher that answers "
                     "otherwise under the same name, and are not used"
                 )
@@ -151,7 +153,7 @@ class ScoreCache(Teacher):
         """Digest what the scores of a rollout depend on."""
         asked = [rollout.prompt.input_ids, rollout.response_ids]
         likeliest: list[list[int]] = []
-        if self._wanted.objective is Objective.topk and self._wanted.top_k_from is TopKFrom.sampler:
+        if self._spec.objective is Objective.topk and self._spec.top_k_source is TopKSource.sampler:
             likeliest = rollout.topk_ids
         text = json.dumps([self._asked_of, *asked, likeliest])
         return blake2b(text.encode(), digest_size=16).hexdigest()
@@ -165,7 +167,7 @@ class ScoreCache(Teacher):
             with safe_open(file, framework="pt") as content:
                 keys = content.metadata() or {}
         except (OSError, SafetensorError) as error:
-            say(f"score cache: {file.name} cannot be read and is left out: {error}")
+            log_line(f"score cache: {file.name} cannot be read and is left out: {error}")
             return
         self._file_of_key |= dict.fromkeys(keys, file)
 
@@ -174,7 +176,7 @@ class ScoreCache(Teacher):
         file = self._file_of_key.get(key)
         if file is None:
             return None
-        kind = KINDS[self._wanted.objective]
+        kind = KINDS[self._spec.objective]
         try:
             with safe_open(file, framework="pt") as content:
                 expected = content.metadata()[key]

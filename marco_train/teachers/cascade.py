@@ -24,7 +24,7 @@ from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.metrics import Metrics
 from marco_train.models.chat_template import check_template_kwargs
 from marco_train.models.hf_io import check_teacher_positions, stop_token_ids
-from marco_train.teachers.base import SAME_ANSWER, Submitted, Teacher, Wanted
+from marco_train.teachers.base import SAME_ANSWER, ScoreSpec, Submitted, Teacher
 from marco_train.teachers.build import build_teacher
 from marco_train.teachers.cache import ScoreCache
 from marco_train.teachers.identity import Identity
@@ -37,7 +37,7 @@ from marco_train.teachers.preflight import (
     same_answers,
 )
 from marco_train.teachers.routed import RoutedTeacher
-from marco_train.tracking import say
+from marco_train.tracking import log_line
 from marco_train.types import Conversation, Prompt, Rollout, group_name
 
 
@@ -54,7 +54,7 @@ class Phase:
 
 def _teachers(phase: PhaseConfig) -> dict[str, TeacherConfig]:
     """All teachers of a phase, by their key in its config."""
-    others = {f"teacher_of.{group}": cfg for group, cfg in phase.teacher_of.items()}
+    others = {f"teachers_by_group.{group}": cfg for group, cfg in phase.teachers_by_group.items()}
     return {"teacher": phase.teacher} | others
 
 
@@ -123,10 +123,10 @@ class Cascade:
             (cfg.top_k or 0) <= vocab_size,
             f"stage.top_k is {cfg.top_k}, more than the {vocab_size} tokens of the vocabulary",
         )
-        self._wanted = Wanted(
+        self._spec = ScoreSpec(
             cfg.objective,
             cfg.top_k or 0,
-            cfg.top_k_from,
+            cfg.top_k_source,
             vocab_size,
             longest_sequence(cfg),
             stop_token_ids(student_tokenizer)[0],
@@ -145,7 +145,9 @@ class Cascade:
         self._converged: dict[str, int] = {}  # the step before which it ended
         self._measures: dict[str, dict[int, float]] = {}  # step -> held-out reverse KL
         self._identities: dict[str, Identity] = {}
-        self._said: dict[str, dict[str, list[float]]] = {}  # of the probe sentences, by teacher
+        self._probe_logprobs: dict[
+            str, dict[str, list[float]]
+        ] = {}  # of the probe sentences, by teacher
         self.phases = self._plan()
 
     def check_groups(self, known: set[str]) -> None:
@@ -155,11 +157,11 @@ class Cascade:
             InputError: Names them, and those that there are.
         """
         for name, phase in self._cfg.cascade.items():
-            unknown = sorted({group_name(group) for group in phase.teacher_of} - known)
+            unknown = sorted({group_name(group) for group in phase.teachers_by_group} - known)
             require(
                 not unknown,
-                f"stage.cascade.{name}.teacher_of names {', '.join(unknown)}, of which there are "
-                f"no prompts; there are {', '.join(sorted(known))}",
+                f"stage.cascade.{name}.teachers_by_group names {', '.join(unknown)}, of which "
+                f"there are no prompts; there are {', '.join(sorted(known))}",
             )
 
     def check_turns(self, prompts: Iterable[tuple[Conversation, Prompt]]) -> None:
@@ -192,7 +194,7 @@ class Cascade:
     @property
     def num_held_out(self) -> int:
         """Most prompts that a measure of convergence needs."""
-        rules = [phase.cfg.converged for phase in self.phases]
+        rules = [phase.cfg.early_switch for phase in self.phases]
         return max(rule.num_prompts if rule.measure_every else 0 for rule in rules)
 
     def phase_at(self, step: int) -> Phase:
@@ -204,7 +206,7 @@ class Cascade:
         if step == self.num_steps:
             return False
         phase = self.phase_at(step)
-        every = phase.cfg.converged.measure_every
+        every = phase.cfg.early_switch.measure_every
         if every is None or step in self._measures.get(phase.name, {}):
             return False
         return (step - phase.first) % every == 0
@@ -212,7 +214,7 @@ class Cascade:
     def observe(self, step: int, kl: float) -> str | None:
         """Take a measure made before a step; names the phase that it ended, if it did."""
         phase = self.phase_at(step)
-        rule = phase.cfg.converged
+        rule = phase.cfg.early_switch
         known = self._measures.setdefault(phase.name, {})
         known[step] = kl
         values = [known[at] for at in sorted(known)]
@@ -223,7 +225,7 @@ class Cascade:
         self.phases = self._plan()
         if is_main():
             shown = ", ".join(f"{value:.4g}" for value in values[-rule.num_measures - 1 :])
-            say(f"phase {phase.name!r} has converged before step {step}: held-out KL {shown}")
+            log_line(f"phase {phase.name!r} has converged before step {step}: held-out KL {shown}")
         return phase.name
 
     def _open_at(self, step: int) -> Teacher | None:
@@ -269,22 +271,27 @@ class Cascade:
         self, phase: Phase, answers: Sequence[Rollout], unless_fit: ExitStack
     ) -> Teacher:
         """Load the teachers of a phase and check their numbers before they teach anything."""
-        opened, said = {}, {}
+        opened, probed = {}, {}
         for key, cfg in _teachers(phase.cfg).items():
-            opened[key], said[key] = self._open_teacher(cfg, phase.name, answers, unless_fit)
-        others = {group_name(g): opened[f"teacher_of.{g}"] for g in phase.cfg.teacher_of}
+            opened[key], probed[key] = self._open_teacher(cfg, phase.name, answers, unless_fit)
+        others = {
+            group_name(g): opened[f"teachers_by_group.{g}"] for g in phase.cfg.teachers_by_group
+        }
         teacher = RoutedTeacher(opened["teacher"], others) if others else opened["teacher"]
         known = self._identities.setdefault(phase.name, teacher.identity)
         changed = field_difference(known, teacher.identity)
-        known_said = self._said.setdefault(phase.name, said)
+        known_logprobs = self._probe_logprobs.setdefault(phase.name, probed)
         for key, cfg in _teachers(phase.cfg).items():
-            if not same_answers(known_said.get(key, []), said[key], cfg.dtype):
+            if not same_answers(known_logprobs.get(key, []), probed[key], cfg.dtype):
                 bound = SAME_ANSWER[cfg.dtype]
                 changed.append(f"{key}: says of plain sentences what is over {bound} nats away")
         changed = next(filter(None, gather_objects(changed)), [])  # all ranks go on, or none
         if changed:
             self._take_another(phase.name, changed)
-            self._identities[phase.name], self._said[phase.name] = teacher.identity, said
+            self._identities[phase.name], self._probe_logprobs[phase.name] = (
+                teacher.identity,
+                probed,
+            )
         return teacher
 
     def _take_another(self, phase: str, changed: list[str]) -> None:
@@ -299,24 +306,25 @@ class Cascade:
             "start with resume=never",
         )
         if is_main():
-            say(f"{what}, as on_resume.allow=[teacher] allows")
+            log_line(f"{what}, as on_resume.allow=[teacher] allows")
         self._forget_measures(phase)
 
     def _open_teacher(
         self, cfg: TeacherConfig, phase: str, answers: Sequence[Rollout], unless_fit: ExitStack
     ) -> tuple[Teacher, list[float]]:
         """Load a teacher and check it; also gives what it says of the probe sentences."""
-        teacher = build_teacher(cfg, self._wanted, self.save_early)
+        teacher = build_teacher(cfg, self._spec, self.save_early)
         unless_fit.callback(teacher.close)
-        probes = probe_rollouts(self._student_tokenizer, self._wanted)
+        probes = probe_rollouts(self._student_tokenizer, self._spec)
         name = f"teacher {phase!r} ({cfg.path})"
-        said = check_scores(teacher, probes, self._wanted.vocab_size, cfg.dtype, name)
-        compare_with_student(teacher, answers, self._wanted.vocab_size, name)
+        probe_logprobs = check_scores(teacher, probes, self._spec.vocab_size, cfg.dtype, name)
+        compare_with_student(teacher, answers, self._spec.vocab_size, name)
         teacher.take_counts()  # of the checks
         if self._cfg.score_cache.path is None:
-            return teacher, said
-        same = partial(same_answers, said, dtype=cfg.dtype)
-        return ScoreCache(teacher, self._wanted, self._cfg.score_cache, said, same), said
+            return teacher, probe_logprobs
+        same = partial(same_answers, probe_logprobs, dtype=cfg.dtype)
+        cached = ScoreCache(teacher, self._spec, self._cfg.score_cache, probe_logprobs, same)
+        return cached, probe_logprobs
 
     def close(self) -> None:
         """Let go of the teacher that is open."""
@@ -351,22 +359,22 @@ class Cascade:
                 for name, known in self._measures.items()
             },
             "teachers": self._identities,
-            "said": self._said,
+            "probe_logprobs": self._probe_logprobs,
             "objective": self._objective(),
-            "rules": {p.name: asdict(p.cfg.converged) for p in self.phases},
+            "rules": {p.name: asdict(p.cfg.early_switch) for p in self.phases},
         }
 
     def _objective(self) -> list[Any]:
         """What scores and measures are of."""
         cfg = self._cfg
-        return [cfg.objective.value, cfg.top_k, cfg.top_k_from.value]
+        return [cfg.objective.value, cfg.top_k, cfg.top_k_source.value]
 
     def _forget_other_measures(self, state: dict[str, Any]) -> None:
         """Forget what cannot be compared with what this run measures."""
         other_objective = state["objective"] != self._objective()
         if other_objective:
-            self._said = {}  # the same teachers say it of other tokens
-        rules = {phase.name: asdict(phase.cfg.converged) for phase in self.phases}
+            self._probe_logprobs = {}  # the same teachers say it of other tokens
+        rules = {phase.name: asdict(phase.cfg.early_switch) for phase in self.phases}
         for name in list(self._measures):
             other_rule = state["rules"].get(name) != rules.get(name)
             if other_objective or other_rule or ResumeChange.data in self._allowed:
@@ -378,7 +386,7 @@ class Cascade:
             return
         del self._measures[phase]
         if is_main():
-            say(f"phase {phase!r}: its convergence is measured anew")
+            log_line(f"phase {phase!r}: its convergence is measured anew")
 
     def resume(
         self, step: int, state: dict[str, Any], allowed: Collection[ResumeChange] = ()
@@ -395,7 +403,7 @@ class Cascade:
             for name, known in state["measures"].items()
         }
         self._identities = dict(state["teachers"])
-        self._said = dict(state["said"])
+        self._probe_logprobs = dict(state["probe_logprobs"])
         self.phases = self._plan()
         self._forget_other_measures(state)
         then = sorted(((name, end) for name, end in state["finished"].items()), key=itemgetter(1))

@@ -16,8 +16,8 @@ from marco_train.config.teacher import HFTeacherConfig
 from marco_train.distributed import device
 from marco_train.errors import InputError
 from marco_train.models.probe import probe_ids
-from marco_train.models.weights import name_first
-from marco_train.teachers.base import Teacher, Wanted, head_for_student, scores_from_hidden
+from marco_train.models.weights import name_first, torch_dtype
+from marco_train.teachers.base import ScoreSpec, Teacher, head_for_student, scores_from_hidden
 from marco_train.teachers.identity import memory_identity
 from marco_train.types import Rollout, ScoredRollout
 
@@ -102,22 +102,22 @@ def _load_report() -> Iterator[list[str]]:
 class HFTeacher(Teacher):
     """Scores this rank's rollouts with a whole copy of the teacher."""
 
-    def __init__(self, cfg: HFTeacherConfig, wanted: Wanted) -> None:
+    def __init__(self, cfg: HFTeacherConfig, spec: ScoreSpec) -> None:
         """Load a teacher whole.
 
         Raises:
             InputError: Names what is missing, unknown, misshapen or not finite, or what of it
                 differs between ranks.
         """
-        dtype = getattr(torch, cfg.dtype.value)
+        dtype = torch_dtype(cfg.dtype)
         model = load_whole(cfg.path, dtype)
         self._model = model.to(device()).eval().requires_grad_(False)
-        self._wanted = wanted
+        self._spec = spec
         self._max_tokens = cfg.max_tokens_per_batch
         self.identity = memory_identity(cfg, self._model.state_dict().items())
         head: Tensor = self._model.get_output_embeddings().weight
         self._check_head(head, cfg.path, HEAD_TOLERANCE[dtype])
-        self.head: Tensor = head_for_student(head, wanted, cfg.stop_id)
+        self.head: Tensor = head_for_student(head, spec, cfg.stop_id)
 
     @torch.inference_mode()
     def _check_head(self, head: Tensor, path: str, tolerance: float) -> None:
@@ -179,4 +179,4 @@ class HFTeacher(Teacher):
             yield hidden[row, first : first + len(rollout.response_ids)]
 
     def _scores(self, rollout: Rollout, hidden: Tensor) -> ScoredRollout:
-        return ScoredRollout(rollout, scores_from_hidden(rollout, hidden, self.head, self._wanted))
+        return ScoredRollout(rollout, scores_from_hidden(rollout, hidden, self.head, self._spec))

@@ -12,8 +12,8 @@ from marco_train.config.architecture import check_expert_parallel, read_architec
 from marco_train.config.teacher import NativeTeacherConfig
 from marco_train.distributed import device, expert_parallel_group, reduce_max
 from marco_train.models import load_model
-from marco_train.models.weights import local_weights
-from marco_train.teachers.base import Teacher, Wanted, head_for_student, scores_from_hidden
+from marco_train.models.weights import local_weights, torch_dtype
+from marco_train.teachers.base import ScoreSpec, Teacher, head_for_student, scores_from_hidden
 from marco_train.teachers.identity import memory_identity
 from marco_train.types import Rollout, ScoredRollout
 
@@ -21,15 +21,15 @@ from marco_train.types import Rollout, ScoredRollout
 class NativeTeacher(Teacher):
     """Scores this rank's rollouts; every rank takes part in every pass."""
 
-    def __init__(self, cfg: NativeTeacherConfig, wanted: Wanted) -> None:
+    def __init__(self, cfg: NativeTeacherConfig, spec: ScoreSpec) -> None:
         check_expert_parallel(read_architecture(cfg.path), cfg.expert_parallel_size)
         group = expert_parallel_group(cfg.expert_parallel_size)
-        model = load_model(cfg.path, getattr(torch, cfg.dtype.value), group)
+        model = load_model(cfg.path, torch_dtype(cfg.dtype), group)
         self._model = model.eval().requires_grad_(False)
-        self._wanted = wanted
+        self._spec = spec
         self._max_tokens = cfg.max_tokens_per_batch
         self.identity = memory_identity(cfg, local_weights(self._model))
-        self.head: Tensor = head_for_student(self._model.head, wanted, cfg.stop_id)
+        self.head: Tensor = head_for_student(self._model.head, spec, cfg.stop_id)
 
     @torch.inference_mode()
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
@@ -65,6 +65,6 @@ class NativeTeacher(Teacher):
         for rollout in batch:
             end += len(rollout.input_ids) - 1
             predicting = hidden[end - len(rollout.response_ids) : end]
-            scores = scores_from_hidden(rollout, predicting, self.head, self._wanted)
+            scores = scores_from_hidden(rollout, predicting, self.head, self._spec)
             scored.append(ScoredRollout(rollout, scores))
         return scored

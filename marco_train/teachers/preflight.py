@@ -28,9 +28,9 @@ from marco_train.models.hf_io import (
     stored_weights,
 )
 from marco_train.models.tokenizer_files import load_fast_tokenizer
-from marco_train.teachers.base import SAME_ANSWER, Teacher, Wanted
+from marco_train.teachers.base import SAME_ANSWER, ScoreSpec, Teacher
 from marco_train.teachers.vocab import check_head_rows, check_vocabulary
-from marco_train.tracking import say
+from marco_train.tracking import log_line
 from marco_train.types import (
     Conversation,
     FinishReason,
@@ -274,7 +274,7 @@ def _check_stop_ids(student: int, cfg: TeacherConfig, vocab_size: int, name: str
     )
 
 
-def probe_rollouts(tokenizer_dir: str, wanted: Wanted) -> list[Rollout]:
+def probe_rollouts(tokenizer_dir: str, spec: ScoreSpec) -> list[Rollout]:
     """The probe sentences as rollouts: the second half answers the first."""
     tokenizer = load_fast_tokenizer(tokenizer_dir, "the student")
     rollouts = []
@@ -288,7 +288,7 @@ def probe_rollouts(tokenizer_dir: str, wanted: Wanted) -> list[Rollout]:
                 sample_index=0,
                 response_ids=response,
                 sampler_logprobs=[0.0] * len(response),
-                topk_ids=[list(range(wanted.top_k))] * len(response),
+                topk_ids=[list(range(spec.top_k))] * len(response),
                 finish_reason=FinishReason.length,
                 weight_version=0,
             )
@@ -313,7 +313,7 @@ def check_scores(
         f"{name} answered {len(once)} of {len(rollouts)} rollouts; it is broken or overloaded",
     )
     logprobs = []
-    said: list[float] = []
+    probe_logprobs: list[float] = []
     for rollout, scored, other in zip(rollouts, once, again, strict=True):
         expected = len(rollout.response_ids)
         echoed = scored.rollout.input_ids == rollout.input_ids
@@ -329,7 +329,7 @@ def check_scores(
                 f"{name} gave {field} that are not finite: its weights or its type are broken",
             )
         logprobs.append(_token_logprobs(teacher, scored))
-        said += logprobs[-1].view(expected, -1).mean(1).tolist()
+        probe_logprobs += logprobs[-1].view(expected, -1).mean(1).tolist()
         difference = float((logprobs[-1] - _token_logprobs(teacher, other)).abs().max())
         require(
             difference <= SAME_ANSWER[dtype],
@@ -338,7 +338,7 @@ def check_scores(
             "computes; switch that off",
         )
     _check_opinion(torch.cat(logprobs), vocab_size, name)
-    return said
+    return probe_logprobs
 
 
 def same_answers(known: Sequence[float], found: Sequence[float], dtype: DType) -> bool:
@@ -385,7 +385,7 @@ def compare_with_student(
         "its weights did not arrive, or it never saw such text: fetch it anew, or take another",
     )
     if is_main():
-        say(figures)
+        log_line(figures)
 
 
 def _answer_logprobs(teacher: Teacher, scored: ScoredRollout, vocab_size: int) -> Tensor:

@@ -15,9 +15,10 @@ from marco_train.config.teacher import VLLMTeacherConfig
 from marco_train.distributed import device
 from marco_train.inference.engine import Purpose, VLLMEngine
 from marco_train.models.hf_io import read_head
+from marco_train.models.weights import torch_dtype
 from marco_train.teachers.base import (
+    ScoreSpec,
     Teacher,
-    Wanted,
     head_for_student,
     ids_for_teacher,
     refuse_non_finite,
@@ -30,18 +31,18 @@ from marco_train.types import Rollout, ScoredRollout, TokenScores
 class VLLMTeacher(Teacher):
     """Scores this rank's rollouts with an engine of its own."""
 
-    def __init__(self, cfg: VLLMTeacherConfig, wanted: Wanted) -> None:
-        self._wanted = wanted
+    def __init__(self, cfg: VLLMTeacherConfig, spec: ScoreSpec) -> None:
+        self._spec = spec
         self._stop_id = cfg.stop_id
         self.identity = files_identity(cfg, served_as=None)
         self.head: Tensor | None = None
-        if wanted.objective is not Objective.sampled:
-            head = read_head(cfg.path).to(device(), getattr(torch, cfg.dtype.value))
-            self.head = head_for_student(head, wanted, cfg.stop_id)
+        if spec.objective is not Objective.sampled:
+            head = read_head(cfg.path).to(device(), torch_dtype(cfg.dtype))
+            self.head = head_for_student(head, spec, cfg.stop_id)
         self._engine = VLLMEngine(
             cfg.path,
             cfg.dtype.value,
-            max_length=wanted.max_length + 1,  # an engine that generates makes one token
+            max_length=spec.max_length + 1,  # an engine that generates makes one token
             max_tokens_per_batch=cfg.max_tokens_per_batch,
             kv_cache_bytes=int(cfg.kv_cache_gib * 2**30),
             purpose=Purpose.generate if self.head is None else Purpose.hidden_states,
@@ -56,7 +57,7 @@ class VLLMTeacher(Teacher):
 
     def _token_scores(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
         sequences = [
-            r.prompt.input_ids + ids_for_teacher(r.response_ids, self._wanted, self._stop_id)
+            r.prompt.input_ids + ids_for_teacher(r.response_ids, self._spec, self._stop_id)
             for r in rollouts
         ]
         scored = []
@@ -75,7 +76,7 @@ class VLLMTeacher(Teacher):
             first = len(rollout.prompt.input_ids) - 1
             predicting = hidden[first : first + len(rollout.response_ids)]
             on_device = predicting.to(self.head.device, self.head.dtype)
-            scores = scores_from_hidden(rollout, on_device, self.head, self._wanted)
+            scores = scores_from_hidden(rollout, on_device, self.head, self._spec)
             scored.append(ScoredRollout(rollout, scores))
         return scored
 

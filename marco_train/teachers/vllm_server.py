@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.opd import Objective, TopKSource
 from marco_train.config.teacher import VLLMServerTeacherConfig
 from marco_train.distributed import reduce_sums
 from marco_train.errors import InputError, RejectedError, UnusableAnswerError, require
@@ -40,15 +40,15 @@ from marco_train.inference.protocol import (
 from marco_train.models.probe import probe_ids
 from marco_train.teachers.base import (
     SAME_ANSWER,
+    ScoreSpec,
     Submitted,
     Teacher,
-    Wanted,
     ids_for_teacher,
     overlap_with,
     swap_ids,
 )
 from marco_train.teachers.identity import files_identity
-from marco_train.tracking import say
+from marco_train.tracking import log_line
 from marco_train.types import Rollout, ScoredRollout, Scores, TokenScores, TopKScores, known_places
 
 # Share of a response's places without a number above which the whole rollout is left out.
@@ -60,7 +60,10 @@ class ServerTeacher(Teacher):
     """Scores this rank's rollouts over HTTP."""
 
     def __init__(
-        self, cfg: VLLMServerTeacherConfig, wanted: Wanted, save_early: SaveEarly = nothing_to_save
+        self,
+        cfg: VLLMServerTeacherConfig,
+        spec: ScoreSpec,
+        save_early: SaveEarly = nothing_to_save,
     ) -> None:
         """Wait until a server answers, and check it.
 
@@ -70,14 +73,14 @@ class ServerTeacher(Teacher):
             ServersUnavailable: No server answered in time.
         """
         require(
-            wanted.objective is not Objective.full,
+            spec.objective is not Objective.full,
             "stage.objective=full needs a teacher's hidden states, which vllm_server does not "
             "give: choose sampled or topk, or another kind of teacher",
         )
         self.head = None
         self._servers = cfg.servers
         self._stop_id = cfg.stop_id
-        self._wanted = wanted
+        self._spec = spec
         self._same_answer = SAME_ANSWER[cfg.dtype]
         self._model: str | None = None  # the name under which all servers serve it
         self._probe_scores: Tensor | None = None  # what the first server said of the probe
@@ -116,7 +119,7 @@ class ServerTeacher(Teacher):
             try:
                 scored.append(ScoredRollout(rollout, future.result()))
             except RejectedError as error:
-                say(f"left out a rollout of {rollout.prompt.source}: {error}")
+                log_line(f"left out a rollout of {rollout.prompt.source}: {error}")
         num_rejected, num_asked = len(futures) - len(scored), len(futures)
         self._counts["rejected"] += num_rejected
         self._counts["missing_tokens"] += sum(int((~known_places(s.scores)).sum()) for s in scored)
@@ -147,14 +150,14 @@ class ServerTeacher(Teacher):
             InputError: It serves another model than the others or than before.
         """
         with self._checking:
-            served = check_served(url, ask(MODELS, None), self._wanted.max_length + 1)
+            served = check_served(url, ask(MODELS, None), self._spec.max_length + 1)
             self._model = self._model or served
             require(
                 served == self._model,
                 f"{url} serves {served!r}, and the teacher is {self._model!r}: give "
                 "teacher.servers.urls servers of one model, under one --served-model-name",
             )
-            probe = probe_ids(PROBE_LENGTH, self._wanted.vocab_size)
+            probe = probe_ids(PROBE_LENGTH, self._spec.vocab_size)
             found = read_tokens(only_choice(ask(COMPLETIONS, self._completion(probe, 0))), probe, 1)
             if self._probe_scores is None:
                 self._probe_scores = found
@@ -169,28 +172,28 @@ class ServerTeacher(Teacher):
 
     @property
     def _gives_topk_of_sampler(self) -> bool:
-        topk = self._wanted.objective is Objective.topk
-        return topk and self._wanted.top_k_from is TopKFrom.sampler
+        topk = self._spec.objective is Objective.topk
+        return topk and self._spec.top_k_source is TopKSource.sampler
 
     def _check_given_ids(self, url: str, ask: Ask, probe: list[int]) -> None:
         """Refuse a server that does not score given token ids."""
-        rows = [list(range(self._wanted.top_k))] * (len(probe) - 1)
+        rows = [list(range(self._spec.top_k))] * (len(probe) - 1)
         try:
             ask(GENERATE, self._generation(probe, 1, rows))
         except InputError as error:
             raise InputError(
                 f"{url} does not score given token ids ({error}): vLLM does on a GPU, started with "
-                "--enable-scale-out and --max-logprobs -1; else set stage.top_k_from=teacher"
+                "--enable-scale-out and --max-logprobs -1; else set stage.top_k_source=teacher"
             ) from error
 
     def _ask(self, rollout: Rollout) -> Future[Scores]:
         """Send the request for one rollout."""
-        first, top_k = len(rollout.prompt.input_ids), self._wanted.top_k
-        traded = partial(ids_for_teacher, wanted=self._wanted, stop_id=self._stop_id)
+        first, top_k = len(rollout.prompt.input_ids), self._spec.top_k
+        traded = partial(ids_for_teacher, spec=self._spec, stop_id=self._stop_id)
         ids = rollout.prompt.input_ids + traded(rollout.response_ids)
         if not rollout.response_ids:
-            return _done(_no_scores(self._wanted))
-        if self._wanted.objective is Objective.sampled:
+            return _done(_no_scores(self._spec))
+        if self._spec.objective is Objective.sampled:
             return self._pool.submit(
                 COMPLETIONS,
                 self._completion(ids, 0),
@@ -220,12 +223,12 @@ class ServerTeacher(Teacher):
             **neutral_sampling(max_tokens=1),
         }
 
-    def _generation(self, ids: list[int], first: int, wanted: list[list[int]]) -> dict[str, Any]:
+    def _generation(self, ids: list[int], first: int, asked_ids: list[list[int]]) -> dict[str, Any]:
         return {
             "token_ids": ids,
             "sampling_params": {
-                "prompt_logprobs": self._wanted.top_k,  # for the overlap
-                "prompt_logprob_token_ids": wanted,
+                "prompt_logprobs": self._spec.top_k,  # for the overlap
+                "prompt_logprob_token_ids": asked_ids,
                 "prompt_logprob_start": first - 1,
                 **neutral_sampling(max_tokens=1),
             },
@@ -235,22 +238,22 @@ class ServerTeacher(Teacher):
     def _own_topk(self, answer: Any, ids: list[int], first: int) -> TopKScores:
         """The teacher's likeliest tokens, [R, K]."""
         choice = only_choice(answer)
-        named, logprobs = _read_likeliest(choice, ids, first, self._wanted.top_k)
-        named = swap_ids(named, self._wanted.stop_id, self._stop_id)
+        named, logprobs = _read_likeliest(choice, ids, first, self._spec.top_k)
+        named = swap_ids(named, self._spec.stop_id, self._stop_id)
         return TopKScores(named, _refuse_gaps(logprobs), torch.ones(len(named)))
 
     def _given_topk(
-        self, answer: Any, ids: list[int], rollout: Rollout, wanted: list[list[int]]
+        self, answer: Any, ids: list[int], rollout: Rollout, asked_ids: list[list[int]]
     ) -> TopKScores:
         """The teacher's log-probabilities of the sampler's likeliest tokens, [R, K]."""
-        first, shape = len(rollout.prompt.input_ids), (len(wanted), self._wanted.top_k)
-        likeliest, _ = _read_likeliest(answer, ids, first, self._wanted.top_k)
+        first, shape = len(rollout.prompt.input_ids), (len(asked_ids), self._spec.top_k)
+        likeliest, _ = _read_likeliest(answer, ids, first, self._spec.top_k)
         found = torch.from_numpy(read_array(answer, "prompt_token_id_logprobs")).float()
         if found.shape != shape:
             raise UnusableAnswerError(
                 f"log-probabilities of shape {list(found.shape)} for {list(shape)} given ids"
             )
-        overlap = overlap_with(likeliest, torch.tensor(wanted))
+        overlap = overlap_with(likeliest, torch.tensor(asked_ids))
         return TopKScores(torch.tensor(rollout.topk_ids), _refuse_gaps(found), overlap)
 
 
@@ -260,12 +263,12 @@ def _done(scores: Scores) -> Future[Scores]:
     return future
 
 
-def _no_scores(wanted: Wanted) -> Scores:
+def _no_scores(spec: ScoreSpec) -> Scores:
     """Of an empty response."""
-    if wanted.objective is Objective.sampled:
+    if spec.objective is Objective.sampled:
         return TokenScores(torch.zeros(0))
-    ids = torch.zeros(0, wanted.top_k, dtype=torch.int64)
-    return TopKScores(ids, torch.zeros(0, wanted.top_k), torch.zeros(0))
+    ids = torch.zeros(0, spec.top_k, dtype=torch.int64)
+    return TopKScores(ids, torch.zeros(0, spec.top_k), torch.zeros(0))
 
 
 def _read_likeliest(holder: Any, ids: list[int], first: int, top_k: int) -> tuple[Tensor, Tensor]:

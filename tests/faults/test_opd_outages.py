@@ -261,10 +261,12 @@ def test_a_sampler_of_another_distribution_stops_the_run(
 
     monkeypatch.setattr(native, "draw_tokens", perturbed)
     with fake_servers(1) as (server,):
-        message = r"differ by 0\.3 nats a token in the mean, more than stage\.max_mismatch 0\.2"
+        message = (
+            r"differ by 0\.3 nats a token in the mean, more than stage\.max_sampler_mismatch 0\.2"
+        )
         with pytest.raises(AssertionError, match=message) as failure:
             run_on_ranks(1, distil, config(world, tmp_path, server, 1), server.socket)
         assert RolloutMismatchError.__name__ in str(failure.value)
         assert num_steps_of(tmp_path) == 1
-        cfg = config(world, tmp_path / "free", server, 1, "stage.max_mismatch=null")
+        cfg = config(world, tmp_path / "free", server, 1, "stage.max_sampler_mismatch=null")
         run_on_ranks(1, distil, cfg, server.socket)

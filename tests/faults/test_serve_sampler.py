@@ -268,7 +268,11 @@ def test_a_run_learns_the_same_from_a_server(served: Served, root: Path, tmp_pat
     alone = distil(root, tmp_path / "alone", 1, *IN_PROCESS)
     asked = distil(root, tmp_path / "asked", 2, *served.overrides())
     # An update of these models moves them far.
-    one_ahead = [*served.overrides(), "stage.rollout.max_staleness=1", "stage.max_mismatch=null"]
+    one_ahead = [
+        *served.overrides(),
+        "stage.rollout.max_staleness=1",
+        "stage.max_sampler_mismatch=null",
+    ]
     ahead = distil(root, tmp_path / "ahead", 1, *one_ahead)
     for one, other in zip(alone, asked, strict=True):
         assert one["data/num_tokens"] == other["data/num_tokens"]

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.opd import Objective, TopKSource
 from marco_train.config.servers import TeacherServersConfig
 from marco_train.config.teacher import TeacherBackend
 from marco_train.errors import InputError, ServersUnavailable
@@ -51,7 +51,7 @@ def servers() -> Iterator[list[FakeServer]]:
         yield found
 
 
-def teacher_of(
+def open_teacher(
     world: World,
     servers: list[FakeServer],
     *kind: Any,
@@ -100,7 +100,7 @@ def test_the_scores_of_tokens_come_from_both_servers(
     asked = rollouts()
     for server in servers:
         server.slowness = 0.05
-    teacher = teacher_of(world, servers, max_requests=2)
+    teacher = open_teacher(world, servers, max_requests=2)
     check_tokens(teacher.score(asked), asked)
     assert all(server.outcomes["fine"] >= 2 for server in servers)
     counts = teacher.take_counts()
@@ -109,17 +109,17 @@ def test_the_scores_of_tokens_come_from_both_servers(
     check_tokens(teacher.score(asked[:2]), asked[:2])  # and once more
 
 
-@pytest.mark.parametrize("top_k_from", TopKFrom)
+@pytest.mark.parametrize("top_k_source", TopKSource)
 def test_the_scores_of_likeliest_tokens(
-    top_k_from: TopKFrom, world: World, servers: list[FakeServer]
+    top_k_source: TopKSource, world: World, servers: list[FakeServer]
 ) -> None:
     asked = rollouts()
-    scored = teacher_of(world, servers, Objective.topk, 5, top_k_from).score(asked)
+    scored = open_teacher(world, servers, Objective.topk, 5, top_k_source).score(asked)
     for s in scored:
         assert isinstance(s.scores, TopKScores)
         wanted = expected(s.rollout)
         likeliest = wanted.topk(5).indices
-        ids = torch.tensor(s.rollout.topk_ids) if top_k_from is TopKFrom.sampler else likeliest
+        ids = torch.tensor(s.rollout.topk_ids) if top_k_source is TopKSource.sampler else likeliest
         assert torch.equal(s.scores.topk_ids, ids)
         torch.testing.assert_close(s.scores.teacher_topk_logprobs, wanted.gather(1, ids))
         overlap = (ids[:, :, None] == likeliest[:, None]).any(2).float().mean(1)
@@ -132,13 +132,13 @@ def test_the_teachers_stop_token_stands_for_the_students(
     first = rollouts()[1]
     asked = replace(first, response_ids=[*first.response_ids[:-1], 2])
     sent = replace(first, response_ids=[*first.response_ids[:-1], 9])
-    (found,) = teacher_of(world, servers, stop_id=9).score([asked])
-    (wanted,) = teacher_of(world, servers).score([sent])
+    (found,) = open_teacher(world, servers, stop_id=9).score([asked])
+    (wanted,) = open_teacher(world, servers).score([sent])
     assert isinstance(found.scores, TokenScores) and isinstance(wanted.scores, TokenScores)
     assert torch.equal(found.scores.teacher_logprobs, wanted.scores.teacher_logprobs)
 
     given = replace(asked, topk_ids=[[2, 9, 5, 6, 7]] * len(asked.response_ids))
-    (found,) = teacher_of(world, servers, Objective.topk, 5, stop_id=9).score([given])
+    (found,) = open_teacher(world, servers, Objective.topk, 5, stop_id=9).score([given])
     assert isinstance(found.scores, TopKScores)
     assert found.scores.topk_ids.tolist() == given.topk_ids
     traded = torch.tensor([9, 2, 5, 6, 7])
@@ -150,16 +150,16 @@ def test_an_empty_response_has_no_scores_and_asks_nobody(
     world: World, servers: list[FakeServer]
 ) -> None:
     empty = replace(rollouts()[0], response_ids=[], sampler_logprobs=[], topk_ids=[])
-    (scored,) = teacher_of(world, servers).score([empty])
+    (scored,) = open_teacher(world, servers).score([empty])
     assert isinstance(scored.scores, TokenScores) and len(scored.scores.teacher_logprobs) == 0
-    (scored,) = teacher_of(world, servers, Objective.topk, 5).score([empty])
+    (scored,) = open_teacher(world, servers, Objective.topk, 5).score([empty])
     assert isinstance(scored.scores, TopKScores) and scored.scores.topk_ids.shape == (0, 5)
     assert not any(server.bodies for server in servers)
 
 
 def test_every_sampling_field_is_sent(world: World, servers: list[FakeServer]) -> None:
-    teacher_of(world, servers).score(rollouts()[:1])
-    teacher_of(world, servers, Objective.topk, 5).score(rollouts()[:1])
+    open_teacher(world, servers).score(rollouts()[:1])
+    open_teacher(world, servers, Objective.topk, 5).score(rollouts()[:1])
     (of_tokens, of_ids) = [body for server in servers for body in server.bodies]
     assert NEUTRAL.items() <= of_tokens.items()
     assert NEUTRAL.items() <= of_ids["sampling_params"].items()
@@ -186,7 +186,7 @@ def test_a_fault_that_passes_leaves_no_trace(
     fault: str, world: World, servers: list[FakeServer]
 ) -> None:
     asked = rollouts()[1:2]  # nine tokens, of which none may be missing
-    teacher = teacher_of(world, servers)
+    teacher = open_teacher(world, servers)
     for server in servers:
         server.script = [fault]
     check_tokens(teacher.score(asked), asked)
@@ -198,7 +198,7 @@ def test_an_answer_that_is_never_usable_is_left_out_and_counted(
     world: World, servers: list[FakeServer]
 ) -> None:
     asked = rollouts()
-    teacher = teacher_of(world, servers, max_requests=1, max_rejected=0.2)
+    teacher = open_teacher(world, servers, max_requests=1, max_rejected=0.2)
     servers[0].script = servers[1].script = ["other ids"] * 3
     servers[1].stop()
     scored = teacher.score(asked)
@@ -214,7 +214,7 @@ def test_few_tokens_without_a_number_are_left_out_and_counted(
     world: World, servers: list[FakeServer]
 ) -> None:
     asked = [r for r in rollouts() if len(r.response_ids) == 12]
-    teacher = teacher_of(world, servers)
+    teacher = open_teacher(world, servers)
     servers[0].script = servers[1].script = ["NaN"]
     (scored,) = teacher.score(asked)
     assert isinstance(scored.scores, TokenScores)
@@ -226,11 +226,11 @@ def test_a_teacher_that_is_down_at_the_start_is_waited_for(world: World) -> None
     with fake_servers(1) as (server,):
         server.stop()
         threading.Timer(0.7, server.start).start()
-        assert teacher_of(world, [server]).identity["served_as"] == "teacher"
+        assert open_teacher(world, [server]).identity["served_as"] == "teacher"
         server.stop()
         message = rf"no answer for \d s from .* {server.url}, .* the last error: .*refused"
         with pytest.raises(ServersUnavailable, match=message):
-            teacher_of(world, [server], save_after_seconds=0.1, give_up_after_seconds=1.0)
+            open_teacher(world, [server], save_after_seconds=0.1, give_up_after_seconds=1.0)
 
 
 def test_a_teacher_that_goes_away_is_waited_for_and_nothing_is_asked_twice(
@@ -246,7 +246,7 @@ def test_a_teacher_that_goes_away_is_waited_for_and_nothing_is_asked_twice(
         return True
 
     bounds = {"save_after_seconds": 0.5, "give_up_after_seconds": 30.0}
-    teacher = teacher_of(world, servers, max_requests=1, save_early=save_early, **bounds)
+    teacher = open_teacher(world, servers, max_requests=1, save_early=save_early, **bounds)
 
     def as_they_come() -> Iterator[Rollout]:
         yield from asked[:2]
@@ -274,7 +274,7 @@ def test_an_outage_saves_the_run_once_and_ends_after_all_the_seconds_of_whoever_
         return True
 
     bounds = {"save_after_seconds": 0.5, "give_up_after_seconds": 2.0}
-    teacher = teacher_of(world, servers, save_early=save_early, **bounds)
+    teacher = open_teacher(world, servers, save_early=save_early, **bounds)
     for server in servers:
         server.script = ["hangs"] * 1000
     start = time.monotonic()
@@ -295,7 +295,7 @@ def test_a_teacher_that_hangs_leaves_no_thread_and_no_connection(
     bounds = {"request_timeout_seconds": 60.0, "give_up_after_seconds": 1.0}
     for server in servers:
         server.script = ["hangs"] * 1000
-    teacher = teacher_of(world, servers, max_requests=8, save_after_seconds=0.5, **bounds)
+    teacher = open_teacher(world, servers, max_requests=8, save_after_seconds=0.5, **bounds)
     start = time.monotonic()
     submitted = teacher.submit(rollouts())
     time.sleep(0.3)
@@ -315,7 +315,7 @@ def ours(before: set[threading.Thread]) -> set[threading.Thread]:
 
 def test_scoring_begins_before_sampling_ends(world: World, servers: list[FakeServer]) -> None:
     asked = rollouts()
-    teacher = teacher_of(world, servers)
+    teacher = open_teacher(world, servers)
 
     def as_they_come() -> Iterator[Rollout]:
         for number, rollout in enumerate(asked):
@@ -332,7 +332,7 @@ def test_slow_sampling_is_no_absence_of_the_teacher(
     world: World, servers: list[FakeServer]
 ) -> None:
     asked = rollouts()
-    teacher = teacher_of(world, servers, save_after_seconds=0.3, give_up_after_seconds=0.6)
+    teacher = open_teacher(world, servers, save_after_seconds=0.3, give_up_after_seconds=0.6)
 
     def as_they_come() -> Iterator[Rollout]:
         for rollout in asked[:3]:
@@ -348,7 +348,7 @@ def test_open_requests_are_bounded_and_fewer_where_a_server_is_busy(world: World
     ]
     with fake_servers(1) as (server,):
         server.slowness = 0.03
-        teacher = teacher_of(world, [server], max_requests=4)
+        teacher = open_teacher(world, [server], max_requests=4)
         teacher.score(asked)
         assert server.most_open == 4
         server.script = ["429"] * 6
@@ -361,11 +361,11 @@ def test_open_requests_are_bounded_and_fewer_where_a_server_is_busy(world: World
 def test_another_model_is_refused(world: World, servers: list[FakeServer]) -> None:
     servers[1].model = "another"
     with pytest.raises(InputError, match=r"serves '(another|teacher)', and the teacher is"):
-        teacher_of(world, servers)
+        open_teacher(world, servers)
     servers[1].model = "teacher"
     servers[1].weights = 1
     with pytest.raises(InputError, match=r"scores a probe .* nats away from what the teacher said"):
-        teacher_of(world, servers)
+        open_teacher(world, servers)
 
 
 @pytest.mark.parametrize("change", [{"model": "another"}, {"weights": 1}])
@@ -374,7 +374,7 @@ def test_a_server_that_comes_back_as_another_is_refused(
 ) -> None:
     asked = rollouts()
     with fake_servers(1) as (server,):
-        teacher = teacher_of(world, [server])
+        teacher = open_teacher(world, [server])
         check_tokens(teacher.score(asked), asked)
         server.stop()
         for name, value in change.items():
@@ -387,15 +387,15 @@ def test_a_server_that_comes_back_as_another_is_refused(
 def test_what_servers_cannot_do_is_refused_at_the_start(world: World) -> None:
     with fake_servers(1) as (server,):
         with pytest.raises(InputError, match="objective=full needs a teacher's hidden states"):
-            teacher_of(world, [server], Objective.full)
+            open_teacher(world, [server], Objective.full)
         server.window = 200
         with pytest.raises(InputError, match=r"of 200 tokens, .* needs 201: .*--max-model-len 201"):
-            teacher_of(world, [server])
+            open_teacher(world, [server])
         server.window = 201
         server.scores_given_ids = False
-        with pytest.raises(InputError, match=r"404.*--enable-scale-out.*top_k_from=teacher"):
-            teacher_of(world, [server], Objective.topk, 5)
-        teacher_of(world, [server], Objective.topk, 5, TopKFrom.teacher)
+        with pytest.raises(InputError, match=r"404.*--enable-scale-out.*top_k_source=teacher"):
+            open_teacher(world, [server], Objective.topk, 5)
+        open_teacher(world, [server], Objective.topk, 5, TopKSource.teacher)
         server.script = ["400"]
         with pytest.raises(InputError, match=r"refuses a request with 400: .*status 400"):
-            teacher_of(world, [server]).score(rollouts())
+            open_teacher(world, [server]).score(rollouts())

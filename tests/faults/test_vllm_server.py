@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from marco_train.config.model import DType
-from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.opd import Objective, TopKSource
 from marco_train.config.servers import TeacherServersConfig
 from marco_train.config.teacher import TeacherBackend
 from marco_train.errors import InputError, ServersUnavailable
@@ -96,7 +96,7 @@ def server(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Re
     found.kill()
 
 
-def teacher_of(
+def open_teacher(
     server: RealServer, model: Path, *kind: object, give_up_after_seconds: float = 60.0
 ) -> ServerTeacher:
     servers = TeacherServersConfig(
@@ -112,13 +112,13 @@ def teacher_of(
 
 
 @pytest.mark.parametrize(
-    "kind", [(Objective.sampled,), (Objective.topk, 5, TopKFrom.teacher)], ids=["sampled", "topk"]
+    "kind", [(Objective.sampled,), (Objective.topk, 5, TopKSource.teacher)], ids=["sampled", "topk"]
 )
 def test_the_scores_are_those_of_transformers(
     kind: tuple[object, ...], server: RealServer, model: Path
 ) -> None:
     asked = rollouts()
-    teacher = teacher_of(server, model, *kind)
+    teacher = open_teacher(server, model, *kind)
     wanted = wanted_of(*kind)  # type: ignore[arg-type]
     reference = HFTeacher(teacher_config(str(model), TeacherBackend.hf), wanted)
     for found, expected in zip(teacher.score(asked), reference.score(asked), strict=True):
@@ -134,12 +134,12 @@ def test_the_scores_are_those_of_transformers(
 
 
 def test_what_it_cannot_do_on_a_cpu_is_said(server: RealServer, model: Path) -> None:
-    with pytest.raises(InputError, match=r"given token ids .*V2.* set stage.top_k_from=teacher"):
-        teacher_of(server, model, Objective.topk, 5, TopKFrom.sampler)
+    with pytest.raises(InputError, match=r"given token ids .*V2.* set stage.top_k_source=teacher"):
+        open_teacher(server, model, Objective.topk, 5, TopKSource.sampler)
 
 
 def test_a_killed_server_is_away_and_nothing_is_trained(server: RealServer, model: Path) -> None:
-    teacher = teacher_of(server, model, Objective.sampled, give_up_after_seconds=2.0)
+    teacher = open_teacher(server, model, Objective.sampled, give_up_after_seconds=2.0)
     assert len(teacher.score(rollouts())) == 5
     server.kill()
     with pytest.raises(ServersUnavailable, match=r"ConnectError|RemoteProtocolError|ReadError"):

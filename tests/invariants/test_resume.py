@@ -133,8 +133,8 @@ def test_a_phase_converges_at_the_same_step_after_a_resumption(
             "checkpoint.save_every=1",
             "stage.cascade.second.num_steps=4",
             # The first before step 2, the second before step 4, which ends the run.
-            *(f"stage.cascade.first.converged.{name}={v}" for name, v in rule.items()),
-            *(f"stage.cascade.second.converged.{name}={v}" for name, v in rule.items()),
+            *(f"stage.cascade.first.early_switch.{name}={v}" for name, v in rule.items()),
+            *(f"stage.cascade.second.early_switch.{name}={v}" for name, v in rule.items()),
         ]
         cfg = compose_config("quickstart_opd", *given)
         for crash in (crash_at, None):
@@ -155,7 +155,7 @@ def test_a_run_whose_first_phase_converges_makes_all_steps_of_the_second(
 ) -> None:
     rule = {"measure_every": 2, "num_prompts": 3, "num_measures": 1, "min_fall": 5.0}
     given = overrides("opd", world, tmp_path, 1)
-    given += [f"stage.cascade.first.converged.{name}={v}" for name, v in rule.items()]
+    given += [f"stage.cascade.first.early_switch.{name}={v}" for name, v in rule.items()]
     run_on_ranks(1, run, compose_config("quickstart_opd", *given), "opd", None)
     assert [line["cascade/phase"] for line in losses(tmp_path)] == [0, 0, 1, 1]
     assert (tmp_path / "finished.json").exists()

@@ -262,7 +262,7 @@ def test_what_was_measured_with_another_teacher_ends_no_phase(
     own: World, world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # The phase would end where the second measure lies not five nats below the first.
-    rule = "stage.cascade.first.converged."
+    rule = "stage.cascade.first.early_switch."
     given = [f"{rule}measure_every=1", f"{rule}num_measures=2", f"{rule}num_prompts=4"]
     given += [
         *with_own_teachers(own, world),
@@ -294,7 +294,7 @@ def test_the_same_teacher_goes_on_with_another_objective(
 def test_held_out_rows_are_known_from_when_they_decide(
     own: World, world: World, tmp_path: Path
 ) -> None:
-    out, rule = tmp_path / "run", "stage.cascade.first.converged."
+    out, rule = tmp_path / "run", "stage.cascade.first.early_switch."
     given = with_own_teachers(own, world)
     launch(opd(own, out, *given), crash_at=2)
     file = Path(own.path("data", "development", "math.jsonl"))

@@ -204,7 +204,7 @@ def distil(
         "stage.global_batch_size=5",  # uneven over two ranks
         "stage.max_response_length=8",
         "stage.cascade.first.num_steps=3",
-        "stage.cascade.first.converged.measure_every=2",
+        "stage.cascade.first.early_switch.measure_every=2",
         "stage.cascade.second.num_steps=1",
         "data.max_tokens_per_microbatch=128",
         "optim.warmup_steps=0",
@@ -259,7 +259,7 @@ def test_the_policy_follows_a_sampler_that_chooses_other_experts(
 ) -> None:
     monkeypatch.setattr(rollout_build, "empty_model", contrary_model)
     lenient = "stage.rollout.canary_tolerance=10"
-    plain, _ = distil(world, tmp_path / "plain", 1, lenient, "stage.max_mismatch=null")
+    plain, _ = distil(world, tmp_path / "plain", 1, lenient, "stage.max_sampler_mismatch=null")
     replay = "stage.rollout.replay_routing=true"
     for num_ranks in (1, 2):
         replayed, _ = distil(world, tmp_path / str(num_ranks), num_ranks, lenient, replay)

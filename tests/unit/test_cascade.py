@@ -32,7 +32,7 @@ def rule(every: int, num_measures: int, min_fall: float, phase: str = "first") -
         "num_measures": num_measures,
         "min_fall": min_fall,
     }
-    return [f"stage.cascade.{phase}.converged.{name}={value}" for name, value in fields.items()]
+    return [f"stage.cascade.{phase}.early_switch.{name}={value}" for name, value in fields.items()]
 
 
 def cascade_of(world: World, *overrides: str) -> Cascade:
@@ -115,7 +115,7 @@ BAD_RULES = {
 def test_a_rule_out_of_bounds_is_refused(
     names: str, values: tuple[int, int, float], world: World
 ) -> None:
-    with pytest.raises(InputError, match=f"stage.cascade.*.converged.{names}"):
+    with pytest.raises(InputError, match=f"stage.cascade.*.early_switch.{names}"):
         cascade_of(world, *rule(*values))
 
 

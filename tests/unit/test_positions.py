@@ -120,15 +120,15 @@ def test_a_teacher_of_a_group_without_positions_is_refused(world: World, tmp_pat
         max_position_embeddings=None,  # as the outer part of it
         text_config={"model_type": "qwen3", "vocab_size": 320, "max_position_embeddings": 50},
     )
-    group = "+teacher@stage.cascade.first.teacher_of.category_math"
+    group = "+teacher@stage.cascade.first.teachers_by_group.category_math"
     cfg = opd_config(
         world,
         f"{group}=vllm_server",
-        f"stage.cascade.first.teacher_of.category_math.path={path}",
-        "stage.cascade.first.teacher_of.category_math.servers.urls=['http://localhost:1']",
+        f"stage.cascade.first.teachers_by_group.category_math.path={path}",
+        "stage.cascade.first.teachers_by_group.category_math.servers.urls=['http://localhost:1']",
         "stage.objective=sampled",
     )
-    said = r"96 tokens and 1 more to score them, and teacher 'first' \(teacher_of.category_math\)"
+    said = r"1 more to score them, and teacher 'first' \(teachers_by_group.category_math\)"
     with pytest.raises(InputError, match=said + " .* has 50 positions"):
         opd.run_opd(cfg)
 

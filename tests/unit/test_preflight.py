@@ -15,12 +15,12 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from marco_train.config.model import DType
-from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.opd import Objective, TopKSource
 from marco_train.config.teacher import TeacherBackend
 from marco_train.data.chat import CHATML
 from marco_train.data.loader import PromptLoader
 from marco_train.errors import InputError
-from marco_train.teachers.base import Wanted
+from marco_train.teachers.base import ScoreSpec
 from marco_train.teachers.build import build_teacher
 from marco_train.teachers.preflight import (
     PROBES,
@@ -240,7 +240,7 @@ def test_arguments_reach_the_teachers_template(world: World, teacher_dir: Path) 
         check_turns(prompts, str(teacher_dir), {"think": True}, "teacher")
 
 
-def wanted_for(objective: Objective = Objective.sampled) -> Wanted:
+def wanted_for(objective: Objective = Objective.sampled) -> ScoreSpec:
     return wanted_of(objective, top_k=4 if objective is Objective.topk else 0)
 
 
@@ -343,11 +343,11 @@ def figures(said: str) -> list[float]:
 
 
 KINDS = {
-    "sampled": (Objective.sampled, 0, TopKFrom.sampler),
-    "full": (Objective.full, 0, TopKFrom.sampler),
-    "topk": (Objective.topk, 5, TopKFrom.sampler),
-    "topk of the teacher": (Objective.topk, 5, TopKFrom.teacher),
-    "topk, all of them": (Objective.topk, 320, TopKFrom.teacher),
+    "sampled": (Objective.sampled, 0, TopKSource.sampler),
+    "full": (Objective.full, 0, TopKSource.sampler),
+    "topk": (Objective.topk, 5, TopKSource.sampler),
+    "topk of the teacher": (Objective.topk, 5, TopKSource.teacher),
+    "topk, all of them": (Objective.topk, 320, TopKSource.teacher),
 }
 
 
@@ -366,7 +366,7 @@ def expected_logprob(path: str, kind: str, asked: Sequence[Rollout]) -> float:
         places = zip(logits[first:-1].log_softmax(-1), rollout.response_ids, strict=True)
         for place, (logprobs, token) in enumerate(places):
             likeliest = logprobs.topk(top_k).indices.tolist()
-            if source is TopKFrom.sampler and top_k:
+            if source is TopKSource.sampler and top_k:
                 likeliest = rollout.topk_ids[place]
             if top_k and token not in likeliest:
                 left = 1 - float(logprobs[likeliest].exp().sum())

@@ -89,7 +89,7 @@ def test_every_field_of_a_config_is_classified(
     cfg = composed(stage, world, tmp_path, *more)
     if isinstance(cfg.stage, OPDConfig):
         first, second = cfg.stage.cascade.values()
-        first.teacher_of = {"category_math": second.teacher, "language_de": first.teacher}
+        first.teachers_by_group = {"category_math": second.teacher, "language_de": first.teacher}
     paths = [path for path, _ in leaves(plain_config(cfg))]
     assert len(paths) > 60
     assert [".".join(path) for path in paths if kind_of(path) is None] == []
@@ -132,7 +132,7 @@ CHANGES: list[tuple[str, list[str], list[str], str]] = [
     ("sft", [], ["parallel.zero_stage=2"], "layout"),
     ("sft", [], ["parallel.expert_parallel_size=1"], "layout"),
     ("sft", [], ["model.dtype=bfloat16"], "layout"),
-    ("opd", [], ["stage.max_mismatch=0.5", "stage.rollout.canary_tolerance=1e-2"], "free"),
+    ("opd", [], ["stage.max_sampler_mismatch=0.5", "stage.rollout.canary_tolerance=1e-2"], "free"),
     ("opd", [], ["stage.rollout.batch_size=8", "stage.score_cache.path=cache"], "free"),
     ("opd", [], ["stage.cascade.first.teacher.max_tokens_per_batch=64"], "free"),
     ("opd", SERVED, [f"{URLS}.urls=[http://b:2,http://c:3]"], "free"),
@@ -143,7 +143,7 @@ CHANGES: list[tuple[str, list[str], list[str], str]] = [
     ("opd", COSINE, ["stage.cascade.second.num_steps=9"], "asked"),
     ("opd", [], ["stage.cascade.first.num_steps=2"], "fewer"),
     ("opd", [], ["stage.objective=sampled"], "objective"),
-    ("opd", [], ["stage.cascade.first.converged.measure_every=2"], "objective"),
+    ("opd", [], ["stage.cascade.first.early_switch.measure_every=2"], "objective"),
     ("opd", [], ["stage.max_importance_ratio=null"], "objective"),
     ("opd", [], ["stage.max_response_length=20"], "data"),
     ("opd", [], ["teacher@stage.cascade.second.teacher=native"], "teacher"),
@@ -201,7 +201,7 @@ def test_all_groups_that_a_resumption_needs_are_named_at_once(world: World, tmp_
 def test_the_held_out_rows_are_of_the_data_where_they_end_a_phase(
     world: World, tmp_path: Path
 ) -> None:
-    measured = "stage.cascade.first.converged.measure_every=2"
+    measured = "stage.cascade.first.early_switch.measure_every=2"
     leave_checkpoint(composed("opd", world, tmp_path, measured), 3)
     given = [measured, "data.held_out.math.weight=0.15", "data.held_out.alignment.weight=0.05"]
     with pytest.raises(InputError, match=r"on_resume.allow=\[data\]"):
@@ -319,12 +319,12 @@ def test_a_field_that_an_older_checkpoint_does_not_have_counts_as_its_default(
     state = json.loads((path / "state.json").read_text())
     config = state["config"]
     del config["on_resume"], config["stage"]["max_steps"], config["data"]["num_rows"]
-    del config["stage"]["cascade"]["first"]["converged"]["num_prompts"]
-    del config["stage"]["cascade"]["second"]["teacher_of"]
+    del config["stage"]["cascade"]["first"]["early_switch"]["num_prompts"]
+    del config["stage"]["cascade"]["second"]["teachers_by_group"]
     (path / "state.json").write_text(json.dumps(state))
     assert continuation(cfg) == continuation(cfg) is not None
-    other = "stage.cascade.first.converged.num_prompts=8"
-    with pytest.raises(InputError, match=r"first.converged.num_prompts: 256 -> 8"):
+    other = "stage.cascade.first.early_switch.num_prompts=8"
+    with pytest.raises(InputError, match=r"first.early_switch.num_prompts: 256 -> 8"):
         continuation(composed("opd", world, tmp_path, other))
     del config["optim"]["learning_rate"]  # that has none
     config["optim"]["label_smoothing"] = 0.1  # nor is there such a field

@@ -20,7 +20,7 @@ from marco_train.models.checksums import CHECKSUM_CHUNK, WORD_BYTES, checksum
 from marco_train.models.routing import Router, Routing
 from marco_train.models.weights import empty_model, named_weights, random_model
 from marco_train.rollout import vllm as rollout_vllm
-from marco_train.rollout.base import Sampling, in_order, response_seed, summarize
+from marco_train.rollout.base import SamplerSpec, in_order, response_seed, summarize
 from marco_train.rollout.native import NativeSampler, draw_tokens
 from marco_train.rollout.sync import canaries, sync_weights
 from marco_train.rollout.vllm import VLLMSampler, check_experts
@@ -142,7 +142,7 @@ def test_experts_come_from_vllm_with_the_rollout_where_they_are_asked_for(
     monkeypatch.setattr(rollout_vllm, "VLLMEngine", FakeEngine)
     cfg = VLLMRolloutConfig(replay_routing=replay_routing, batch_size=64, kv_cache_gib=1.0)
     shape = architecture(vocab_size=16)
-    sampling = Sampling(shape, DType.float32, STOP_IDS, 64, LIMIT, num_topk=0, seed=7)
+    sampling = SamplerSpec(shape, DType.float32, STOP_IDS, 64, LIMIT, num_topk=0, seed=7)
     target = VLLMSampler(cfg, sampling)
     target.load_weights(named_weights(spread_model()), version=1)
     rollouts = in_order(target.sample(prompts(), 2))

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from marco_train.config.opd import Objective, ScoreCacheConfig
-from marco_train.teachers.base import Teacher, Wanted, scores_from_hidden
+from marco_train.teachers.base import ScoreSpec, Teacher, scores_from_hidden
 from marco_train.teachers.cache import ScoreCache
 from marco_train.types import FinishReason, Prompt, Rollout, ScoredRollout
 from tests.conftest import wanted_of
@@ -21,7 +21,7 @@ WIDTH, VOCAB = 6, 20
 class CountingTeacher(Teacher):
     """Scores from states that are a function of the ids, and counts what it was asked."""
 
-    def __init__(self, wanted: Wanted) -> None:
+    def __init__(self, wanted: ScoreSpec) -> None:
         self.head = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(3))
         self.asked: list[list[int]] = []
         self.num_calls = 0
@@ -42,7 +42,7 @@ class CountingTeacher(Teacher):
         return scores_from_hidden(rollout, hidden, self.head, self._wanted)
 
 
-def wanted_for(objective: Objective) -> Wanted:
+def wanted_for(objective: Objective) -> ScoreSpec:
     return wanted_of(objective, top_k=3 if objective is Objective.topk else 0, vocab_size=VOCAB)
 
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
 from marco_train.config import TrainConfig
-from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.opd import Objective, TopKSource
 from marco_train.config.teacher import TeacherBackend, TeacherConfig
 from marco_train.data.chat import CHATML, load_tokenizer
 from marco_train.data.loader import PromptLoader
@@ -23,7 +23,7 @@ from marco_train.models import load_model
 from marco_train.models.hf_io import stop_token_ids
 from marco_train.rollout.native import NativeSampler
 from marco_train.teachers import cascade
-from marco_train.teachers.base import Teacher, Wanted
+from marco_train.teachers.base import ScoreSpec, Teacher
 from marco_train.teachers.build import build_teacher
 from marco_train.teachers.cascade import Cascade
 from marco_train.teachers.hf import HFTeacher
@@ -54,7 +54,7 @@ def config(path: str, max_tokens: int = 4096) -> TeacherConfig:
     return teacher_config(path, TeacherBackend.hf, max_tokens_per_batch=max_tokens)
 
 
-def wanted_for(objective: Objective) -> Wanted:
+def wanted_for(objective: Objective) -> ScoreSpec:
     return wanted_of(objective, top_k=5 if objective is Objective.topk else 0)
 
 
@@ -91,7 +91,9 @@ def test_the_scores_are_those_of_each_sequence_alone(
     by_token = HFTeacher(config(path, max_tokens), wanted_for(Objective.sampled))
     by_state = HFTeacher(config(path, max_tokens), wanted_for(Objective.full))
     by_policy = HFTeacher(config(path, max_tokens), wanted_for(Objective.topk))
-    by_itself = HFTeacher(config(path, max_tokens), wanted_of(Objective.topk, 5, TopKFrom.teacher))
+    by_itself = HFTeacher(
+        config(path, max_tokens), wanted_of(Objective.topk, 5, TopKSource.teacher)
+    )
     asked = rollouts()
     tokens, states = by_token.score(asked), by_state.score(asked)
     of_policy, of_teacher = by_policy.score(asked), by_itself.score(asked)
@@ -195,7 +197,7 @@ def test_the_cascade_changes_teacher_at_exactly_its_step(
 ) -> None:
     opened: list[str] = []
 
-    def record(cfg: TeacherConfig, wanted: Wanted, *_: Any) -> HFTeacher:
+    def record(cfg: TeacherConfig, wanted: ScoreSpec, *_: Any) -> HFTeacher:
         opened.append(Path(cfg.path).parent.name)
         return HFTeacher(cfg, wanted)
 
@@ -259,9 +261,9 @@ def test_a_phase_opens_and_checks_the_teachers_of_its_groups(world: World) -> No
     routed = [
         f"root={world.root}",
         "stage.objective=sampled",
-        "+teacher@stage.cascade.first.teacher_of.category_math=hf",
+        "+teacher@stage.cascade.first.teachers_by_group.category_math=hf",
     ]
-    path = "stage.cascade.first.teacher_of.category_math.path="
+    path = "stage.cascade.first.teachers_by_group.category_math.path="
     right = path + world.path("teacher_second", "export")
     cfg = compose_config("quickstart_opd", *routed, right)
     whole = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
@@ -269,7 +271,9 @@ def test_a_phase_opens_and_checks_the_teachers_of_its_groups(world: World) -> No
     last = whole.num_steps - 1
     assert isinstance(whole.teacher_at(last, []), HFTeacher)
     missing = compose_config("quickstart_opd", *routed, path + "nowhere")
-    with pytest.raises(InputError, match=r"'first' \(teacher_of.category_math\): there is no"):
+    with pytest.raises(
+        InputError, match=r"'first' \(teachers_by_group.category_math\): there is no"
+    ):
         Cascade(missing.stage, missing.model.tokenizer, TEMPLATE, 320)
 
 
@@ -285,25 +289,28 @@ def test_a_teacher_of_an_unknown_group_is_refused(objective: str, group: str, na
         compose_config(
             "quickstart_opd",
             f"stage.objective={objective}",
-            f"+teacher@stage.cascade.first.teacher_of.{group}=hf",
-            f"stage.cascade.first.teacher_of.{group}.path=anywhere",
+            f"+teacher@stage.cascade.first.teachers_by_group.{group}=hf",
+            f"stage.cascade.first.teachers_by_group.{group}.path=anywhere",
         )
 
 
 @pytest.mark.parametrize("group", ["category_poetry", "language_tlh"])
 def test_a_teacher_without_prompts_is_refused(group: str, world: World) -> None:
+    path = world.path("teacher_first", "export")
     cfg = compose_config(
         "quickstart_opd",
         f"root={world.root}",
         "stage.objective=sampled",
-        f"+teacher@stage.cascade.first.teacher_of.{group}=hf",
-        f"stage.cascade.first.teacher_of.{group}.path={world.path('teacher_first', 'export')}",
+        f"+teacher@stage.cascade.first.teachers_by_group.{group}=hf",
+        f"stage.cascade.first.teachers_by_group.{group}.path={path}",
     )
     tokenizer = load_tokenizer(cfg.model)
     known = PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed).groups()
     assert known == {f"category_{name}" for name in CATEGORIES} | {"language_en"}
     found = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
-    with pytest.raises(InputError, match=rf"teacher_of names {group}, of which there are no .*_en"):
+    with pytest.raises(
+        InputError, match=rf"teachers_by_group names {group}, of which there are no .*_en"
+    ):
         found.check_groups(known)
     found.check_groups(known | {group})
 
@@ -359,7 +366,7 @@ def distil_from_itself(cfg: TrainConfig) -> tuple[float, float]:
         weight_version=0,
     )
     teacher = HFTeacher(
-        config(path), wanted_of(cfg.stage.objective, cfg.stage.top_k or 0, cfg.stage.top_k_from)
+        config(path), wanted_of(cfg.stage.objective, cfg.stage.top_k or 0, cfg.stage.top_k_source)
     )
     before = {name: weight.clone() for name, weight in policy.named_weights()}
     scored = teacher.score(list(sampler.sample(prompts, 2)))
@@ -373,7 +380,7 @@ OBJECTIVES = {
     "sampled": [],
     "full": [],
     "topk": ["stage.top_k=4"],
-    "topk of the teacher": ["stage.top_k=4", "stage.top_k_from=teacher"],
+    "topk of the teacher": ["stage.top_k=4", "stage.top_k_source=teacher"],
 }
 
 

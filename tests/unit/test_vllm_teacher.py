@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from marco_train.config.model import DType
-from marco_train.config.opd import Objective, TopKFrom
+from marco_train.config.opd import Objective, TopKSource
 from marco_train.config.teacher import TeacherBackend
 from marco_train.errors import InputError
 from marco_train.models.hf_io import save_model
@@ -33,10 +33,10 @@ pytestmark = pytest.mark.skipif(
 )
 
 KINDS = [
-    (Objective.sampled, 0, TopKFrom.sampler),
-    (Objective.topk, 5, TopKFrom.sampler),
-    (Objective.topk, 5, TopKFrom.teacher),
-    (Objective.full, 0, TopKFrom.sampler),
+    (Objective.sampled, 0, TopKSource.sampler),
+    (Objective.topk, 5, TopKSource.sampler),
+    (Objective.topk, 5, TopKSource.teacher),
+    (Objective.full, 0, TopKSource.sampler),
 ]
 SHAPES = {"dense": DENSE, "mixture": {}}
 
