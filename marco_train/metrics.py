@@ -53,6 +53,7 @@ NAMES = {
     "data/dropped_too_long": "rows over the length limit, of this step",
     "data/dropped_no_loss": "rows without a token to learn or a prompt to answer, of this step",
     "data/dropped_special": "rows whose text holds control tokens, of this step",
+    "data/dropped_empty": "rows with an answer that says nothing, of this step",
     "data/dropped_malformed": "rows that are no chat, or none for the template, of this step",
     "data/epoch": "of the source that has been repeated most",
     "perf/tokens_per_second": "tokens trained on, all ranks, over the whole step",

@@ -24,21 +24,55 @@ class Message:
     """One turn of a chat."""
 
     role: str
+    """`system`, `user`, `assistant` or `tool`."""
     content: str
+    reasoning_content: str = ""
+    """What an assistant thought before its answer, where the row keeps it apart."""
+    tool_calls: tuple[Mapping[str, Any], ...] = ()
+    """What an assistant calls, each {type: function, function: {name, arguments}}."""
+    name: str | None = None
+    """Of a speaker, or of the tool that answers."""
+    tool_call_id: str | None = None
+    """Which call a tool answers."""
+    is_learnt: bool = True
+    """Whether an answer has loss; a row may exempt single answers."""
+
+    def as_turn(self) -> dict[str, Any]:
+        """What chat templates take: the keys that this turn has."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.content}
+        if self.reasoning_content:
+            turn["reasoning_content"] = self.reasoning_content
+        if self.tool_calls:
+            turn["tool_calls"] = list(self.tool_calls)
+        if self.name is not None:
+            turn["name"] = self.name
+        if self.tool_call_id is not None:
+            turn["tool_call_id"] = self.tool_call_id
+        return turn
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """A chat as its dataset gives it."""
+class Row:
+    """What is known of any usable row of a dataset."""
 
-    messages: tuple[Message, ...]
     source: str
     category: str
     language: str
-    verifier: Mapping[str, Any]
-    """How an answer is checked; see `evaluation/verifiers.py`. Empty: it is not."""
     row: int
     """Its place among the rows of the source, from 0."""
+
+
+@dataclass(frozen=True)
+class Conversation(Row):
+    """A chat as its dataset gives it."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    """Functions that the assistant may call, each {type: function, function: {name, ...}}."""
+    verifier: Mapping[str, Any] = field(default_factory=dict)
+    """How an answer is checked; see `evaluation/verifiers.py`. Empty: it is not."""
+    is_preference: bool = False
+    """Whether the row rates two answers; these are the turns before them."""
 
     @property
     def asked(self) -> tuple[Message, ...]:
@@ -47,6 +81,24 @@ class Conversation:
         while end and self.messages[end - 1].role == "assistant":
             end -= 1
         return self.messages[:end]
+
+
+@dataclass(frozen=True)
+class PlainText(Row):
+    """Text without turns; all of it is learnt, in SFT."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class TokenRow(Row):
+    """A row that somebody tokenised before; only SFT can use it."""
+
+    input_ids: list[int]
+    loss_mask: list[bool]
+
+
+UsableRow = Conversation | PlainText | TokenRow
 
 
 @dataclass(frozen=True)

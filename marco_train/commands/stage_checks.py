@@ -60,7 +60,6 @@ def check_sft(cfg: TrainConfig, made: "Examination") -> None:
     if tokenizer is not None:
         data = made.check("data", partial(SFTLoader, cfg.data, cfg.stage, tokenizer, cfg.seed))
         if data is not None:
-            made.check("every source", data.check_sources)
             batch = made.check("first batch", partial(next, data))
             say_batch(data.metrics())
             made.check("held-out rows", data.held_out)
@@ -84,7 +83,6 @@ def check_opd(cfg: TrainConfig, made: "Examination") -> None:
         return
     prompts = made.check("data", partial(PromptLoader, cfg.data, opd, tokenizer, cfg.seed))
     if prompts is not None:
-        made.check("every source", prompts.check_sources)
         fit &= made.passes("first batch", partial(next, prompts))
         say_batch(prompts.metrics())
     model = None if student is None else made.check("weights", partial(load_student, cfg, student))

@@ -7,10 +7,27 @@ from omegaconf import MISSING
 
 from marco_train.errors import require, require_positive
 
+ROLES = ("system", "user", "assistant", "tool")
+"""Of a turn."""
+
+
+class Thinking(Enum):
+    """What becomes of an answer's thinking, between <think> tags or in a field of its own."""
+
+    keep = "keep"
+    strip = "strip"
+    last = "last"
+
+
+# `continue` is a word of Python, which only this way of writing an Enum takes for a name.
+OnChange = Enum("OnChange", ["refuse", "continue"])
+"""What a resumption does where rows are others than before."""
+
 
 class SourceKind(Enum):
     """Where the rows of a source lie."""
 
+    auto = "auto"
     jsonl = "jsonl"
     parquet = "parquet"
     hub = "hub"
@@ -20,21 +37,37 @@ class SourceKind(Enum):
 class SourceConfig:
     """One dataset of a mixture."""
 
-    kind: SourceKind = MISSING
+    kind: SourceKind = SourceKind.auto
+    """`jsonl` and `parquet` are files; `auto` takes files where there are any, else the hub."""
     path: str = MISSING
-    """A file, or a repository of the hub."""
+    """A file, a directory or a pattern of files, or a repository of the hub."""
     subset: str | None = None
     """Configuration of a hub dataset. None: its default."""
     split: str = "train"
     """Split of a hub dataset."""
+    revision: str | None = None
+    """Commit, tag or branch of a hub dataset. None: the newest."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Where a standard column (messages, prompt, response, ...) has another name: that name."""
+    roles: dict[str, str] = field(default_factory=dict)
+    """What roles of other names are: system, user, assistant or tool."""
     category: str = MISSING
+    """Group of all its rows, in metrics and among teachers."""
+    category_column: str | None = None
+    """Column that names the group of a row instead, where it is not empty."""
     weight: float = MISSING
     """Share of the mixture's samples; the weights of a mixture sum to 1."""
     unique_prompts: bool = False
-    """Keep the first row of each distinct prompt."""
+    """Keep the first row of each distinct prompt, which is all that stands before the answer."""
 
     def __post_init__(self) -> None:
         require_positive("data.sources.*", weight=self.weight)
+        for name, role in self.roles.items():
+            require(
+                role in ROLES,
+                f"data.sources.*.roles maps {name!r} to {role!r}, and must map it to one of "
+                f"{', '.join(ROLES)}",
+            )
 
 
 @dataclass(kw_only=True)
@@ -50,13 +83,30 @@ class DataConfig:
     None: all rows."""
     max_tokens_per_microbatch: int = 16384
     """Tokens of one packed forward pass on one rank."""
+    thinking: Thinking = Thinking.keep
+    """`keep`: all of it, as far as the template shows it; `strip`: none; `last`: that of answers
+    after the last question. An answer whose thinking is left out for that is not learnt."""
+    keep_empty_answers: bool = False
+    """Whether an answer without a word is learnt; else its row is dropped and counted."""
+    max_bad_rows: float = 0.01
+    """Share of a source's rows that may be at fault, beyond the first 10."""
+    max_lost_rows: float = 0.5
+    """Share of a source's rows that the stage may be unable to use. 1: any."""
+    judge_rows: int = 200_000
+    """Rows of a source that are all judged before the first step; of more, a sample is."""
+    on_change: OnChange = OnChange.refuse
+    """`continue`: rows may be mended, added or removed between a checkpoint and its resumption."""
 
     def __post_init__(self) -> None:
         require_positive(
             "data",
             num_rows=self.num_rows,
             max_tokens_per_microbatch=self.max_tokens_per_microbatch,
+            judge_rows=self.judge_rows,
         )
+        for name in ("max_bad_rows", "max_lost_rows"):
+            share = getattr(self, name)
+            require(0 <= share <= 1, f"data.{name} is {share}, and must be a share from 0 to 1")
         for name, mixture in (("sources", self.sources), ("held_out", self.held_out)):
             if not mixture:
                 continue

@@ -1,23 +1,37 @@
 """Conversations to token ids, once, through a chat template; nothing tokenises text after this."""
 
 import json
+import re
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+from marco_train.config.data import Thinking
 from marco_train.config.model import ChatTemplate, ModelConfig
 from marco_train.config.sft import LossTokens
 from marco_train.errors import InputError, require
-from marco_train.models.chat_template import apply_template
+from marco_train.models.chat_template import Encoder, Rendered, render_turns
 from marco_train.models.hf_io import stop_token_ids
-from marco_train.models.tokenizer_files import load_fast_tokenizer, tokenizer_digest
-from marco_train.types import Conversation, Example, Message
+from marco_train.models.tokenizer_files import (
+    load_fast_tokenizer,
+    read_tokenizer,
+    tokenizer_digest,
+)
+from marco_train.types import Conversation, Example, Message, PlainText, TokenRow
 
 CHATML = Path(__file__).with_name("chat_template.jinja")
+# Thinking in the text of an answer; where a prompt opened it, only its end stands there.
+THINKING = re.compile(
+    r"\s*<think>(?P<whole>.*?)</think>\s*"
+    r"|(?P<ended>(?:(?!<think>).)*?)</think>\s*"
+    r"|\s*<think>(?P<open>.*)",
+    re.DOTALL,
+)
 
 
 @dataclass(frozen=True)
@@ -27,26 +41,68 @@ class Tokenizer:
     path: str
     of_transformers: Any  # their classes carry no types
     chat_template: str
+    """For chats without tools; the tokenizer may have another for those with."""
     template_kwargs: Mapping[str, Any]
 
-    def render(self, messages: Sequence[Message], **options: bool) -> dict[str, list[int]]:
-        """Render turns; see `apply_template`."""
-        return apply_template(self.of_transformers, messages, self.template_kwargs, **options)
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        open_answer: bool = False,
+    ) -> Rendered:
+        """Render turns; see `render_turns`."""
+        return render_turns(
+            self.of_transformers, messages, self.template_kwargs, tools, open_answer=open_answer
+        )
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
         """Give the text of token ids."""
         return str(self.of_transformers.decode(ids, skip_special_tokens=skip_special_tokens))
 
     @cached_property
+    def encoder(self) -> Encoder:
+        """Text to token ids."""
+        return Encoder(self.of_transformers)
+
+    @cached_property
+    def num_ids(self) -> int:
+        """Token ids that mean something."""
+        return len(self.of_transformers)
+
+    @cached_property
+    def stop_id(self) -> int:
+        """The token that ends a text."""
+        return int(stop_token_ids(self.path)[0])
+
+    @cached_property
     def control_tokens(self) -> list[str]:
         """Texts that become one token and end a turn or open one."""
         added = self.of_transformers.added_tokens_decoder.values()
         special = {token.content for token in added if token.special}
+        # What tokenizer_config.json does not name is still one token.
+        in_file = read_tokenizer(self.path, "model.tokenizer").get("added_tokens") or []
+        special |= {token["content"] for token in in_file if token.get("special")}
         return sorted(special | set(self.of_transformers.all_special_tokens))
+
+    @cached_property
+    def spells_control(self) -> re.Pattern[str]:
+        """Finds a control token in a text; finds nothing where there are none."""
+        return re.compile("|".join(map(re.escape, self.control_tokens)) or r"(?!)")
+
+    @cached_property
+    def shows_reasoning(self) -> bool:
+        """Whether the template writes what an answer holds in a field for its thinking."""
+        answer = Message("assistant", "Four.", reasoning_content="two and two")
+        try:
+            return answer.reasoning_content in self.render([Message("user", "?"), answer]).text
+        except InputError:
+            return False
 
     def digests(self) -> dict[str, str]:
         """Digest what decides the ids of a chat: the tokenizer, and the template in use."""
-        template = json.dumps([self.chat_template, dict(self.template_kwargs)], sort_keys=True)
+        templates = self.of_transformers.chat_template
+        template = json.dumps([templates, dict(self.template_kwargs)], sort_keys=True)
         return {
             "tokenizer": tokenizer_digest(self.path, "model.tokenizer"),
             "template": sha256(template.encode()).hexdigest(),
@@ -65,20 +121,101 @@ def load_tokenizer(cfg: ModelConfig) -> Tokenizer:
     tokenizer = load_fast_tokenizer(path, "model.tokenizer")
     if cfg.chat_template is ChatTemplate.chatml:
         tokenizer.chat_template = CHATML.read_text()
-    if isinstance(tokenizer.chat_template, dict):  # several by name; chats without tools get this
-        tokenizer.chat_template = tokenizer.chat_template.get("default")
+    template = tokenizer.chat_template
+    if isinstance(template, dict):  # several by name; chats with tools may have their own
+        template = template.get("default")
     require(
-        bool(tokenizer.chat_template),
+        bool(template),
         f"the tokenizer in {path!r} has no chat template; set model.chat_template=chatml, or give "
         "it one",
     )
-    return Tokenizer(path, tokenizer, tokenizer.chat_template, cfg.chat_template_kwargs)
+    return Tokenizer(path, tokenizer, template, cfg.chat_template_kwargs)
 
 
-def holds_control_tokens(tokenizer: Tokenizer, conversation: Conversation) -> bool:
-    """Whether a message's text spells a control token, which would end its turn early."""
-    control = tokenizer.control_tokens
-    return any(token in m.content for m in conversation.messages for token in control)
+def holds_control_tokens(tokenizer: Tokenizer, row: Conversation | PlainText) -> bool:
+    """Whether any text of a row spells a control token, which would end its turn early."""
+    return any(tokenizer.spells_control.search(text) for text in _texts(row))
+
+
+def _texts(row: Conversation | PlainText) -> Iterator[str]:
+    if isinstance(row, PlainText):
+        yield row.text
+        return
+    for message in row.messages:
+        yield message.content
+        yield message.reasoning_content
+        if message.tool_calls or message.name:
+            yield json.dumps([message.tool_calls, message.name], ensure_ascii=False)
+    if row.tools:
+        yield json.dumps(row.tools, ensure_ascii=False)
+
+
+def with_thinking(
+    tokenizer: Tokenizer, conversation: Conversation, thinking: Thinking
+) -> Conversation:
+    """Keep or strip the thinking of answers, in a form that the template shows.
+
+    An answer whose thinking is stripped because a question follows it is not learnt: the model
+    would learn to give it without a thought.
+    """
+    messages = conversation.messages
+    if not any(m.role == "assistant" and thought_of(m) for m in messages):
+        return conversation
+    asked_last = max((i for i, m in enumerate(messages) if m.role == "user"), default=-1)
+    found = []
+    for place, message in enumerate(messages):
+        if message.role != "assistant" or not thought_of(message):
+            found.append(message)
+        elif thinking is Thinking.strip:
+            found.append(_without_thought(message))
+        elif thinking is Thinking.last and place < asked_last:
+            found.append(replace(_without_thought(message), is_learnt=False))
+        elif message.reasoning_content and not tokenizer.shows_reasoning:
+            thought = message.reasoning_content.strip("\n")
+            content = f"<think>\n{thought}\n</think>\n\n{message.content}"
+            found.append(replace(message, content=content, reasoning_content=""))
+        else:
+            found.append(message)
+    return replace(conversation, messages=tuple(found))
+
+
+def thought_of(message: Message) -> str:
+    """The thinking of an answer, without white space around it; empty without any."""
+    if message.reasoning_content:
+        return message.reasoning_content.strip()
+    if "<think>" not in message.content and "</think>" not in message.content:
+        return ""
+    found = THINKING.match(message.content)
+    return next(filter(None, found.groups()), "").strip() if found else ""
+
+
+def _without_thought(message: Message) -> Message:
+    found = THINKING.match(message.content)
+    content = message.content[found.end() :] if found else message.content
+    return replace(message, content=content, reasoning_content="")
+
+
+def render_row(
+    tokenizer: Tokenizer, row: Conversation | PlainText | TokenRow, loss_tokens: LossTokens
+) -> Example:
+    """Render what SFT learns from a row.
+
+    Raises:
+        InputError: It cannot be rendered.
+    """
+    if isinstance(row, TokenRow):
+        biggest = max(row.input_ids, default=0)
+        require(
+            biggest < tokenizer.num_ids,
+            f"it holds the token id {biggest}, and the tokenizer has {tokenizer.num_ids}: it was "
+            "tokenised for another model",
+        )
+        return Example(row.input_ids, row.loss_mask)
+    if isinstance(row, PlainText):
+        ids, _ = tokenizer.encoder.encode(row.text)
+        ids = [*ids, tokenizer.stop_id]
+        return Example(ids, [True] * len(ids))
+    return render_example(tokenizer, row, loss_tokens)
 
 
 def render_example(
@@ -86,14 +223,77 @@ def render_example(
 ) -> Example:
     """Render a whole conversation; the mask covers the assistant's words and its stop token.
 
+    Its tokens begin with those of the prompt that sampling would use.
+
     Raises:
-        InputError: The template cannot render it.
+        InputError: The template cannot render it, or not all of it.
     """
+    rendered = tokenizer.render(conversation.messages, conversation.tools)
+    text, asked = rendered.text, conversation.asked
+    _check_tools(text, conversation)
+    cuts = [place for answer in rendered.answers for place in answer]
+    if asked and len(asked) < len(conversation.messages):
+        prompt = tokenizer.render(asked, conversation.tools, open_answer=True).text
+        require(
+            text.startswith(prompt),
+            f"the chat template writes the prompt as {prompt[-40:]!r} at its end, which the whole "
+            "conversation does not hold there: the model would be asked otherwise than it learnt",
+        )
+        cuts.append(len(prompt))
+    ids, starts = tokenizer.encoder.encode(text, cuts)
+    exempt = _exempt(rendered, conversation)
     if loss_tokens is LossTokens.all:
-        input_ids = tokenizer.render(conversation.messages)["input_ids"]
-        return Example(input_ids, [True] * len(input_ids))
-    rendered = tokenizer.render(conversation.messages, return_assistant_tokens_mask=True)
-    return Example(rendered["input_ids"], [mark == 1 for mark in rendered["assistant_masks"]])
+        exempted = _mask(starts, sorted(exempt))
+        return Example(ids, [not is_exempt for is_exempt in exempted])
+    learnt = [answer for answer in rendered.answers if answer not in exempt]
+    return Example(ids, _mask(starts, learnt))
+
+
+def _mask(starts: Sequence[int], stretches: Sequence[tuple[int, int]]) -> list[bool]:
+    """Whether each token begins in one of the stretches of text."""
+    mask = [False] * len(starts)
+    for begin, end in stretches:
+        for place in range(bisect_left(starts, begin), bisect_left(starts, end)):
+            mask[place] = True
+    return mask
+
+
+def _exempt(rendered: Rendered, conversation: Conversation) -> set[tuple[int, int]]:
+    """Stretches of answers that are not learnt: by the row's word, or as their thinking is gone."""
+    answers = [message for message in conversation.messages if message.role == "assistant"]
+    are_told_apart = len(rendered.answers) == len(answers)
+    lacking = {}
+    for place, message in enumerate(answers):
+        first, end = rendered.answers[place] if are_told_apart else (0, len(rendered.text))
+        if not message.is_learnt:
+            lacking[place] = "is not to be learnt"
+        elif thought_of(message) not in rendered.text[first:end]:
+            lacking[place] = "loses its thinking"
+    if not lacking:
+        return set()
+    require(
+        are_told_apart,
+        f"answer {min(lacking)} (from 0) {lacking[min(lacking)]}, and the chat template marks "
+        f"{len(rendered.answers)} stretches for {len(answers)} answers, so it cannot be told which",
+    )
+    return {rendered.answers[place] for place in lacking}
+
+
+def _check_tools(text: str, conversation: Conversation) -> None:
+    """Refuse a template that leaves out the tools, or the calls that are to be learnt.
+
+    Raises:
+        InputError: Names the first function that is missing.
+    """
+    calls = (call for message in conversation.messages for call in message.tool_calls)
+    for what, functions in (("calls of tools", calls), ("tools", conversation.tools)):
+        for each in functions:
+            name = each["function"]["name"]
+            require(
+                name in text,
+                f"the chat template leaves out {what} ({name!r}): take one that renders them, as "
+                "with model.chat_template=chatml",
+            )
 
 
 def render_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
@@ -102,7 +302,10 @@ def render_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
     Raises:
         InputError: The template cannot render it, or gives no token.
     """
-    ids = tokenizer.render(conversation.asked, add_generation_prompt=True)["input_ids"]
+    rendered = tokenizer.render(conversation.asked, conversation.tools, open_answer=True)
+    _check_tools(rendered.text, replace(conversation, messages=conversation.asked))
+    cuts = [place for answer in rendered.answers for place in answer]
+    ids, _ = tokenizer.encoder.encode(rendered.text, cuts)
     require(len(ids) > 0, "the chat template renders nothing of it")
     return ids
 
@@ -112,7 +315,6 @@ PROBE = Conversation(
     source="a plain exchange",
     category="",
     language="",
-    verifier={},
     row=0,
 )
 

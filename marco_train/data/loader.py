@@ -1,9 +1,9 @@
 """This rank's share of each global batch, with a cursor that is the first sample of a step."""
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 from typing import Any, TypeVar
 
 from marco_train.config.data import DataConfig, SourceConfig
@@ -15,168 +15,44 @@ from marco_train.data.chat import (
     Tokenizer,
     check_marks,
     holds_control_tokens,
-    render_example,
     render_prompt,
+    render_row,
+    with_thinking,
 )
-from marco_train.data.mixture import Mixture
+from marco_train.data.drops import DROPS, Dropped, Tally
 from marco_train.data.packing import pack_examples
-from marco_train.data.sources import BadRow, Source
+from marco_train.data.stream import ConversationStream
 from marco_train.distributed import gather_objects, is_main, rank, reduce_sums, world_size
 from marco_train.errors import InputError, require
 from marco_train.metrics import Metrics
 from marco_train.models.chat_template import check_template_kwargs
 from marco_train.tracking import log_line
 from marco_train.types import (
-    GROUPED_BY,
     Conversation,
     Example,
+    Message,
     Microbatch,
     Prompt,
+    Row,
+    TokenRow,
+    UsableRow,
     prompt_groups,
 )
 
 T = TypeVar("T")
 
-MALFORMED = "data/dropped_malformed"
-DROPS = ("data/dropped_too_long", "data/dropped_no_loss", "data/dropped_special", MALFORMED)
-# Rows at fault that one rank names; the metric counts all.
-MOST_NAMED = 20
+QUARANTINE = "quarantine.jsonl"
+"""Rows at fault of a run, under its output directory."""
 # Samples at the start of a run whose loss mask is looked at before the first step.
 NUM_MARKED = 64
-# Rows of each source of which the doctor wants to see one used.
-NUM_TRIED = 64
 # Samples at the start of a run whose turns are compared with what its teachers make of them.
 NUM_FIRST = 2048
 
 
-@dataclass(frozen=True)
-class Dropped:
-    """A row that is not used."""
-
-    metric: str
-    """Which counts it."""
-    source: str
-    row: int
-    reason: str
-    """What is at fault, of a malformed row."""
-
-    @property
-    def place(self) -> str:
-        """Where the row stands."""
-        return f"source {self.source!r}, row {self.row} (from 0)"
-
-
-class Tally:
-    """Counts the rows that are dropped, by reason and source."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[tuple[str, str]] = Counter()  # metric, source
-        self._first: dict[str, str] = {}  # source -> what is wrong with its first row at fault
-
-    def add(self, drop: Dropped) -> None:
-        """Count a row."""
-        self._counts[drop.metric, drop.source] += 1
-        if drop.metric == MALFORMED:
-            self._first.setdefault(drop.source, f"{drop.place}: {drop.reason}")
-
-    def count(self, metric: str) -> int:
-        """How many rows a metric counts."""
-        return sum(count for (name, _), count in self._counts.items() if name == metric)
-
-    def gathered_refusal(self, what: str) -> InputError:
-        """Say why no row can be used; all ranks take part."""
-        counts: Counter[tuple[str, str]] = Counter()
-        first: dict[str, str] = {}
-        for counts_of_rank, first_of_rank in gather_objects((self._counts, self._first)):
-            counts.update(counts_of_rank)
-            first = first_of_rank | first
-        said = [f"{n} {metric} in {source!r}" for (metric, source), n in sorted(counts.items())]
-        return InputError(
-            f"{what} can be used ({'; '.join([*said, *first.values()])}): mend the rows, or raise "
-            "the stage's limit on their length"
-        )
-
-
-class ConversationStream:
-    """A mixture of sources, sampled by index."""
-
-    def __init__(self, sources: dict[str, SourceConfig], num_rows: int | None, seed: int) -> None:
-        def budget(cfg: SourceConfig) -> int | None:
-            return None if num_rows is None else max(1, round(num_rows * cfg.weight))
-
-        self._sources = {
-            name: Source(name, cfg, budget(cfg)) for name, cfg in sorted(sources.items())
-        }
-        self._mixture = Mixture(
-            {name: len(source) for name, source in self._sources.items()},
-            {name: sources[name].weight for name in self._sources},
-            seed,
-        )
-        self._named: set[tuple[str, int]] = set()
-
-    def __getitem__(self, index: int) -> Conversation | BadRow:
-        source, row = self._mixture.sample(index)
-        return self._sources[source][row]
-
-    @property
-    def num_samples_of_all(self) -> int:
-        """Samples after which every row of every source has been drawn."""
-        return self._mixture.num_samples_of_all
-
-    def rendered(self, index: int, render: Callable[[int, Conversation], T | str]) -> T | Dropped:
-        """Render a sample, unless it is dropped.
-
-        Args:
-            index: Of the sample.
-            render: Gives the metric that counts the row instead, where it is to be dropped.
-        """
-        return self.render(self[index], index, render)
-
-    @staticmethod
-    def render(
-        found: Conversation | BadRow, index: int, render: Callable[[int, Conversation], T | str]
-    ) -> T | Dropped:
-        """Render a row as the sample of an index, unless it is dropped."""
-        if isinstance(found, BadRow):
-            return Dropped(MALFORMED, found.source, found.row, found.reason)
-        try:
-            item = render(index, found)
-        except InputError as error:
-            return Dropped(MALFORMED, found.source, found.row, str(error))
-        return Dropped(item, found.source, found.row, "") if isinstance(item, str) else item
-
-    def first_rows(self, count: int) -> Iterator[list[Conversation | BadRow]]:
-        """The first rows of each source."""
-        for source in self._sources.values():
-            yield [source[row] for row in range(min(count, len(source)))]
-
-    def name_malformed(self, drop: Dropped) -> None:
-        """Say which rows are at fault, each once and the first of them only."""
-        place = (drop.source, drop.row)
-        if drop.metric != MALFORMED or place in self._named or len(self._named) == MOST_NAMED:
-            return
-        self._named.add(place)
-        log_line(f"dropped {drop.place}: {drop.reason}")
-        if len(self._named) == MOST_NAMED:
-            log_line(f"further rows at fault are not named; {MALFORMED} counts them")
-
-    def values(self, column: str) -> set[str]:
-        """What stands in a column of any source."""
-        return set().union(*(source.values(column) for source in self._sources.values()))
-
-    def epoch(self, index: int) -> float:
-        """How often the most repeated source has been walked through before `index`."""
-        return max(self._mixture.epochs(index).values())
-
-    def identity(self) -> dict[str, Any]:
-        """Digest what the samples are a function of, beside the seed."""
-        return {
-            "rows": {name: source.fingerprint[:16] for name, source in self._sources.items()},
-            "mixture": {
-                name: {"rows": len(source), "of_1000_samples": self._mixture.quotas[name]}
-                for name, source in self._sources.items()
-            },
-        }
+PREFERENCE = (
+    "the row holds two rated answers, chosen and rejected, and SFT would learn one as if it were "
+    "right: choose it with data.sources.<name>.columns={messages: chosen} or {response: chosen}"
+)
 
 
 class _Loader:
@@ -189,18 +65,31 @@ class _Loader:
 
     name = "data"
 
-    def __init__(self, data: DataConfig, batch_size: int, tokenizer: Tokenizer, seed: int) -> None:
+    def __init__(
+        self,
+        data: DataConfig,
+        batch_size: int,
+        tokenizer: Tokenizer,
+        seed: int,
+        quarantine: Path | None,
+    ) -> None:
         self._data = data
         self._batch_size = batch_size
         self._tokenizer = tokenizer
         self._stream = ConversationStream(data.sources, data.num_rows, seed)
         self._identity = self._stream.identity() | tokenizer.digests()
+        self._check_template()
+        self._stream.judge(data, self._tokens, self._decided_by(), quarantine)
         self._step = 0
         self._begins = {0: 0}  # step -> its first sample
         self._metrics: Metrics = {}
+        self._dropped = Tally()  # of this rank, since it started
 
-    def _next_share(self, render: Callable[[int, Conversation], T | str]) -> list[T]:
-        """Render this rank's slots of the coming batch; rows at fault are dropped and counted.
+    def _next_share(self) -> list[tuple[int, Row, Example]]:
+        """Draw this rank's slots of the coming batch; rows at fault are dropped and counted.
+
+        Returns:
+            Index, row and tokens of each sample that is used.
 
         Raises:
             InputError: None of all rows can be used.
@@ -213,8 +102,16 @@ class _Loader:
                 raise dropped.gathered_refusal(f"none of {end - first} samples in a row")
             share = range(end + rank(), end + self._batch_size, world_size())
             end += self._batch_size
-            kept = render_share(self._stream, share, render, dropped)
+            kept = []
+            for index in share:
+                found = self._stream.tokens(index, self._tokens)
+                if isinstance(found, Dropped):
+                    dropped.add(found)
+                    self._stream.name_malformed(found)
+                else:
+                    kept.append((index, *found))
             num_kept, *drops = reduce_sums([len(kept), *map(dropped.count, DROPS)])
+        self._dropped.update(dropped)
         self._step += 1
         self._begins[self._step] = end
         self._metrics = {
@@ -228,26 +125,23 @@ class _Loader:
         """Describe the last batch, over all ranks."""
         return self._metrics
 
-    def check_sources(self) -> None:
-        """Refuse sources of whose first rows none can be used: the mixture would lack them.
+    def report(self) -> None:
+        """Say what was dropped since the start, by source; every rank takes part."""
+        said = self._dropped.gathered().said()
+        if said and is_main():
+            log_line(f"dropped in this run: {'; '.join(said)}")
 
-        Every rank takes part.
+    def _check_template(self) -> None:
+        """Refuse a template by which every row would be rendered wrong."""
 
-        Raises:
-            InputError: Says how many rows of each were dropped and why.
-        """
-        for rows in self._stream.first_rows(NUM_TRIED):
-            dropped = Tally()
-            tried = [self._stream.render(row, 0, self._render) for row in rows]
-            lost = [each for each in tried if isinstance(each, Dropped)]
-            for each in lost[rank() :: world_size()]:  # counted once
-                dropped.add(each)
-            if len(lost) == len(tried):
-                raise dropped.gathered_refusal(f"none of the first {len(tried)} rows of a source")
-
-    def _render(self, index: int, conversation: Conversation) -> Any:
-        """Render a sample, or name the metric that counts it as dropped."""
+    def _tokens(self, row: UsableRow) -> Example | str:
+        """Make the tokens of a row, or name the metric that counts it as dropped."""
         raise NotImplementedError
+
+    def _decided_by(self) -> list[Any]:
+        """All that `_tokens` is a function of beside the row, as JSON."""
+        options = [self._data.thinking.value, self._data.keep_empty_answers]
+        return [type(self).__name__, self._tokenizer.digests(), *options]
 
     def state_at(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps of the data, before a step is made."""
@@ -282,46 +176,40 @@ class _Loader:
                 )
 
 
-def render_share(
-    stream: ConversationStream,
-    indices: Iterable[int],
-    render: Callable[[int, Conversation], T | str],
-    dropped: Tally,
-) -> list[T]:
-    """Render samples; those that are dropped are counted, and rows at fault are named."""
-    kept = []
-    for index in indices:
-        found = stream.rendered(index, render)
-        if isinstance(found, Dropped):
-            dropped.add(found)
-            stream.name_malformed(found)
-        else:
-            kept.append(found)
-    return kept
-
-
 class SFTLoader(_Loader):
     """Packed microbatches of conversations."""
 
-    def __init__(self, data: DataConfig, stage: SFTConfig, tokenizer: Tokenizer, seed: int) -> None:
-        """Open the sources, and look at the loss mask of their first conversations.
+    def __init__(
+        self,
+        data: DataConfig,
+        stage: SFTConfig,
+        tokenizer: Tokenizer,
+        seed: int,
+        quarantine: Path | None = None,
+    ) -> None:
+        """Open the sources, judge their rows, and look at the loss mask of the first.
+
+        Args:
+            data: Which sources.
+            stage: Says what of them can be used.
+            tokenizer: Of the run.
+            seed: Of the order of samples.
+            quarantine: Where rows at fault are written down. None: nowhere.
 
         Raises:
-            InputError: A source cannot be read, or the template does not mark what is to be learnt.
+            InputError: A source cannot be read, too many of its rows are at fault or of no use, or
+                the template does not mark what is to be learnt.
         """
         check_template_kwargs([tokenizer.chat_template], tokenizer.template_kwargs)
-        super().__init__(data, stage.global_batch_size, tokenizer, seed)
         self._stage = stage
+        super().__init__(data, stage.global_batch_size, tokenizer, seed, quarantine)
         self.num_steps = stage.capped(stage.num_steps)
-        if stage.loss_tokens is LossTokens.assistant:
-            first = map(self._stream.__getitem__, range(NUM_MARKED))
-            check_marks(tokenizer, [found for found in first if isinstance(found, Conversation)])
 
     def __iter__(self) -> Iterator[list[Microbatch]]:
         return self
 
     def __next__(self) -> list[Microbatch]:
-        examples = self._next_share(self._render)
+        examples = [example for _, _, example in self._next_share()]
         return pack_examples(examples, self._data.max_tokens_per_microbatch)
 
     def held_out(self) -> list[Microbatch]:
@@ -332,13 +220,30 @@ class SFTLoader(_Loader):
         """
         if self._data.held_out is None or self._stage.eval_every is None:
             return []
-        examples = held_out_share(self._data.held_out, self._stage.num_eval_examples, self._render)
+        examples = held_out_share(
+            self._data.held_out, self._stage.num_eval_examples, lambda _, row: self._tokens(row)
+        )
         return pack_examples(examples, self._data.max_tokens_per_microbatch)
 
-    def _render(self, _: int, conversation: Conversation) -> Example | str:
-        if holds_control_tokens(self._tokenizer, conversation):
+    def _check_template(self) -> None:
+        if self._stage.loss_tokens is LossTokens.assistant:
+            first = map(self._stream.__getitem__, range(NUM_MARKED))
+            found = [row for row in first if isinstance(row, Conversation)]
+            check_marks(self._tokenizer, found)
+
+    def _decided_by(self) -> list[Any]:
+        return [*super()._decided_by(), self._stage.loss_tokens.value, self._stage.max_length]
+
+    def _tokens(self, row: UsableRow) -> Example | str:
+        if isinstance(row, Conversation):
+            row = with_thinking(self._tokenizer, row, self._data.thinking)
+            if row.is_preference:
+                raise InputError(PREFERENCE)
+            if not self._data.keep_empty_answers and any(map(is_empty, row.messages)):
+                return "data/dropped_empty"
+        if not isinstance(row, TokenRow) and holds_control_tokens(self._tokenizer, row):
             return "data/dropped_special"
-        example = render_example(self._tokenizer, conversation, self._stage.loss_tokens)
+        example = render_row(self._tokenizer, row, self._stage.loss_tokens)
         if len(example.input_ids) > self._stage.max_length:
             return "data/dropped_too_long"
         if not any(example.loss_mask[1:]):
@@ -349,22 +254,29 @@ class SFTLoader(_Loader):
 class PromptLoader(_Loader):
     """Prompts that await responses."""
 
-    def __init__(self, data: DataConfig, stage: OPDConfig, tokenizer: Tokenizer, seed: int) -> None:
-        super().__init__(data, stage.global_batch_size, tokenizer, seed)
+    def __init__(
+        self,
+        data: DataConfig,
+        stage: OPDConfig,
+        tokenizer: Tokenizer,
+        seed: int,
+        quarantine: Path | None = None,
+    ) -> None:
+        """Open the sources and judge their rows; see `SFTLoader`."""
         self._max_prompt_length = stage.max_prompt_length
+        super().__init__(data, stage.global_batch_size, tokenizer, seed, quarantine)
 
     def __iter__(self) -> Iterator[list[Prompt]]:
         return self
 
     def __next__(self) -> list[Prompt]:
-        return self._next_share(self._render)
+        return [make_prompt(index, row, example) for index, row, example in self._next_share()]
 
     def groups(self) -> set[str]:
         """Names of the groups of rollouts that these prompts give, as `category_math`."""
-        categories, languages = (self._stream.values(kind) for kind in GROUPED_BY)
-        return {group for name in categories for group in prompt_groups(name, "")} | {
-            group for name in languages for group in prompt_groups("", name)
-        }
+        by_category = (prompt_groups(name, "") for name in self._stream.categories())
+        by_language = (prompt_groups("", name) for name in self._stream.languages())
+        return set(chain(*by_category, *by_language))
 
     def first(self, count: int) -> list[Prompt]:
         """Render this rank's share of the run's first `count` prompts; rows at fault are left out.
@@ -379,9 +291,9 @@ class PromptLoader(_Loader):
         for index in range(NUM_FIRST):
             if len(found) == count:
                 break
-            item = self._stream.rendered(index, self._render)
+            item = self._stream.tokens(index, self._tokens)
             if not isinstance(item, Dropped):
-                found.append(item)
+                found.append(make_prompt(index, *item))
             elif index % world_size() == rank():  # counted once
                 dropped.add(item)
         if count and not found:
@@ -397,11 +309,11 @@ class PromptLoader(_Loader):
         """
         for index in range(NUM_FIRST):
             found = self._stream[index]
-            if isinstance(found, BadRow) or not is_wanted(found):
+            if not isinstance(found, Conversation) or not is_wanted(found):
                 continue
-            prompt = self._stream.render(found, index, self._render)
-            if not isinstance(prompt, Dropped):
-                yield found, prompt
+            item = self._stream.tokens(index, self._tokens)
+            if not isinstance(item, Dropped):
+                yield self._prepared(found), make_prompt(index, *item)
 
     def held_out(self, count: int) -> list[Prompt]:
         """Render this rank's share of `count` held-out prompts; rows at fault are left out.
@@ -416,21 +328,35 @@ class PromptLoader(_Loader):
                 "stage.cascade.*.early_switch measures the KL on held-out prompts: "
                 "set data.held_out"
             )
-        return held_out_share(self._data.held_out, count, self._render)
 
-    def _render(self, index: int, conversation: Conversation) -> Prompt | str:
+        def render(index: int, row: UsableRow) -> Prompt | str:
+            found = self._tokens(row)
+            return found if isinstance(found, str) else make_prompt(index, row, found)
+
+        return held_out_share(self._data.held_out, count, render)
+
+    def _decided_by(self) -> list[Any]:
+        return [*super()._decided_by(), self._max_prompt_length]
+
+    def _tokens(self, row: UsableRow) -> Example | str:
+        conversation = self._prepared(row)
         if holds_control_tokens(self._tokenizer, conversation):
             return "data/dropped_special"
         if conversation.messages[0].role == "assistant":
             return "data/dropped_no_loss"
-        prompt = make_prompt(self._tokenizer, index, conversation)
-        if len(prompt.input_ids) > self._max_prompt_length:
+        input_ids = render_prompt(self._tokenizer, conversation)
+        if len(input_ids) > self._max_prompt_length:
             return "data/dropped_too_long"
-        return prompt
+        return Example(input_ids, [False] * len(input_ids))
+
+    def _prepared(self, row: UsableRow) -> Conversation:
+        if not isinstance(row, Conversation):
+            raise InputError("the row has no turns, so nothing can be asked")
+        return with_thinking(self._tokenizer, row, self._data.thinking)
 
 
 def held_out_share(
-    sources: dict[str, SourceConfig], count: int, render: Callable[[int, Conversation], T | str]
+    sources: dict[str, SourceConfig], count: int, render: Callable[[int, UsableRow], T | str]
 ) -> list[T]:
     """Render this rank's share of the first held-out samples.
 
@@ -438,7 +364,14 @@ def held_out_share(
         InputError: None of them can be used.
     """
     stream, dropped = ConversationStream(sources, None, seed=0), Tally()
-    kept = render_share(stream, range(rank(), count, world_size()), render, dropped)
+    kept = []
+    for index in range(rank(), count, world_size()):
+        found = stream.rendered(index, render)
+        if isinstance(found, Dropped):
+            dropped.add(found)
+            stream.name_malformed(found)
+        else:
+            kept.append(found)
     num_kept, *drops = reduce_sums([len(kept), *map(dropped.count, DROPS)])
     if num_kept == 0:
         raise dropped.gathered_refusal(f"none of {count} held-out rows")
@@ -467,15 +400,18 @@ def held_out_questions(
         InputError: None of them can be used, or the template reads not all of its arguments.
     """
 
-    def render(index: int, conversation: Conversation) -> Question | str:
+    def render(index: int, conversation: UsableRow) -> Question | str:
+        if not isinstance(conversation, Conversation):
+            raise InputError("the row has no turns, so nothing can be asked")
         asked, answers = conversation.asked, conversation.messages[len(conversation.asked) :]
         if not asked or not answers:
             raise InputError("the row is no question with its answer")
         if holds_control_tokens(tokenizer, conversation):
             return "data/dropped_special"
-        prompt = make_prompt(tokenizer, index, conversation)
-        if len(prompt.input_ids) > max_prompt_length:
+        input_ids = render_prompt(tokenizer, conversation)
+        if len(input_ids) > max_prompt_length:
             return "data/dropped_too_long"
+        prompt = make_prompt(index, conversation, Example(input_ids, []))
         return Question(prompt, asked[-1].content, answers[-1].content, conversation.verifier)
 
     check_template_kwargs([tokenizer.chat_template], tokenizer.template_kwargs)
@@ -483,12 +419,17 @@ def held_out_questions(
     return sorted(chain.from_iterable(shares), key=lambda question: question.prompt.index)
 
 
-def make_prompt(tokenizer: Tokenizer, index: int, conversation: Conversation) -> Prompt:
-    """Render the prompt of a conversation."""
-    return Prompt(
-        index=index,
-        input_ids=render_prompt(tokenizer, conversation),
-        source=conversation.source,
-        category=conversation.category,
-        language=conversation.language,
+def is_empty(message: Message) -> bool:
+    """Whether a turn is an answer to be learnt that says and calls nothing."""
+    said = message.content or message.reasoning_content
+    return (
+        message.role == "assistant"
+        and message.is_learnt
+        and not message.tool_calls
+        and not said.strip()
     )
+
+
+def make_prompt(index: int, row: Row, tokens: Example) -> Prompt:
+    """Make the prompt of a sample from its tokens."""
+    return Prompt(index, tokens.input_ids, row.source, row.category, row.language)

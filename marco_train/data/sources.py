@@ -1,270 +1,320 @@
-"""Rows of datasets as conversations: JSONL and Parquet files, and the hub."""
+"""Rows of datasets where they lie: JSON lines, JSON arrays, Parquet and Arrow files, and the hub.
 
+Files stay on disk: JSON lines are mapped into memory and parsed row by row, others become Arrow
+tables that are mapped as well. So a source costs memory by its number of rows, not by its size.
+"""
+
+import glob
 import gzip
 import json
+import mmap
 import re
+import tempfile
 import zlib
-from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
-from hashlib import file_digest, sha256
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from hashlib import sha256
+from itertools import accumulate
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Protocol
+
+import numpy as np
 
 from marco_train.config.data import SourceConfig, SourceKind
+from marco_train.data.cache import digest_of_file
+from marco_train.data.turns import RowError
 from marco_train.errors import InputError
-from marco_train.types import Conversation, Message
 
-CHAT_COLUMNS = ("messages", "responses_create_params", "prompt")
-ROLES = {"system", "user", "assistant", "tool"}
-TEXT_PARTS = {"text", "input_text", "output_text"}
-# What a turn says beside its content; without it, the content would be another answer.
-CALLS = ("tool_calls", "function_calls", "function_call")
-GZIP = b"\x1f\x8b"
-# Characters of a row that a message shows.
-MOST_SHOWN = 200
+GZIP, ZSTD, PARQUET, ARROW = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1"
+SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".arrow")
+PACKED = (".gz", ".zst", "")
 # Rows that are digested together; to change it changes every digest.
 ROWS_TOGETHER = 1000
+CHUNK = 2**26  # bytes that are searched for ends of lines together
+HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
-@dataclass(frozen=True)
-class BadRow:
-    """A row that is no conversation, and why."""
-
-    source: str
-    row: int
-    """Its place among the rows of the source, from 0."""
-    reason: str
-
-
-class Source:
-    """The conversations of one dataset, by row."""
-
-    def __init__(self, name: str, cfg: SourceConfig, num_rows: int | None) -> None:
-        self.name = name
-        self._category = cfg.category
-        self._rows, self.fingerprint = _open_rows(name, cfg)
-        self._kept: Sequence[int] = range(len(self._rows))
-        if cfg.unique_prompts:
-            first_of_prompt: dict[Hashable, int] = {}
-            for row in self._kept:
-                found = self._conversation(row)
-                # A row at fault repeats none: it is dropped and counted where it is drawn.
-                prompt = row if isinstance(found, BadRow) else _prompt_of(found)
-                first_of_prompt.setdefault(prompt, row)
-            self._kept = list(first_of_prompt.values())
-        if num_rows is not None:
-            self._kept = self._kept[:num_rows]
-        if not self._kept:
-            raise InputError(f"source {name!r} ({cfg.path}) has no rows")
+class Rows(Protocol):
+    """The rows of a dataset; what stands in a row is not looked at."""
 
     def __len__(self) -> int:
-        return len(self._kept)
+        """Number of rows."""
 
-    def __getitem__(self, row: int) -> Conversation | BadRow:
-        return self._conversation(self._kept[row])
+    def __getitem__(self, row: int) -> Any:
+        """What a row holds; raises RowError where nothing can be read of it."""
 
-    def values(self, column: str) -> set[str]:
-        """What stands in a column of labels, over all rows; `category` falls back on the source's.
+    def __iter__(self) -> Iterator[Any]:
+        """All rows in order, quicker than one by one; a RowError in place of one at fault."""
 
-        Rows at fault have none.
-        """
-        default = self._category if column == "category" else ""
-        if isinstance(self._rows, list):
-            found = {read_label(row.get(column)) for row in self._rows if isinstance(row, Mapping)}
-        elif column in self._rows.column_names:  # type: ignore[attr-defined]
-            # A dataset reads one column alone.
-            alone = self._rows.select_columns(column).with_format("arrow")  # type: ignore[attr-defined]
-            found = {read_label(value) for value in alone[:][column].to_pylist()}
-        else:
-            found = {""}
-        return {value or default for value in found}
-
-    def _conversation(self, row: int) -> Conversation | BadRow:
-        try:
-            found = self._rows[row]
-            messages = read_messages(found)
-        except (KeyError, TypeError, ValueError) as error:
-            # str() of a KeyError is the repr of what it says.
-            said = error.args[0] if isinstance(error, KeyError) else error
-            return BadRow(self.name, row, str(said))
-        verifier = found.get("verifier") or {}
-        return Conversation(
-            messages=messages,
-            source=self.name,
-            category=read_label(found.get("category")) or self._category,
-            language=read_label(found.get("language")),
-            verifier=verifier if isinstance(verifier, Mapping) else {"name": read_label(verifier)},
-            row=row,
-        )
+    @property
+    def digest(self) -> str:
+        """Of what the rows say: the same wherever they lie and whenever they were written."""
 
 
-def _prompt_of(conversation: Conversation) -> tuple[Message, ...]:
-    return tuple(m for m in conversation.messages if m.role != "assistant")
-
-
-def read_label(value: Any) -> str:
-    """Read a category or a language of any type as text; a list is its items joined with `+`."""
-    if isinstance(value, list | tuple):
-        return "+".join(filter(None, map(read_label, value)))
-    # Half of a surrogate pair has no bytes in a file.
-    return "" if value is None else str(value).encode("utf-8", "replace").decode()
-
-
-def read_messages(row: Mapping[str, Any]) -> tuple[Message, ...]:
-    """Read the chat of a row in any of the shapes of the datasets on the card.
-
-    `messages` as a list of {role, content} or as JSON of one, `prompt` or
-    `responses_create_params.input` as such a list or as text; the first of them that is not empty,
-    as files of several datasets fill the columns of the others with null. Content is text, or a
-    list of parts of text.
+def open_rows(name: str, cfg: SourceConfig) -> Rows:
+    """Open the rows of a source.
 
     Raises:
-        KeyError: No such column.
-        TypeError: The row is no object, or a turn is not {role: text, content: text}.
+        InputError: There is nothing, or it cannot be read.
     """
-    if not isinstance(row, Mapping):
-        raise TypeError(f"the row is {_shown(row)}, not an object with columns")
-    columns = {name: row[name] for name in CHAT_COLUMNS if name in row}
-    if columns.get("messages") and isinstance(columns["messages"], str):
-        columns["messages"] = _parsed(columns["messages"])
-    if not columns:
-        raise KeyError(
-            f"no column messages, prompt or responses_create_params.input among {sorted(row)}"
+    if cfg.kind is SourceKind.hub:
+        return _open_hub(name, cfg)
+    files = _files(cfg.path)
+    if files:
+        opened = [_open_file(name, file) for file in files]
+        return opened[0] if len(opened) == 1 else _Shards(opened)
+    if cfg.kind is SourceKind.auto and (
+        Path(cfg.path).is_dir() or (HUB_NAME.fullmatch(cfg.path) and not Path(cfg.path).suffix)
+    ):
+        return _open_hub(name, cfg)
+    raise InputError(
+        f"source {name!r}: there is no file {cfg.path!r}, nor one below it or of that pattern "
+        f"that ends in {', '.join(SUFFIXES)}, with or without .gz or .zst"
+    )
+
+
+def _files(path: str) -> list[Path]:
+    """The files of a path, of a directory and those below it, or of a pattern; in order."""
+    if Path(path).is_file():
+        return [Path(path)]
+    if Path(path).is_dir():
+        if (Path(path) / "state.json").is_file():  # of datasets' save_to_disk
+            return sorted(Path(path).glob("*.arrow"))
+        found = Path(path).rglob("*")
+    elif glob.has_magic(path):
+        return sorted(
+            Path(file) for file in glob.glob(path, recursive=True) if Path(file).is_file()
         )
-    nested = columns.get("responses_create_params")
-    if nested is not None:
-        columns["responses_create_params"] = dict(nested).get("input")
-    turns: Any = next((chat for chat in columns.values() if chat not in (None, [], "")), None)
-    if turns is None:
-        raise TypeError(f"the chat is empty: there is no turn in {', '.join(columns)}")
-    if isinstance(turns, str):
-        turns = [{"role": "user", "content": turns}]
-    if not isinstance(turns, list):
-        raise TypeError(f"the chat is {_shown(turns)}, not a list of turns")
-    return tuple(_read_turn(turn) for turn in turns)
+    else:
+        return []
+    endings = tuple(suffix + packed for suffix in SUFFIXES for packed in PACKED)
+    return sorted(
+        file
+        for file in found
+        if file.name.endswith(endings) and file.is_file() and not file.name.startswith((".", "_"))
+        if file.name not in ("dataset_info.json", "dataset_infos.json", "state.json")
+    )
 
 
-def _parsed(text: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise TypeError(f"messages is {_shown(text)}, neither a list nor JSON of one") from error
+def _open_file(name: str, file: Path) -> Rows:
+    """Open a file by what it holds, whatever it is called."""
+    with file.open("rb") as content:
+        begins = content.read(8)
+    if begins.startswith((PARQUET, ARROW)) or file.suffix == ".arrow":
+        return _open_table(name, file, "parquet" if begins.startswith(PARQUET) else "arrow")
+    return _JsonLines(file, begins)
 
 
-def _read_turn(turn: Any) -> Message:
-    role = turn.get("role") if isinstance(turn, Mapping) else None
-    if not isinstance(role, str) or role not in ROLES:
-        raise TypeError(f"the turn {_shown(turn)} has no role among {sorted(ROLES)}")
-    calls = [name for name in CALLS if turn.get(name)]
-    if calls:
-        raise TypeError(f"the turn {_shown(turn)} holds {calls[0]}, which are not rendered here")
-    content = turn.get("content")
-    if isinstance(content, list):
-        content = _joined(content)
-    if not isinstance(content, str):
-        raise TypeError(f"the content of {_shown(turn)} is not text")
-    try:
-        content.encode()
-    except UnicodeEncodeError as error:
-        raise TypeError(f"the content of {_shown(turn)} holds half of a surrogate pair") from error
-    return Message(role, content)
-
-
-def _joined(parts: list[Any]) -> str | None:
-    """Text of the parts of a content; None where one is no text."""
-    texts = [
-        part["text"]
-        for part in parts
-        if isinstance(part, Mapping)
-        and part.get("type") in TEXT_PARTS
-        and isinstance(part.get("text"), str)
-    ]
-    return "".join(texts) if texts and len(texts) == len(parts) else None
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]} ..."
-
-
-def _open_rows(name: str, cfg: SourceConfig) -> tuple[Sequence[Any], str]:
-    """Open the rows of a source; the digest changes when what they say does."""
-    if cfg.kind is not SourceKind.hub and not Path(cfg.path).is_file():
-        raise InputError(f"source {name!r}: there is no file {cfg.path!r}")
-    if cfg.kind is SourceKind.jsonl:
-        return _read_jsonl(Path(cfg.path))
+def _open_table(name: str, file: Path, builder: str) -> Rows:
     import datasets  # seconds to import
 
-    digest = _digest_file(Path(cfg.path)) if cfg.kind is SourceKind.parquet else ""
+    digest = digest_of_file(file)
     try:
-        rows = (
-            # `datasets` knows a file by its path and time; the name makes it read other bytes anew.
-            datasets.load_dataset("parquet", f"rows-{digest}", data_files=cfg.path, split="train")
-            if cfg.kind is SourceKind.parquet
-            else datasets.load_dataset(cfg.path, cfg.subset, split=cfg.split)
+        # `datasets` knows a file by its path and time; the name makes it read other bytes anew.
+        found = datasets.load_dataset(
+            builder, f"rows-{digest}", data_files=str(file), split="train"
         )
-    # No such dataset, subset or split; no network; not a parquet file.
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        said = str(error).splitlines()[0]
+        raise InputError(f"source {name!r}: {file} cannot be read: {_why(error)}") from error
+    return _Table(found, digest)
+
+
+def _open_hub(name: str, cfg: SourceConfig) -> Rows:
+    import datasets
+
+    try:
+        found = datasets.load_dataset(cfg.path, cfg.subset, split=cfg.split, revision=cfg.revision)
+    # No such dataset, revision, subset or split; no network; a data set that is a program.
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        said = _why(error)
+        if "script" in said:
+            said += ": it is a program that makes rows, which is not run; fetch its files"
         raise InputError(f"source {name!r}: {cfg.path!r} cannot be opened: {said}") from error
-    return rows, digest or _digest_rows(rows)
+    return _Table(found, "")
 
 
-def _digest_file(path: Path) -> str:
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
+def _why(error: BaseException) -> str:
+    """What is at the bottom of an error of `datasets`, which hides it behind one of its own."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
-def _digest_rows(rows: Any) -> str:
-    """Digest what the rows of a dataset say, wherever its files lie and however they are cut."""
+class _Table:
+    """Rows of a dataset of the library `datasets`."""
+
+    def __init__(self, table: Any, digest: str) -> None:
+        self._table = table
+        self._digest = digest
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, row: int) -> Any:
+        return self._table[row]
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._table.with_format("arrow").iter(batch_size=ROWS_TOGETHER):
+            yield from batch.to_pylist()
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the file; else of what the rows say, however the files of the hub are cut."""
+        if self._digest:
+            return self._digest
+        import pyarrow as pa
+
+        digest = sha256()
+        for table in self._table.with_format("arrow").iter(batch_size=ROWS_TOGETHER):
+            # Copied row by row: the bytes of a part depend on what it was cut from.
+            copied = table.replace_schema_metadata(None).take(pa.array(range(len(table))))
+            written = pa.BufferOutputStream()
+            with pa.ipc.new_stream(written, copied.schema) as stream:
+                stream.write_table(copied.combine_chunks())
+            digest.update(written.getvalue())
+        return digest.hexdigest()
+
+
+class _Shards:
+    """Rows of several files, one after the other; their columns may differ."""
+
+    def __init__(self, shards: Sequence[Rows]) -> None:
+        self._shards = shards
+        self._ends = list(accumulate(map(len, shards)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, row: int) -> Any:
+        shard = bisect_right(self._ends, row)
+        return self._shards[shard][row - (self._ends[shard - 1] if shard else 0)]
+
+    def __iter__(self) -> Iterator[Any]:
+        for shard in self._shards:
+            yield from shard
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the files, in order."""
+        return sha256("/".join(shard.digest for shard in self._shards).encode()).hexdigest()
+
+
+class _JsonLines:
+    """One row a line, parsed where it is asked for; an array of rows becomes lines first."""
+
+    def __init__(self, file: Path, begins: bytes) -> None:
+        self._file = file
+        self._is_packed = begins.startswith((GZIP, ZSTD))
+        if self._is_packed:
+            self._bytes = _unpacked(file, is_gzip=begins.startswith(GZIP))
+        else:
+            with file.open("rb") as content:
+                self._bytes = _mapped(content)
+        self._digest_packed = sha256(self._bytes).hexdigest() if self._is_packed else ""
+        if re.match(rb"(\xef\xbb\xbf)?\s*\[", self._bytes[:4096]):
+            self._bytes = _lines_of_array(self._bytes)
+        self._starts, self._ends, self._numbers = _lines(self._bytes)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, row: int) -> Any:
+        line = self._bytes[self._starts[row] : self._ends[row]]
+        try:
+            return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
+        except UnicodeDecodeError as error:
+            byte = error.object[error.start]
+            kind, why = "not UTF-8", f"{error.reason}, byte {byte:#04x}; save the file as UTF-8"
+        except (ValueError, RecursionError) as error:
+            kind, why = "not JSON", str(error)
+        raise RowError(kind, f"{self._file}, line {self._numbers[row]}: {kind} ({why})")
+
+    def __iter__(self) -> Iterator[Any]:
+        for row in range(len(self)):
+            try:
+                yield self[row]
+            except RowError as fault:
+                yield fault
+
+    @cached_property
+    def digest(self) -> str:
+        """Of the text, packed or not."""
+        return self._digest_packed if self._is_packed else digest_of_file(self._file)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"{twice!r} stands twice in one object")
+    return found
+
+
+def _mapped(content: IO[bytes]) -> Any:
+    """Map a file into memory, which outlives the file's being open."""
+    content.seek(0, 2)
+    if content.tell() == 0:  # which cannot be mapped
+        return b""
+    return mmap.mmap(content.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def _unpacked(file: Path, *, is_gzip: bool) -> Any:
+    """Unpack a file to disk, where nobody else sees it."""
+    kind = "gzip" if is_gzip else "zstd"
+    with tempfile.TemporaryFile() as unpacked:
+        try:
+            with _opened(file, kind) as content:
+                _copy(content, unpacked)
+        except (OSError, EOFError, zlib.error) as error:
+            raise InputError(f"{file} is no whole {kind} file ({error}); fetch it again") from error
+        return _mapped(unpacked)
+
+
+def _opened(file: Path, kind: str) -> Any:
+    if kind == "gzip":
+        return gzip.open(file)
     import pyarrow as pa
 
-    digest = sha256()
-    for table in rows.with_format("arrow").iter(batch_size=ROWS_TOGETHER):
-        # Copied row by row: the bytes of a part depend on what it was cut from.
-        copied = table.replace_schema_metadata(None).take(pa.array(range(len(table))))
-        written = pa.BufferOutputStream()
-        with pa.ipc.new_stream(written, copied.schema) as stream:
-            stream.write_table(copied.combine_chunks())
-        digest.update(written.getvalue())
-    return digest.hexdigest()
+    return pa.input_stream(str(file), compression=kind)
 
 
-def _read_jsonl(path: Path) -> tuple[list[Any], str]:
-    """Read one row a line; also a JSON array of rows, and either of them packed by gzip."""
-    content = path.read_bytes()
-    if content.startswith(GZIP):
-        try:
-            content = gzip.decompress(content)
-        except (OSError, EOFError, zlib.error) as error:
-            raise InputError(f"{path} is no whole gzip file ({error}); fetch it again") from error
+def _copy(content: Any, target: IO[bytes]) -> None:
+    while chunk := content.read(2**24):
+        target.write(chunk)
+    target.flush()
+
+
+def _lines_of_array(content: Any) -> Any:
+    """Write each row of a JSON array as a line; what is no such array stays as it is."""
     try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        number = error.object.count(b"\n", 0, error.start) + 1
-        byte = error.object[error.start]
-        raise InputError(
-            f"{path}, line {number}: not UTF-8 ({error.reason}, byte {byte:#04x}); "
-            "save the file as UTF-8"
-        ) from error
-    rows = _read_array(text)
-    if rows is None:
-        rows = []
-        for number, line in enumerate(text.split("\n"), 1):
-            if not line.strip():
-                continue
-            try:
-                rows.append(json.loads(line))
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}, line {number}: not JSON ({error})") from error
-    return rows, sha256(content).hexdigest()
-
-
-def _read_array(text: str) -> list[Any] | None:
-    """Read a file that is one JSON array; None for any other."""
-    if not re.match(r"\s*\[", text):
-        return None
-    try:
-        return list(json.loads(text))
+        rows = json.loads(bytes(content).decode("utf-8-sig"), object_pairs_hook=_object)
     except (ValueError, RecursionError):
-        return None
+        return content
+    if not isinstance(rows, list) or not rows:
+        return content
+    with tempfile.TemporaryFile() as lines:
+        lines.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+        lines.flush()
+        return _mapped(lines)
+
+
+def _lines(content: Any) -> tuple[np.ndarray, np.ndarray, Sequence[int]]:
+    """Where each line that is not blank begins and ends, and its number from 1."""
+    view = np.frombuffer(content, np.uint8)
+    breaks = [
+        np.flatnonzero(view[at : at + CHUNK] == ord("\n")) + at for at in range(0, len(view), CHUNK)
+    ]
+    ends = np.concatenate([*breaks, [len(view)]]).astype(np.int64)
+    starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
+    # Only what begins with white space can be blank.
+    first = view[np.minimum(starts, len(view) - 1)] if len(view) else np.zeros(1, np.uint8)
+    doubtful = np.flatnonzero((starts >= ends) | (first <= ord(" ")))
+    blank = [i for i in doubtful.tolist() if not content[starts[i] : ends[i]].strip()]
+    if not blank:
+        return starts, ends, range(1, len(starts) + 1)
+    kept = np.ones(len(starts), bool)
+    kept[blank] = False
+    return starts[kept], ends[kept], (np.flatnonzero(kept) + 1).tolist()

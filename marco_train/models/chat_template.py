@@ -1,8 +1,15 @@
-"""Turns of a chat to token ids, through the chat template of the student or of a teacher."""
+"""Turns of a chat to token ids, through the chat template of the student or of a teacher.
 
+A template writes text, and a tokenizer may join the end of one turn's header with the first
+characters of an answer into one token. A model never samples such a token: it is asked with the
+header's tokens and answers with its own. So text is cut where an answer begins and ends.
+"""
+
+import json
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import dataclass
 from typing import Any
 
 from jinja2 import TemplateError
@@ -15,34 +22,105 @@ from marco_train.types import Message
 FAULTS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
 
 
-def apply_template(
-    tokenizer: Any, messages: Sequence[Message], template_kwargs: Mapping[str, Any], **options: bool
-) -> dict[str, list[int]]:
+@dataclass(frozen=True)
+class Rendered:
+    """The text of a chat."""
+
+    text: str
+    answers: tuple[tuple[int, int], ...]
+    """First character and end of each stretch that the template marks as the assistant's."""
+
+
+def render_turns(
+    tokenizer: Any,
+    messages: Sequence[Message],
+    template_kwargs: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    open_answer: bool = False,
+) -> Rendered:
     """Render turns with a tokenizer's template.
 
     Args:
-        tokenizer: Of transformers, with its template.
+        tokenizer: Of transformers, with its template or templates.
         messages: The turns.
         template_kwargs: Arguments of the template itself; see `ModelConfig.chat_template_kwargs`.
-        options: Arguments of transformers' `apply_chat_template`.
-
-    Returns:
-        `input_ids`, and what the options ask for.
+        tools: Functions that the assistant may call.
+        open_answer: Whether to open the turn of an answer at the end.
 
     Raises:
         InputError: The template refuses these turns, or cannot render them.
     """
-    turns = [asdict(message) for message in messages]
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    require(bool(messages), "there is no turn before the answer")
+    given = [dict(tool) for tool in tools] or None
     try:
-        rendered = tokenizer.apply_chat_template(
-            turns, return_dict=True, **options, **template_kwargs
+        (text,), answers = render_jinja_template(
+            conversations=[[message.as_turn() for message in messages]],
+            tools=given,
+            chat_template=tokenizer.get_chat_template(None, given),
+            return_assistant_tokens_mask=True,
+            add_generation_prompt=open_answer,
+            **{**tokenizer.special_tokens_map, **template_kwargs},
         )
     except FAULTS as error:
         said = str(error).splitlines() or [""]
         raise InputError(
             f"the chat template cannot render it ({type(error).__name__}: {said[0]})"
         ) from error
-    return dict(rendered)
+    return Rendered(text, tuple(answers[0]) if answers else ())
+
+
+class Encoder:
+    """Text to token ids, with the place of each token in the text."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        """Take the rules of a tokenizer of transformers."""
+        from tokenizers import Tokenizer
+
+        content = json.loads(tokenizer.backend_tokenizer.to_str())
+        self._tokenizer = Tokenizer.from_str(json.dumps(_with_white_space(content)))
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    def encode(self, text: str, cuts: Sequence[int] = ()) -> tuple[list[int], list[int]]:
+        """Encode a text as a whole, or in pieces where a token would lie across a cut.
+
+        Args:
+            text: Written by a template.
+            cuts: Characters before which a token has to begin.
+
+        Returns:
+            Token ids, and the character where each of them begins.
+        """
+        encoded = self._tokenizer.encode(text, add_special_tokens=False)
+        starts = [start for start, _ in encoded.offsets]
+        cut = next((cut for cut in sorted(cuts) if _is_inside(cut, starts, encoded.offsets)), None)
+        if cut is None:
+            return encoded.ids, starts
+        ids, starts = self.encode(text[:cut], [c for c in cuts if c < cut])
+        ids_after, starts_after = self.encode(text[cut:], [c - cut for c in cuts if c > cut])
+        return ids + ids_after, starts + [start + cut for start in starts_after]
+
+
+def _is_inside(cut: int, starts: list[int], offsets: Sequence[tuple[int, int]]) -> bool:
+    """Whether a token begins before a character and ends behind it."""
+    last = bisect_right(starts, cut) - 1
+    # Several tokens of one character begin and end alike.
+    return last >= 0 and any(
+        start < cut < end for start, end in offsets[max(0, last - 1) : last + 1]
+    )
+
+
+def _with_white_space(rules: Any) -> Any:
+    """Let tokens begin at their white space; where they are said to begin changes no id."""
+    if isinstance(rules, dict):
+        return {
+            key: False if key == "trim_offsets" else _with_white_space(value)
+            for key, value in rules.items()
+        }
+    return [_with_white_space(rule) for rule in rules] if isinstance(rules, list) else rules
 
 
 def check_template_kwargs(templates: Sequence[str], template_kwargs: Mapping[str, Any]) -> None:

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 
 from marco_train.config import TrainConfig
 from marco_train.config.lengths import longest_sequence
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resumption import schedule_steps
 from marco_train.data.chat import load_tokenizer
-from marco_train.data.loader import PromptLoader
+from marco_train.data.loader import QUARANTINE, PromptLoader
 from marco_train.data.packing import pack_rollouts
 from marco_train.engine.policy import Policy, build_policy
 from marco_train.errors import RolloutMismatchError
@@ -78,7 +79,8 @@ def open_opd(
     check_student_vocabulary(cfg.model)
     check_sampler(opd.rollout, student)
     tokenizer = load_tokenizer(cfg.model)
-    loader = PromptLoader(cfg.data, opd, tokenizer, cfg.seed)
+    quarantine = Path(cfg.output_dir) / QUARANTINE
+    loader = PromptLoader(cfg.data, opd, tokenizer, cfg.seed, quarantine)
     cascade = Cascade(  # refuses a teacher of other tokens, turns or stops
         opd,
         cfg.model.tokenizer,
@@ -102,6 +104,7 @@ def open_opd(
     with closing(sampler), closing(cascade):
         prompts = RolloutStream(opd, sampler, loader, first_prompts, held_out)
         yield policy, prompts, sampler, cascade, run
+        loader.report()
 
 
 def sync(cfg: TrainConfig, policy: Policy, sampler: Sampler, step: int) -> Metrics:

@@ -1,9 +1,11 @@
 """Supervised fine-tuning."""
 
+from pathlib import Path
+
 from marco_train.config import TrainConfig
 from marco_train.config.resumption import schedule_steps
 from marco_train.data.chat import load_tokenizer
-from marco_train.data.loader import SFTLoader
+from marco_train.data.loader import QUARANTINE, SFTLoader
 from marco_train.engine.policy import build_policy
 from marco_train.evaluation.held_out import evaluate
 from marco_train.losses.cross_entropy import cross_entropy
@@ -17,7 +19,9 @@ def run_sft(cfg: TrainConfig) -> None:
     check_student_vocabulary(cfg.model)
     tokenizer = load_tokenizer(cfg.model)
     student_architecture(cfg)  # refuses files that are no student, or of too few positions
-    train_data = SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
+    train_data = SFTLoader(
+        cfg.data, cfg.stage, tokenizer, cfg.seed, Path(cfg.output_dir) / QUARANTINE
+    )
     held_out = train_data.held_out()
     policy = build_policy(
         cfg.model,
@@ -37,4 +41,5 @@ def run_sft(cfg: TrainConfig) -> None:
         run.log(step, metrics | train_data.metrics())
         run.save_if_due(step)
 
+    train_data.report()
     run.finish()  # exports Hugging Face weights with the tokenizer

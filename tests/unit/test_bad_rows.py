@@ -12,8 +12,10 @@ import pytest
 
 from marco_train.config import TrainConfig
 from marco_train.config.data import SourceConfig, SourceKind
-from marco_train.data.loader import MOST_NAMED, PromptLoader, SFTLoader, held_out_questions
-from marco_train.data.sources import BadRow, Source, read_messages
+from marco_train.data.conversations import BadRow, Source
+from marco_train.data.formats import Format
+from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions
+from marco_train.data.stream import MOST_NAMED
 from marco_train.errors import InputError
 from marco_train.types import Conversation, Message
 from tests.conftest import World, compose_config, tokenizer_of
@@ -193,7 +195,7 @@ def test_each_row_at_fault_is_named_once_and_no_more_than_a_few(
 def source(tmp_path: Path, *rows: Any, **changes: Any) -> Source:
     file = write(tmp_path, *(json.dumps(row) for row in rows))
     fields = {"kind": SourceKind.jsonl, "path": str(file), "category": "math", "weight": 1.0}
-    return Source("fixture", SourceConfig(**(fields | changes)), None)
+    return Source("fixture", SourceConfig(**(fields | changes)))
 
 
 def test_distinct_prompts_are_told_among_rows_at_fault(tmp_path: Path) -> None:
@@ -274,7 +276,7 @@ PARTS = {
 
 @pytest.mark.parametrize(("row", "text"), PARTS.values(), ids=PARTS.keys())
 def test_parts_are_joined_and_empty_columns_passed_over(row: dict[str, Any], text: str) -> None:
-    assert read_messages(row) == (Message("user", text),)
+    assert Format({}, {}).read(row).messages == (Message("user", text),)
 
 
 def test_columns_that_null_fills_up_are_read_from_parquet(tmp_path: Path) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from marco_train.config.data import SourceConfig, SourceKind
-from marco_train.data.sources import Source, read_messages
+from marco_train.data.conversations import Source
+from marco_train.data.formats import Format
 from marco_train.evaluation.accuracy import accuracy_by_category
 from marco_train.types import Message
 from tests.ranks import run_on_ranks
@@ -39,7 +40,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("row", SHAPES.values(), ids=SHAPES.keys())
 def test_every_shape_of_row_is_read(row: dict[str, Any]) -> None:
-    messages = read_messages(row)
+    messages = Format({}, {}).read(row).messages
     assert messages[0] == Message("user", "Hi")
 
 
@@ -48,7 +49,10 @@ def source(tmp_path: Path, rows: list[dict[str, Any]], **changes: Any) -> Source
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     num_rows = changes.pop("num_rows", None)
     fields = {"kind": SourceKind.jsonl, "path": str(file), "category": "math", "weight": 1.0}
-    return Source("fixture", SourceConfig(**(fields | changes)), num_rows)
+    found = Source("fixture", SourceConfig(**(fields | changes)))
+    if num_rows is not None:
+        found.keep_first(num_rows)
+    return found
 
 
 def test_a_repeated_prompt_counts_once_where_asked(tmp_path: Path) -> None:
@@ -63,9 +67,12 @@ def test_a_budget_takes_the_first_rows(tmp_path: Path) -> None:
     assert [few[i].messages[0].content for i in range(len(few))] == ["0", "1", "2"]
 
 
-def test_the_row_names_its_category_before_the_source_does(tmp_path: Path) -> None:
-    found = source(tmp_path, [{"prompt": "x"}, {"prompt": "y", "category": "alignment"}])
-    assert [found[i].category for i in range(2)] == ["math", "alignment"]
+def test_the_source_names_the_category_unless_it_names_a_column(tmp_path: Path) -> None:
+    rows = [{"prompt": "x"}, {"prompt": "y", "category": "chat"}]
+    found = source(tmp_path, rows)
+    assert [found[i].category for i in range(2)] == ["math", "math"]
+    by_row = source(tmp_path, rows, category_column="category")
+    assert [by_row[i].category for i in range(2)] == ["math", "chat"]
 
 
 def test_parquet_and_jsonl_give_the_same_conversations(tmp_path: Path) -> None:

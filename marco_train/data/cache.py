@@ -1,0 +1,56 @@
+"""What a launch would otherwise work out again: digests of files, and what the gate found.
+
+It lies under $MARCO_TRAIN_CACHE, else ~/.cache/marco_train, and can be deleted at any time.
+"""
+
+import json
+import os
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+
+def cache_directory() -> Path:
+    """Where everything lies; made where it is not there."""
+    given = os.environ.get("MARCO_TRAIN_CACHE")
+    directory = Path(given) if given else Path.home() / ".cache" / "marco_train"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def read_json(name: str) -> Any:
+    """Read what was kept under a name; None where nothing was, or it cannot be read."""
+    try:
+        return json.loads((cache_directory() / f"{name}.json").read_text())
+    except (OSError, ValueError):
+        return None
+
+
+def write_json(name: str, content: Any) -> None:
+    """Keep something under a name, where there is room and right to."""
+    try:
+        file = cache_directory() / f"{name}.json"
+        partial = file.with_name(f".{uuid4().hex}.partial")
+        partial.write_text(json.dumps(content))
+        partial.rename(file)
+    except OSError:
+        return  # it is worked out again
+
+
+def digest_of_file(file: Path) -> str:
+    """Digest the bytes of a file; they are read once, until they are written anew.
+
+    The time at which the system saw it change last is part of what it is known by: a file keeps the
+    time of its content where somebody sets that back.
+    """
+    stat = file.stat()
+    seen = [str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino]
+    name = f"digest-{sha256(json.dumps(seen).encode()).hexdigest()}"
+    known = read_json(name)
+    if isinstance(known, str):
+        return known
+    with file.open("rb") as content:
+        found = file_digest(content, "sha256").hexdigest()
+    write_json(name, found)
+    return found

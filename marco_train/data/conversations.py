@@ -1,0 +1,186 @@
+"""The rows of one dataset as conversations."""
+
+import re
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+from marco_train.config.data import SourceConfig
+from marco_train.data.formats import Format, Reading
+from marco_train.data.sources import open_rows
+from marco_train.data.turns import RowError
+from marco_train.errors import InputError
+from marco_train.types import Conversation, PlainText, TokenRow, UsableRow
+
+# ISO 639 with what BCP 47 and FLORES add: de, zh-Hans, pt_BR, eng_Latn.
+MOST_KEPT = 200  # characters of a row in the quarantine
+LANGUAGE_CODE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]{2,8})*", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """A row that is no conversation, and why."""
+
+    source: str
+    row: int
+    """Its place among the rows of the source, from 0."""
+    kind: str
+    """Of the fault, in a few words."""
+    reason: str
+    """What is wrong with this row, in a sentence."""
+    begins: str
+    """What the row begins with, for the quarantine."""
+
+
+class Source:
+    """The conversations of one dataset, by row."""
+
+    def __init__(self, name: str, cfg: SourceConfig) -> None:
+        """Open a dataset.
+
+        Args:
+            name: What messages call it.
+            cfg: Where it lies and how its rows are read.
+
+        Raises:
+            InputError: It cannot be opened, or has no rows.
+        """
+        self.name = name
+        self._cfg = cfg
+        self._rows = open_rows(name, cfg)
+        self._format = Format(cfg.columns, {own.lower(): role for own, role in cfg.roles.items()})
+        self._kept: Sequence[int] = range(len(self._rows))
+        if cfg.unique_prompts:
+            self._kept = _distinct(self._rows, self._format)
+        if not len(self._kept):
+            raise InputError(f"source {name!r} ({cfg.path}) has no rows")
+
+    def keep_first(self, num_rows: int) -> None:
+        """Leave out all rows but the first."""
+        self._kept = self._kept[:num_rows]
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+    def __getitem__(self, index: int) -> UsableRow | BadRow:
+        return self.read(index)[0]
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what the rows say, wherever they lie."""
+        return self._rows.digest
+
+    @property
+    def identity(self) -> list[Any]:
+        """All that its conversations are a function of, as JSON."""
+        cfg = self._cfg
+        labels = [cfg.category, cfg.category_column]
+        return [self.fingerprint, cfg.unique_prompts, dict(cfg.columns), dict(cfg.roles), labels]
+
+    def raw(self, index: int) -> Any:
+        """What a row holds, or the RowError that says why nothing can be read of it."""
+        try:
+            return self._rows[int(self._kept[index])]
+        except RowError as fault:
+            return fault
+
+    def read(self, index: int) -> tuple[UsableRow | BadRow, Reading | None, Any]:
+        """Read a row.
+
+        Returns:
+            What it is, how it was read, and what it held. A row at fault was not read.
+        """
+        place = int(self._kept[index])
+        found = self.raw(index)
+        try:
+            if isinstance(found, RowError):
+                raise found
+            reading = self._format.read(found)
+        except RowError as fault:
+            begins = repr(found) if not isinstance(found, RowError) else str(found)
+            return BadRow(self.name, place, fault.kind, str(fault), begins[:MOST_KEPT]), None, found
+        language = found.get(self._cfg.columns.get("language", "language"))
+        labels: dict[str, Any] = {
+            "source": self.name,
+            "category": self._category(found),
+            "language": read_language(language),
+            "row": place,
+        }
+        if reading.input_ids:
+            return (
+                TokenRow(
+                    **labels, input_ids=list(reading.input_ids), loss_mask=list(reading.loss_mask)
+                ),
+                reading,
+                found,
+            )
+        if reading.text:
+            return PlainText(**labels, text=reading.text), reading, found
+        verifier = found.get("verifier") or {}
+        is_named = isinstance(verifier, Mapping)
+        return (
+            Conversation(
+                **labels,
+                messages=reading.messages,
+                tools=reading.tools,
+                verifier=verifier if is_named else {"name": read_label(verifier)},
+                is_preference=reading.shape == "preference",
+            ),
+            reading,
+            found,
+        )
+
+    def _category(self, row: Mapping[str, Any]) -> str:
+        column = self._cfg.category_column
+        own = read_label(row.get(column)) if column is not None else ""
+        return own or self._cfg.category
+
+
+def read_label(value: Any) -> str:
+    """Read a category of any type as text; a list is its items joined with `+`."""
+    if isinstance(value, list | tuple):
+        return "+".join(filter(None, map(read_label, value)))
+    # Half of a surrogate pair has no bytes in a file.
+    return "" if value is None else str(value).encode("utf-8", "replace").decode()
+
+
+def read_language(value: Any) -> str:
+    """Read a language's code; what is none, as the language of a program, is no language."""
+    label = read_label(value).strip()
+    return label if LANGUAGE_CODE.fullmatch(label) else ""
+
+
+def _distinct(rows: Any, form: Format) -> Sequence[int]:
+    """The first row of each distinct prompt; a row at fault repeats none."""
+    from tqdm import tqdm
+
+    seen: set[bytes] = set()
+    kept = []
+    for row, prompt in enumerate(tqdm(_prompts(rows, form), "prompts", len(rows), delay=2)):
+        if prompt is not None:
+            if prompt in seen:
+                continue
+            seen.add(prompt)
+        kept.append(row)
+    return array("q", kept)
+
+
+def _prompts(rows: Any, form: Format) -> Iterator[bytes | None]:
+    for found in rows:
+        try:
+            reading = form.read(found) if not isinstance(found, RowError) else None
+        except RowError:
+            reading = None
+        yield None if reading is None else _prompt_digest(reading)
+
+
+def _prompt_digest(reading: Reading) -> bytes:
+    """Digest all that stands before the answer; of a row without turns, all of it."""
+    end = len(reading.messages)
+    while end and reading.messages[end - 1].role == "assistant":
+        end -= 1
+    asked = [(m.role, m.content, m.reasoning_content, m.tool_calls) for m in reading.messages[:end]]
+    said = repr((asked, reading.tools, reading.text, reading.input_ids))
+    return blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -1,0 +1,249 @@
+"""The gate: the rows of a run are judged before its first step.
+
+Two passes over the rows of a source, shared by the ranks. *Structure*: is each row a chat, of which
+shape, and which columns does nobody read. *Tokens*: what the template and the stage's limits make
+of it; the token ids are kept, so that nothing is tokenised twice. Both are kept under the source's
+digest. Of a large source a sample is judged, and the rest where it is drawn.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from marco_train.config.data import DataConfig
+from marco_train.data.cache import read_json, write_json
+from marco_train.data.conversations import BadRow, Source
+from marco_train.data.drops import Dropped
+from marco_train.data.formats import ignored_columns
+from marco_train.data.tokens import Render, TokenFiles, render_row, token_files
+from marco_train.distributed import gather_objects, is_main, rank, world_size
+from marco_train.errors import InputError
+
+# Rows of a source that are judged first where it has more than `data.judge_rows`.
+NUM_SAMPLED = 10_000
+# Rows at fault of a source that may be there whatever their share.
+NUM_FORGIVEN = 10
+# Kinds of fault that a refusal names.
+NUM_NAMED = 5
+
+
+@dataclass
+class Structure:
+    """What the rows of a source are."""
+
+    num_rows: int
+    num_judged: int = 0
+    shapes: Counter[str] = field(default_factory=Counter)
+    categories: Counter[str] = field(default_factory=Counter)
+    languages: Counter[str] = field(default_factory=Counter)
+    ignored: Counter[str] = field(default_factory=Counter)
+    """Columns that look like content and were not read."""
+    bad: list[dict[str, Any]] = field(default_factory=list)
+    """Rows at fault, as lines of the quarantine: source, row, kind, reason, begins."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every row was judged."""
+        return self.num_judged == self.num_rows
+
+    @property
+    def kinds(self) -> Counter[str]:
+        """How many rows are at fault, by the kind of fault."""
+        return Counter(row["kind"] for row in self.bad)
+
+    def add(self, other: "Structure") -> None:
+        """Add what another rank found."""
+        self.num_judged += other.num_judged
+        self.bad += other.bad
+        for mine, theirs in (
+            (self.shapes, other.shapes),
+            (self.categories, other.categories),
+            (self.languages, other.languages),
+            (self.ignored, other.ignored),
+        ):
+            mine.update(theirs)
+
+    def as_json(self) -> dict[str, Any]:
+        """What is kept of it."""
+        return vars(self)
+
+    @staticmethod
+    def of_json(kept: Mapping[str, Any]) -> "Structure":
+        """Read what was kept."""
+        counters = ("shapes", "categories", "languages", "ignored")
+        return Structure(**{**kept, **{name: Counter(kept[name]) for name in counters}})
+
+
+def judged_rows(source: Source, cfg: DataConfig) -> Sequence[int]:
+    """The rows of a source that are judged before the first step: all, or a sample of many."""
+    if len(source) <= cfg.judge_rows:
+        return range(len(source))
+    step = len(source) / min(NUM_SAMPLED, cfg.judge_rows)
+    return [int(place * step) for place in range(min(NUM_SAMPLED, cfg.judge_rows))]
+
+
+def judge_structure(source: Source, cfg: DataConfig) -> Structure:
+    """Judge what the rows of a source are; every rank takes part and gets the whole."""
+    rows = judged_rows(source, cfg)
+    name = f"structure-{digest_of(source.identity, len(source), len(rows))}"
+    kept = gather_objects(read_json(name) if is_main() else None)[0]
+    if kept is not None:
+        found = Structure.of_json(kept)
+    else:
+        found = Structure(len(source))
+        mine = rows[rank() :: world_size()]
+        for part in gather_objects(_structure_of(source, shown_progress(mine, source.name))):
+            found.add(part)
+        found.bad.sort(key=lambda row: int(row["row"]))
+        if is_main():
+            write_json(name, found.as_json())
+    for row in found.bad:
+        row["source"] = source.name  # its name is no part of what is kept
+    return found
+
+
+def _structure_of(source: Source, rows: Iterator[int]) -> Structure:
+    found = Structure(0)
+    for index in rows:
+        row, reading, columns = source.read(index)
+        found.num_judged += 1
+        if isinstance(row, BadRow):
+            found.bad.append(vars(row))
+            continue
+        assert reading is not None
+        found.shapes[reading.shape] += 1
+        found.categories[row.category] += 1
+        found.languages[row.language] += 1
+        found.ignored.update(ignored_columns(columns, reading.used))
+    return found
+
+
+def shown_progress(rows: Sequence[int], name: str) -> Iterator[int]:
+    """Go through rows with a bar, on the main rank and where it takes longer than a moment."""
+    from tqdm import tqdm
+
+    return iter(tqdm(rows, f"rows of {name}", delay=3, disable=not is_main()))
+
+
+def check_bad_rows(name: str, found: Structure, cfg: DataConfig) -> None:
+    """Refuse a source of which too many rows are at fault.
+
+    Raises:
+        InputError: Names the commonest kinds of fault, with the first row of each.
+    """
+    num_bad, allowed = len(found.bad), max(NUM_FORGIVEN, cfg.max_bad_rows * found.num_judged)
+    is_mostly_bad = 2 * num_bad > found.num_judged and cfg.max_bad_rows < 0.5
+    if num_bad <= allowed and not is_mostly_bad:
+        return
+    first = {row["kind"]: row for row in reversed(found.bad)}
+    lines = [
+        f"{count} {kind}, as row {first[kind]['row']} (from 0): {first[kind]['reason']}"
+        for kind, count in found.kinds.most_common(NUM_NAMED)
+    ]
+    raise InputError(
+        f"source {name!r}: {num_bad} of {found.num_judged} rows are at fault, more than "
+        f"data.max_bad_rows={cfg.max_bad_rows:g} allows ({'; '.join(lines)}): mend the rows, say "
+        f"with data.sources.{name}.columns and .roles how they are to be read, or raise "
+        "data.max_bad_rows"
+    )
+
+
+def judge_tokens(
+    source: Source, cfg: DataConfig, render: Render, decided_by: Sequence[Any]
+) -> tuple[TokenFiles | None, Counter[str]]:
+    """Judge what the template and the stage make of a source's rows; every rank takes part.
+
+    Args:
+        source: Its rows, which `judge_structure` has seen.
+        cfg: Of the run.
+        render: Makes the tokens of a row.
+        decided_by: All that `render` is a function of, as JSON.
+
+    Returns:
+        The tokens of all rows, where they are kept; and how many rows each metric would count.
+
+    Raises:
+        InputError: Too many rows are of no use to the stage.
+    """
+    rows = judged_rows(source, cfg)
+    mine = shown_progress(rows[rank() :: world_size()], source.name)
+    if len(rows) == len(source):
+        name = digest_of(source.identity, len(source), decided_by)
+        found = token_files(source, mine, render, name)
+        counts = found.counts if found is not None else {}
+    else:
+        found, dropped = None, (render_row(source, index, render) for index in mine)
+        counts = Counter(item.metric for item in dropped if isinstance(item, Dropped))
+    # Of the first rank, which has files where any has; of a sample each judged its share.
+    shares = gather_objects(Counter(counts))
+    total = shares[0] if len(rows) == len(source) else sum(shares, Counter[str]())
+    check_lost_rows(source.name, total, len(rows), cfg)
+    return found, total
+
+
+def check_lost_rows(name: str, lost: Mapping[str, int], num_judged: int, cfg: DataConfig) -> None:
+    """Refuse a source of which the stage cannot use enough.
+
+    Raises:
+        InputError: Says how many rows which metric would count.
+    """
+    num_lost = sum(lost.values())
+    if num_lost <= cfg.max_lost_rows * num_judged:
+        return
+    said = ", ".join(f"{count} {metric}" for metric, count in sorted(lost.items()))
+    raise InputError(
+        f"source {name!r}: this stage can use {num_judged - num_lost} of {num_judged} rows, and "
+        f"data.max_lost_rows={cfg.max_lost_rows:g} allows to lose a share of that ({said}): mend "
+        "the rows, raise the stage's limit on their length, or raise data.max_lost_rows"
+    )
+
+
+def describe(name: str, found: Structure, lost: Mapping[str, int]) -> list[str]:
+    """Say what was found of a source, in a line or two."""
+    shapes = ", ".join(
+        shape if count == found.num_judged - len(found.bad) else f"{shape} ({count:,})"
+        for shape, count in found.shapes.most_common()
+    )
+    judged = "" if found.is_complete else f", of which {found.num_judged:,} were judged"
+    bad = ", ".join(f"{kind} {count:,}" for kind, count in found.kinds.most_common())
+    lines = [
+        f"source {name!r}: {found.num_rows:,} rows{judged}, shape {shapes or 'none'}"
+        + (f"; at fault: {bad}" if bad else "")
+        + "".join(f"; {count:,} {metric}" for metric, count in sorted(lost.items()))
+    ]
+    if found.ignored:
+        named = ", ".join(f"{column} ({n:,})" for column, n in sorted(found.ignored.items()))
+        lines.append(f"source {name!r}: columns that hold something and are not read: {named}")
+    return lines
+
+
+def write_quarantine(file: Path, structures: Sequence[Structure]) -> None:
+    """Write down the rows at fault, one JSON object a line; without any there is no file."""
+    rows = [row for found in structures for row in found.bad]
+    if not rows:
+        file.unlink(missing_ok=True)
+        return
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("w", encoding="utf-8") as lines:
+        for row in rows:
+            kept = {key: row[key] for key in ("source", "row", "reason", "begins")}
+            lines.write(json.dumps(kept, ensure_ascii=True) + "\n")
+
+
+def digest_of(*parts: Any) -> str:
+    """Digest what something is a function of, beside the code of this package."""
+    said = json.dumps([_code_digest(), *parts], sort_keys=True, default=str)
+    return sha256(said.encode()).hexdigest()
+
+
+@cache
+def _code_digest() -> str:
+    """Of the modules that decide what is kept: what another version kept is of no use."""
+    package = Path(__file__).parents[1]
+    files = [*sorted(package.glob("data/*.py")), package / "models" / "chat_template.py"]
+    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()

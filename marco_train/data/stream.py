@@ -1,0 +1,141 @@
+"""A mixture of sources as one stream of samples, each a function of the seed and its index."""
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from marco_train.config.data import DataConfig, SourceConfig
+from marco_train.data.conversations import BadRow, Source
+from marco_train.data.drops import MALFORMED, Dropped
+from marco_train.data.gate import (
+    Structure,
+    check_bad_rows,
+    describe,
+    judge_structure,
+    judge_tokens,
+    write_quarantine,
+)
+from marco_train.data.mixture import Mixture
+from marco_train.data.tokens import Render, TokenFiles, render_row
+from marco_train.distributed import is_main
+from marco_train.tracking import log_line
+from marco_train.types import Example, Row, UsableRow
+
+T = TypeVar("T")
+
+# Rows at fault that one rank names; the metric counts all.
+MOST_NAMED = 20
+
+
+class ConversationStream:
+    """A mixture of sources, sampled by index."""
+
+    def __init__(
+        self, sources: Mapping[str, SourceConfig], num_rows: int | None, seed: int
+    ) -> None:
+        def budget(cfg: SourceConfig) -> int | None:
+            return None if num_rows is None else max(1, round(num_rows * cfg.weight))
+
+        self.sources = {name: Source(name, cfg) for name, cfg in sorted(sources.items())}
+        for name, source in self.sources.items():
+            if (most := budget(sources[name])) is not None:
+                source.keep_first(most)
+        self._mixture = Mixture(
+            {name: len(source) for name, source in self.sources.items()},
+            {name: sources[name].weight for name in self.sources},
+            seed,
+        )
+        self._named: set[tuple[str, int]] = set()
+        self._structures: dict[str, Structure] = {}
+        self._token_files: dict[str, TokenFiles] = {}
+
+    def __getitem__(self, index: int) -> UsableRow | BadRow:
+        source, row = self._mixture.sample(index)
+        return self.sources[source][row]
+
+    def judge(
+        self, cfg: DataConfig, render: Render, decided_by: Sequence[Any], quarantine: Path | None
+    ) -> None:
+        """Judge the rows of all sources before any is used; see `gate`. Every rank takes part.
+
+        Args:
+            cfg: Says how many rows may be lost.
+            render: Makes the tokens of a row, or names the metric that counts it as dropped.
+            decided_by: All that `render` is a function of, as JSON.
+            quarantine: Where rows at fault are written down. None: nowhere.
+
+        Raises:
+            InputError: Too many rows of a source are at fault, or of no use.
+        """
+        for name, source in self.sources.items():
+            self._structures[name] = judge_structure(source, cfg)
+        if quarantine is not None and is_main():
+            write_quarantine(quarantine, list(self._structures.values()))
+        for name, structure in self._structures.items():
+            check_bad_rows(name, structure, cfg)
+        for name, source in self.sources.items():
+            found, lost = judge_tokens(source, cfg, render, decided_by)
+            if found is not None:
+                self._token_files[name] = found
+            if is_main():
+                for line in describe(name, self._structures[name], lost):
+                    log_line(line)
+
+    def tokens(self, index: int, render: Render) -> tuple[Row, Example] | Dropped:
+        """The tokens of a sample, unless it is dropped; `render` is what it was judged with."""
+        source, row = self._mixture.sample(index)
+        files = self._token_files.get(source)
+        return files[row] if files is not None else render_row(self.sources[source], row, render)
+
+    def rendered(self, index: int, render: Callable[[int, UsableRow], T | str]) -> T | Dropped:
+        """Render a sample, unless it is dropped.
+
+        Args:
+            index: Of the sample.
+            render: Gives the metric that counts the row instead, where it is to be dropped.
+        """
+        source, row = self._mixture.sample(index)
+        found = render_row(self.sources[source], row, lambda found: render(index, found))
+        return found if isinstance(found, Dropped) else found[1]
+
+    @property
+    def num_samples_of_all(self) -> int:
+        """Samples after which every row of every source has been drawn."""
+        return self._mixture.num_samples_of_all
+
+    def name_malformed(self, drop: Dropped) -> None:
+        """Say which rows are at fault, each once and the first of them only."""
+        place = (drop.source, drop.row)
+        if drop.metric != MALFORMED or place in self._named or len(self._named) == MOST_NAMED:
+            return
+        self._named.add(place)
+        log_line(f"dropped {drop.place}: {drop.reason}")
+        if len(self._named) == MOST_NAMED:
+            log_line(f"further rows at fault are not named; {MALFORMED} counts them")
+
+    def categories(self) -> set[str]:
+        """Categories of the rows that were judged."""
+        return {name for found in self._structures.values() for name in found.categories}
+
+    def languages(self) -> set[str]:
+        """Languages of the rows that were judged."""
+        return {name for found in self._structures.values() for name in found.languages}
+
+    @property
+    def is_all_judged(self) -> bool:
+        """Whether every row was judged."""
+        return all(found.is_complete for found in self._structures.values())
+
+    def epoch(self, index: int) -> float:
+        """How often the most repeated source has been walked through before `index`."""
+        return max(self._mixture.epochs(index).values())
+
+    def identity(self) -> dict[str, Any]:
+        """Digest what the samples are a function of, beside the seed."""
+        return {
+            "rows": {name: source.fingerprint[:16] for name, source in self.sources.items()},
+            "mixture": {
+                name: {"rows": len(source), "of_1000_samples": self._mixture.quotas[name]}
+                for name, source in self.sources.items()
+            },
+        }

@@ -1,0 +1,185 @@
+"""The token ids of a source's rows, made once and kept on disk.
+
+Legend: N rows, T tokens of all of them.
+"""
+
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import uuid4
+
+import numpy as np
+
+from marco_train.data.cache import cache_directory
+from marco_train.data.conversations import BadRow, Source
+from marco_train.data.drops import DROPS, MALFORMED, Dropped
+from marco_train.distributed import gather_objects, is_main, rank, world_size
+from marco_train.errors import InputError
+from marco_train.types import Example, Row, UsableRow
+
+Render = Callable[[UsableRow], Example | str]
+"""Gives the metric that counts the row instead, where it is to be dropped."""
+
+MAX_BYTES = 50 * 2**30  # of all token files; the ones that were not used for longest go
+# ids, mask: [T]; of each row: where its tokens end, 0 or which of DROPS it is, its category and
+# language, its place in the dataset.
+FILES = {
+    "ids": np.int32,
+    "mask": np.uint8,
+    "ends": np.int64,
+    "codes": np.int8,
+    "labels": np.int32,
+    "rows": np.int64,
+}
+
+
+T = TypeVar("T")
+
+
+def render_row(
+    source: Source, index: int, render: Callable[[UsableRow], T | str]
+) -> tuple[Row, T] | Dropped:
+    """Render a row, unless it is dropped."""
+    row = source[index]
+    if isinstance(row, BadRow):
+        return Dropped(MALFORMED, row.source, row.row, row.reason)
+    try:
+        found = render(row)
+    except InputError as error:
+        return Dropped(MALFORMED, row.source, row.row, str(error))
+    return Dropped(found, row.source, row.row, "") if isinstance(found, str) else (row, found)
+
+
+class TokenFiles:
+    """The rendered rows of a source, dealt out to as many parts as there were ranks."""
+
+    def __init__(self, directory: Path, source: str) -> None:
+        """Map the files of a directory into memory.
+
+        Raises:
+            OSError: Some of them are not here.
+        """
+        self._source = source
+        kept = json.loads((directory / "rows.json").read_text())
+        self.counts: dict[str, int] = kept["counts"]
+        self._labels: list[list[tuple[str, str]]] = kept["labels"]  # by part
+        self._reasons: dict[str, str] = kept["reasons"]
+        self._parts = [
+            {name: _read(directory / f"{part}.{name}", kind) for name, kind in FILES.items()}
+            for part in range(kept["num_parts"])
+        ]
+
+    def __getitem__(self, index: int) -> tuple[Row, Example] | Dropped:
+        """What `render_row` made of a row."""
+        place, number = divmod(index, len(self._parts))
+        part = self._parts[number]
+        code, row = int(part["codes"][place]), int(part["rows"][place])
+        if code:
+            return Dropped(DROPS[code - 1], self._source, row, self._reasons.get(str(index), ""))
+        start, end = (int(part["ends"][place - 1]) if place else 0), int(part["ends"][place])
+        category, language = self._labels[number][part["labels"][place]]
+        example = Example(
+            part["ids"][start:end].tolist(), part["mask"][start:end].astype(bool).tolist()
+        )
+        return Row(self._source, category, language, row), example
+
+
+def _read(file: Path, kind: Any) -> np.ndarray:
+    # What is empty cannot be mapped.
+    return np.memmap(file, kind, "r") if file.stat().st_size else np.zeros(0, kind)
+
+
+def token_files(
+    source: Source, rows: Iterator[int], render: Render, name: str
+) -> TokenFiles | None:
+    """Render all rows of a source, or find them rendered; every rank takes part.
+
+    Args:
+        source: Its rows.
+        rows: This rank's: those whose index leaves the rank when divided by the number of ranks.
+        render: Makes the tokens of a row.
+        name: Of all that the tokens are a function of.
+
+    Returns:
+        None where this machine holds no files: there is no room, or another machine made them.
+    """
+    directory = cache_directory() / f"tokens-{name}"
+    if not gather_objects(directory.is_dir())[0]:
+        partial = gather_objects(directory.with_name(f".{uuid4().hex}.partial"))[0]
+        try:
+            part = _write_part(source, rows, render, partial)
+        except OSError:  # no room, or no right
+            part = None
+        parts = gather_objects(part)
+        if is_main():
+            _publish([each for each in parts if each is not None], partial, directory)
+        gather_objects(None)  # the others look for it only now
+    try:
+        found = TokenFiles(directory, source.name)
+        directory.touch()  # it was used
+    except (OSError, ValueError):
+        return None
+    return found
+
+
+def _write_part(
+    source: Source, rows: Iterator[int], render: Render, directory: Path
+) -> dict[str, Any]:
+    """Write this rank's part; gives what is no array, as JSON."""
+    directory.mkdir(parents=True, exist_ok=True)
+    files = {name: (directory / f"{rank()}.{name}").open("wb") for name in FILES}
+    labels: dict[tuple[str, str], int] = {}
+    reasons, counts, end = {}, Counter[str](), 0
+    with ExitStack() as opened:
+        for file in files.values():
+            opened.enter_context(file)
+        for index in rows:
+            found = render_row(source, index, render)
+            if isinstance(found, Dropped):
+                counts[found.metric] += 1
+                if found.reason:
+                    reasons[str(index)] = found.reason
+                values: dict[str, Any] = {"codes": DROPS.index(found.metric) + 1, "labels": 0}
+                values |= {"ids": [], "mask": [], "rows": found.row}
+            else:
+                row, example = found
+                label = labels.setdefault((row.category, row.language), len(labels))
+                values = {"codes": 0, "labels": label, "rows": row.row}
+                values |= {"ids": example.input_ids, "mask": example.loss_mask}
+            end += len(values["ids"])
+            values["ends"] = end
+            for name, kind in FILES.items():
+                files[name].write(np.asarray(values[name], kind).tobytes())
+    return {"labels": list(labels), "reasons": reasons, "counts": counts}
+
+
+def _publish(parts: Sequence[dict[str, Any]], partial: Path, directory: Path) -> None:
+    """Give the directory of all parts its name, unless one is missing."""
+    try:
+        if len(parts) == world_size():
+            kept = {
+                "num_parts": len(parts),
+                "labels": [part["labels"] for part in parts],
+                "reasons": {row: why for part in parts for row, why in part["reasons"].items()},
+                "counts": sum((part["counts"] for part in parts), Counter[str]()),
+            }
+            (partial / "rows.json").write_text(json.dumps(kept))
+            _make_room(directory.parent)
+            partial.rename(directory)
+    except OSError:
+        pass  # rows are rendered where they are drawn
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def _make_room(directory: Path) -> None:
+    """Remove the files that were not used for longest, where all of them take too much."""
+    kept = sorted(directory.glob("tokens-*"), key=lambda path: path.stat().st_mtime, reverse=True)
+    total = 0
+    for path in kept:
+        total += sum(file.stat().st_size for file in path.iterdir())
+        if total > MAX_BYTES:
+            shutil.rmtree(path, ignore_errors=True)
