@@ -208,8 +208,8 @@ def check_lost_rows(name: str, lost: Losses, num_judged: int, cfg: DataConfig) -
     said = ", ".join(f"{count} {metric}" for metric, count in sorted(lost.counts.items()))
     said += f"; the first that cannot be rendered: {lost.first_reason}" if lost.first_reason else ""
     raise InputError(
-        f"source {name!r}: this stage can use {num_judged - num_lost} of {num_judged} rows, and may "
-        f"lose a share of {cfg.max_lost_rows:g} ({said}): mend the rows, raise the stage's limit "
+        f"source {name!r}: this stage can use {num_judged - num_lost} of {num_judged} rows, and "
+        f"may lose a share of {cfg.max_lost_rows:g} ({said}): mend the rows, raise the stage's limit "
         "on their length, or raise data.max_lost_rows"
     )
 
