@@ -2,14 +2,14 @@
 
 import re
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
 from marco_train.config.data import SourceConfig
-from marco_train.data.formats import Format, Reading
-from marco_train.data.sources import open_rows
+from marco_train.data.formats import CONTENT_COLUMNS, Format, Reading
+from marco_train.data.sources import Rows, open_rows
 from marco_train.data.turns import RowError
 from marco_train.errors import InputError
 from marco_train.types import Conversation, PlainText, TokenRow, UsableRow
@@ -152,28 +152,30 @@ def read_language(value: Any) -> str:
     return label if LANGUAGE_CODE.fullmatch(label) else ""
 
 
-def _distinct(rows: Any, form: Format) -> Sequence[int]:
+def _distinct(rows: Rows, form: Format) -> Sequence[int]:
     """The first row of each distinct prompt; a row at fault repeats none."""
     from tqdm import tqdm
 
+    columns = CONTENT_COLUMNS | set(form.columns.values())
     seen: set[bytes] = set()
-    kept = []
-    for row, prompt in enumerate(tqdm(_prompts(rows, form), "prompts", len(rows), delay=2)):
-        if prompt is not None:
-            if prompt in seen:
-                continue
-            seen.add(prompt)
-        kept.append(row)
-    return array("q", kept)
-
-
-def _prompts(rows: Any, form: Format) -> Iterator[bytes | None]:
-    for found in rows:
+    kept = array("q")
+    for row, found in enumerate(tqdm(rows.walk(columns), "prompts", len(rows), delay=3)):
+        if isinstance(found, RowError):
+            kept.append(row)
+            continue
+        # Most repetitions are of whole rows, which need not be read to be known.
+        whole = blake2b(repr(found).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if whole in seen:
+            continue
         try:
-            reading = form.read(found) if not isinstance(found, RowError) else None
+            prompt = _prompt_digest(form.read(found))
         except RowError:
-            reading = None
-        yield None if reading is None else _prompt_digest(reading)
+            kept.append(row)
+            continue
+        if prompt not in seen:
+            kept.append(row)
+        seen |= {whole, prompt}
+    return kept
 
 
 def _prompt_digest(reading: Reading) -> bytes:

@@ -209,8 +209,8 @@ def check_lost_rows(name: str, lost: Losses, num_judged: int, cfg: DataConfig) -
     said += f"; the first that cannot be rendered: {lost.first_reason}" if lost.first_reason else ""
     raise InputError(
         f"source {name!r}: this stage can use {num_judged - num_lost} of {num_judged} rows, and "
-        f"may lose a share of {cfg.max_lost_rows:g} ({said}): mend the rows, raise the stage's limit "
-        "on their length, or raise data.max_lost_rows"
+        f"may lose a share of {cfg.max_lost_rows:g} ({said}): mend the rows, raise the stage's "
+        "limit on their length, or raise data.max_lost_rows"
     )
 
 

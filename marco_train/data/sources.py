@@ -12,7 +12,7 @@ import re
 import tempfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from hashlib import sha256
 from itertools import accumulate
@@ -44,8 +44,11 @@ class Rows(Protocol):
     def __getitem__(self, row: int) -> Any:
         """What a row holds; raises RowError where nothing can be read of it."""
 
-    def __iter__(self) -> Iterator[Any]:
-        """All rows in order, quicker than one by one; a RowError in place of one at fault."""
+    def walk(self, columns: Collection[str]) -> Iterator[Any]:
+        """All rows in order, quicker than one by one; a RowError in place of one at fault.
+
+        Of files with columns, only those that are asked for are read.
+        """
 
     @property
     def digest(self) -> str:
@@ -155,8 +158,11 @@ class _Table:
     def __getitem__(self, row: int) -> Any:
         return self._table[row]
 
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self._table.with_format("arrow").iter(batch_size=ROWS_TOGETHER):
+    def walk(self, columns: Collection[str]) -> Iterator[Any]:
+        """All rows in order, with some of their columns."""
+        asked = [name for name in self._table.column_names if name in columns]
+        part = self._table.select_columns(asked or self._table.column_names[:1])
+        for batch in part.with_format("arrow").iter(batch_size=ROWS_TOGETHER):
             yield from batch.to_pylist()
 
     @cached_property
@@ -191,9 +197,10 @@ class _Shards:
         shard = bisect_right(self._ends, row)
         return self._shards[shard][row - (self._ends[shard - 1] if shard else 0)]
 
-    def __iter__(self) -> Iterator[Any]:
+    def walk(self, columns: Collection[str]) -> Iterator[Any]:
+        """All rows in order, shard by shard."""
         for shard in self._shards:
-            yield from shard
+            yield from shard.walk(columns)
 
     @cached_property
     def digest(self) -> str:
@@ -231,7 +238,8 @@ class _JsonLines:
             kind, why = "not JSON", str(error)
         raise RowError(kind, f"{self._file}, line {self._numbers[row]}: {kind} ({why})")
 
-    def __iter__(self) -> Iterator[Any]:
+    def walk(self, columns: Collection[str]) -> Iterator[Any]:
+        """All rows in order, whole."""
         for row in range(len(self)):
             try:
                 yield self[row]
