@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from marco_train.config.data import DataConfig, SourceConfig
+from marco_train.config.data import DataConfig, OnChange, SourceConfig
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resume import ResumeChange
 from marco_train.config.resumption import field_difference
@@ -145,19 +145,33 @@ class _Loader:
                 "one counts samples: start with resume=never"
             )
         self._step, self._begins = step, {step: state["cursor"]}
-        changed = field_difference({name: state[name] for name in self._identity}, self._identity)
-        if changed:
-            what = f"the data changed since the checkpoint was saved ({'; '.join(changed)})"
-            require(
-                ResumeChange.data in allowed,
-                f"{what}, so rows would be skipped or seen twice, or rendered otherwise: restore "
-                "them, go on with the new data from the same sample with on_resume.allow=[data], "
-                "or start with resume=never",
-            )
-            if is_main():
-                log_line(
-                    f"{what}, as on_resume.allow=[data] allows: rows may be skipped or seen twice"
-                )
+        then = {name: state[name] for name in self._identity}
+        changed = field_difference(then, self._identity)
+        if not changed:
+            return
+        what = f"the data changed since the checkpoint was saved ({'; '.join(changed)})"
+        # Rows that were mended, added or removed, of the same sources, read the same way.
+        may_continue = _without_rows(then) == _without_rows(self._identity) and (
+            self._data.on_change is OnChange["continue"]
+        )
+        require(
+            may_continue or ResumeChange.data in allowed,
+            f"{what}, so rows would be skipped or seen twice, or rendered otherwise: restore "
+            "them, go on with mended rows from the same sample with data.on_change=continue (with "
+            "any others: on_resume.allow=[data]), or start with resume=never",
+        )
+        if is_main():
+            allows = "data.on_change=continue" if may_continue else "on_resume.allow=[data]"
+            log_line(f"{what}, as {allows} allows: rows may be skipped or seen twice")
+
+
+def _without_rows(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity of data without what their rows say and how many there are."""
+    mixture = {
+        name: {key: value for key, value in source.items() if key != "rows"}
+        for name, source in identity["mixture"].items()
+    }
+    return {**identity, "rows": None, "mixture": mixture}
 
 
 class SFTLoader(_Loader):
