@@ -65,7 +65,7 @@ def open_rows(name: str, cfg: SourceConfig) -> Rows:
         return _open_hub(name, cfg)
     files = _files(cfg.path)
     if files:
-        opened = [_open_file(name, file) for file in files]
+        opened = [_open_file(name, file, cfg.kind) for file in files]
         return opened[0] if len(opened) == 1 else _Shards(opened)
     if cfg.kind is SourceKind.auto and (
         Path(cfg.path).is_dir() or (HUB_NAME.fullmatch(cfg.path) and not Path(cfg.path).suffix)
@@ -100,12 +100,14 @@ def _files(path: str) -> list[Path]:
     )
 
 
-def _open_file(name: str, file: Path) -> Rows:
+def _open_file(name: str, file: Path, kind: SourceKind) -> Rows:
     """Open a file by what it holds, whatever it is called."""
     with file.open("rb") as content:
         begins = content.read(8)
     if begins.startswith((PARQUET, ARROW)) or file.suffix == ".arrow":
         return _open_table(name, file, "parquet" if begins.startswith(PARQUET) else "arrow")
+    if kind is SourceKind.parquet:
+        raise InputError(f"source {name!r}: {str(file)!r} cannot be opened: it is no Parquet file")
     return _JsonLines(file, begins)
 
 
