@@ -1,15 +1,14 @@
 """The rows of one dataset as conversations."""
 
 import re
-from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 from marco_train.config.data import SourceConfig
-from marco_train.data.formats import CONTENT_COLUMNS, Format, Reading
-from marco_train.data.sources import Rows, open_rows
+from marco_train.data.duplicates import distinct_rows
+from marco_train.data.formats import Format, Reading
+from marco_train.data.sources import open_rows
 from marco_train.data.turns import RowError
 from marco_train.errors import InputError
 from marco_train.types import Conversation, PlainText, TokenRow, UsableRow
@@ -52,8 +51,8 @@ class Source:
         self._rows = open_rows(name, cfg)
         self._format = Format(cfg.columns, {own.lower(): role for own, role in cfg.roles.items()})
         self._kept: Sequence[int] = range(len(self._rows))
-        if cfg.unique_prompts:
-            self._kept = _distinct(self._rows, self._format)
+        if cfg.unique_prompts or cfg.near_duplicates is not None:
+            self._kept = distinct_rows(self._rows, self._format, cfg.near_duplicates)
         if not len(self._kept):
             raise InputError(f"source {name!r} ({cfg.path}) has no rows")
 
@@ -77,7 +76,8 @@ class Source:
         """All that its conversations are a function of, as JSON."""
         cfg = self._cfg
         labels = [cfg.category, cfg.category_column]
-        return [self.fingerprint, cfg.unique_prompts, dict(cfg.columns), dict(cfg.roles), labels]
+        unique = (cfg.unique_prompts, cfg.near_duplicates)
+        return [self.fingerprint, list(unique), dict(cfg.columns), dict(cfg.roles), labels]
 
     def raw(self, index: int) -> Any:
         """What a row holds, or the RowError that says why nothing can be read of it."""
@@ -150,39 +150,3 @@ def read_language(value: Any) -> str:
     """Read a language's code; what is none, as the language of a program, is no language."""
     label = read_label(value).strip()
     return label if LANGUAGE_CODE.fullmatch(label) else ""
-
-
-def _distinct(rows: Rows, form: Format) -> Sequence[int]:
-    """The first row of each distinct prompt; a row at fault repeats none."""
-    from tqdm import tqdm
-
-    columns = CONTENT_COLUMNS | set(form.columns.values())
-    seen: set[bytes] = set()
-    kept = array("q")
-    for row, found in enumerate(tqdm(rows.walk(columns), "prompts", len(rows), delay=3)):
-        if isinstance(found, RowError):
-            kept.append(row)
-            continue
-        # Most repetitions are of whole rows, which need not be read to be known.
-        whole = blake2b(repr(found).encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        if whole in seen:
-            continue
-        try:
-            prompt = _prompt_digest(form.read(found))
-        except RowError:
-            kept.append(row)
-            continue
-        if prompt not in seen:
-            kept.append(row)
-        seen |= {whole, prompt}
-    return kept
-
-
-def _prompt_digest(reading: Reading) -> bytes:
-    """Digest all that stands before the answer; of a row without turns, all of it."""
-    end = len(reading.messages)
-    while end and reading.messages[end - 1].role == "assistant":
-        end -= 1
-    asked = [(m.role, m.content, m.reasoning_content, m.tool_calls) for m in reading.messages[:end]]
-    said = repr((asked, reading.tools, reading.text, reading.input_ids))
-    return blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest()
