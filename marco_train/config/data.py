@@ -67,8 +67,8 @@ class SourceConfig:
         require_positive("data.sources.*", weight=self.weight)
         require(
             self.near_duplicates is None or 0 < self.near_duplicates <= 1,
-            f"data.sources.*.near_duplicates is {self.near_duplicates}, and must be a share above 0 "
-            "and up to 1, or null",
+            f"data.sources.*.near_duplicates is {self.near_duplicates}, and must be a share above "
+            "0 and up to 1, or null",
         )
         for name, role in self.roles.items():
             require(

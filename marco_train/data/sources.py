@@ -31,7 +31,7 @@ SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".arrow")
 PACKED = (".gz", ".zst", "")
 # Rows that are digested together; to change it changes every digest.
 ROWS_TOGETHER = 1000
-CHUNK = 2**26  # bytes that are searched for ends of lines together
+CHUNK = 2**24  # bytes that are searched for ends of lines together
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
