@@ -25,6 +25,9 @@ from marco_train.distributed import (
     reduce_sums,
 )
 from marco_train.errors import InputError, WeightSyncError, require
+from marco_train.evaluation.answers import accuracy_of, checked_questions, sample_answers
+from marco_train.evaluation.measured import check_model, measured_models, shared_vocabulary
+from marco_train.evaluation.reverse_kl import mean_reverse_kl, open_teacher
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.losses.distillation import build_reverse_kl
 from marco_train.losses.logprobs import sequence_logprobs
@@ -40,7 +43,6 @@ from marco_train.models.weights import named_weights, random_model, torch_dtype
 from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.sync import canaries, sync_weights
 from marco_train.run import check_resumption
-from marco_train.stages import evaluate
 from marco_train.teachers.cascade import Cascade, check_teacher, teachers_of
 from marco_train.teachers.preflight import NUM_ANSWERED, FirstOfEachKind
 from marco_train.teachers.vocab import check_student_vocabulary
@@ -148,29 +150,29 @@ def check_evaluate(cfg: TrainConfig, made: "Examination") -> None:
     tokenizer = made.check("tokenizer and template", partial(load_tokenizer, cfg.model))
     if tokenizer is None:
         return
-    measured = evaluate.measured_models(cfg)
-    vocab_size = made.check("vocabulary", partial(evaluate.shared_vocabulary, measured))
+    measured = measured_models(cfg)
+    vocab_size = made.check("vocabulary", partial(shared_vocabulary, measured))
     fit = vocab_size is not None
     if vocab_size is not None:
         for each in measured:
-            check = partial(evaluate.check_model, cfg, tokenizer, vocab_size, *each)
+            check = partial(check_model, cfg, tokenizer, vocab_size, *each)
             fit &= made.passes(f"files of {each[1]}", check)
-    questions = made.check("questions", partial(evaluate.checked_questions, cfg, tokenizer))
+    questions = made.check("questions", partial(checked_questions, cfg, tokenizer))
     if questions is None or vocab_size is None or not fit:
         return
     teachers = {
-        name: made.check(name, partial(evaluate.open_teacher, cfg, vocab_size, name, teacher))
+        name: made.check(name, partial(open_teacher, cfg, vocab_size, name, teacher))
         for name, teacher in cfg.stage.teachers.items()
     }
     mine = questions[rank() : rank() + 1]
 
     def measure(kind: str, path: str) -> None:
         model = load_model(path, torch_dtype(cfg.model.dtype))
-        answers = evaluate.sample_answers(cfg, model, mine, tokenizer)
-        evaluate.accuracy_of(answers)
+        answers = sample_answers(cfg, model, mine, tokenizer)
+        accuracy_of(answers)
         if kind == "models":
             for teacher in filter(None, teachers.values()):
-                evaluate.mean_reverse_kl(cfg, model, [r for _, r, _ in answers], teacher)
+                mean_reverse_kl(cfg, model, [r for _, r, _ in answers], teacher)
 
     for kind, name, path in measured:
         made.check(f"{name}'s first answers", partial(measure, kind, path))

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 
+from marco_train.config import TrainConfig
 from marco_train.distributed import device, gather_objects
 from marco_train.models import Qwen3Moe
 from marco_train.models.routing import LanguageSignatures, Routing
+from marco_train.types import Rollout
 
 
 @torch.no_grad()
@@ -59,3 +61,9 @@ def signature_report(signatures: LanguageSignatures) -> dict[str, Any]:
         "expert_shares": signatures.shares().tolist(),
         "distances": signatures.distances().tolist(),  # 1 - Pearson correlation
     }
+
+
+def signatures_of(cfg: TrainConfig, model: Qwen3Moe, rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """Which experts each language of the rollouts uses; all ranks take part."""
+    texts = ((r.prompt.language, r.input_ids) for r in rollouts)
+    return signature_report(language_signatures(model, texts, cfg.data.max_tokens_per_microbatch))

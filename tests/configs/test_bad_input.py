@@ -15,10 +15,10 @@ from marco_train.config.rollout import check_replay
 from marco_train.data.chat import CHATML, load_tokenizer
 from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions
 from marco_train.errors import InputError
+from marco_train.evaluation.answers import checked_questions
 from marco_train.evaluation.verifiers import check_verifier
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
-from marco_train.stages.evaluate import checked_questions
 from marco_train.stages.opd import run_opd
 from marco_train.teachers.cascade import Cascade
 from marco_train.teachers.vocab import check_student_vocabulary
