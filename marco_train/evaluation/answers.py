@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
 
 from marco_train.config import TrainConfig
 from marco_train.config.evaluate import EvaluateConfig
@@ -20,7 +20,20 @@ from marco_train.rollout.native import NativeSampler
 from marco_train.tracking import log_line
 from marco_train.types import Rollout
 
-Answers = list[tuple[Question, Rollout, str]]
+
+@dataclass(frozen=True)
+class Answer:
+    """One response to a question."""
+
+    question: Question
+    rollout: Rollout
+    text: str
+    """Without the stop token."""
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the question's verifier takes it."""
+        return verify(self.text, self.question.reference, self.question.verifier)
 
 
 def checked_questions(cfg: TrainConfig, tokenizer: Tokenizer) -> list[Question]:
@@ -51,51 +64,31 @@ def checked_questions(cfg: TrainConfig, tokenizer: Tokenizer) -> list[Question]:
 
 def sample_answers(
     cfg: TrainConfig, model: Qwen3Moe, questions: Sequence[Question], tokenizer: Tokenizer
-) -> Answers:
-    """Sample every question's responses; the text ends before the stop token."""
+) -> list[Answer]:
+    """Sample every response to this rank's questions, by question and sample."""
     stage: EvaluateConfig = cfg.stage
     assert isinstance(stage.rollout, NativeRolloutConfig)  # any other was refused
-    stop_ids = stop_token_ids(cfg.model.tokenizer)
     sampler = NativeSampler(
         stage.rollout,
         model,
-        stop_ids,
+        stop_token_ids(cfg.model.tokenizer),
         stage.max_response_length,
         num_topk=0,
         seed=cfg.seed,
         weight_version=0,
     )
-    rollouts = in_order(sampler.sample([q.prompt for q in questions], stage.responses_per_prompt))
+    rollouts = sampler.sample([q.prompt for q in questions], stage.responses_per_prompt)
     by_index = {q.prompt.index: q for q in questions}
     return [
-        (by_index[r.prompt.index], r, tokenizer.decode(r.response_ids, skip_special_tokens=True))
-        for r in rollouts
+        Answer(
+            by_index[rollout.prompt.index],
+            rollout,
+            tokenizer.decode(rollout.response_ids, skip_special_tokens=True),
+        )
+        for rollout in in_order(rollouts)
     ]
 
 
-def accuracy_of(answers: Answers) -> dict[str, float]:
+def accuracy_of(answers: Sequence[Answer]) -> dict[str, float]:
     """Per cent of accepted answers by category; all ranks take part."""
-    return accuracy_by_category(
-        [(q.prompt.category, verify(text, q.reference, q.verifier)) for q, _, text in answers]
-    )
-
-
-def shown_answers(answers: Answers, count: int) -> list[dict[str, Any]]:
-    """Answers to read: one question of each category, then a second one, until there are enough."""
-    turn_of_category: Counter[str] = Counter()
-    turns: list[tuple[int, Question, str]] = []
-    for question, rollout, answer in answers:
-        if rollout.sample_index == 0:
-            turns.append((turn_of_category[question.prompt.category], question, answer))
-            turn_of_category[question.prompt.category] += 1
-    return [
-        {
-            "category": question.prompt.category,
-            "language": question.prompt.language,
-            "prompt": question.text,
-            "reference": question.reference,
-            "answer": answer,
-            "accepted": verify(answer, question.reference, question.verifier),
-        }
-        for _, question, answer in sorted(turns, key=lambda turn: turn[0])[:count]
-    ]
+    return accuracy_by_category([(a.question.prompt.category, a.accepted) for a in answers])

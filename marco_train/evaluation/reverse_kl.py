@@ -19,22 +19,13 @@ from marco_train.teachers.preflight import check_scores, probe_rollouts
 from marco_train.types import PolicyOutput, Rollout
 
 
-def open_teachers(cfg: TrainConfig, vocab_size: int) -> dict[str, Teacher]:
-    """Open all teachers, for their hidden states, and check their numbers."""
-    return {
-        name: open_teacher(cfg, vocab_size, name, teacher)
-        for name, teacher in cfg.stage.teachers.items()
-    }
-
-
-def open_teacher(
-    cfg: TrainConfig, vocab_size: int, name: str, teacher_cfg: TeacherConfig
-) -> Teacher:
-    """Open a teacher, for its hidden states, and check its numbers.
+def open_teacher(cfg: TrainConfig, vocab_size: int, name: str) -> Teacher:
+    """Open one of the stage's teachers, for its hidden states, and check its numbers.
 
     Raises:
         InputError: They cannot be trusted.
     """
+    teacher_cfg: TeacherConfig = cfg.stage.teachers[name]
     states = ScoreSpec(
         Objective.full,
         top_k=0,

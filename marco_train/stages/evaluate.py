@@ -1,77 +1,119 @@
 """Sampled accuracy of exported models, and their reverse KL to each teacher."""
 
-import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 
 from marco_train.config import TrainConfig
 from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.resumption import observed
-from marco_train.data.chat import load_tokenizer
+from marco_train.data.chat import Tokenizer, load_tokenizer
+from marco_train.data.loader import Question
 from marco_train.distributed import barrier, is_main, rank, world_size
-from marco_train.evaluation.answers import (
-    accuracy_of,
-    checked_questions,
-    sample_answers,
-    shown_answers,
+from marco_train.evaluation.answers import checked_questions, sample_answers
+from marco_train.evaluation.measured import (
+    Measured,
+    check_measured,
+    measured_models,
+    shared_vocabulary,
 )
-from marco_train.evaluation.measured import check_models, measured_models
-from marco_train.evaluation.report import write_reports
-from marco_train.evaluation.reverse_kl import mean_reverse_kl, open_teachers
+from marco_train.evaluation.report import Report
+from marco_train.evaluation.reverse_kl import mean_reverse_kl, open_teacher
 from marco_train.evaluation.signatures import signatures_of
-from marco_train.models import load_model
-from marco_train.models.weights import torch_dtype
 from marco_train.run import begin, mark_finished
-from marco_train.tracking import format_seconds, log_line
+from marco_train.stages.checks import Checks
+from marco_train.teachers.base import Teacher
 
 
 def run_evaluate(cfg: TrainConfig) -> None:
     """Sample answers of every model at temperature 1, check them, and let the teachers score them.
 
-    Writes evaluation.json: per cent of accepted answers by category (`avg_at_n`), reverse KL to
-    each teacher in nats a token, and some answers to read; and signatures.json, if asked for:
-    which experts each language used.
+    What is written stands in `Report`.
     """
     stage: EvaluateConfig = cfg.stage
-    tokenizer = load_tokenizer(cfg.model)
-    measured = measured_models(cfg)
-    vocab_size = check_models(cfg, tokenizer)
-    questions = checked_questions(cfg, tokenizer)
-    mine = questions[rank() :: world_size()]
-    content = observed(cfg, digests={})
+    with open_evaluate(cfg) as (prepared, teachers, report):
+        mine = prepared.questions[rank() :: world_size()]
+        for measured in prepared.measured:
+            model = measured.load(cfg)
+            answers = sample_answers(cfg, model, mine, prepared.tokenizer)
+            report.add_answers(measured, answers)
+            if measured.kind == "models":
+                rollouts = [answer.rollout for answer in answers]
+                scored = [r for r in rollouts if r.sample_index < stage.num_kl_responses]
+                reverse_kl = {
+                    name: mean_reverse_kl(cfg, model, scored, teacher)
+                    for name, teacher in teachers.items()
+                }
+                report.add_reverse_kl(measured, reverse_kl)
+                if stage.signatures and model.architecture.is_moe:
+                    report.add_signatures(measured, signatures_of(cfg, model, scored))
+            report.log(measured)
+
+
+@contextmanager
+def open_evaluate(
+    cfg: TrainConfig,
+) -> Iterator[tuple["Prepared", dict[str, Teacher], Report]]:
+    """Open what an evaluation is made of; writes the report, unless the block was left by an error.
+
+    Raises:
+        InputError: Something is wrong with it; most is found before a model is loaded.
+    """
+    checks = Checks()
+    prepared = prepare_evaluate(cfg, checks)
+    content = observed(cfg, digests={})  # before the models are read
     if is_main():
         begin(cfg)
-    teachers = open_teachers(cfg, vocab_size)
-    report: dict[str, Any] = {
-        "num_questions": len(questions),
-        "num_dropped": stage.num_prompts - len(questions),  # over the limit, or control tokens
-        "models": {},
-        "teachers": {},
-        "answers": {},
-    }
-    signatures: dict[str, Any] = {}
-
-    for kind, name, path in measured:
-        start = time.perf_counter()
-        model = load_model(path, torch_dtype(cfg.model.dtype))
-        answers = sample_answers(cfg, model, mine, tokenizer)
-        found = report[kind][name] = {"avg_at_n": accuracy_of(answers)}
-        if kind == "models":
-            scored = [r for _, r, _ in answers if r.sample_index < stage.num_kl_responses]
-            found["reverse_kl"] = {
-                each: mean_reverse_kl(cfg, model, scored, teacher)
-                for each, teacher in teachers.items()
-            }
-            if stage.signatures and model.architecture.is_moe:
-                signatures[name] = signatures_of(cfg, model, scored)
-        if is_main():
-            report["answers"][name] = shown_answers(answers, stage.num_examples_shown)
-            spent = format_seconds(time.perf_counter() - start)
-            accuracy = found["avg_at_n"]["all"]
-            log_line(f"{name}: avg@{stage.responses_per_prompt} {accuracy:.1f} %, {spent}")
-
-    for teacher in teachers.values():
-        teacher.close()
+    with ExitStack() as stack:
+        teachers = open_teachers(cfg, prepared, checks)
+        for teacher in teachers.values():
+            stack.enter_context(closing(teacher))
+        report = Report(cfg.stage, len(prepared.questions))
+        yield prepared, teachers, report
+    report.write(Path(cfg.output_dir))
     if is_main():
-        write_reports(cfg, report, signatures)
         mark_finished(cfg, content)
     barrier()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known of an evaluation before a model is loaded."""
+
+    tokenizer: Tokenizer
+    measured: list[Measured]
+    vocab_size: int
+    """Output rows of every model."""
+    questions: list[Question]
+    """Of all ranks."""
+
+
+def prepare_evaluate(cfg: TrainConfig, checks: Checks) -> Prepared:
+    """Read and check all that an evaluation needs before it loads a model.
+
+    Raises:
+        InputError: Something is wrong with it.
+    """
+    tokenizer = checks.make("tokenizer and template", load_tokenizer, cfg.model)
+    named = checks.make("models", measured_models, cfg)
+    vocab_size = checks.make("vocabulary", shared_vocabulary, named)
+    measured = [
+        checks.make(f"files of {each.name}", check_measured, cfg, tokenizer, vocab_size, each)
+        for each in named
+    ]
+    questions = checks.make("questions", checked_questions, cfg, tokenizer)
+    return Prepared(tokenizer, measured, vocab_size, questions)
+
+
+def open_teachers(cfg: TrainConfig, prepared: Prepared, checks: Checks) -> dict[str, Teacher]:
+    """Open the teachers, each checked by what it says of probe sentences.
+
+    Raises:
+        InputError: One cannot be trusted.
+    """
+    checks = checks.after(*prepared.measured)
+    return {
+        name: checks.make(name, open_teacher, cfg, prepared.vocab_size, name)
+        for name in cfg.stage.teachers
+    }
