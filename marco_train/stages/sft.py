@@ -59,9 +59,9 @@ def prepare_sft(cfg: TrainConfig, checks: Checks) -> Prepared:
     Raises:
         InputError: Something is wrong with it.
     """
-    student = checks.make("student's files", student_architecture, cfg)
     checks.make("student's vocabulary", check_student_vocabulary, cfg.model)
     tokenizer = checks.make("tokenizer and template", load_tokenizer, cfg.model)
+    student = checks.make("student's files", student_architecture, cfg)
     train_data = checks.make("data", SFTLoader, cfg.data, cfg.stage, tokenizer, cfg.seed)
     held_out = checks.make("held-out rows", train_data.held_out)
     return Prepared(student, tokenizer, train_data, held_out)
