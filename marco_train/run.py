@@ -39,6 +39,7 @@ from marco_train.config.resumption import (
 from marco_train.content import Content, digest, with_digests
 from marco_train.distributed import barrier, gather_objects, is_main, rank, seed_everything
 from marco_train.errors import InputError
+from marco_train.files import replaces
 from marco_train.metrics import Metrics
 from marco_train.tracking import Tracker, log_line
 
@@ -338,11 +339,10 @@ def mark_finished(cfg: TrainConfig, content: Mapping[str, Content]) -> None:
         content: What its files held when it began, as `observed` notes it.
     """
     note = Path(cfg.output_dir) / FINISHED
-    partial = note.with_suffix(".partial")
     noted = {
         "config": plain_config(cfg),
         "phases": phases_of(cfg),
         "content": with_digests(content, content_paths(plain_config(cfg), CONTENT)),
     }
-    partial.write_text(json.dumps(noted, indent=2, sort_keys=True))
-    partial.replace(note)
+    with replaces(note) as partial:
+        partial.write_text(json.dumps(noted, indent=2, sort_keys=True))

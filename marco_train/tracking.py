@@ -11,6 +11,7 @@ from uuid import uuid4
 from tqdm import tqdm
 
 from marco_train.config.run import LoggingBackend, LoggingConfig, WandbMode
+from marco_train.files import replaces
 from marco_train.metrics import Metrics, check_names
 
 
@@ -58,10 +59,9 @@ class Tracker:
 
     def start(self, first: int, until: int) -> None:
         """Announce the steps to come; lines of `metrics.jsonl` past `first` are from a lost run."""
-        rewritten = self._jsonl.with_suffix(".partial")
         kept = self._lines_until(first)
-        rewritten.write_text("".join(line + "\n" for line in kept))
-        rewritten.replace(self._jsonl)
+        with replaces(self._jsonl) as partial:
+            partial.write_text("".join(line + "\n" for line in kept))
         if self._lost_after is not None:
             for line in map(json.loads, kept):
                 if line["step"] > self._lost_after:

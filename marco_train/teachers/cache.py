@@ -23,6 +23,7 @@ from torch import Tensor
 
 from marco_train.config.opd import Objective, ScoreCacheConfig, TopKSource
 from marco_train.distributed import is_main
+from marco_train.files import replaces
 from marco_train.teachers.base import ScoreSpec, Submitted, Teacher
 from marco_train.tracking import log_line
 from marco_train.types import (
@@ -136,9 +137,8 @@ class ScoreCache(Teacher):
             digest = blake2b(asked_of.encode(), digest_size=16).hexdigest()
             file = self._directory / f"{digest}.json"
             if not file.is_file():
-                partial = self._directory / f".{uuid4().hex}.partial"
-                partial.write_text(json.dumps(probe_logprobs))
-                partial.replace(file)
+                with replaces(file) as partial:
+                    partial.write_text(json.dumps(probe_logprobs))
                 return asked_of
             if same(json.loads(file.read_text())):
                 return asked_of
@@ -203,11 +203,9 @@ class ScoreCache(Teacher):
             digests[key] = _digest(list(values.values()))
         if not tensors:
             return
-        name = f"{time.time_ns():020d}-{uuid4().hex}"
-        partial = self._directory / f".{name}.partial"
-        save_file(tensors, partial, metadata=digests)
-        file = self._directory / f"{name}.safetensors"
-        partial.rename(file)
+        file = self._directory / f"{time.time_ns():020d}-{uuid4().hex}.safetensors"
+        with replaces(file) as partial:
+            save_file(tensors, partial, metadata=digests)
         self._file_of_key |= dict.fromkeys(digests, file)
         self._make_room()
 
