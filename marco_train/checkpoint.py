@@ -62,7 +62,7 @@ def save_checkpoint(
 def set_aside_newer(directory: Path, step: int) -> None:
     """Move complete checkpoints of more than `step` updates out of the way, and keep them.
 
-    They are of a course that this run does not take, and `auto` would choose them.
+    This run makes those steps anew, and a later `resume=auto` would choose the old ones.
     """
     newer = [p for p in complete_checkpoints(directory) if int(p.name.split("_")[1]) > step]
     if newer:

@@ -265,7 +265,10 @@ def resume_from(
 def resume_parts(
     found: Continuation, cfg: TrainConfig, parts: Sequence[Resumable], state: dict[str, Any]
 ) -> list[Change]:
-    """Put the parts where a checkpoint left them; gives what changed by choice in files.
+    """Put the parts where a checkpoint left them.
+
+    Returns:
+        What changed in the run's files, as `on_resume.allow` allows.
 
     Raises:
         InputError: The checkpoint is of other data, teachers or files.
@@ -283,7 +286,7 @@ def resume_parts(
 def check_resumption(cfg: TrainConfig, parts: Sequence[Resumable]) -> None:
     """Refuse what the run would refuse of the checkpoint that it goes on from.
 
-    Tensors are left out, and how many ranks saved them.
+    Tensors are not compared, nor the number of ranks.
 
     Raises:
         InputError: Says what is wrong with it.
@@ -294,7 +297,7 @@ def check_resumption(cfg: TrainConfig, parts: Sequence[Resumable]) -> None:
 
 
 def digests_at_start(cfg: TrainConfig, known: Mapping[str, str | None]) -> dict[str, Content]:
-    """Note what the run's files hold, and digest what no other part of a checkpoint knows.
+    """Note sizes and times of the run's files, and digest those that the checkpoint did not.
 
     Args:
         cfg: The run.

@@ -54,11 +54,14 @@ class Tracker:
                 resume="allow",
                 id=run_id,
             )
-            # Steps made again after a crash replace nothing: W&B orders by this, not by arrival.
+            # W&B cannot replace a step that is made again after a crash; this is what it sorts by.
             self._wandb.define_metric("*", step_metric="step")
 
     def start(self, first: int, until: int) -> None:
-        """Announce the steps to come; lines of `metrics.jsonl` past `first` are from a lost run."""
+        """Announce the steps to come, and drop the lines of `metrics.jsonl` past `first`.
+
+        Those steps were made after the last checkpoint and are made again.
+        """
         kept = self._lines_until(first)
         with replaces(self._jsonl) as partial:
             partial.write_text("".join(line + "\n" for line in kept))

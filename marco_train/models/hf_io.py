@@ -588,7 +588,7 @@ def write_directory(
 
 @contextmanager
 def _told_by_any_rank(partial: Path) -> Iterator[None]:
-    """Raise on every rank what went wrong on one; else the others would wait for it."""
+    """Raise on every rank what went wrong on one: the others would wait for it for ever."""
     said = None
     try:
         yield

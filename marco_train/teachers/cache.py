@@ -61,7 +61,7 @@ class ScoreCache(Teacher):
             spec: Which kind of scores.
             cfg: Where, and how many.
             probe_logprobs: What the teacher says of the probe sentences.
-            same: Whether another time it said the same.
+            same: Whether the log-probabilities of an earlier run are this teacher's.
         """
         self._teacher = teacher
         self.head, self.identity = teacher.head, teacher.identity
@@ -127,9 +127,10 @@ class ScoreCache(Teacher):
     def _find_same(
         self, named: str, probe_logprobs: list[float], same: Callable[[list[float]], bool]
     ) -> str:
-        """Name the entries of a teacher that says the same; those of one that does not stay.
+        """Name the entries of this teacher, told from others of its name by what it answers.
 
-        Servers may serve other weights under one name, which no file tells.
+        Servers may serve other weights under one name, which no file tells. The entries of the
+        other teacher stay.
         """
         number = 0
         while True:

@@ -308,7 +308,7 @@ class Cascade:
     def _open_teacher(
         self, cfg: TeacherConfig, phase: str, answers: Sequence[Rollout], unless_fit: ExitStack
     ) -> tuple[Teacher, list[float]]:
-        """Load a teacher and check it; also gives what it says of the probe sentences."""
+        """Load a teacher and check it; also returns its log-probabilities of probe sentences."""
         teacher = build_teacher(cfg, self._spec, self.save_early)
         unless_fit.callback(teacher.close)
         probes = probe_rollouts(self._student_tokenizer, self._spec)

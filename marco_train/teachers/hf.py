@@ -84,7 +84,7 @@ def load_whole(path: str, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _load_report() -> Iterator[list[str]]:
-    """Keep what transformers would print of a checkpoint that does not fit: a table for people."""
+    """Collect the table that transformers would print of a checkpoint that does not fit."""
     report: list[str] = []
     logger = logging.getLogger("transformers.modeling_utils")
 

@@ -1,6 +1,6 @@
 """A Qwen3-MoE or dense Qwen3 teacher in our own model, frozen, its experts shared over ranks.
 
-A mixture like Qwen3-30B-A3B does not fit one GPU beside the student; spread over eight it does.
+An MoE model like Qwen3-30B-A3B does not fit one GPU beside the student; spread over eight it does.
 """
 
 from collections.abc import Iterable, Sequence
