@@ -39,6 +39,7 @@ from marco_train.config.resumption import (
 from marco_train.content import Content, digest, with_digests
 from marco_train.distributed import barrier, gather_objects, is_main, rank, seed_everything
 from marco_train.errors import InputError
+from marco_train.files import replaces
 from marco_train.metrics import Metrics
 from marco_train.tracking import Tracker, log_line
 
@@ -264,7 +265,10 @@ def resume_from(
 def resume_parts(
     found: Continuation, cfg: TrainConfig, parts: Sequence[Resumable], state: dict[str, Any]
 ) -> list[Change]:
-    """Put the parts where a checkpoint left them; gives what changed by choice in files.
+    """Put the parts where a checkpoint left them.
+
+    Returns:
+        What changed in the run's files, as `on_resume.allow` allows.
 
     Raises:
         InputError: The checkpoint is of other data, teachers or files.
@@ -282,7 +286,7 @@ def resume_parts(
 def check_resumption(cfg: TrainConfig, parts: Sequence[Resumable]) -> None:
     """Refuse what the run would refuse of the checkpoint that it goes on from.
 
-    Tensors are left out, and how many ranks saved them.
+    Tensors are not compared, nor the number of ranks.
 
     Raises:
         InputError: Says what is wrong with it.
@@ -293,7 +297,7 @@ def check_resumption(cfg: TrainConfig, parts: Sequence[Resumable]) -> None:
 
 
 def digests_at_start(cfg: TrainConfig, known: Mapping[str, str | None]) -> dict[str, Content]:
-    """Note what the run's files hold, and digest what no other part of a checkpoint knows.
+    """Note sizes and times of the run's files, and digest those that the checkpoint did not.
 
     Args:
         cfg: The run.
@@ -338,11 +342,10 @@ def mark_finished(cfg: TrainConfig, content: Mapping[str, Content]) -> None:
         content: What its files held when it began, as `observed` notes it.
     """
     note = Path(cfg.output_dir) / FINISHED
-    partial = note.with_suffix(".partial")
     noted = {
         "config": plain_config(cfg),
         "phases": phases_of(cfg),
         "content": with_digests(content, content_paths(plain_config(cfg), CONTENT)),
     }
-    partial.write_text(json.dumps(noted, indent=2, sort_keys=True))
-    partial.replace(note)
+    with replaces(note) as partial:
+        partial.write_text(json.dumps(noted, indent=2, sort_keys=True))

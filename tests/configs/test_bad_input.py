@@ -12,15 +12,15 @@ from omegaconf.errors import OmegaConfBaseException
 from marco_train.config.data import SourceConfig, SourceKind
 from marco_train.config.opd import Objective
 from marco_train.config.rollout import check_replay
-from marco_train.data.chat import CHATML, load_tokenizer
+from marco_train.data.chat import load_tokenizer
 from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions
 from marco_train.errors import InputError
+from marco_train.evaluation.answers import checked_questions
 from marco_train.evaluation.verifiers import check_verifier
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
-from marco_train.stages.evaluate import checked_questions
-from marco_train.stages.opd import run_opd
-from marco_train.teachers.cascade import Cascade
+from marco_train.stages.checks import Checks
+from marco_train.stages.opd import prepare_opd, run_opd
 from marco_train.teachers.vocab import check_student_vocabulary
 from tests.conftest import (
     DENSE,
@@ -181,7 +181,7 @@ def test_a_teacher_that_is_missing_is_named(world: World) -> None:
         "quickstart_opd", f"root={world.root}", "stage.cascade.second.teacher.path=nobody"
     )
     with pytest.raises(InputError, match=r"teacher 'second': there is no model at"):
-        Cascade(cfg.stage, cfg.model.tokenizer, CHATML.read_text(), 320)
+        prepare_opd(cfg, Checks())
 
 
 def foreign_teacher(world: World, path: Path, corpus: list[str]) -> None:
@@ -200,7 +200,7 @@ def test_a_teacher_with_another_vocabulary_is_refused_with_the_difference(
         f"stage.cascade.first.teacher.path={tmp_path / 'model'}",
     )
     with pytest.raises(InputError, match=r"tokenizer of teacher 'first' .* differences"):
-        Cascade(cfg.stage, cfg.model.tokenizer, CHATML.read_text(), 320)
+        prepare_opd(cfg, Checks())
 
 
 def test_two_ids_swapped_in_a_teachers_vocabulary_are_enough_to_refuse_it(
@@ -218,13 +218,16 @@ def test_two_ids_swapped_in_a_teachers_vocabulary_are_enough_to_refuse_it(
         f"stage.cascade.first.teacher.path={tmp_path / 'model'}",
     )
     with pytest.raises(InputError, match=r"2 differences .*model\.vocab\.a: \d+ -> \d+"):
-        Cascade(cfg.stage, cfg.model.tokenizer, CHATML.read_text(), 320)
+        prepare_opd(cfg, Checks())
 
 
-def test_a_teacher_with_more_output_rows_is_refused(world: World) -> None:
-    cfg = compose_config("quickstart_opd", f"root={world.root}")
+def test_a_teacher_with_fewer_output_rows_is_refused(world: World, tmp_path: Path) -> None:
+    student = random_model(architecture(vocab_size=328), torch.float32, seed=0)
+    save_model(student, tmp_path / "student", world.path("data", "tokenizer"))
+    given = f"root={world.root}", f"model.path={tmp_path / 'student'}"
+    cfg = compose_config("quickstart_opd", *given)
     with pytest.raises(InputError, match="has 320 output rows and the student 328"):
-        Cascade(cfg.stage, cfg.model.tokenizer, CHATML.read_text(), 328)
+        prepare_opd(cfg, Checks())
 
 
 def test_a_tokenizer_whose_template_marks_nothing_is_refused(world: World, tmp_path: Path) -> None:

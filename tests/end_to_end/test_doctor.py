@@ -6,16 +6,25 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from marco_train.checkpoint import load_checkpoint, save_checkpoint
 from marco_train.commands.doctor import examine
+from marco_train.config import TrainConfig
 from marco_train.data.chat import CHATML
-from tests.conftest import World
+from marco_train.stages.checks import Checks
+from marco_train.stages.evaluate import prepare_evaluate
+from marco_train.stages.opd import prepare_opd, run_opd
+from marco_train.stages.sft import prepare_sft
+from tests.conftest import World, compose_config
 from tests.ranks import run_on_ranks
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 REPOSITORY = Path(__file__).parents[2]
 ALONE = "parallel.expert_parallel_size=1"
@@ -38,6 +47,24 @@ LAST = {
     "quickstart_sft": "first loss",
     "quickstart_evaluate": "second's first answers",
 }
+PREPARE: dict[str, Callable[[TrainConfig, Checks], object]] = {
+    "quickstart_opd": prepare_opd,
+    "quickstart_sft": prepare_sft,
+    "quickstart_evaluate": prepare_evaluate,
+}
+
+
+class Noted(Checks):
+    """Notes what a stage checks."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def make(self, what: str, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        self.names.append(what)
+        return make(*args, **kwargs)
+
+
 EVALUATED = ["~stage.models.opd_first", "~stage.models.opd_second"]
 
 
@@ -50,6 +77,10 @@ def test_a_run_that_is_fit_passes_every_check(experiment: str, world: World) -> 
     assert lines[0].startswith("config ... fine, ")
     assert lines[-2].startswith(f"{LAST[experiment]} ... fine, ")
     assert lines[-1].startswith("all is well, ")
+    cfg = compose_config(experiment, f"root={world.root}", ALONE, *more)
+    checks = Noted()
+    PREPARE[experiment](cfg, checks)
+    assert checks.names and set(checks.names) <= {line.split(" ... ")[0] for line in lines}
     if experiment == "quickstart_opd":
         (said,) = [line for line in lines if line.startswith("teacher 'second' (")]
         assert "gives the student's answers to 64 prompts" in said
@@ -244,6 +275,34 @@ def test_a_few_rows_at_fault_are_named_and_do_no_harm(world: World, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     assert "row 3 (from 0)" in done.stdout
     assert "data/dropped_malformed" in done.stdout
+
+
+def test_a_phase_that_converged_before_it_taught_is_passed_over(
+    world: World, tmp_path: Path
+) -> None:
+    given = [
+        f"root={world.root}",
+        f"output_dir={tmp_path / 'run'}",
+        ALONE,
+        "stage.max_steps=1",  # of each phase
+        "stage.global_batch_size=4",
+        "optim.warmup_steps=0",
+        "checkpoint.save_every=1",
+    ]
+    run_on_ranks(1, run_opd, compose_config("quickstart_opd", *given))
+    (tmp_path / "run" / "finished.json").unlink()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(checkpoints / "step_000002")
+    tensors, state = load_checkpoint(checkpoints / "step_000001")
+    state["cascade"]["converged"] = {"second": 1}
+    save_checkpoint(checkpoints, 1, tensors, state, keep_last=1)
+
+    done = doctor("experiment=quickstart_opd", *given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("resumption ... fine") for line in lines)
+    assert any(line.startswith("teacher 'first' ... fine") for line in lines)
+    assert not any(line.startswith("teacher 'second'") for line in lines)
 
 
 def test_a_fault_is_said_once(world: World, tmp_path: Path) -> None:

@@ -23,7 +23,8 @@ from marco_train.models import load_model, save_model
 from marco_train.models.hf_io import INDEX, WEIGHTS, read_head
 from marco_train.models.upcycle import Scaling, UpcycleConfig, upcycle
 from marco_train.models.weights import random_model
-from marco_train.teachers.cascade import Cascade
+from marco_train.stages.checks import Checks
+from marco_train.stages.opd import prepare_opd
 from marco_train.teachers.preflight import check_files
 from marco_train.teachers.vocab import check_head_rows
 from tests.conftest import DENSE, World, architecture, compose_config, teacher_config
@@ -319,7 +320,7 @@ def check_with(backend: TeacherBackend, path: Path, world: World) -> None:
             max_rejected=0.0,
         )
     cfg = teacher_config(str(path), backend, **given)
-    check_files(world.path("data", "tokenizer"), CHATML.read_text(), 320, cfg, "teacher")
+    check_files(world.path("data", "tokenizer"), CHATML.read_text(), cfg, "teacher")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -368,7 +369,7 @@ def test_a_cascade_says_that_a_teacher_is_an_adapter(model_dir: Path, world: Wor
     teacher = f"stage.cascade.first.teacher.path={model_dir}"
     cfg = compose_config("quickstart_opd", f"root={world.root}", teacher)
     with pytest.raises(InputError, match="holds an adapter"):
-        Cascade(cfg.stage, cfg.model.tokenizer, CHATML.read_text(), 320)
+        prepare_opd(cfg, Checks())
 
 
 def test_a_server_needs_no_weights_and_may_serve_any(model_dir: Path, world: World) -> None:

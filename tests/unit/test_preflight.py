@@ -48,7 +48,7 @@ def teacher_dir(world: World, tmp_path: Path) -> Path:
 
 def check(world: World, path: Path) -> None:
     teacher = teacher_config(str(path), TeacherBackend.hf)
-    check_files(world.path("data", "tokenizer"), TEMPLATE, 320, teacher, "teacher 'first'")
+    check_files(world.path("data", "tokenizer"), TEMPLATE, teacher, "teacher 'first'")
 
 
 def test_there_is_a_probe_in_each_of_the_29_languages() -> None:
@@ -77,7 +77,7 @@ def test_a_stated_stop_of_the_teacher_is_one_of_its_own(world: World, teacher_di
 
     def check_with(stop_id: int) -> None:
         cfg = teacher_config(str(teacher_dir), TeacherBackend.hf, stop_id=stop_id)
-        check_files(world.path("data", "tokenizer"), TEMPLATE, 320, cfg, "teacher")
+        check_files(world.path("data", "tokenizer"), TEMPLATE, cfg, "teacher")
 
     check_with(0)
     with pytest.raises(InputError, match=r"stops at \[0\] .*, and its stop_id is 5: give one of"):
@@ -231,8 +231,8 @@ def test_arguments_reach_the_teachers_template(world: World, teacher_dir: Path) 
     tokenizer = world.path("data", "tokenizer")
     cfg = teacher_config(str(teacher_dir), TeacherBackend.hf)
     with pytest.raises(InputError, match="opens a turn with"):
-        check_files(tokenizer, TEMPLATE, 320, cfg, "teacher")
-    check_files(tokenizer, TEMPLATE, 320, cfg, "teacher", {"think": True})
+        check_files(tokenizer, TEMPLATE, cfg, "teacher")
+    check_files(tokenizer, TEMPLATE, cfg, "teacher", {"think": True})
 
     prompts = prompts_of(world, teacher_dir.parent, *PLAIN_ROWS, CHANGES["several turns"][1])
     check_turns(prompts, str(teacher_dir), {"think": True, "keep": True}, "teacher")

@@ -22,6 +22,8 @@ from marco_train.losses.distillation import build_reverse_kl
 from marco_train.models import load_model
 from marco_train.models.hf_io import stop_token_ids
 from marco_train.rollout.native import NativeSampler
+from marco_train.stages.checks import Checks
+from marco_train.stages.opd import prepare_opd
 from marco_train.teachers import cascade
 from marco_train.teachers.base import ScoreSpec, Teacher
 from marco_train.teachers.build import build_teacher
@@ -274,7 +276,7 @@ def test_a_phase_opens_and_checks_the_teachers_of_its_groups(world: World) -> No
     with pytest.raises(
         InputError, match=r"'first' \(teachers_by_group.category_math\): there is no"
     ):
-        Cascade(missing.stage, missing.model.tokenizer, TEMPLATE, 320)
+        prepare_opd(missing, Checks())
 
 
 WRONG_GROUPS = [
