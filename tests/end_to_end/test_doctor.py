@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from marco_train.commands.doctor import examine
 from marco_train.data.chat import CHATML
 from tests.conftest import World
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 REPOSITORY = Path(__file__).parents[2]
 ALONE = "parallel.expert_parallel_size=1"

@@ -14,7 +14,7 @@ from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
 from marco_train.stages.opd import run_opd
 from tests.conftest import DENSE, World, architecture, compose_config
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"

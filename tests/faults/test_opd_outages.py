@@ -16,8 +16,8 @@ from marco_train.rollout import native
 from marco_train.stages.opd import run_opd
 from marco_train.teachers.preflight import NUM_ANSWERED, PROBES
 from tests.conftest import World, compose_config, launch
-from tests.faults.fake_server import FakeServer, connections, fake_servers
-from tests.ranks import run_on_ranks
+from tests.helpers.fake_server import FakeServer, connections, fake_servers
+from tests.helpers.ranks import run_on_ranks
 
 NUM_STEPS = 6
 

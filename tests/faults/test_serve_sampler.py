@@ -25,7 +25,7 @@ from marco_train.types import Rollout
 from tests.conftest import compose_config
 from tests.end_to_end.test_vllm_quickstart import IN_PROCESS, distil, root
 from tests.faults.test_opd_outages import soon
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 from tests.unit.test_vllm_sampler import (
     MAX_PROMPT_LENGTH,
     SHAPE,

@@ -27,10 +27,10 @@ from marco_train.rollout.sync import canaries, sync_weights
 from marco_train.stages import opd
 from marco_train.types import FinishReason, Prompt, Rollout
 from tests.conftest import VOCAB_SIZE, World, architecture, compose_config
-from tests.faults.fake_sampler import FakeSampler, draw, fake_samplers
 from tests.faults.test_opd_outages import distil, learnt, num_steps_of, saved_steps, soon
 from tests.faults.test_server_teacher import NEUTRAL
-from tests.ranks import run_on_ranks
+from tests.helpers.fake_sampler import FakeSampler, draw, fake_samplers
+from tests.helpers.ranks import run_on_ranks
 from tests.unit.test_vllm_sampler import Stream, with_one_twice, without_one
 
 STOP_IDS = [2, *range(100, 140)]

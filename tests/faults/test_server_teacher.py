@@ -17,8 +17,8 @@ from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.teachers.vllm_server import ServerTeacher
 from marco_train.types import Rollout, ScoredRollout, TokenScores, TopKScores
 from tests.conftest import World, teacher_config, wanted_of
-from tests.faults import fake_server
-from tests.faults.fake_server import FakeServer, connections, distribution, fake_servers
+from tests.helpers import fake_server
+from tests.helpers.fake_server import FakeServer, connections, distribution, fake_servers
 from tests.unit.test_teachers import rollouts
 
 NEUTRAL = {

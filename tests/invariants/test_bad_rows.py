@@ -7,8 +7,8 @@ import pytest
 
 from marco_train.config import TrainConfig
 from tests.conftest import World, compose_config
+from tests.helpers.ranks import run_on_ranks
 from tests.invariants.test_resume import losses, overrides, run
-from tests.ranks import run_on_ranks
 
 
 def rows(tmp_path: Path) -> Path:

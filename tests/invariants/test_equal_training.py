@@ -14,7 +14,7 @@ from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.models.routing import Routing
 from marco_train.types import LossOutput, Microbatch, PolicyOutput
 from tests.conftest import GRADIENT_DESCENT, World, compose_config
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 STEPS = 3
 Outcome = tuple[dict[str, torch.Tensor], list[dict[str, float]]]

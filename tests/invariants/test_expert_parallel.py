@@ -13,7 +13,7 @@ from marco_train.models.dispatch import dispatch
 from marco_train.models.routing import Routing
 from marco_train.models.weights import named_weights, random_model
 from tests.conftest import architecture
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 # Tokens of each rank: alike, uneven, one token, none.
 SHARES = [(12, 12), (30, 5), (1, 40), (0, 9), (7, 0, 20, 1), (0, 0, 0, 3)]

@@ -18,7 +18,7 @@ from marco_train.run import mark_finished
 from marco_train.stages.opd import run_opd
 from marco_train.stages.sft import run_sft
 from tests.conftest import World, compose_config
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 STAGES = {"sft": run_sft, "opd": run_opd}
 

@@ -14,8 +14,8 @@ from marco_train.config import TrainConfig
 from marco_train.config.resumption import check_resume, is_finished
 from marco_train.errors import InputError
 from tests.conftest import World, compose_config
+from tests.helpers.ranks import run_on_ranks
 from tests.invariants.test_resume import losses, overrides, run
-from tests.ranks import run_on_ranks
 
 CONSTANT = ["optim.schedule=constant", "optim.min_learning_rate=4e-3"]
 

@@ -26,7 +26,7 @@ from marco_train.rollout import build as rollout_build
 from marco_train.stages.opd import run_opd
 from marco_train.types import Microbatch
 from tests.conftest import GRADIENT_DESCENT, World, compose_config
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 Outcome = tuple[dict[str, Tensor], dict[str, float]]
 NUM_EXPERTS = 8

@@ -17,7 +17,7 @@ from marco_train.data.sources import BadRow, Source, read_messages
 from marco_train.errors import InputError
 from marco_train.types import Conversation, Message
 from tests.conftest import World, compose_config, tokenizer_of
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 LOADERS = {"sft": SFTLoader, "opd": PromptLoader}
 

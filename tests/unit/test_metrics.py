@@ -14,7 +14,7 @@ from marco_train.types import (
     Rollout,
     no_experts,
 )
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 
 def microbatch(groups: tuple[str, ...], ids: list[list[int]]) -> Microbatch:

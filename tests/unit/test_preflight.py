@@ -33,7 +33,7 @@ from marco_train.teachers.preflight import (
 )
 from marco_train.types import Conversation, Prompt, Rollout, ScoredRollout, TokenScores
 from tests.conftest import World, compose_config, teacher_config, tokenizer_of, wanted_of
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 from tests.unit.test_teachers import rollouts
 
 TEMPLATE = CHATML.read_text()

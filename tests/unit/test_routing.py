@@ -15,7 +15,7 @@ from marco_train.models import load_model, save_model
 from marco_train.models.routing import LanguageSignatures, Router, Routing, summarize_load
 from marco_train.models.weights import random_model
 from tests.conftest import DENSE, architecture
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 TOKENS, WIDTH, EXPERTS, TOP_K = 40, 8, 6, 2
 

@@ -10,7 +10,7 @@ from marco_train.config.data import SourceConfig, SourceKind
 from marco_train.data.sources import Source, read_messages
 from marco_train.evaluation.accuracy import accuracy_by_category
 from marco_train.types import Message
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 # The columns of the datasets that the card names, with made-up content.
 SHAPES: dict[str, dict[str, Any]] = {

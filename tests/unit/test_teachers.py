@@ -45,7 +45,7 @@ from tests.conftest import (
     teacher_config,
     wanted_of,
 )
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 TEMPLATE = CHATML.read_text()
 

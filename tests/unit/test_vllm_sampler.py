@@ -25,7 +25,7 @@ from marco_train.rollout.build import build_sampler
 from marco_train.rollout.sync import canaries, sync_weights
 from marco_train.types import FinishReason, Prompt, Rollout
 from tests.conftest import VOCAB_SIZE, architecture, compose_config
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"

@@ -25,7 +25,7 @@ from marco_train.teachers.build import build_teacher
 from marco_train.teachers.preflight import check_scores, probe_rollouts
 from marco_train.types import Rollout
 from tests.conftest import DENSE, World, architecture, teacher_config, wanted_of
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 from tests.unit.test_teachers import rollouts
 
 pytestmark = pytest.mark.skipif(

@@ -25,7 +25,7 @@ from marco_train.teachers.build import build_teacher
 from marco_train.teachers.cascade import Cascade
 from marco_train.teachers.identity import Identity, files_identity
 from tests.conftest import DENSE, World, architecture, compose_config, teacher_config, wanted_of
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 from tests.unit.test_teachers import TEMPLATE, rollouts
 
 Weights = dict[str, Tensor]

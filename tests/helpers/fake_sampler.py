@@ -17,7 +17,7 @@ from marco_train.models.routing import Routing
 from marco_train.models.safetensors_io import read, read_header
 from marco_train.models.weights import random_model, receive_weights
 from tests.conftest import architecture
-from tests.faults.fake_server import FakeServer, stop_all
+from tests.helpers.fake_server import FakeServer, stop_all
 
 
 @torch.no_grad()
