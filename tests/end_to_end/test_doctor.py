@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 
 from marco_train.commands.doctor import examine
 from marco_train.data.chat import CHATML
-from tests.conftest import World
+from tests.helpers.processes import REPOSITORY
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.world import World
 
-REPOSITORY = Path(__file__).parents[2]
 ALONE = "parallel.expert_parallel_size=1"
 
 

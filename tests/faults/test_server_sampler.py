@@ -26,12 +26,15 @@ from marco_train.rollout.build import build_sampler
 from marco_train.rollout.sync import canaries, sync_weights
 from marco_train.stages import opd
 from marco_train.types import FinishReason, Prompt, Rollout
-from tests.conftest import VOCAB_SIZE, World, architecture, compose_config
-from tests.faults.test_opd_outages import distil, learnt, num_steps_of, saved_steps, soon
-from tests.faults.test_server_teacher import NEUTRAL
+from tests.helpers.configs import compose_config
 from tests.helpers.fake_sampler import FakeSampler, draw, fake_samplers
+from tests.helpers.fake_server import NEUTRAL
+from tests.helpers.models import VOCAB_SIZE, architecture
+from tests.helpers.processes import soon
 from tests.helpers.ranks import run_on_ranks
-from tests.unit.test_vllm_sampler import Stream, with_one_twice, without_one
+from tests.helpers.runs import distil, learnt, num_steps_of, saved_steps
+from tests.helpers.samplers import Stream, with_one_twice, without_one
+from tests.helpers.world import World
 
 STOP_IDS = [2, *range(100, 140)]
 LIMIT = 8

@@ -16,24 +16,11 @@ from marco_train.errors import InputError, ServersUnavailable
 from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.teachers.vllm_server import ServerTeacher
 from marco_train.types import Rollout, ScoredRollout, TokenScores, TopKScores
-from tests.conftest import World, teacher_config, wanted_of
 from tests.helpers import fake_server
-from tests.helpers.fake_server import FakeServer, connections, distribution, fake_servers
-from tests.unit.test_teachers import rollouts
-
-NEUTRAL = {
-    "n": 1,
-    "max_tokens": 1,
-    "min_tokens": 0,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-}
-
+from tests.helpers.fake_server import NEUTRAL, FakeServer, connections, distribution, fake_servers
+from tests.helpers.rollouts import rollouts
+from tests.helpers.teachers import teacher_config, wanted_of
+from tests.helpers.world import World
 
 OPENED: list[ServerTeacher] = []
 

@@ -24,14 +24,17 @@ from marco_train.models.weights import random_model
 from marco_train.teachers.hf import HFTeacher
 from marco_train.teachers.preflight import check_scores, probe_rollouts
 from marco_train.teachers.vllm_server import ServerTeacher
-from tests.conftest import World, architecture, teacher_config, wanted_of
-from tests.unit.test_teachers import rollouts
+from tests.helpers.models import architecture
+from tests.helpers.processes import REPOSITORY
+from tests.helpers.rollouts import rollouts
+from tests.helpers.teachers import teacher_config, wanted_of
+from tests.helpers.world import World
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
 )
 
-SERVE = Path(__file__).parents[2] / "recipes" / "serve_teacher.sh"
+SERVE = REPOSITORY / "recipes" / "serve_teacher.sh"
 START_SECONDS = 240
 # What would change every score, if a request left a field to the server.
 ADVERSE = {"temperature": 0.3, "top_k": 1, "top_p": 0.1, "repetition_penalty": 3.0, "max_tokens": 9}
@@ -80,8 +83,8 @@ class RealServer:
 
 
 @pytest.fixture(scope="module")
-def model(world: World) -> Path:
-    path = Path(world.path("vllm_server", "model"))
+def model(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("served") / "model"
     shape = random_model(architecture(head_dim=32), torch.float32, seed=0)
     save_model(shape, path, world.path("data", "tokenizer"))
     file = path / "generation_config.json"

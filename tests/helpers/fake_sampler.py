@@ -16,8 +16,8 @@ from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.routing import Routing
 from marco_train.models.safetensors_io import read, read_header
 from marco_train.models.weights import random_model, receive_weights
-from tests.conftest import architecture
 from tests.helpers.fake_server import FakeServer, stop_all
+from tests.helpers.models import architecture
 
 
 @torch.no_grad()

@@ -13,8 +13,9 @@ from marco_train.losses.balance import balance_loss, router_z_loss
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.models.routing import Routing
 from marco_train.types import LossOutput, Microbatch, PolicyOutput
-from tests.conftest import GRADIENT_DESCENT, World, compose_config
+from tests.helpers.configs import GRADIENT_DESCENT, compose_config
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.world import World
 
 STEPS = 3
 Outcome = tuple[dict[str, torch.Tensor], list[dict[str, float]]]

@@ -12,7 +12,7 @@ from marco_train.models import Qwen3Moe, hf_io, load_model, save_model
 from marco_train.models.dispatch import dispatch
 from marco_train.models.routing import Routing
 from marco_train.models.weights import named_weights, random_model
-from tests.conftest import architecture
+from tests.helpers.models import architecture
 from tests.helpers.ranks import run_on_ranks
 
 # Tokens of each rank: alike, uneven, one token, none.

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from marco_train.config.architecture import ArchitectureConfig
 from marco_train.models import Qwen3Moe, load_model, save_model
 from marco_train.models.weights import random_model
-from tests.conftest import DENSE, architecture
+from tests.helpers.models import DENSE, architecture
 
 SHAPES = {
     "moe, tied": architecture(),

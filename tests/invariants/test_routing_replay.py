@@ -25,8 +25,9 @@ from marco_train.models.weights import empty_model, named_weights
 from marco_train.rollout import build as rollout_build
 from marco_train.stages.opd import run_opd
 from marco_train.types import Microbatch
-from tests.conftest import GRADIENT_DESCENT, World, compose_config
+from tests.helpers.configs import GRADIENT_DESCENT, compose_config
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.world import World
 
 Outcome = tuple[dict[str, Tensor], dict[str, float]]
 NUM_EXPERTS = 8

@@ -16,8 +16,10 @@ from marco_train.data.loader import MOST_NAMED, PromptLoader, SFTLoader, held_ou
 from marco_train.data.sources import BadRow, Source, read_messages
 from marco_train.errors import InputError
 from marco_train.types import Conversation, Message
-from tests.conftest import World, compose_config, tokenizer_of
+from tests.helpers.configs import compose_config
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tokenizers import tokenizer_of
+from tests.helpers.world import World
 
 LOADERS = {"sft": SFTLoader, "opd": PromptLoader}
 

@@ -26,7 +26,10 @@ from marco_train.models.weights import random_model
 from marco_train.teachers.cascade import Cascade
 from marco_train.teachers.preflight import check_files
 from marco_train.teachers.vocab import check_head_rows
-from tests.conftest import DENSE, World, architecture, compose_config, teacher_config
+from tests.helpers.configs import compose_config
+from tests.helpers.models import DENSE, architecture
+from tests.helpers.teachers import teacher_config
+from tests.helpers.world import World
 
 
 @pytest.fixture

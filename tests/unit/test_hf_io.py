@@ -14,7 +14,8 @@ from marco_train.models import hf_io, load_model, save_model
 from marco_train.models.hf_io import check_architecture, stop_token_ids
 from marco_train.models.safetensors_io import StoredTensor
 from marco_train.models.weights import named_weights, random_model
-from tests.conftest import DENSE, World, architecture
+from tests.helpers.models import DENSE, architecture
+from tests.helpers.world import World
 
 
 @pytest.fixture

@@ -32,9 +32,12 @@ from marco_train.teachers.preflight import (
     probe_rollouts,
 )
 from marco_train.types import Conversation, Prompt, Rollout, ScoredRollout, TokenScores
-from tests.conftest import World, compose_config, teacher_config, tokenizer_of, wanted_of
+from tests.helpers.configs import compose_config
 from tests.helpers.ranks import run_on_ranks
-from tests.unit.test_teachers import rollouts
+from tests.helpers.rollouts import rollouts
+from tests.helpers.teachers import teacher_config, wanted_of
+from tests.helpers.tokenizers import tokenizer_of
+from tests.helpers.world import World
 
 TEMPLATE = CHATML.read_text()
 LANGUAGES = "en zh ar de es fr ko ja pt tr id it nl pl ru vi th he uk ms bn cs ur kk el ro hu ne az"

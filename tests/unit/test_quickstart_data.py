@@ -15,8 +15,9 @@ import pytest
 
 from marco_train.evaluation import verifiers
 from marco_train.evaluation.verifiers import verify
+from tests.helpers.processes import REPOSITORY
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart"
+RECIPE = REPOSITORY / "recipes" / "quickstart"
 CATEGORIES = [
     "instruction_following",
     "knowledge_reasoning",

@@ -25,7 +25,7 @@ from marco_train.rollout.native import NativeSampler, draw_tokens
 from marco_train.rollout.sync import canaries, sync_weights
 from marco_train.rollout.vllm import VLLMSampler, check_experts
 from marco_train.types import FinishReason, Prompt, Rollout
-from tests.conftest import architecture
+from tests.helpers.models import architecture
 
 STOP_IDS = [2, 0]
 LIMIT = 12

@@ -14,7 +14,7 @@ from marco_train.losses.balance import balance_loss, router_z_loss
 from marco_train.models import load_model, save_model
 from marco_train.models.routing import LanguageSignatures, Router, Routing, summarize_load
 from marco_train.models.weights import random_model
-from tests.conftest import DENSE, architecture
+from tests.helpers.models import DENSE, architecture
 from tests.helpers.ranks import run_on_ranks
 
 TOKENS, WIDTH, EXPERTS, TOP_K = 40, 8, 6, 2

@@ -12,8 +12,8 @@ from marco_train.config.opd import Objective, ScoreCacheConfig
 from marco_train.teachers.base import ScoreSpec, Teacher, scores_from_hidden
 from marco_train.teachers.cache import ScoreCache
 from marco_train.types import FinishReason, Prompt, Rollout, ScoredRollout
-from tests.conftest import wanted_of
 from tests.helpers.ranks import run_on_ranks
+from tests.helpers.teachers import wanted_of
 
 WIDTH, VOCAB = 6, 20
 

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from marco_train.config import TrainConfig
 from marco_train.config.opd import Objective, TopKSource
 from marco_train.config.teacher import TeacherBackend, TeacherConfig
-from marco_train.data.chat import CHATML, load_tokenizer
+from marco_train.data.chat import load_tokenizer
 from marco_train.data.loader import PromptLoader
 from marco_train.data.packing import pack_rollouts
 from marco_train.engine.policy import build_policy
@@ -29,7 +29,6 @@ from marco_train.teachers.cascade import Cascade
 from marco_train.teachers.hf import HFTeacher
 from marco_train.teachers.routed import RoutedTeacher
 from marco_train.types import (
-    FinishReason,
     HiddenScores,
     Prompt,
     Rollout,
@@ -37,17 +36,12 @@ from marco_train.types import (
     TokenScores,
     TopKScores,
 )
-from tests.conftest import (
-    CATEGORIES,
-    GRADIENT_DESCENT,
-    World,
-    compose_config,
-    teacher_config,
-    wanted_of,
-)
+from tests.helpers.configs import GRADIENT_DESCENT, compose_config
 from tests.helpers.ranks import run_on_ranks
-
-TEMPLATE = CHATML.read_text()
+from tests.helpers.rollouts import rollouts
+from tests.helpers.teachers import teacher_config, wanted_of
+from tests.helpers.tokenizers import TEMPLATE
+from tests.helpers.world import CATEGORIES, World
 
 
 def config(path: str, max_tokens: int = 4096) -> TeacherConfig:
@@ -56,29 +50,6 @@ def config(path: str, max_tokens: int = 4096) -> TeacherConfig:
 
 def wanted_for(objective: Objective) -> ScoreSpec:
     return wanted_of(objective, top_k=5 if objective is Objective.topk else 0)
-
-
-def rollouts() -> list[Rollout]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(3, 1), (17, 9), (1, 4), (30, 2), (8, 12)]  # tokens of prompt and response
-    made = []
-    for index, (num_prompt, num_response) in enumerate(shapes):
-        ids = torch.randint(3, 320, (num_prompt + num_response,), generator=generator).tolist()
-        prompt = Prompt(index, ids[:num_prompt], "s", "c", "en")
-        response = ids[num_prompt:]
-        likeliest = torch.stack([torch.randperm(320, generator=generator)[:5] for _ in response])
-        made.append(
-            Rollout(
-                prompt,
-                0,
-                response,
-                [-1.0] * num_response,
-                likeliest.tolist(),
-                FinishReason.length,
-                weight_version=0,
-            )
-        )
-    return made
 
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 4096])

@@ -15,6 +15,7 @@ from wandb.proto.wandb_internal_pb2 import HistoryItem, HistoryRecord, HistorySt
 from marco_train.config.run import LoggingBackend, LoggingConfig, WandbMode
 from marco_train.metrics import NAMES
 from marco_train.tracking import Tracker, _lost_after, format_eta, step_line
+from tests.helpers.processes import REPOSITORY
 
 
 def logging(every: int = 1, backend: LoggingBackend = LoggingBackend.none) -> LoggingConfig:
@@ -113,11 +114,12 @@ def launch_offline(directory: Path, first: int, until: int, killed: bool = False
     code = f"""
 import os
 from pathlib import Path
+from marco_train.config.run import LoggingBackend, LoggingConfig, WandbMode
 from marco_train.tracking import Tracker
-from tests.unit.test_tracking import LoggingBackend, logging
-tracker = Tracker(
-    logging(100, LoggingBackend.wandb), Path({str(directory)!r}), "run", {{}}, resumed={first > 0}
+cfg = LoggingConfig(
+    backend=LoggingBackend.wandb, console_every=100, project="test", mode=WandbMode.offline
 )
+tracker = Tracker(cfg, Path({str(directory)!r}), "run", {{}}, resumed={first > 0})
 tracker.start({first}, {until})
 for step in range({first + 1}, {until + 1}):
     tracker.log(step, {until}, None, {{"loss/cross_entropy": float(step)}}, eta=0.0)
@@ -131,7 +133,7 @@ tracker.close()
         check=False,
         capture_output=True,
         text=True,
-        cwd=Path(__file__).parents[2],
+        cwd=REPOSITORY,
         env=env | {"WANDB_SILENT": "true"},
     )
     assert done.returncode == (9 if killed else 0), done.stderr

@@ -11,9 +11,8 @@ from marco_train.errors import InputError
 from marco_train.models import load_model, save_model
 from marco_train.models.upcycle import Scaling, UpcycleConfig, upcycle, upcycle_mlp
 from marco_train.models.weights import random_model
-from tests.conftest import DENSE, architecture
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.helpers.models import DENSE, architecture
+from tests.helpers.processes import REPOSITORY
 
 
 def config(**changes: object) -> UpcycleConfig:

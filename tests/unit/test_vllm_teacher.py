@@ -24,9 +24,11 @@ from marco_train.models.weights import random_model
 from marco_train.teachers.build import build_teacher
 from marco_train.teachers.preflight import check_scores, probe_rollouts
 from marco_train.types import Rollout
-from tests.conftest import DENSE, World, architecture, teacher_config, wanted_of
+from tests.helpers.models import DENSE, architecture
 from tests.helpers.ranks import run_on_ranks
-from tests.unit.test_teachers import rollouts
+from tests.helpers.rollouts import rollouts
+from tests.helpers.teachers import teacher_config, wanted_of
+from tests.helpers.world import World
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
@@ -42,12 +44,13 @@ SHAPES = {"dense": DENSE, "mixture": {}}
 
 
 @pytest.fixture(scope="module")
-def teachers(world: World) -> str:
+def teachers(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models whose heads are as wide as vLLM's kernels for CPUs need them."""
+    found = tmp_path_factory.mktemp("teachers")
     for seed, (name, changes) in enumerate(SHAPES.items()):
         model = random_model(architecture(head_dim=32, **changes), torch.float32, seed)
-        save_model(model, Path(world.path("vllm", name)), world.path("data", "tokenizer"))
-    return world.path("vllm")
+        save_model(model, found / name, world.path("data", "tokenizer"))
+    return found
 
 
 def scores_of(backend: TeacherBackend, path: str, stop_id: int | None) -> list[list[Tensor]]:
@@ -72,7 +75,7 @@ def ended() -> Rollout:
 
 @pytest.mark.parametrize(("name", "stop_id"), [("dense", 0), ("mixture", None)])
 def test_the_scores_are_those_of_transformers(
-    name: str, stop_id: int | None, teachers: str
+    name: str, stop_id: int | None, teachers: Path
 ) -> None:
     path = f"{teachers}/{name}"
     ours = run_on_ranks(1, scores_of, TeacherBackend.vllm, path, stop_id)[0]
@@ -113,7 +116,7 @@ def leave_no_trace(path: str) -> list[str]:
     return changed
 
 
-def test_the_trainer_is_left_alone_on_two_ranks(teachers: str) -> None:
+def test_the_trainer_is_left_alone_on_two_ranks(teachers: Path) -> None:
     assert run_on_ranks(2, leave_no_trace, f"{teachers}/dense") == [[], []]
 
 
@@ -140,7 +143,7 @@ def use_one_after_another_closed(path: str) -> list[float]:
     ]
 
 
-def test_closing_an_engine_leaves_the_others_at_work(teachers: str) -> None:
+def test_closing_an_engine_leaves_the_others_at_work(teachers: Path) -> None:
     for differences in run_on_ranks(2, use_one_after_another_closed, f"{teachers}/dense"):
         assert max(differences) < 1e-5
 

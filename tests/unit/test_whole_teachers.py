@@ -24,9 +24,13 @@ from marco_train.models.weights import random_model
 from marco_train.teachers.build import build_teacher
 from marco_train.teachers.cascade import Cascade
 from marco_train.teachers.identity import Identity, files_identity
-from tests.conftest import DENSE, World, architecture, compose_config, teacher_config, wanted_of
+from tests.helpers.configs import compose_config
+from tests.helpers.models import DENSE, architecture
 from tests.helpers.ranks import run_on_ranks
-from tests.unit.test_teachers import TEMPLATE, rollouts
+from tests.helpers.rollouts import rollouts
+from tests.helpers.teachers import teacher_config, wanted_of
+from tests.helpers.tokenizers import TEMPLATE
+from tests.helpers.world import World
 
 Weights = dict[str, Tensor]
 IN_MEMORY = [TeacherBackend.hf, TeacherBackend.native]
