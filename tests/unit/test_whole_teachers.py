@@ -489,11 +489,11 @@ def test_a_teacher_that_answers_otherwise_does_not_resume(
     before = new()
     before.teacher_at(0, [])
     state = json.loads(json.dumps(before.state_at(1)))
-    state["said"]["first"]["teacher"][7] += away
+    state["probe_logprobs"]["first"]["teacher"][7] += away
     later = resumed(new, state)
     if not refused:
         later.teacher_at(1, [])
-        assert later.state_at(1)["said"] == state["said"]  # what is kept does not drift
+        assert later.state_at(1)["probe_logprobs"] == state["said"]  # what is kept does not drift
         return
     with pytest.raises(InputError, match=r"\(teacher: says of plain sentences .* over 0.001 nats"):
         later.teacher_at(1, [])
