@@ -21,13 +21,12 @@ from marco_train.config.teacher import TeacherBackend
 from marco_train.errors import InputError, ServersUnavailable
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
-from marco_train.teachers.hf import HFTeacher
 from marco_train.teachers.preflight import check_scores, probe_rollouts
 from marco_train.teachers.vllm_server import ServerTeacher
 from tests.helpers.models import architecture
 from tests.helpers.processes import REPOSITORY
 from tests.helpers.rollouts import rollouts
-from tests.helpers.teachers import teacher_config, wanted_of
+from tests.helpers.teachers import hf_teacher, teacher_config, wanted_of
 from tests.helpers.world import World
 
 pytestmark = pytest.mark.skipif(
@@ -123,7 +122,7 @@ def test_the_scores_are_those_of_transformers(
     asked = rollouts()
     teacher = open_teacher(server, model, *kind)
     wanted = wanted_of(*kind)  # type: ignore[arg-type]
-    reference = HFTeacher(teacher_config(str(model), TeacherBackend.hf), wanted)
+    reference = hf_teacher(model, wanted)
     for found, expected in zip(teacher.score(asked), reference.score(asked), strict=True):
         assert found.rollout is expected.rollout
         for one, other in zip(

@@ -122,7 +122,7 @@ class FakeSampler(FakeServer):
         version, drawn = self.version, draw(self._shown, prompt, params)
         if "seed" in params:
             self.answered.append((version, prompt))
-        content = [
+        content: list[dict[str, Any]] = [
             {
                 "token_id": token,
                 "logprob": float(logprobs[token]),

@@ -3,8 +3,15 @@
 from typing import Any
 
 from marco_train.config.architecture import ArchitectureConfig
+from marco_train.models.moe import SparseMLP
+from marco_train.models.qwen3_moe import Qwen3Moe
 
 VOCAB_SIZE = 320
+
+
+def sparse_mlps(model: Qwen3Moe) -> list[SparseMLP]:
+    """Router and experts of each layer."""
+    return [module for module in model.modules() if isinstance(module, SparseMLP)]
 
 
 def architecture(**changes: Any) -> ArchitectureConfig:
@@ -28,7 +35,11 @@ def architecture(**changes: Any) -> ArchitectureConfig:
     return ArchitectureConfig(**fields | changes)
 
 
-DENSE = {"num_experts": None, "num_experts_per_tok": None, "moe_intermediate_size": None}
+DENSE: dict[str, Any] = {
+    "num_experts": None,
+    "num_experts_per_tok": None,
+    "moe_intermediate_size": None,
+}
 
 # What vLLM's kernels for CPUs take.
-WIDE = {"head_dim": 32, "moe_intermediate_size": 32}
+WIDE: dict[str, Any] = {"head_dim": 32, "moe_intermediate_size": 32}

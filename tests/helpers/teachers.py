@@ -1,5 +1,6 @@
 """Configs of teachers, and what a run asks of one."""
 
+from pathlib import Path
 from typing import Any
 
 from marco_train.config.model import DType
@@ -13,6 +14,7 @@ from marco_train.config.teacher import (
     VLLMTeacherConfig,
 )
 from marco_train.teachers.base import ScoreSpec
+from marco_train.teachers.hf import HFTeacher
 from tests.helpers.models import VOCAB_SIZE
 
 
@@ -43,4 +45,12 @@ TEACHERS: dict[TeacherBackend, tuple[type[TeacherConfig], dict[str, Any]]] = {
 def teacher_config(path: str, backend: TeacherBackend, **changes: Any) -> TeacherConfig:
     """A teacher in float32, or what the changes make of it."""
     kind, own = TEACHERS[backend]
-    return kind(**{"path": path, "dtype": DType.float32} | own | changes)
+    fields: dict[str, Any] = {"path": path, "dtype": DType.float32}
+    return kind(**fields | own | changes)
+
+
+def hf_teacher(path: str | Path, wanted: ScoreSpec, **changes: Any) -> HFTeacher:
+    """A teacher in transformers, opened."""
+    cfg = teacher_config(str(path), TeacherBackend.hf, **changes)
+    assert isinstance(cfg, HFTeacherConfig)
+    return HFTeacher(cfg, wanted)

@@ -192,7 +192,7 @@ def gradient_by_hand(cfg: TrainConfig) -> dict[str, torch.Tensor]:
         losses = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
         total = total + (losses * batch.loss_mask).sum()
         num_tokens += int(batch.loss_mask.sum())
-    (total / num_tokens + routers).backward()  # type: ignore[no-untyped-call]
+    (total / num_tokens + routers).backward()
     with torch.no_grad():
         for parameter in model.parameters():
             assert parameter.grad is not None

@@ -7,8 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from marco_train.checkpoint import complete_checkpoints
-from marco_train.config.resumption import check_resume, is_finished, observed
+from marco_train.config.resumption import check_resume, complete_checkpoints, is_finished, observed
 from marco_train.errors import InputError
 from marco_train.run import mark_finished
 from tests.helpers.configs import compose_config

@@ -110,7 +110,10 @@ def pickled_shards(path: Path) -> None:
 
 
 def beside(name: str) -> Callable[[Path], None]:
-    return lambda path: (path / name).write_text("{}") and None
+    def make(path: Path) -> None:
+        (path / name).write_text("{}")
+
+    return make
 
 
 def header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -167,6 +170,11 @@ def configured(**changes: Any) -> Callable[[Path], None]:
     return lambda path: set_config(path, **changes)
 
 
+def only_shards_in_a_directory(path: Path) -> None:
+    shard(path, directory="parts/")
+    (path / WEIGHTS).unlink()
+
+
 @dataclass(frozen=True)
 class Layout:
     """A directory, and what its readers say; None: it loads, and is the model of seed 0."""
@@ -201,7 +209,7 @@ LAYOUTS = {
         lambda path: (path / "pytorch_model.bin").write_bytes(b"a pickle")
     ),
     "shards in a directory": Layout(
-        lambda path: (shard(path, directory="parts/"), (path / WEIGHTS).unlink()),
+        only_shards_in_a_directory,
         vllm="do not read the same weights .*parts/model-00001.safetensors",
     ),
     "another name": Layout.for_nobody(

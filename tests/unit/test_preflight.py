@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from marco_train.config.teacher import TeacherBackend
 from marco_train.data.chat import CHATML
 from marco_train.data.loader import PromptLoader
 from marco_train.errors import InputError
-from marco_train.teachers.base import ScoreSpec
+from marco_train.teachers.base import ScoreSpec, Teacher
 from marco_train.teachers.build import build_teacher
 from marco_train.teachers.preflight import (
     PROBES,
@@ -137,7 +138,7 @@ def prompts_of(
     tmp_path: Path,
     *chats: list[tuple[str, str]],
     template: str = TEMPLATE,
-    **kwargs: str,
+    **kwargs: Any,
 ) -> list[tuple[Conversation, Prompt]]:
     """What a run on these chats would ask first."""
     file = tmp_path / "rows.jsonl"
@@ -260,7 +261,7 @@ def test_the_numbers_of_real_teachers_pass(
     check_scores(teacher, probes, 320, DType.float32, "teacher")
 
 
-class Scripted:
+class Scripted(Teacher):
     """A teacher whose scores of each rollout go through a fault."""
 
     def __init__(self, fault: Callable[[Tensor, int], Tensor]) -> None:
@@ -428,14 +429,15 @@ def test_a_teacher_no_better_than_a_guess_is_refused_once_the_student_can_write(
 
 
 def test_tokens_without_a_number_are_left_out_on_both_sides(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = answers(-1.0)
     asked[0].sampler_logprobs[0] = -100.0
-    known = Scripted(lambda x, call: torch.full_like(x, -2.0))
+    known = Scripted(lambda x, calls: torch.full_like(x, -2.0))
     scores = known.score(asked)
-    scores[0].scores.teacher_logprobs[0] = float("nan")  # type: ignore[union-attr]
-    known.score = lambda _: scores  # type: ignore[method-assign,assignment]
+    assert isinstance(scores[0].scores, TokenScores)
+    scores[0].scores.teacher_logprobs[0] = float("nan")
+    monkeypatch.setattr(known, "score", lambda _: scores)
     compare_with_student(known, asked, 320, "teacher")
     assert figures(capsys.readouterr().out)[:2] == [-2.0, -1.0]
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from marco_train.config.opd import Objective, ScoreCacheConfig
 from marco_train.teachers.base import ScoreSpec, Teacher, scores_from_hidden
 from marco_train.teachers.cache import ScoreCache
-from marco_train.types import FinishReason, Prompt, Rollout, ScoredRollout
+from marco_train.types import FinishReason, Prompt, Rollout, ScoredRollout, Scores
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.teachers import wanted_of
 
@@ -22,7 +22,9 @@ class CountingTeacher(Teacher):
     """Scores from states that are a function of the ids, and counts what it was asked."""
 
     def __init__(self, wanted: ScoreSpec) -> None:
-        self.head = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(3))
+        self.head: torch.Tensor = torch.randn(
+            VOCAB, WIDTH, generator=torch.Generator().manual_seed(3)
+        )
         self.asked: list[list[int]] = []
         self.num_calls = 0
         self._wanted = wanted
@@ -36,7 +38,7 @@ class CountingTeacher(Teacher):
     def take_counts(self) -> Counter[str]:
         return Counter(rejected=1)
 
-    def _scores(self, rollout: Rollout) -> object:
+    def _scores(self, rollout: Rollout) -> Scores:
         generator = torch.Generator().manual_seed(sum(rollout.input_ids))
         hidden = torch.randn(len(rollout.response_ids), WIDTH, generator=generator)
         return scores_from_hidden(rollout, hidden, self.head, self._wanted)
@@ -72,7 +74,7 @@ def cache(
     teacher = CountingTeacher(wanted)
     cfg = ScoreCacheConfig(path=str(path), max_gib=max_gib)
     teacher.identity = {"weights": identity}
-    return ScoreCache(teacher, wanted, cfg, list(said), alike(said)), teacher  # type: ignore[arg-type]
+    return ScoreCache(teacher, wanted, cfg, list(said), alike(said)), teacher
 
 
 def alike(said: Sequence[float]) -> Callable[[list[float]], bool]:
@@ -218,7 +220,7 @@ def test_what_the_teacher_left_out_is_left_out_and_asked_again(tmp_path: Path) -
     teacher = Forgetful(wanted_for(Objective.sampled))
     teacher.identity = {"weights": "teacher"}
     cfg, wanted = ScoreCacheConfig(path=str(tmp_path), max_gib=1.0), wanted_for(Objective.sampled)
-    found = ScoreCache(teacher, wanted, cfg, [], lambda _: True)  # type: ignore[arg-type]
+    found = ScoreCache(teacher, wanted, cfg, [], lambda _: True)
     scored = found.score([rollout(index) for index in range(4)])
     assert [s.rollout.prompt.index for s in scored] == [0, 2]
     found.score([rollout(index) for index in range(4)])

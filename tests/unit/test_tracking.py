@@ -196,7 +196,8 @@ def test_a_record_of_wandb_is_found_past_the_end_of_a_block(tmp_path: Path) -> N
         while record.ByteSize() < length:
             record.history.item[0].value_json += "1" * max(1, length - record.ByteSize() - 16)
         assert record.ByteSize() == length
-        return record.SerializeToString()
+        serialized: bytes = record.SerializeToString()
+        return serialized
 
     def fragment(content: bytes, kind: int) -> bytes:
         return struct.pack("<IHB", 0, len(content), kind) + content

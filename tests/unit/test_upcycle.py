@@ -9,9 +9,10 @@ import torch
 
 from marco_train.errors import InputError
 from marco_train.models import load_model, save_model
+from marco_train.models.qwen3_moe import DecoderLayer
 from marco_train.models.upcycle import Scaling, UpcycleConfig, upcycle, upcycle_mlp
 from marco_train.models.weights import random_model
-from tests.helpers.models import DENSE, architecture
+from tests.helpers.models import DENSE, architecture, sparse_mlps
 from tests.helpers.processes import REPOSITORY
 
 
@@ -37,7 +38,8 @@ def dense(tmp_path: Path) -> Path:
 
 def outputs(path: Path) -> torch.Tensor:
     model = load_model(path, torch.float32)
-    return model(torch.arange(40)[None] * 7 % 320, torch.arange(40)[None]).detach()
+    hidden: torch.Tensor = model(torch.arange(40)[None] * 7 % 320, torch.arange(40)[None])
+    return hidden.detach()
 
 
 def test_with_every_slice_active_the_exact_variant_is_the_dense_model(
@@ -60,11 +62,12 @@ def test_the_papers_variant_is_off_by_what_is_reported(dense: Path, tmp_path: Pa
     mixture, plain = load_model(tmp_path / "moe", torch.float32), load_model(dense, torch.float32)
     for layer in range(2):
         block = plain.model.layers[layer]
+        assert isinstance(block, DecoderLayer)
         x = torch.randn(2000, 32, generator=torch.Generator().manual_seed(1))
         x = x * block.post_attention_layernorm.weight
         with torch.no_grad():
             wanted = block.mlp(x)
-            out, _ = mixture.model.layers[layer].mlp(x)
+            out, _ = sparse_mlps(mixture)[layer](x)
         error = float((out - wanted).norm() / wanted.norm())
         assert error == pytest.approx(paper[layer], rel=0.15)  # of other random inputs
 
@@ -161,7 +164,7 @@ def test_the_command_line_upcycles(dense: Path, tmp_path: Path) -> None:
     assert "layer 2/2, 0 s left" in done.stdout
     assert "paper scaling (chosen): with every slice active and nothing dropped, off" in done.stdout
     model = load_model(tmp_path / "moe", torch.float32)
-    assert all(torch.count_nonzero(layer.mlp.gate.weight) == 0 for layer in model.model.layers)
+    assert [torch.count_nonzero(mlp.gate.weight) for mlp in sparse_mlps(model)] == [0, 0]
     wrong = subprocess.run(
         [*command, "--drop-ratio", "2"], capture_output=True, text=True, check=False
     )

@@ -156,7 +156,7 @@ class CachingEngine(VLLMEngine):
     """Keeps keys of prompts that begin alike, until the weights change."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
-        super().__init__(*given, **named, prefix_caching=True)
+        super().__init__(*given, **named | {"prefix_caching": True})
 
 
 class StaleEngine(CachingEngine):
@@ -168,9 +168,10 @@ class StaleEngine(CachingEngine):
 
 def sync_twice(engine: type[VLLMEngine], forgets_experts: bool) -> str:
     """What the second sync says, where vLLM is left to itself in some way."""
-    vllm.VLLMEngine = engine  # type: ignore[misc]
+    monkeypatch = pytest.MonkeyPatch()  # in this process, which ends with the test
+    monkeypatch.setattr(vllm, "VLLMEngine", engine)
     if not forgets_experts:
-        vllm_engine.forget_packed_experts = lambda _: None
+        monkeypatch.setattr(vllm_engine, "forget_packed_experts", lambda _: None)
     sampler = sampler_of("vllm")
     try:
         for version in (1, 2):

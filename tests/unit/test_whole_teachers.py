@@ -313,6 +313,10 @@ def test_shards_are_the_same_teacher_as_one_file(
         assert one == sharded
 
 
+def another_template(path: Path) -> None:
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+
+
 DIFFERENCES: dict[str, tuple[str, Callable[[Path], None]]] = {
     "an embedding": (
         "weights",
@@ -326,7 +330,7 @@ DIFFERENCES: dict[str, tuple[str, Callable[[Path], None]]] = {
     ),
     "the template": (
         "template",
-        lambda path: (path / "chat_template.jinja").write_text("{{ messages }}"),
+        another_template,
     ),
     "the tokenizer": (
         "tokenizer",
@@ -427,7 +431,7 @@ def test_ranks_with_different_teachers_all_refuse(
     backend: TeacherBackend, experts_over: int, name: str, teacher_dir: Path, tmp_path: Path
 ) -> None:
     paths = [teacher_dir, tmp_path / "other"]
-    shutil.copytree(*paths)
+    shutil.copytree(paths[0], paths[1])
     of_file = PLACE if experts_over == 1 else name
     changed(paths[1], with_value(of_file, 1e-3))
     for said in run_on_ranks(2, refusal_on_a_rank, paths, backend, experts_over):
@@ -439,8 +443,8 @@ def test_ranks_with_different_teachers_all_refuse(
         assert f": {name};" in said
 
     shutil.rmtree(paths[1])
-    shutil.copytree(*paths)
-    (paths[1] / "chat_template.jinja").write_text("{{ messages }}")
+    shutil.copytree(paths[0], paths[1])
+    another_template(paths[1])
     for said in run_on_ranks(2, refusal_on_a_rank, paths, backend, experts_over):
         assert "rank 1 read another template than rank 0; give every machine the same" in said
 
@@ -493,7 +497,9 @@ def test_a_teacher_that_answers_otherwise_does_not_resume(
     later = resumed(new, state)
     if not refused:
         later.teacher_at(1, [])
-        assert later.state_at(1)["probe_logprobs"] == state["said"]  # what is kept does not drift
+        assert (
+            later.state_at(1)["probe_logprobs"] == state["probe_logprobs"]
+        )  # what is kept does not drift
         return
     with pytest.raises(InputError, match=r"\(teacher: says of plain sentences .* over 0.001 nats"):
         later.teacher_at(1, [])
