@@ -14,6 +14,7 @@ from marco_train.config.teacher import (
     VLLMTeacherConfig,
 )
 from marco_train.teachers.base import ScoreSpec
+from marco_train.teachers.build import build_teacher
 from marco_train.teachers.hf import HFTeacher
 from tests.helpers.models import VOCAB_SIZE
 
@@ -54,3 +55,13 @@ def hf_teacher(path: str | Path, wanted: ScoreSpec, **changes: Any) -> HFTeacher
     cfg = teacher_config(str(path), TeacherBackend.hf, **changes)
     assert isinstance(cfg, HFTeacherConfig)
     return HFTeacher(cfg, wanted)
+
+
+def wanted_for(objective: Objective) -> ScoreSpec:
+    return wanted_of(objective, top_k=5 if objective is Objective.topk else 0)
+
+
+def opened(path: Path, backend: TeacherBackend = TeacherBackend.hf, **changes: Any) -> Any:
+    return build_teacher(
+        teacher_config(str(path), backend, **changes), wanted_of(Objective.sampled)
+    )

@@ -391,21 +391,6 @@ def test_a_server_needs_no_weights_and_may_serve_any(model_dir: Path, world: Wor
         check_with(TeacherBackend.vllm_server, model_dir, world)
 
 
-def test_the_command_that_converts_a_pickle_does(model_dir: Path, world: World) -> None:
-    import subprocess
-    import sys
-
-    expected = weights_of(model_dir)
-    pickled(model_dir)
-    with pytest.raises(InputError) as refusal:
-        check_with(TeacherBackend.hf, model_dir, world)
-    code = str(refusal.value).split('python -c "')[1].rsplit('"', 1)[0]
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    assert all(torch.equal(weights_of(model_dir)[n], w) for n, w in expected.items())
-    check_with(TeacherBackend.hf, model_dir, world)
-    load_model(model_dir, torch.float32)
-
-
 FOR_TRANSFORMERS = {
     "null": ({"vocab_size": None}, "transformers cannot read .*'vocab_size' expected int"),
     "unknown": ({"model_type": "nobody"}, "transformers cannot read .*nobody"),

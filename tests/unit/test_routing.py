@@ -4,18 +4,15 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from marco_train.config.parallel import Recompute
-from marco_train.evaluation.signatures import language_signatures
 from marco_train.losses.balance import balance_loss, router_z_loss
 from marco_train.models import load_model, save_model
 from marco_train.models.routing import LanguageSignatures, Router, Routing, summarize_load
 from marco_train.models.weights import random_model
 from tests.helpers.models import DENSE, architecture, sparse_mlps
-from tests.helpers.ranks import run_on_ranks
 
 TOKENS, WIDTH, EXPERTS, TOP_K = 40, 8, 6, 2
 
@@ -208,23 +205,6 @@ def test_signatures_are_shares_by_language_and_alike_languages_are_near() -> Non
     assert distances[0, 1] < 0.1
     assert distances[0, 2] > 1
     assert torch.allclose(distances.diagonal(), torch.zeros(3, dtype=torch.float64), atol=1e-12)
-
-
-def texts_of_rank(path: Path) -> dict[str, list[float]]:
-    texts = [("en", list(range(9))), ("de", [5, 6]), ("en", list(range(40))), ("en", [7])]
-    mine = texts[dist.get_rank() :: dist.get_world_size()]
-    found = language_signatures(load_model(path, torch.float32), mine, max_tokens=12)
-    return dict(zip(found.languages, found.loads()[:, 0].tolist(), strict=True))
-
-
-def test_signatures_add_up_over_texts_and_ranks(tmp_path: Path) -> None:
-    save_model(random_model(architecture(), torch.float32, seed=0), tmp_path / "model")
-    (alone,) = run_on_ranks(1, texts_of_rank, tmp_path / "model")
-    assert {language: sum(load) for language, load in alone.items()} == {
-        "de": 2 * TOP_K,
-        "en": 50 * TOP_K,
-    }
-    assert run_on_ranks(3, texts_of_rank, tmp_path / "model") == [alone] * 3
 
 
 def test_zero_routers_take_the_first_experts(tmp_path: Path) -> None:

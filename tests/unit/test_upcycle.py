@@ -1,7 +1,5 @@
 """Dense to sparse."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,7 +11,6 @@ from marco_train.models.qwen3_moe import DecoderLayer
 from marco_train.models.upcycle import Scaling, UpcycleConfig, upcycle, upcycle_mlp
 from marco_train.models.weights import random_model
 from tests.helpers.models import DENSE, architecture, sparse_mlps
-from tests.helpers.processes import REPOSITORY
 
 
 def config(**changes: object) -> UpcycleConfig:
@@ -150,23 +147,3 @@ def test_numbers_that_do_not_fit_are_named(
     with pytest.raises(InputError, match=names):
         upcycle(dense, tmp_path / "moe", config(**changes))
     assert not (tmp_path / "moe").exists()
-
-
-def test_the_command_line_upcycles(dense: Path, tmp_path: Path) -> None:
-    command = [
-        *(sys.executable, str(REPOSITORY / "scripts" / "upcycle.py")),
-        *("--dense", str(dense), "--out", str(tmp_path / "moe")),
-        *("--num-experts", "8", "--expert-width", "16", "--top-k", "2"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "8 experts of width 16, top-2" in done.stdout
-    assert "layer 2/2, 0 s left" in done.stdout
-    assert "paper scaling (chosen): with every slice active and nothing dropped, off" in done.stdout
-    model = load_model(tmp_path / "moe", torch.float32)
-    assert [torch.count_nonzero(mlp.gate.weight) for mlp in sparse_mlps(model)] == [0, 0]
-    wrong = subprocess.run(
-        [*command, "--drop-ratio", "2"], capture_output=True, text=True, check=False
-    )
-    assert wrong.returncode == 1
-    assert wrong.stderr.strip() == "error: drop_ratio is 2.0, and must lie in [0, 1)"
