@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.helpers.ranks import Rank
 from tests.helpers.world import World, make_wide_world, make_world
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -35,6 +36,13 @@ def own_world(world: World, tmp_path: Path) -> World:
     """A copy that a test may change."""
     shutil.copytree(world.root, tmp_path / "world")
     return World(tmp_path / "world")
+
+
+@pytest.fixture(scope="module")
+def rank() -> Iterator[Rank]:
+    made = Rank()
+    yield made
+    made.close()
 
 
 def stamps(directory: Path) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """vLLM as the sampler: the policy's distribution, proved after every sync."""
 
+import functools
 import importlib.util
 import re
 from collections import Counter
@@ -15,9 +16,9 @@ from marco_train.errors import WeightSyncError
 from marco_train.inference import engine as vllm_engine
 from marco_train.inference.engine import VLLMEngine
 from marco_train.rollout import vllm
-from marco_train.rollout.base import in_order
+from marco_train.rollout.base import Sampler, in_order
 from marco_train.types import FinishReason, Rollout
-from tests.helpers.ranks import run_on_ranks
+from tests.helpers.ranks import Rank, run_on_ranks
 from tests.helpers.samplers import (
     PROBES,
     STOP_IDS,
@@ -36,14 +37,14 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def sampled_ids(rollouts: list[Rollout]) -> list[list[int]]:
-    return [r.response_ids for r in rollouts]
+@functools.cache
+def shared() -> Sampler:
+    """One engine for all tests that give it weights first, kept by the rank that makes it."""
+    return sampler_of("vllm", top_k=3)
 
 
 def check_samples() -> None:
-    sampler = sampler_of("vllm", top_k=3)
-    with pytest.raises(RuntimeError, match="no complete weights"):
-        sampler.sample(prompts(), 1)
+    sampler = shared()
     for version in (1, 2):  # a second set of weights takes the place of the first
         policy = spread(version)
         sync(policy, sampler, version)
@@ -70,30 +71,33 @@ def check_samples() -> None:
     backwards = in_order(sampler.sample(prompts()[::-1], 4))
     alone = [r for p in prompts() for r in in_order(sampler.sample([p], 4))]
     assert found == again == backwards == alone
-    sampler.close()
 
 
-def test_responses_are_the_policys_and_depend_on_nothing_else() -> None:
-    run_on_ranks(1, check_samples)
+def test_responses_are_the_policys_and_depend_on_nothing_else(rank: Rank) -> None:
+    rank.call(check_samples)
 
 
 def frequencies(backend: str, count: int) -> tuple[Counter[int], Tensor]:
     """First tokens of many samples of one prompt, and what they should be drawn from."""
     policy = spread(3)
     sampler = sampler_of(backend, limit=1, batch_size=256)
-    sync(policy, sampler)
     (prompt,) = prompts(1)
+    with pytest.raises(RuntimeError, match="no complete weights"):
+        sampler.sample([prompt], 1)
+    sync(policy, sampler)
     found = Counter(r.response_ids[0] for r in sampler.sample([prompt], count))
     with torch.no_grad():
         ids = torch.tensor([prompt.input_ids])
         hidden = policy.model(ids, torch.arange(ids.shape[1])[None])
-        return found, policy.model.logits(hidden)[-1].softmax(-1)
+        wanted = policy.model.logits(hidden)[-1].softmax(-1)
+    sampler.close()
+    return found, wanted
 
 
 @pytest.mark.parametrize("backend", ["native", "vllm"])
-def test_tokens_are_as_frequent_as_the_policy_makes_them(backend: str) -> None:
+def test_tokens_are_as_frequent_as_the_policy_makes_them(backend: str, rank: Rank) -> None:
     count = 4000
-    ((found, wanted),) = run_on_ranks(1, frequencies, backend, count)
+    found, wanted = rank.call(frequencies, backend, count)
     expected = (wanted * count).tolist()
     common = [i for i, value in enumerate(expected) if value >= 5]
     rest = count - sum(found[i] for i in common), count - sum(expected[i] for i in common)
@@ -121,35 +125,66 @@ def skipped(stream: Stream) -> Stream:
         yield name, dict(spread(1).named_weights())[name] if stale else weight
 
 
-FAULTS: dict[Callable[[Stream], Stream], str] = {
+INCOMPLETE: dict[Callable[[Stream], Stream], str] = {
     without_one: "1 weights are missing: .*k_proj",
     with_one_twice: "experts.3.up_proj.weight came twice",
     cut: r"gate.weight is \[7, 32\], not \[8, 32\]",
     renamed: "q_normal.* is not of this model",
-    transposed: "the canary's log-probabilities differ by",
-    skipped: "the canary's log-probabilities differ by",
 }
 
 
-def check_fault(fault: Callable[[Stream], Stream]) -> str:
-    sampler, policy = sampler_of("vllm"), spread(2)
+def refusal_of(fault: Callable[[Stream], Stream], sampler: Sampler) -> str:
+    """What a sync says that goes wrong after one that did not."""
     sync(spread(1), sampler)
+    policy = spread(2)
     stream = fault(policy.named_weights())
     policy.named_weights = lambda: stream  # type: ignore[method-assign]
     with pytest.raises((ValueError, RuntimeError, WeightSyncError)) as caught:
         sync(policy, sampler, version=2)
-    sampler.close()
     return str(caught.value)
 
 
-def check_faults() -> list[str]:
-    return [check_fault(fault) for fault in FAULTS]
+def refusal_of_incomplete(fault: Callable[[Stream], Stream]) -> str:
+    """By an engine of its own, which vLLM may leave of no use."""
+    sampler = sampler_of("vllm")
+    said = refusal_of(fault, sampler)
+    sampler.close()
+    return said
 
 
-def test_a_sync_that_is_not_complete_or_not_right_is_caught() -> None:
-    (said,) = run_on_ranks(1, check_faults)
-    for found, message in zip(said, FAULTS.values(), strict=True):
-        assert re.search(message, found), said
+@pytest.mark.parametrize("fault", INCOMPLETE, ids=lambda fault: fault.__name__)
+def test_a_sync_that_is_not_complete_is_caught(
+    fault: Callable[[Stream], Stream], rank: Rank
+) -> None:
+    said = rank.call(refusal_of_incomplete, fault)
+    assert re.search(INCOMPLETE[fault], said), said
+
+
+def refusal_of_wrong(fault: Callable[[Stream], Stream]) -> str:
+    return refusal_of(fault, shared())
+
+
+@pytest.mark.parametrize("fault", [transposed, skipped], ids=lambda fault: fault.__name__)
+def test_a_complete_sync_of_other_weights_is_caught(
+    fault: Callable[[Stream], Stream], rank: Rank
+) -> None:
+    said = rank.call(refusal_of_wrong, fault)
+    assert said.startswith("step 2: the canary's log-probabilities differ by"), said
+
+
+def sync_with_old_experts() -> str:
+    """What a sync says where vLLM keeps the experts that it packed."""
+    sync(spread(1), shared())
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(vllm_engine, "forget_packed_experts", lambda _: None)
+        with pytest.raises(WeightSyncError) as caught:
+            sync(spread(2), shared(), version=2)
+    return str(caught.value)
+
+
+def test_the_canary_sees_experts_that_vllm_keeps_of_old_weights(rank: Rank) -> None:
+    said = rank.call(sync_with_old_experts)
+    assert said.startswith("step 2: the canary's log-probabilities differ by")
 
 
 class CachingEngine(VLLMEngine):
@@ -159,70 +194,48 @@ class CachingEngine(VLLMEngine):
         super().__init__(*given, **named | {"prefix_caching": True})
 
 
-class StaleEngine(CachingEngine):
-    """Keeps them for good."""
-
-    def forget_keys(self) -> None:
-        pass
-
-
-def sync_twice(engine: type[VLLMEngine], forgets_experts: bool) -> str:
-    """What the second sync says, where vLLM is left to itself in some way."""
-    monkeypatch = pytest.MonkeyPatch()  # in this process, which ends with the test
-    monkeypatch.setattr(vllm, "VLLMEngine", engine)
-    if not forgets_experts:
-        monkeypatch.setattr(vllm_engine, "forget_packed_experts", lambda _: None)
-    sampler = sampler_of("vllm")
-    try:
+def sync_with_old_keys() -> str:
+    """What a sync says where vLLM keeps keys, once others of the same engine were fine."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(vllm, "VLLMEngine", CachingEngine)
+        sampler = sampler_of("vllm")
         for version in (1, 2):
             sync(spread(version), sampler, version)
-    except WeightSyncError as error:
-        return str(error)
-    return "fine"
+        monkeypatch.setattr(CachingEngine, "forget_keys", lambda _: None)
+        with pytest.raises(WeightSyncError) as caught:
+            sync(spread(3), sampler, version=3)
+    sampler.close()
+    return str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("engine", "forgets_experts", "step"),
-    [
-        (VLLMEngine, False, 1),  # the first sync finds those of random weights
-        (StaleEngine, True, 2),
-        (CachingEngine, True, None),
-    ],
-    ids=["packed experts", "prefix cache", "prefix cache with a reset"],
-)
-def test_the_canary_sees_what_vllm_keeps_of_old_weights(
-    engine: type[VLLMEngine], forgets_experts: bool, step: int | None
-) -> None:
-    (said,) = run_on_ranks(1, sync_twice, engine, forgets_experts)
-    caught = f"step {step}: the canary's log-probabilities differ by"
-    assert said.startswith("fine" if step is None else caught)
+def test_the_canary_sees_keys_that_vllm_keeps_of_old_weights(rank: Rank) -> None:
+    said = rank.call(sync_with_old_keys)
+    assert said.startswith("step 3: the canary's log-probabilities differ by")
 
 
 def change_after_sync() -> Tensor:
     """How far the sampler's scores move when the policy's weights change in place."""
-    policy, sampler = spread(1), sampler_of("vllm")
+    policy, sampler = spread(1), shared()
     sync(policy, sampler)
-    probes = PROBES
-    before = sampler.score(probes)
+    before = sampler.score(PROBES)
     with torch.no_grad():
         for parameter in policy.model.parameters():
             parameter.mul_(3.0).add_(1.0)
-    return (sampler.score(probes) - before).abs().max()
+    return (sampler.score(PROBES) - before).abs().max()
 
 
-def test_the_engine_keeps_none_of_the_policys_tensors() -> None:
-    (moved,) = run_on_ranks(1, change_after_sync)
-    assert moved == 0
+def test_the_engine_keeps_none_of_the_policys_tensors(rank: Rank) -> None:
+    assert rank.call(change_after_sync) == 0
 
 
-def sample_my_share() -> list[Any]:
-    sampler = sampler_of("vllm")
+def sample_my_share() -> list[Rollout]:
+    sampler = shared()
     sync(spread(1), sampler)
     mine = prompts()[dist.get_rank() :: dist.get_world_size()]
     return in_order(sampler.sample(mine, 2))
 
 
-def test_any_number_of_ranks_samples_the_same() -> None:
-    (whole,) = run_on_ranks(1, sample_my_share)
+def test_any_number_of_ranks_samples_the_same(rank: Rank) -> None:
+    whole = rank.call(sample_my_share)
     shares = run_on_ranks(2, sample_my_share)
     assert whole == in_order(shares[0] + shares[1])
