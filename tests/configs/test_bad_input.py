@@ -22,16 +22,12 @@ from marco_train.models.weights import random_model
 from marco_train.stages.checks import Checks
 from marco_train.stages.opd import prepare_opd, run_opd
 from marco_train.teachers.vocab import check_student_vocabulary
-from tests.conftest import (
-    DENSE,
-    World,
-    architecture,
-    compose_config,
-    launch,
-    make_tokenizer,
-    tokenizer_of,
-)
-from tests.unit.test_resumption import leave_checkpoint
+from tests.helpers.checkpoints import leave_checkpoint
+from tests.helpers.configs import compose_config
+from tests.helpers.models import DENSE, architecture
+from tests.helpers.processes import launch
+from tests.helpers.tokenizers import make_tokenizer, tokenizer_of
+from tests.helpers.world import World
 
 REFUSED = [
     (

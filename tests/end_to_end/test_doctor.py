@@ -20,13 +20,14 @@ from marco_train.stages.checks import Checks
 from marco_train.stages.evaluate import prepare_evaluate
 from marco_train.stages.opd import prepare_opd, run_opd
 from marco_train.stages.sft import prepare_sft
-from tests.conftest import World, compose_config
-from tests.ranks import run_on_ranks
+from tests.helpers.configs import compose_config
+from tests.helpers.processes import REPOSITORY
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.world import World
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-REPOSITORY = Path(__file__).parents[2]
 ALONE = "parallel.expert_parallel_size=1"
 
 

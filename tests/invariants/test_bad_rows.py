@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from marco_train.config import TrainConfig
-from tests.conftest import World, compose_config
-from tests.invariants.test_resume import losses, overrides, run
-from tests.ranks import run_on_ranks
+from tests.helpers.configs import compose_config
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import losses, overrides, run
+from tests.helpers.world import World
 
 
 def rows(tmp_path: Path) -> Path:

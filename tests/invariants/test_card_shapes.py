@@ -9,9 +9,10 @@ import pytest
 from marco_train.config import TrainConfig
 from marco_train.config.data import SourceConfig, SourceKind
 from marco_train.stages.opd import run_opd
-from tests.card_rows import SHAPES
-from tests.conftest import World, compose_config
-from tests.ranks import run_on_ranks
+from tests.helpers.card_rows import SHAPES
+from tests.helpers.configs import compose_config
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.world import World
 
 NUM_STEPS = 6
 OBJECTIVES = {"sampled": [], "full": [], "topk": ["stage.top_k=8"]}

@@ -18,8 +18,10 @@ from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions
 from marco_train.data.stream import MOST_NAMED
 from marco_train.errors import InputError
 from marco_train.types import Conversation, Message
-from tests.conftest import World, compose_config, tokenizer_of
-from tests.ranks import run_on_ranks
+from tests.helpers.configs import compose_config
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.tokenizers import tokenizer_of
+from tests.helpers.world import World
 
 LOADERS = {"sft": SFTLoader, "opd": PromptLoader}
 
@@ -192,9 +194,20 @@ def test_each_row_at_fault_is_named_once_and_no_more_than_a_few(
     assert last == "further rows at fault are not named; data/dropped_malformed counts them"
 
 
+def conversations(found: Source) -> list[Conversation]:
+    """Its rows that are not at fault."""
+    rows = [found[i] for i in range(len(found))]
+    return [row for row in rows if isinstance(row, Conversation)]
+
+
 def source(tmp_path: Path, *rows: Any, **changes: Any) -> Source:
     file = write(tmp_path, *(json.dumps(row) for row in rows))
-    fields = {"kind": SourceKind.jsonl, "path": str(file), "category": "math", "weight": 1.0}
+    fields: dict[str, Any] = {
+        "kind": SourceKind.jsonl,
+        "path": str(file),
+        "category": "math",
+        "weight": 1.0,
+    }
     return Source("fixture", SourceConfig(**(fields | changes)))
 
 
@@ -246,7 +259,7 @@ def test_labels_of_a_parquet_column_may_be_lists(tmp_path: Path) -> None:
     found = source(tmp_path, **kind)
     assert found.values("category") == {"a+b", "math"}
     assert found.values("language") == {""}
-    assert [found[i].category for i in range(2)] == ["a+b", "math"]
+    assert [c.category for c in conversations(found)] == ["a+b", "math"]
 
 
 @pytest.mark.parametrize("value", ["exact", ["exact"], 3])
@@ -288,7 +301,7 @@ def test_columns_that_null_fills_up_are_read_from_parquet(tmp_path: Path) -> Non
     ]
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
     found = source(tmp_path, kind=SourceKind.parquet, path=str(tmp_path / "rows.parquet"))
-    assert [found[i].messages for i in range(2)] == [(Message("user", t),) for t in "ab"]
+    assert [c.messages for c in conversations(found)] == [(Message("user", t),) for t in "ab"]
 
 
 def held_out_of(stage: str, world: World, file: Path, rows: Path) -> int:
@@ -352,11 +365,17 @@ SHORT = [json.dumps(chat(f"short {n}")) for n in range(5)]
 SMALL_STEPS = ["stage.global_batch_size=2", "seed=1"]
 
 
+def prompts_of(world: World, file: Path) -> PromptLoader:
+    loader = loader_of("opd", world, file, *SMALL_STEPS)
+    assert isinstance(loader, PromptLoader)
+    return loader
+
+
 def drawn_by_rank(
     world: World, file: Path, num_steps: int, resumed: tuple[int, dict[str, Any]] | None = None
 ) -> tuple[list[list[int]], list[dict[str, float]], list[dict[str, Any]]]:
     """Indices of the prompts of each step, its metrics, and the state before it."""
-    loader = loader_of("opd", world, file, *SMALL_STEPS)
+    loader = prompts_of(world, file)
     first = 0
     if resumed is not None:
         first = resumed[0]
@@ -416,7 +435,7 @@ def test_prompts_drawn_ahead_do_not_move_the_cursor_of_a_checkpoint(
         next(ahead)  # of the step after this one
         # Saved before a step, while it waits for servers, and after it.
         assert [ahead.state_at(step - 1), ahead.state_at(step)] == states[step - 1 : step + 1]
-    again = loader_of("opd", world, file, *SMALL_STEPS)
+    again = prompts_of(world, file)
     again.resume(6, states[6])
     assert [prompt.index for prompt in next(again)] == prompts[6]
 
@@ -493,7 +512,7 @@ def test_packed_files_and_arrays_are_read_as_lines_are(tmp_path: Path) -> None:
         path = str(tmp_path / name)
         cfg = SourceConfig(kind=SourceKind.jsonl, path=path, category="c", weight=1.0)
         found = Source("fixture", cfg, None)
-        assert [found[i].messages[0].content for i in range(len(found))] == ["a", "b"]
+        assert [c.messages[0].content for c in conversations(found)] == ["a", "b"]
         digests[name] = found.fingerprint
     assert digests["lines"] == digests["lines.gz"] == digests["packed without saying so"]
     (tmp_path / "cut.gz").write_bytes(contents["lines.gz"][:-9])
@@ -522,7 +541,7 @@ def parquet(path: Path, *texts: str) -> Path:
 def test_a_parquet_file_is_known_by_its_content(tmp_path: Path) -> None:
     def opened(path: Path) -> tuple[str, str]:
         found = source(tmp_path, kind=SourceKind.parquet, path=str(path))
-        return found.fingerprint, found[0].messages[0].content
+        return found.fingerprint, conversations(found)[0].messages[0].content
 
     file = parquet(tmp_path / "rows.parquet", "a", "b")
     os.utime(file, (1000, 1000))

@@ -19,8 +19,10 @@ from marco_train.teachers import cascade
 from marco_train.teachers.base import Teacher
 from marco_train.teachers.cascade import Cascade, check_teacher, teachers_of
 from marco_train.types import Rollout, ScoredRollout
-from tests.conftest import World, architecture, compose_config
-from tests.unit.test_teachers import TEMPLATE
+from tests.helpers.configs import compose_config
+from tests.helpers.models import architecture
+from tests.helpers.tokenizers import TEMPLATE
+from tests.helpers.world import World
 
 LENGTHS = ["stage.cascade.first.num_steps=10", "stage.cascade.second.num_steps=4"]
 

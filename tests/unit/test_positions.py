@@ -16,7 +16,9 @@ from marco_train.evaluation import reverse_kl
 from marco_train.models import hf_io
 from marco_train.models.hf_io import check_teacher_positions
 from marco_train.stages import evaluate, opd, sft
-from tests.conftest import World, compose_config, teacher_config
+from tests.helpers.configs import compose_config
+from tests.helpers.teachers import teacher_config
+from tests.helpers.world import World
 
 
 def model(world: World, name: str, path: Path, **changes: object) -> str:

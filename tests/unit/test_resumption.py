@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +13,6 @@ from marco_train.config.opd import OPDConfig
 from marco_train.config.resumption import (
     KINDS,
     continuation,
-    describe,
     is_finished,
     kind_of,
     leaves,
@@ -25,7 +23,9 @@ from marco_train.config.resumption import (
 from marco_train.content import digest
 from marco_train.errors import InputError
 from marco_train.run import mark_finished
-from tests.conftest import World, compose_config
+from tests.helpers.checkpoints import leave_checkpoint
+from tests.helpers.configs import compose_config
+from tests.helpers.world import World
 
 SERVED = [
     "teacher@stage.cascade.second.teacher=vllm_server",
@@ -48,25 +48,6 @@ def composed(stage: str, world: World, out: Path, *overrides: str) -> TrainConfi
 def third_phase(world: World, steps: int = 2) -> list[str]:
     path = f"+stage.cascade.third.teacher.path={world.path('teacher_first', 'export')}"
     return [f"+{PHASE}", path.removeprefix("+"), f"+stage.cascade.third.num_steps={steps}"]
-
-
-def planned_steps(cfg: TrainConfig) -> list[int]:
-    """Steps of each phase, or of the run."""
-    stage = cfg.stage
-    asked = [p.num_steps for p in stage.cascade.values()] if cfg.stage.kind.value == "opd" else []
-    return [stage.capped(steps) for steps in asked or [stage.num_steps]]
-
-
-def leave_checkpoint(cfg: TrainConfig, step: int, **more: Any) -> Path:
-    """What a launch looks at of a checkpoint."""
-    path = Path(cfg.output_dir) / "checkpoints" / f"step_{step:06d}"
-    path.mkdir(parents=True)
-    spans = sum(planned_steps(cfg))
-    state = describe(cfg) | {"num_updates": step, "schedule_steps": spans}
-    state |= {"content": {}, "cascade": {"converged": {}}} | more
-    (path / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
-    (path / "manifest.json").write_text("{}")
-    return path
 
 
 FIRST = "teacher@stage.cascade.first.teacher"
