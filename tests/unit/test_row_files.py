@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +95,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("content", "rows"), BROKEN.values(), ids=BROKEN.keys())
-def test_a_broken_line_is_one_row_at_fault(
-    content: bytes, rows: list[str], tmp_path: Path
-) -> None:
+def test_a_broken_line_is_one_row_at_fault(content: bytes, rows: list[str], tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes(content)
     found = source_at(file)
@@ -318,7 +315,11 @@ def test_a_large_file_costs_little_more_memory_than_its_bytes(tmp_path: Path) ->
     file.write_bytes(row * (320 * 2**20 // len(row)))
     env = {**os.environ, "MARCO_TRAIN_CACHE": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-c", OPENS, str(file)], capture_output=True, text=True, check=True, env=env
+        [sys.executable, "-c", OPENS, str(file)],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=env,
     )
     num_rows, cost = map(int, done.stdout.split())
     assert num_rows == 320 * 2**20 // len(row)
