@@ -59,9 +59,17 @@ class SourceConfig:
     """Share of the mixture's samples; the weights of a mixture sum to 1."""
     unique_prompts: bool = False
     """Keep the first row of each distinct prompt, which is all that stands before the answer."""
+    near_duplicates: float | None = None
+    """Keep the first row of prompts that are this similar too: the share of their strings of five
+    characters that they have in common (Jaccard). None: off."""
 
     def __post_init__(self) -> None:
         require_positive("data.sources.*", weight=self.weight)
+        require(
+            self.near_duplicates is None or 0 < self.near_duplicates <= 1,
+            f"data.sources.*.near_duplicates is {self.near_duplicates}, and must be a share above "
+            "0 and up to 1, or null",
+        )
         for name, role in self.roles.items():
             require(
                 role in ROLES,

@@ -241,7 +241,7 @@ def render_example(
         )
         cuts.append(len(prompt))
     ids, starts = tokenizer.encoder.encode(text, cuts)
-    exempt = _exempt(rendered, conversation)
+    exempt = _exempt(tokenizer, rendered, conversation)
     if loss_tokens is LossTokens.all:
         exempted = _mask(starts, sorted(exempt))
         return Example(ids, [not is_exempt for is_exempt in exempted])
@@ -258,25 +258,29 @@ def _mask(starts: Sequence[int], stretches: Sequence[tuple[int, int]]) -> list[b
     return mask
 
 
-def _exempt(rendered: Rendered, conversation: Conversation) -> set[tuple[int, int]]:
+def _exempt(
+    tokenizer: Tokenizer, rendered: Rendered, conversation: Conversation
+) -> set[tuple[int, int]]:
     """Stretches of answers that are not learnt: by the row's word, or as their thinking is gone."""
-    answers = [message for message in conversation.messages if message.role == "assistant"]
-    are_told_apart = len(rendered.answers) == len(answers)
-    lacking = {}
-    for place, message in enumerate(answers):
-        first, end = rendered.answers[place] if are_told_apart else (0, len(rendered.text))
-        if not message.is_learnt:
-            lacking[place] = "is not to be learnt"
-        elif thought_of(message) not in rendered.text[first:end]:
-            lacking[place] = "loses its thinking"
-    if not lacking:
+    messages = conversation.messages
+    places = [place for place, message in enumerate(messages) if message.role == "assistant"]
+    exempt = [place for place in places if not messages[place].is_learnt]
+    thinking = [place for place in places[:-1] if thought_of(messages[place])]
+    if not exempt and not thinking:
         return set()
     require(
-        are_told_apart,
-        f"answer {min(lacking)} (from 0) {lacking[min(lacking)]}, and the chat template marks "
-        f"{len(rendered.answers)} stretches for {len(answers)} answers, so it cannot be told which",
+        len(rendered.answers) == len(places),
+        f"the chat template marks {len(rendered.answers)} stretches for {len(places)} answers, so "
+        "it cannot be told which of them are not to be learnt",
     )
-    return {rendered.answers[place] for place in lacking}
+    stretch = dict(zip(places, rendered.answers, strict=True))
+    for place in thinking:
+        # As the last turn it stands there as the model would say it.
+        alone = tokenizer.render(messages[: place + 1], conversation.tools)
+        first, end = alone.answers[-1] if alone.answers else (0, 0)
+        if alone.text[first:end] != rendered.text[slice(*stretch[place])]:
+            exempt.append(place)
+    return {stretch[place] for place in exempt}
 
 
 def _check_tools(text: str, conversation: Conversation) -> None:
@@ -358,8 +362,8 @@ def _marked(tokenizer: Tokenizer, conversation: Conversation, stops: Sequence[in
         if conversation is PROBE:
             raise InputError(f"the chat template of {tokenizer.path!r}: {error}") from error
         return False  # a row that the run drops
-    stretches = list(_stretches(example))
-    for ids in stretches:
+    marked = list(stretches(example))
+    for ids in marked:
         require(
             ids[-1] in stops,
             f"the chat template of {tokenizer.path!r} marks {tokenizer.decode(ids)!r} as the "
@@ -368,10 +372,10 @@ def _marked(tokenizer: Tokenizer, conversation: Conversation, stops: Sequence[in
             "model would not learn to stop. Move {% endgeneration %} right behind the stop token, "
             "or set model.chat_template=chatml",
         )
-    return bool(stretches)
+    return bool(marked)
 
 
-def _stretches(example: Example) -> Iterator[list[int]]:
+def stretches(example: Example) -> Iterator[list[int]]:
     """Token ids of each unbroken stretch with loss."""
     pairs = zip(example.input_ids, example.loss_mask, strict=True)
     for is_marked, group in groupby(pairs, key=lambda pair: pair[1]):

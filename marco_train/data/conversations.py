@@ -1,13 +1,12 @@
 """The rows of one dataset as conversations."""
 
 import re
-from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 from marco_train.config.data import SourceConfig
+from marco_train.data.duplicates import distinct_rows
 from marco_train.data.formats import Format, Reading
 from marco_train.data.sources import open_rows
 from marco_train.data.turns import RowError
@@ -52,8 +51,8 @@ class Source:
         self._rows = open_rows(name, cfg)
         self._format = Format(cfg.columns, {own.lower(): role for own, role in cfg.roles.items()})
         self._kept: Sequence[int] = range(len(self._rows))
-        if cfg.unique_prompts:
-            self._kept = _distinct(self._rows, self._format)
+        if cfg.unique_prompts or cfg.near_duplicates is not None:
+            self._kept = distinct_rows(self._rows, self._format, cfg.near_duplicates)
         if not len(self._kept):
             raise InputError(f"source {name!r} ({cfg.path}) has no rows")
 
@@ -77,7 +76,8 @@ class Source:
         """All that its conversations are a function of, as JSON."""
         cfg = self._cfg
         labels = [cfg.category, cfg.category_column]
-        return [self.fingerprint, cfg.unique_prompts, dict(cfg.columns), dict(cfg.roles), labels]
+        unique = (cfg.unique_prompts, cfg.near_duplicates)
+        return [self.fingerprint, list(unique), dict(cfg.columns), dict(cfg.roles), labels]
 
     def raw(self, index: int) -> Any:
         """What a row holds, or the RowError that says why nothing can be read of it."""
@@ -150,37 +150,3 @@ def read_language(value: Any) -> str:
     """Read a language's code; what is none, as the language of a program, is no language."""
     label = read_label(value).strip()
     return label if LANGUAGE_CODE.fullmatch(label) else ""
-
-
-def _distinct(rows: Any, form: Format) -> Sequence[int]:
-    """The first row of each distinct prompt; a row at fault repeats none."""
-    from tqdm import tqdm
-
-    seen: set[bytes] = set()
-    kept = []
-    for row, prompt in enumerate(tqdm(_prompts(rows, form), "prompts", len(rows), delay=2)):
-        if prompt is not None:
-            if prompt in seen:
-                continue
-            seen.add(prompt)
-        kept.append(row)
-    return array("q", kept)
-
-
-def _prompts(rows: Any, form: Format) -> Iterator[bytes | None]:
-    for found in rows:
-        try:
-            reading = form.read(found) if not isinstance(found, RowError) else None
-        except RowError:
-            reading = None
-        yield None if reading is None else _prompt_digest(reading)
-
-
-def _prompt_digest(reading: Reading) -> bytes:
-    """Digest all that stands before the answer; of a row without turns, all of it."""
-    end = len(reading.messages)
-    while end and reading.messages[end - 1].role == "assistant":
-        end -= 1
-    asked = [(m.role, m.content, m.reasoning_content, m.tool_calls) for m in reading.messages[:end]]
-    said = repr((asked, reading.tools, reading.text, reading.input_ids))
-    return blake2b(said.encode("utf-8", "surrogatepass"), digest_size=16).digest()

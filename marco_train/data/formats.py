@@ -87,16 +87,9 @@ class Format:
                 f"no column messages, prompt, instruction, question, text or another that is "
                 f"known among {sorted(map(str, row))}; data.sources.<name>.columns maps others",
             )
-        readings = [READERS[shape](named, self.roles) for shape in shapes[:2]]
-        first = readings[0]
-        if len(readings) > 1 and not _says_the_same(*readings):
-            raise RowError(
-                "two shapes",
-                f"the row is of two shapes, {readings[0].shape} and {readings[1].shape}, which say "
-                "different things: choose with data.sources.<name>.columns",
-            )
-        if len(readings) > 1 and len(readings[1].messages) > len(first.messages):
-            first = readings[1]
+        first, *others = (READERS[shape](named, self.roles) for shape in shapes[:2])
+        for other in others:
+            first = _one_of(first, other)
         used = {self.columns.get(name, name) for name in first.used}
         return Reading(**{**vars(first), "used": frozenset(used)})
 
@@ -141,16 +134,29 @@ def _shapes_of(row: Mapping[str, Any]) -> list[str]:
     return [name for name in ("input_ids", "text") if _holds(row, name)][:1]
 
 
-def _says_the_same(one: Reading, other: Reading) -> bool:
-    """Whether the turns of one reading are those of the other, or the beginning of them.
+def _one_of(first: Reading, second: Reading) -> Reading:
+    """Choose between two readings of a row: the longer one of two that say the same.
 
-    A system turn may stand in one alone.
+    A whole chat goes before a question beside it, which its source keeps for itself.
+
+    Raises:
+        RowError: They differ.
     """
-    first, second = ([m for m in r.messages if m.role != "system"] for r in (one, other))
-    shorter, longer = sorted((first, second), key=len)
-    return [(m.role, m.content.strip()) for m in shorter] == [
-        (m.role, m.content.strip()) for m in longer[: len(shorter)]
+    spoken = [
+        [(m.role, m.content.strip()) for m in reading.messages if m.role != "system"]
+        for reading in (first, second)
     ]
+    common = min(map(len, spoken))
+    if spoken[0][:common] == spoken[1][:common]:
+        return second if len(second.messages) > len(first.messages) else first
+    answered = [any(role == "assistant" for role, _ in turns) for turns in spoken]
+    if answered == [True, False] and first.used & set(CHATS):
+        return first
+    raise RowError(
+        "two shapes",
+        f"the row is of two shapes, {first.shape} and {second.shape}, which say different things: "
+        "choose with data.sources.<name>.columns",
+    )
 
 
 def _read_chat(column: str) -> Callable[[Mapping[str, Any], Mapping[str, str]], Reading]:

@@ -153,9 +153,19 @@ def check_bad_rows(name: str, found: Structure, cfg: DataConfig) -> None:
     )
 
 
+@dataclass
+class Losses:
+    """Which rows of a source a stage cannot use."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """By the metric that counts them."""
+    first_reason: str = ""
+    """What is wrong with the first of them that cannot be rendered."""
+
+
 def judge_tokens(
     source: Source, cfg: DataConfig, render: Render, decided_by: Sequence[Any]
-) -> tuple[TokenFiles | None, Counter[str]]:
+) -> tuple[TokenFiles | None, Losses]:
     """Judge what the template and the stage make of a source's rows; every rank takes part.
 
     Args:
@@ -166,44 +176,45 @@ def judge_tokens(
 
     Returns:
         The tokens of all rows, where they are kept; and how many rows each metric would count.
-
-    Raises:
-        InputError: Too many rows are of no use to the stage.
     """
     rows = judged_rows(source, cfg)
     mine = shown_progress(rows[rank() :: world_size()], source.name)
     if len(rows) == len(source):
         name = digest_of(source.identity, len(source), decided_by)
         found = token_files(source, mine, render, name)
-        counts = found.counts if found is not None else {}
-    else:
-        found, dropped = None, (render_row(source, index, render) for index in mine)
-        counts = Counter(item.metric for item in dropped if isinstance(item, Dropped))
-    # Of the first rank, which has files where any has; of a sample each judged its share.
-    shares = gather_objects(Counter(counts))
-    total = shares[0] if len(rows) == len(source) else sum(shares, Counter[str]())
-    check_lost_rows(source.name, total, len(rows), cfg)
-    return found, total
+        mine_lost = Losses(Counter(found.counts), found.first_reason) if found else Losses()
+        return found, gather_objects(mine_lost)[0]  # of all rows, on any rank
+    lost = Losses()
+    for index in mine:
+        item = render_row(source, index, render)
+        if isinstance(item, Dropped):
+            lost.counts[item.metric] += 1
+            lost.first_reason = lost.first_reason or item.reason
+    shares = gather_objects(lost)
+    reasons = [share.first_reason for share in shares if share.first_reason]
+    total = sum((share.counts for share in shares), Counter[str]())
+    return None, Losses(total, next(iter(reasons), ""))
 
 
-def check_lost_rows(name: str, lost: Mapping[str, int], num_judged: int, cfg: DataConfig) -> None:
+def check_lost_rows(name: str, lost: Losses, num_judged: int, cfg: DataConfig) -> None:
     """Refuse a source of which the stage cannot use enough.
 
     Raises:
         InputError: Says how many rows which metric would count.
     """
-    num_lost = sum(lost.values())
+    num_lost = sum(lost.counts.values())
     if num_lost <= cfg.max_lost_rows * num_judged:
         return
-    said = ", ".join(f"{count} {metric}" for metric, count in sorted(lost.items()))
+    said = ", ".join(f"{count} {metric}" for metric, count in sorted(lost.counts.items()))
+    said += f"; the first that cannot be rendered: {lost.first_reason}" if lost.first_reason else ""
     raise InputError(
         f"source {name!r}: this stage can use {num_judged - num_lost} of {num_judged} rows, and "
-        f"data.max_lost_rows={cfg.max_lost_rows:g} allows to lose a share of that ({said}): mend "
-        "the rows, raise the stage's limit on their length, or raise data.max_lost_rows"
+        f"may lose a share of {cfg.max_lost_rows:g} ({said}): mend the rows, raise the stage's "
+        "limit on their length, or raise data.max_lost_rows"
     )
 
 
-def describe(name: str, found: Structure, lost: Mapping[str, int]) -> list[str]:
+def describe(name: str, found: Structure, lost: Losses) -> list[str]:
     """Say what was found of a source, in a line or two."""
     shapes = ", ".join(
         shape if count == found.num_judged - len(found.bad) else f"{shape} ({count:,})"
@@ -214,7 +225,7 @@ def describe(name: str, found: Structure, lost: Mapping[str, int]) -> list[str]:
     lines = [
         f"source {name!r}: {found.num_rows:,} rows{judged}, shape {shapes or 'none'}"
         + (f"; at fault: {bad}" if bad else "")
-        + "".join(f"; {count:,} {metric}" for metric, count in sorted(lost.items()))
+        + "".join(f"; {count:,} {metric}" for metric, count in sorted(lost.counts.items()))
     ]
     if found.ignored:
         named = ", ".join(f"{column} ({n:,})" for column, n in sorted(found.ignored.items()))

@@ -6,7 +6,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from marco_train.config.data import DataConfig, SourceConfig
+from marco_train.config.data import DataConfig, OnChange, SourceConfig
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resume import ResumeChange
 from marco_train.config.resumption import field_difference
@@ -16,11 +16,10 @@ from marco_train.data.chat import (
     check_marks,
     holds_control_tokens,
     render_prompt,
-    render_row,
-    with_thinking,
 )
 from marco_train.data.drops import DROPS, Dropped, Tally
 from marco_train.data.packing import pack_examples
+from marco_train.data.render import ExampleRenderer, PromptRenderer
 from marco_train.data.stream import ConversationStream
 from marco_train.distributed import gather_objects, is_main, rank, reduce_sums, world_size
 from marco_train.errors import InputError, require
@@ -30,11 +29,9 @@ from marco_train.tracking import log_line
 from marco_train.types import (
     Conversation,
     Example,
-    Message,
     Microbatch,
     Prompt,
     Row,
-    TokenRow,
     UsableRow,
     prompt_groups,
 )
@@ -47,12 +44,6 @@ QUARANTINE = "quarantine.jsonl"
 NUM_MARKED = 64
 # Samples at the start of a run whose turns are compared with what its teachers make of them.
 NUM_FIRST = 2048
-
-
-PREFERENCE = (
-    "the row holds two rated answers, chosen and rejected, and SFT would learn one as if it were "
-    "right: choose it with data.sources.<name>.columns={messages: chosen} or {response: chosen}"
-)
 
 
 class _Loader:
@@ -70,16 +61,18 @@ class _Loader:
         data: DataConfig,
         batch_size: int,
         tokenizer: Tokenizer,
+        render: ExampleRenderer | PromptRenderer,
         seed: int,
         quarantine: Path | None,
     ) -> None:
         self._data = data
         self._batch_size = batch_size
         self._tokenizer = tokenizer
+        self._render = render
         self._stream = ConversationStream(data.sources, data.num_rows, seed)
         self._identity = self._stream.identity() | tokenizer.digests()
         self._check_template()
-        self._stream.judge(data, self._tokens, self._decided_by(), quarantine)
+        self._stream.judge(data, render, render.identity(), quarantine)
         self._step = 0
         self._begins = {0: 0}  # step -> its first sample
         self._metrics: Metrics = {}
@@ -104,7 +97,7 @@ class _Loader:
             end += self._batch_size
             kept = []
             for index in share:
-                found = self._stream.tokens(index, self._tokens)
+                found = self._stream.tokens(index, self._render)
                 if isinstance(found, Dropped):
                     dropped.add(found)
                     self._stream.name_malformed(found)
@@ -134,15 +127,6 @@ class _Loader:
     def _check_template(self) -> None:
         """Refuse a template by which every row would be rendered wrong."""
 
-    def _tokens(self, row: UsableRow) -> Example | str:
-        """Make the tokens of a row, or name the metric that counts it as dropped."""
-        raise NotImplementedError
-
-    def _decided_by(self) -> list[Any]:
-        """All that `_tokens` is a function of beside the row, as JSON."""
-        options = [self._data.thinking.value, self._data.keep_empty_answers]
-        return [type(self).__name__, self._tokenizer.digests(), *options]
-
     def state_at(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps of the data, before a step is made."""
         return {"cursor": self._begins[step], **self._identity}
@@ -161,19 +145,33 @@ class _Loader:
                 "one counts samples: start with resume=never"
             )
         self._step, self._begins = step, {step: state["cursor"]}
-        changed = field_difference({name: state[name] for name in self._identity}, self._identity)
-        if changed:
-            what = f"the data changed since the checkpoint was saved ({'; '.join(changed)})"
-            require(
-                ResumeChange.data in allowed,
-                f"{what}, so rows would be skipped or seen twice, or rendered otherwise: restore "
-                "them, go on with the new data from the same sample with on_resume.allow=[data], "
-                "or start with resume=never",
-            )
-            if is_main():
-                log_line(
-                    f"{what}, as on_resume.allow=[data] allows: rows may be skipped or seen twice"
-                )
+        then = {name: state[name] for name in self._identity}
+        changed = field_difference(then, self._identity)
+        if not changed:
+            return
+        what = f"the data changed since the checkpoint was saved ({'; '.join(changed)})"
+        # Rows that were mended, added or removed, of the same sources, read the same way.
+        may_continue = _without_rows(then) == _without_rows(self._identity) and (
+            self._data.on_change is OnChange["continue"]
+        )
+        require(
+            may_continue or ResumeChange.data in allowed,
+            f"{what}, so rows would be skipped or seen twice, or rendered otherwise: restore "
+            "them, go on with mended rows from the same sample with data.on_change=continue (with "
+            "any others: on_resume.allow=[data]), or start with resume=never",
+        )
+        if is_main():
+            allows = "data.on_change=continue" if may_continue else "on_resume.allow=[data]"
+            log_line(f"{what}, as {allows} allows: rows may be skipped or seen twice")
+
+
+def _without_rows(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The identity of data without what their rows say and how many there are."""
+    mixture = {
+        name: {key: value for key, value in source.items() if key != "rows"}
+        for name, source in identity["mixture"].items()
+    }
+    return {**identity, "rows": None, "mixture": mixture}
 
 
 class SFTLoader(_Loader):
@@ -202,7 +200,8 @@ class SFTLoader(_Loader):
         """
         check_template_kwargs([tokenizer.chat_template], tokenizer.template_kwargs)
         self._stage = stage
-        super().__init__(data, stage.global_batch_size, tokenizer, seed, quarantine)
+        render = ExampleRenderer.of(tokenizer, data, stage.loss_tokens, stage.max_length)
+        super().__init__(data, stage.global_batch_size, tokenizer, render, seed, quarantine)
         self.num_steps = stage.capped(stage.num_steps)
 
     def __iter__(self) -> Iterator[list[Microbatch]]:
@@ -221,7 +220,7 @@ class SFTLoader(_Loader):
         if self._data.held_out is None or self._stage.eval_every is None:
             return []
         examples = held_out_share(
-            self._data.held_out, self._stage.num_eval_examples, lambda _, row: self._tokens(row)
+            self._data.held_out, self._stage.num_eval_examples, lambda _, row: self._render(row)
         )
         return pack_examples(examples, self._data.max_tokens_per_microbatch)
 
@@ -230,25 +229,6 @@ class SFTLoader(_Loader):
             first = map(self._stream.__getitem__, range(NUM_MARKED))
             found = [row for row in first if isinstance(row, Conversation)]
             check_marks(self._tokenizer, found)
-
-    def _decided_by(self) -> list[Any]:
-        return [*super()._decided_by(), self._stage.loss_tokens.value, self._stage.max_length]
-
-    def _tokens(self, row: UsableRow) -> Example | str:
-        if isinstance(row, Conversation):
-            row = with_thinking(self._tokenizer, row, self._data.thinking)
-            if row.is_preference:
-                raise InputError(PREFERENCE)
-            if not self._data.keep_empty_answers and any(map(is_empty, row.messages)):
-                return "data/dropped_empty"
-        if not isinstance(row, TokenRow) and holds_control_tokens(self._tokenizer, row):
-            return "data/dropped_special"
-        example = render_row(self._tokenizer, row, self._stage.loss_tokens)
-        if len(example.input_ids) > self._stage.max_length:
-            return "data/dropped_too_long"
-        if not any(example.loss_mask[1:]):
-            return "data/dropped_no_loss"
-        return example
 
 
 class PromptLoader(_Loader):
@@ -263,8 +243,9 @@ class PromptLoader(_Loader):
         quarantine: Path | None = None,
     ) -> None:
         """Open the sources and judge their rows; see `SFTLoader`."""
-        self._max_prompt_length = stage.max_prompt_length
-        super().__init__(data, stage.global_batch_size, tokenizer, seed, quarantine)
+        self._prompts = PromptRenderer(tokenizer, stage.max_prompt_length, data.thinking)
+        size = stage.global_batch_size
+        super().__init__(data, size, tokenizer, self._prompts, seed, quarantine)
 
     def __iter__(self) -> Iterator[list[Prompt]]:
         return self
@@ -291,7 +272,7 @@ class PromptLoader(_Loader):
         for index in range(NUM_FIRST):
             if len(found) == count:
                 break
-            item = self._stream.tokens(index, self._tokens)
+            item = self._stream.tokens(index, self._render)
             if not isinstance(item, Dropped):
                 found.append(make_prompt(index, *item))
             elif index % world_size() == rank():  # counted once
@@ -311,9 +292,9 @@ class PromptLoader(_Loader):
             found = self._stream[index]
             if not isinstance(found, Conversation) or not is_wanted(found):
                 continue
-            item = self._stream.tokens(index, self._tokens)
+            item = self._stream.tokens(index, self._render)
             if not isinstance(item, Dropped):
-                yield self._prepared(found), make_prompt(index, *item)
+                yield self._prompts.prepared(found), make_prompt(index, *item)
 
     def held_out(self, count: int) -> list[Prompt]:
         """Render this rank's share of `count` held-out prompts; rows at fault are left out.
@@ -330,29 +311,10 @@ class PromptLoader(_Loader):
             )
 
         def render(index: int, row: UsableRow) -> Prompt | str:
-            found = self._tokens(row)
+            found = self._prompts(row)
             return found if isinstance(found, str) else make_prompt(index, row, found)
 
         return held_out_share(self._data.held_out, count, render)
-
-    def _decided_by(self) -> list[Any]:
-        return [*super()._decided_by(), self._max_prompt_length]
-
-    def _tokens(self, row: UsableRow) -> Example | str:
-        conversation = self._prepared(row)
-        if holds_control_tokens(self._tokenizer, conversation):
-            return "data/dropped_special"
-        if conversation.messages[0].role == "assistant":
-            return "data/dropped_no_loss"
-        input_ids = render_prompt(self._tokenizer, conversation)
-        if len(input_ids) > self._max_prompt_length:
-            return "data/dropped_too_long"
-        return Example(input_ids, [False] * len(input_ids))
-
-    def _prepared(self, row: UsableRow) -> Conversation:
-        if not isinstance(row, Conversation):
-            raise InputError("the row has no turns, so nothing can be asked")
-        return with_thinking(self._tokenizer, row, self._data.thinking)
 
 
 def held_out_share(
@@ -417,17 +379,6 @@ def held_out_questions(
     check_template_kwargs([tokenizer.chat_template], tokenizer.template_kwargs)
     shares = gather_objects(held_out_share(sources, count, render))
     return sorted(chain.from_iterable(shares), key=lambda question: question.prompt.index)
-
-
-def is_empty(message: Message) -> bool:
-    """Whether a turn is an answer to be learnt that says and calls nothing."""
-    said = message.content or message.reasoning_content
-    return (
-        message.role == "assistant"
-        and message.is_learnt
-        and not message.tool_calls
-        and not said.strip()
-    )
 
 
 def make_prompt(index: int, row: Row, tokens: Example) -> Prompt:

@@ -12,7 +12,7 @@ import re
 import tempfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import cached_property
 from hashlib import sha256
 from itertools import accumulate
@@ -31,7 +31,7 @@ SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".arrow")
 PACKED = (".gz", ".zst", "")
 # Rows that are digested together; to change it changes every digest.
 ROWS_TOGETHER = 1000
-CHUNK = 2**26  # bytes that are searched for ends of lines together
+CHUNK = 2**24  # bytes that are searched for ends of lines together
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -44,8 +44,11 @@ class Rows(Protocol):
     def __getitem__(self, row: int) -> Any:
         """What a row holds; raises RowError where nothing can be read of it."""
 
-    def __iter__(self) -> Iterator[Any]:
-        """All rows in order, quicker than one by one; a RowError in place of one at fault."""
+    def walk(self, columns: Collection[str]) -> Iterator[Any]:
+        """All rows in order, quicker than one by one; a RowError in place of one at fault.
+
+        Of files with columns, only those that are asked for are read.
+        """
 
     @property
     def digest(self) -> str:
@@ -62,7 +65,7 @@ def open_rows(name: str, cfg: SourceConfig) -> Rows:
         return _open_hub(name, cfg)
     files = _files(cfg.path)
     if files:
-        opened = [_open_file(name, file) for file in files]
+        opened = [_open_file(name, file, cfg.kind) for file in files]
         return opened[0] if len(opened) == 1 else _Shards(opened)
     if cfg.kind is SourceKind.auto and (
         Path(cfg.path).is_dir() or (HUB_NAME.fullmatch(cfg.path) and not Path(cfg.path).suffix)
@@ -97,12 +100,14 @@ def _files(path: str) -> list[Path]:
     )
 
 
-def _open_file(name: str, file: Path) -> Rows:
+def _open_file(name: str, file: Path, kind: SourceKind) -> Rows:
     """Open a file by what it holds, whatever it is called."""
     with file.open("rb") as content:
         begins = content.read(8)
     if begins.startswith((PARQUET, ARROW)) or file.suffix == ".arrow":
         return _open_table(name, file, "parquet" if begins.startswith(PARQUET) else "arrow")
+    if kind is SourceKind.parquet:
+        raise InputError(f"source {name!r}: {str(file)!r} cannot be opened: it is no Parquet file")
     return _JsonLines(file, begins)
 
 
@@ -155,8 +160,11 @@ class _Table:
     def __getitem__(self, row: int) -> Any:
         return self._table[row]
 
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self._table.with_format("arrow").iter(batch_size=ROWS_TOGETHER):
+    def walk(self, columns: Collection[str]) -> Iterator[Any]:
+        """All rows in order, with some of their columns."""
+        asked = [name for name in self._table.column_names if name in columns]
+        part = self._table.select_columns(asked or self._table.column_names[:1])
+        for batch in part.with_format("arrow").iter(batch_size=ROWS_TOGETHER):
             yield from batch.to_pylist()
 
     @cached_property
@@ -191,9 +199,10 @@ class _Shards:
         shard = bisect_right(self._ends, row)
         return self._shards[shard][row - (self._ends[shard - 1] if shard else 0)]
 
-    def __iter__(self) -> Iterator[Any]:
+    def walk(self, columns: Collection[str]) -> Iterator[Any]:
+        """All rows in order, shard by shard."""
         for shard in self._shards:
-            yield from shard
+            yield from shard.walk(columns)
 
     @cached_property
     def digest(self) -> str:
@@ -231,7 +240,8 @@ class _JsonLines:
             kind, why = "not JSON", str(error)
         raise RowError(kind, f"{self._file}, line {self._numbers[row]}: {kind} ({why})")
 
-    def __iter__(self) -> Iterator[Any]:
+    def walk(self, columns: Collection[str]) -> Iterator[Any]:
+        """All rows in order, whole."""
         for row in range(len(self)):
             try:
                 yield self[row]

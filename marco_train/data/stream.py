@@ -10,6 +10,7 @@ from marco_train.data.drops import MALFORMED, Dropped
 from marco_train.data.gate import (
     Structure,
     check_bad_rows,
+    check_lost_rows,
     describe,
     judge_structure,
     judge_tokens,
@@ -80,6 +81,7 @@ class ConversationStream:
             if is_main():
                 for line in describe(name, self._structures[name], lost):
                     log_line(line)
+            check_lost_rows(name, lost, self._structures[name].num_judged, cfg)
 
     def tokens(self, index: int, render: Render) -> tuple[Row, Example] | Dropped:
         """The tokens of a sample, unless it is dropped; `render` is what it was judged with."""

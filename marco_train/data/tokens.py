@@ -68,6 +68,7 @@ class TokenFiles:
         self.counts: dict[str, int] = kept["counts"]
         self._labels: list[list[tuple[str, str]]] = kept["labels"]  # by part
         self._reasons: dict[str, str] = kept["reasons"]
+        self.first_reason = self._reasons[min(self._reasons, key=int)] if self._reasons else ""
         self._parts = [
             {name: _read(directory / f"{part}.{name}", kind) for name, kind in FILES.items()}
             for part in range(kept["num_parts"])

@@ -1,0 +1,265 @@
+"""Look at a data set before a run does: which shape, what is lost, and what would be learnt."""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from marco_train.config.data import DataConfig, SourceConfig
+from marco_train.config.model import ChatTemplate, ModelConfig
+from marco_train.config.opd import OPDConfig
+from marco_train.config.sft import LossTokens, SFTConfig
+from marco_train.data.chat import CHATML, Tokenizer, check_marks, load_tokenizer, stretches
+from marco_train.data.conversations import Source
+from marco_train.data.drops import Dropped
+from marco_train.data.gate import (
+    Structure,
+    check_bad_rows,
+    check_lost_rows,
+    judge_structure,
+    judge_tokens,
+    judged_rows,
+)
+from marco_train.data.render import ExampleRenderer, PromptRenderer
+from marco_train.data.tokens import render_row
+from marco_train.errors import InputError
+from marco_train.types import Conversation
+
+NUM_BARS = 8  # of the histogram
+BAR = 40  # characters of the longest
+MOST_SHOWN = 2000  # characters of a sample
+NO_LIMIT = 2**31 - 1
+LOST = {
+    "data/dropped_too_long": "too long",
+    "data/dropped_no_loss": "nothing to learn",
+    "data/dropped_special": "text of a control token",
+    "data/dropped_empty": "empty answer",
+    "data/dropped_malformed": "cannot be rendered",
+}
+
+
+@dataclass
+class Report:
+    """What a data set is; the fields are those of the JSON line."""
+
+    shape: str | None = None
+    rows: int = 0
+    kept: int = 0
+    quarantined: dict[str, int] = field(default_factory=dict)
+    """Rows that a run would not use, by reason."""
+    ignored_columns: list[str] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line, print what was found, and exit with 1 where a run would not start."""
+    args = _parser().parse_args(arguments)
+    report = Report()
+    lengths: list[int] = []
+    found: Structure | None = None
+    with ExitStack() as opened:
+        opened.enter_context(redirect_stdout(sys.stderr))
+        try:
+            tokenizer = _tokenizer(args, opened)
+            found = inspect(report, args, tokenizer, lengths)
+            refusal = None
+        except InputError as error:
+            refusal = " ".join(str(error).split())
+    if args.json:
+        print(json.dumps(vars(report), ensure_ascii=False))
+    else:
+        unit = "bytes" if args.tokenizer is None else "tokens"
+        print("\n".join(_as_text(report, found, lengths, unit)))
+    if refusal is not None:
+        sys.exit(f"error: {refusal}")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="inspect_data", description=__doc__)
+    parser.add_argument("path", help="file, directory or pattern of files, or hub repository")
+    parser.add_argument("--subset", help="configuration of a hub data set")
+    parser.add_argument("--split", default="train", help="split of a hub data set (train)")
+    parser.add_argument(
+        "--columns", type=_pairs, default={}, help="own names of columns: messages=chat,..."
+    )
+    parser.add_argument("--roles", type=_pairs, default={}, help="what roles are: env=tool,...")
+    parser.add_argument("--tokenizer", help="directory of one; without, lengths are in bytes")
+    parser.add_argument(
+        "--chat-template",
+        choices=[template.value for template in ChatTemplate],
+        help="the tokenizer's own, or ours (chatml, without a tokenizer)",
+    )
+    parser.add_argument("--stage", choices=["sft", "opd"], default="sft", help="who reads it (sft)")
+    parser.add_argument("--samples", type=int, default=5, help="rows to show (5)")
+    parser.add_argument("--json", action="store_true", help="one line of JSON on stdout")
+    return parser
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
+    if not all(name.strip() and value.strip() for name, _, value in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is no list like name=value,name=value")
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _tokenizer(args: argparse.Namespace, opened: ExitStack) -> Tokenizer:
+    path = args.tokenizer
+    if path is None:
+        path = opened.enter_context(tempfile.TemporaryDirectory())
+        _write_byte_tokenizer(Path(path))
+    template = args.chat_template or ("tokenizer" if args.tokenizer else "chatml")
+    return load_tokenizer(ModelConfig(tokenizer=path, chat_template=ChatTemplate(template)))
+
+
+def _write_byte_tokenizer(path: Path) -> None:
+    """Write a tokenizer of bytes and ChatML's control tokens."""
+    from tokenizers import Tokenizer as Rules
+    from tokenizers import decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    rules = Rules(models.BPE(vocab={byte: i for i, byte in enumerate(alphabet)}, merges=[]))
+    rules.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    rules.decoder = decoders.ByteLevel()
+    rules.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=rules, eos_token="<|im_end|>")
+    tokenizer.chat_template = CHATML.read_text()
+    tokenizer.save_pretrained(path)
+
+
+def inspect(
+    report: Report, args: argparse.Namespace, tokenizer: Tokenizer, lengths: list[int]
+) -> Structure:
+    """Judge a data set as a run would, and fill in what is found on the way.
+
+    Raises:
+        InputError: A run would not start with it.
+    """
+    cfg = DataConfig()
+    source = Source(
+        Path(args.path).name or args.path,
+        SourceConfig(
+            path=args.path,
+            subset=args.subset,
+            split=args.split,
+            columns=args.columns,
+            roles=args.roles,
+            category="",
+            weight=1.0,
+        ),
+    )
+    report.rows = len(source)
+    found = judge_structure(source, cfg)
+    report.shape = found.shapes.most_common(1)[0][0] if found.shapes else None
+    report.ignored_columns = sorted(found.ignored)
+    report.quarantined = dict(found.kinds)
+    report.kept = report.rows - len(found.bad)
+    check_bad_rows(source.name, found, cfg)
+
+    render = _renderer(args, tokenizer, cfg)
+    rows = judged_rows(source, cfg)
+    if args.stage == "sft":
+        check_marks(tokenizer, _first_conversations(source, rows))
+    _show_samples(report, source, render, rows, args.samples)
+    files, lost = judge_tokens(source, cfg, render, render.identity())
+    is_bad = Counter({"data/dropped_malformed": len(found.bad)})
+    report.quarantined |= {LOST[name]: n for name, n in (lost.counts - is_bad).items()}
+    report.kept = report.rows - sum(report.quarantined.values())
+    for index in rows:
+        item = files[index] if files is not None else render_row(source, index, render)
+        if not isinstance(item, Dropped):
+            lengths.append(len(item[1].input_ids))
+    check_lost_rows(source.name, lost, len(rows), cfg)
+    return found
+
+
+def _renderer(
+    args: argparse.Namespace, tokenizer: Tokenizer, cfg: DataConfig
+) -> ExampleRenderer | PromptRenderer:
+    """What a stage makes of a row, with the limits that it has by itself."""
+    bounded = args.tokenizer is not None
+    if args.stage == "sft":
+        limit = SFTConfig.max_length if bounded else NO_LIMIT
+        return ExampleRenderer.of(tokenizer, cfg, LossTokens.assistant, limit)
+    limit = OPDConfig.max_prompt_length if bounded else NO_LIMIT
+    return PromptRenderer(tokenizer, limit, cfg.thinking)
+
+
+def _first_conversations(source: Source, rows: Sequence[int]) -> list[Conversation]:
+    found = (source[index] for index in rows[:64])
+    return [row for row in found if isinstance(row, Conversation)]
+
+
+def _show_samples(
+    report: Report,
+    source: Source,
+    render: ExampleRenderer | PromptRenderer,
+    rows: Sequence[int],
+    count: int,
+) -> None:
+    """Render rows from all over the data set, as many as are wanted and can be used."""
+    tokenizer = render.tokenizer
+    places = dict.fromkeys(int(i * len(rows) / max(count, 1)) for i in range(count))
+    for index in [*(rows[place] for place in places), *rows[: 10 * count]]:
+        if len(report.samples) == count:
+            return
+        found = render_row(source, index, render)
+        if isinstance(found, Dropped) or found[0].row in [s["row"] for s in report.samples]:
+            continue
+        row, example = found
+        learnt = [tokenizer.decode(ids) for ids in stretches(example)]
+        text = tokenizer.decode(example.input_ids)
+        report.samples.append({"row": row.row, "text": text, "learnt": learnt})
+
+
+def _as_text(
+    report: Report, found: Structure | None, lengths: list[int], unit: str
+) -> Iterable[str]:
+    """The report for a person."""
+    yield f"shape    {report.shape or 'none that is known'}"
+    judged = "" if found is None or found.is_complete else f", judged by {found.num_judged:,}"
+    yield f"rows     {report.rows:,}, of which {report.kept:,} would be used{judged}"
+    for reason, count in sorted(report.quarantined.items(), key=lambda item: -item[1]):
+        yield f"         {count:,} not used: {reason}"
+    if found is not None:
+        languages = ", ".join(
+            f"{name or 'none'} {n:,}" for name, n in found.languages.most_common(12)
+        )
+        yield f"language {languages}"
+        for reason, row in {row["kind"]: row for row in reversed(found.bad)}.items():
+            yield f"at fault {reason}, as row {row['row']} (from 0): {row['reason']}"
+    if report.ignored_columns:
+        yield f"not read {', '.join(report.ignored_columns)}: columns that hold something"
+    yield from _histogram(lengths, unit)
+    for sample in report.samples:
+        yield f"--- row {sample['row']}, what is learnt between » and «"
+        yield _marked(sample["text"], sample["learnt"])[:MOST_SHOWN]
+
+
+def _histogram(lengths: list[int], unit: str) -> Iterable[str]:
+    if not lengths:
+        return
+    ordered = sorted(lengths)
+    middle, high = ordered[len(ordered) // 2], ordered[int(len(ordered) * 0.99)]
+    yield f"length   {middle:,} {unit} in the middle, {high:,} at 99 %, {ordered[-1]:,} at most"
+    width = max(1, -(-(high + 1) // NUM_BARS))
+    counts = Counter(min(length // width, NUM_BARS) for length in lengths)
+    for bar in range(max(counts) + 1):
+        end = f"{(bar + 1) * width - 1:>7,}" if bar < NUM_BARS else "   more"
+        filled = "#" * (BAR * counts[bar] // max(counts.values()))
+        yield f"{bar * width:>9,} - {end} {filled} {counts[bar]:,}"
+
+
+def _marked(text: str, learnt: list[str]) -> str:
+    """Put marks around what is learnt, which stands in the text in this order."""
+    found, rest = "", text
+    for stretch in learnt:
+        before, _, rest = rest.partition(stretch)
+        found += f"{before}»{stretch}«"
+    return found + rest
