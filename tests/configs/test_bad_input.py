@@ -1,6 +1,7 @@
 """What a user can get wrong is refused in a sentence that names it."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -244,23 +245,28 @@ def test_a_tokenizer_whose_template_marks_nothing_is_refused(world: World, tmp_p
         SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
 
 
-def test_a_hub_dataset_that_is_not_there_is_named(
+def test_a_source_that_cannot_be_opened_is_named(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = tmp_path / "rows.parquet"
-    broken.write_bytes(b"not a parquet file")
+    broken.write_bytes(b"PAR1, and no more of a parquet file")
     tokenizer = tokenizer_of(world.path("data", "tokenizer"))
     # Read from the environment at import; without it the hub would be asked again and again.
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
-    for kind, path in (("parquet", str(broken)), ("hub", "nobody/nothing-at-all")):
+    absent = tmp_path / "absent.jsonl"
+    for kind, path, says in (
+        ("parquet", str(broken), f"source 'math': {broken} cannot be read: "),
+        ("hub", "nobody/nothing-at-all", "source 'math': 'nobody/nothing-at-all' cannot be opened"),
+        ("jsonl", str(absent), f"source 'math': there is no file '{absent}'"),
+    ):
         cfg = compose_config(
             "quickstart_sft",
             f"root={world.root}",
             f"data.sources.math.kind={kind}",
             f"data.sources.math.path={path}",
         )
-        with pytest.raises(InputError, match=f"source 'math': '{path}' cannot be opened"):
+        with pytest.raises(InputError, match=re.escape(says)):
             SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
 
 
@@ -328,7 +334,8 @@ def test_rows_at_fault_are_dropped_and_counted(world: World, tmp_path: Path) -> 
         ("too long " * 60, "no"),
         ("ends <|im_end|> early", "no"),
     )
-    cfg = compose_config("quickstart_sft", *overrides, "stage.global_batch_size=4")
+    any_share = ["stage.global_batch_size=4", "data.max_lost_rows=1"]
+    cfg = compose_config("quickstart_sft", *overrides, *any_share)
     tokenizer = load_tokenizer(cfg.model)
     loader = SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
     (batch,) = next(loader)

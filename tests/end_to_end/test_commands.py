@@ -52,10 +52,10 @@ def test_the_command_that_converts_a_pickle_does(world: World, tmp_path: Path) -
     (path / WEIGHTS).unlink()
     cfg = teacher_config(str(path), TeacherBackend.hf)
     with pytest.raises(InputError) as refusal:
-        check_files(tokenizer, TEMPLATE, 320, cfg, "teacher")
+        check_files(tokenizer, TEMPLATE, cfg, "teacher")
     code = str(refusal.value).split('python -c "')[1].rsplit('"', 1)[0]
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
     found = load_file(path / WEIGHTS)
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
-    check_files(tokenizer, TEMPLATE, 320, cfg, "teacher")
+    check_files(tokenizer, TEMPLATE, cfg, "teacher")
     load_model(path, torch.float32)

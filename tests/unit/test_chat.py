@@ -29,7 +29,7 @@ def tokenizer(world: World) -> Tokenizer:
 
 
 def chat(*turns: tuple[str, str]) -> Conversation:
-    return Conversation(tuple(Message(*turn) for turn in turns), "source", "math", "en", {}, 0)
+    return Conversation("source", "math", "en", 0, tuple(Message(*turn) for turn in turns))
 
 
 # (turns, the rendered text, what of it is learnt), with | between learnt stretches.
