@@ -63,7 +63,7 @@ BAD = {
     "another column": ('{"translation": {"eng_Latn": "x"}}', "no column messages"),
     "no column": ("{}", "no column messages"),
     "two chats that differ": (
-        json.dumps(chat("a") | {"prompt": "b"}), "two shapes, messages and prompt"
+        json.dumps(chat("a") | {"conversations": chat("b")["messages"]}), "two shapes, messages"
     ),
     "two system turns that differ": (
         json.dumps(
