@@ -18,7 +18,7 @@ from marco_train.data.chat import (
     render_example,
     render_prompt,
 )
-from marco_train.data.mixture import Mixture
+from marco_train.data.mixture import Mixture, exact_weights
 from marco_train.data.packing import pack_examples
 from marco_train.data.sources import BadRow, Source
 from marco_train.distributed import gather_objects, is_main, rank, reduce_sums, world_size
@@ -109,7 +109,7 @@ class ConversationStream:
         }
         self._mixture = Mixture(
             {name: len(source) for name, source in self._sources.items()},
-            {name: sources[name].weight for name in self._sources},
+            exact_weights({name: sources[name].weight for name in self._sources}),
             seed,
         )
         self._named: set[tuple[str, int]] = set()
@@ -173,7 +173,7 @@ class ConversationStream:
         return {
             "rows": {name: source.fingerprint[:16] for name, source in self._sources.items()},
             "mixture": {
-                name: {"rows": len(source), "of_1000_samples": self._mixture.quotas[name]}
+                name: {"rows": len(source), "weight": float(self._mixture.weights[name])}
                 for name, source in self._sources.items()
             },
         }
