@@ -101,16 +101,13 @@ class ConversationStream:
     """A mixture of sources, sampled by index."""
 
     def __init__(self, sources: dict[str, SourceConfig], num_rows: int | None, seed: int) -> None:
-        def budget(cfg: SourceConfig) -> int | None:
-            return None if num_rows is None else max(1, round(num_rows * cfg.weight))
-
-        self._sources = {
-            name: Source(name, cfg, budget(cfg)) for name, cfg in sorted(sources.items())
-        }
+        self._sources = {name: Source(name, cfg) for name, cfg in sorted(sources.items())}
+        weights = exact_weights({name: sources[name].weight for name in self._sources})
+        if num_rows is not None:
+            for name, source in self._sources.items():
+                source.keep_first(max(1, round(num_rows * weights[name])))
         self._mixture = Mixture(
-            {name: len(source) for name, source in self._sources.items()},
-            exact_weights({name: sources[name].weight for name in self._sources}),
-            seed,
+            {name: len(source) for name, source in self._sources.items()}, weights, seed
         )
         self._named: set[tuple[str, int]] = set()
 

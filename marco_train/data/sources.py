@@ -39,7 +39,7 @@ class BadRow:
 class Source:
     """The conversations of one dataset, by row."""
 
-    def __init__(self, name: str, cfg: SourceConfig, num_rows: int | None) -> None:
+    def __init__(self, name: str, cfg: SourceConfig) -> None:
         self.name = name
         self._category = cfg.category
         self._rows, self.fingerprint = _open_rows(name, cfg)
@@ -52,10 +52,12 @@ class Source:
                 prompt = row if isinstance(found, BadRow) else _prompt_of(found)
                 first_of_prompt.setdefault(prompt, row)
             self._kept = list(first_of_prompt.values())
-        if num_rows is not None:
-            self._kept = self._kept[:num_rows]
         if not self._kept:
             raise InputError(f"source {name!r} ({cfg.path}) has no rows")
+
+    def keep_first(self, num_rows: int) -> None:
+        """Leave out all rows but the first."""
+        self._kept = self._kept[:num_rows]
 
     def __len__(self) -> int:
         return len(self._kept)

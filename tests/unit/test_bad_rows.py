@@ -193,7 +193,7 @@ def test_each_row_at_fault_is_named_once_and_no_more_than_a_few(
 def source(tmp_path: Path, *rows: Any, **changes: Any) -> Source:
     file = write(tmp_path, *(json.dumps(row) for row in rows))
     fields = {"kind": SourceKind.jsonl, "path": str(file), "category": "math", "weight": 1.0}
-    return Source("fixture", SourceConfig(**(fields | changes)), None)
+    return Source("fixture", SourceConfig(**(fields | changes)))
 
 
 def test_distinct_prompts_are_told_among_rows_at_fault(tmp_path: Path) -> None:
@@ -471,7 +471,7 @@ def test_a_file_that_is_no_utf8_is_refused_with_the_line(tmp_path: Path) -> None
         file.write_bytes(before + text.encode("latin-1"))
         cfg = SourceConfig(kind=SourceKind.jsonl, path=str(file), category="c", weight=1.0)
         with pytest.raises(InputError, match=r"rows.jsonl, line 2: not UTF-8 .*byte 0xe9"):
-            Source("fixture", cfg, None)
+            Source("fixture", cfg)
 
 
 def test_packed_files_and_arrays_are_read_as_lines_are(tmp_path: Path) -> None:
@@ -490,7 +490,7 @@ def test_packed_files_and_arrays_are_read_as_lines_are(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(content)
         path = str(tmp_path / name)
         cfg = SourceConfig(kind=SourceKind.jsonl, path=path, category="c", weight=1.0)
-        found = Source("fixture", cfg, None)
+        found = Source("fixture", cfg)
         assert [found[i].messages[0].content for i in range(len(found))] == ["a", "b"]
         digests[name] = found.fingerprint
     assert digests["lines"] == digests["lines.gz"] == digests["packed without saying so"]
@@ -498,7 +498,7 @@ def test_packed_files_and_arrays_are_read_as_lines_are(tmp_path: Path) -> None:
     path = str(tmp_path / "cut.gz")
     cfg = SourceConfig(kind=SourceKind.jsonl, path=path, category="c", weight=1.0)
     with pytest.raises(InputError, match=r"cut.gz is no whole gzip file"):
-        Source("fixture", cfg, None)
+        Source("fixture", cfg)
 
 
 @pytest.mark.parametrize("line", ['{"prompt": ', "[" * 100_000, '{"prompt": 1' + "0" * 5000 + "}"])
@@ -506,7 +506,7 @@ def test_a_line_that_python_cannot_parse_is_named(line: str, tmp_path: Path) -> 
     file = write(tmp_path, GOOD[0], line)
     cfg = SourceConfig(kind=SourceKind.jsonl, path=str(file), category="c", weight=1.0)
     with pytest.raises(InputError, match=r"rows.jsonl, line 2: not JSON"):
-        Source("fixture", cfg, None)
+        Source("fixture", cfg)
 
 
 def parquet(path: Path, *texts: str) -> Path:

@@ -46,9 +46,8 @@ def test_every_shape_of_row_is_read(row: dict[str, Any]) -> None:
 def source(tmp_path: Path, rows: list[dict[str, Any]], **changes: Any) -> Source:
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    num_rows = changes.pop("num_rows", None)
     fields = {"kind": SourceKind.jsonl, "path": str(file), "category": "math", "weight": 1.0}
-    return Source("fixture", SourceConfig(**(fields | changes)), num_rows)
+    return Source("fixture", SourceConfig(**(fields | changes)))
 
 
 def test_a_repeated_prompt_counts_once_where_asked(tmp_path: Path) -> None:
@@ -59,7 +58,8 @@ def test_a_repeated_prompt_counts_once_where_asked(tmp_path: Path) -> None:
 
 
 def test_a_budget_takes_the_first_rows(tmp_path: Path) -> None:
-    few = source(tmp_path, [{"prompt": str(n)} for n in range(10)], num_rows=3)
+    few = source(tmp_path, [{"prompt": str(n)} for n in range(10)])
+    few.keep_first(3)
     assert [few[i].messages[0].content for i in range(len(few))] == ["0", "1", "2"]
 
 
