@@ -102,7 +102,10 @@ class ConversationStream:
 
     def __init__(self, sources: dict[str, SourceConfig], num_rows: int | None, seed: int) -> None:
         self._sources = {name: Source(name, cfg) for name, cfg in sorted(sources.items())}
-        weights = exact_weights({name: sources[name].weight for name in self._sources})
+        weights = exact_weights(
+            {name: sources[name].weight for name in self._sources},
+            {name: len(source) for name, source in self._sources.items()},
+        )
         if num_rows is not None:
             for name, source in self._sources.items():
                 source.keep_first(max(1, round(num_rows * weights[name])))

@@ -15,6 +15,8 @@ from math import ceil, floor
 
 import torch
 
+from marco_train.config.data import AUTO
+
 BLOCK = 1000
 
 
@@ -100,11 +102,23 @@ def draws_before(block: int, weight: Fraction) -> int:
     return floor(block * BLOCK * weight + Fraction(1, 2))
 
 
-def exact_weights(weights: Mapping[str, float]) -> dict[str, Fraction]:
+def exact_weights(
+    weights: Mapping[str, float | str], sizes: Mapping[str, int]
+) -> dict[str, Fraction]:
     """Make weights rational numbers that sum to exactly 1.
 
     A number counts as the decimal that it is written as: 0.1 is a tenth.
+
+    Args:
+        weights: Shares, or `auto`: such sources divide what the others leave by their sizes.
+        sizes: Rows of each source.
     """
-    exact = {source: Fraction(str(weight)) for source, weight in weights.items()}
-    total = sum(exact.values())
-    return {source: weight / total for source, weight in exact.items()}
+    given = {name: Fraction(str(weight)) for name, weight in weights.items() if weight != AUTO}
+    left = 1 - sum(given.values(), Fraction(0))
+    num_rows = sum(sizes[name] for name in weights if name not in given)
+    exact = {
+        name: given[name] if name in given else left * Fraction(sizes[name], num_rows)
+        for name in weights
+    }
+    total = sum(exact.values(), Fraction(0))
+    return {name: weight / total for name, weight in exact.items()}

@@ -9,7 +9,13 @@ import torch
 
 from marco_train.data.mixture import BLOCK, Mixture, exact_weights
 
-WEIGHTS = exact_weights({"if": 0.25, "kr": 0.25, "al": 0.10, "ma": 0.10, "ml": 0.30})
+
+def shares(weights: dict[str, float]) -> dict[str, Fraction]:
+    """Weights that are no function of sizes."""
+    return exact_weights(weights, {})
+
+
+WEIGHTS = shares({"if": 0.25, "kr": 0.25, "al": 0.10, "ma": 0.10, "ml": 0.30})
 SIZES = {"if": 7500, "kr": 700, "al": 130, "ma": 3, "ml": 9000}
 
 
@@ -71,7 +77,7 @@ def thousandths_reference(quotas: dict[str, int], seed: int, index: int) -> tupl
 @pytest.mark.parametrize("seed", [0, 7])
 def test_weights_in_thousandths_have_the_same_samples_in_every_block(seed: int) -> None:
     quotas = {"if": 249, "kr": 1, "al": 350, "ma": 100, "ml": 300}
-    weights = exact_weights({source: quota / 1000 for source, quota in quotas.items()})
+    weights = shares({source: quota / 1000 for source, quota in quotas.items()})
     mixture = Mixture(SIZES, weights, seed)
     rng = random.Random(seed)
     for index in [*range(40), *(rng.randrange(500_000) for _ in range(300))]:
@@ -88,7 +94,7 @@ ODD = {
 
 @pytest.mark.parametrize("given", ODD.values(), ids=ODD.keys())
 def test_odd_weights_are_kept_exactly_in_the_long_run(given: dict[str, float]) -> None:
-    weights = exact_weights(given)
+    weights = shares(given)
     assert sum(weights.values()) == 1
     num_rows = dict.fromkeys(given, 10**6)  # no row comes twice
     mixture = Mixture(num_rows, weights, seed=0)
@@ -108,14 +114,14 @@ def test_odd_weights_are_kept_exactly_in_the_long_run(given: dict[str, float]) -
 
 
 def test_a_weight_of_4_in_10000_is_20_of_50000_samples() -> None:
-    weights = exact_weights({"big": 0.9996, "small": 0.0004})
+    weights = shares({"big": 0.9996, "small": 0.0004})
     mixture = Mixture({"big": 100, "small": 5}, weights, seed=0)
     found = Counter(mixture.sample(index)[0] for index in range(50_000))
     assert found == {"big": 49_980, "small": 20}
 
 
 def test_a_weight_that_no_thousandth_is_draws_every_row_in_turn() -> None:
-    weights = exact_weights({"big": 0.9996, "small": 0.0004})
+    weights = shares({"big": 0.9996, "small": 0.0004})
     mixture = Mixture({"big": 100, "small": 5}, weights, seed=0)
     found = [mixture.sample(index) for index in range(50_000)]
     rows = [row for source, row in found if source == "small"]
@@ -127,7 +133,7 @@ def test_a_weight_that_no_thousandth_is_draws_every_row_in_turn() -> None:
 def test_a_sample_far_along_is_found_by_looking_at_the_blocks_beside_it(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    weights = exact_weights({f"s{n}": 1 / 7 for n in range(7)})
+    weights = shares({f"s{n}": 1 / 7 for n in range(7)})
     looked_at = []
     before = Mixture._samples_before
 
@@ -143,7 +149,7 @@ def test_a_sample_far_along_is_found_by_looking_at_the_blocks_beside_it(
 
 
 def test_more_sources_than_a_block_has_samples_leave_blocks_empty_and_none_out() -> None:
-    weights = exact_weights({f"s{n:04}": 1 / 2500 for n in range(2500)})
+    weights = shares({f"s{n:04}": 1 / 2500 for n in range(2500)})
     mixture = Mixture(dict.fromkeys(weights, 2), weights, seed=0)
     # A source is drawn where block * 0.4 passes a half: in blocks 1, 3, 6, 8, 11, ..., from 0.
     assert [draws_per_block(mixture, block) for block in range(6)] == [0, 1, 0, 1, 0, 0]
@@ -160,3 +166,11 @@ def test_epochs_say_how_often_a_small_source_was_repeated() -> None:
     found = Mixture(SIZES, WEIGHTS, seed=0).epochs(3 * BLOCK)
     assert found["ma"] == pytest.approx(100.0)
     assert found["if"] == pytest.approx(0.1)
+
+
+def test_sources_without_a_weight_share_the_rest_by_their_rows() -> None:
+    sizes = {"a": 30, "b": 10, "c": 500}
+    by_rows = exact_weights({"a": "auto", "b": "auto", "c": "auto"}, sizes)
+    assert by_rows == {"a": Fraction(3, 54), "b": Fraction(1, 54), "c": Fraction(50, 54)}
+    rest = exact_weights({"a": "auto", "b": "auto", "c": 0.9}, sizes)
+    assert rest == {"a": Fraction(3, 40), "b": Fraction(1, 40), "c": Fraction(9, 10)}

@@ -1,0 +1,92 @@
+"""What a run draws from its sources: weights by rows, budgets, and how far it has come."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from marco_train.config.data import DataConfig, SourceConfig, SourceKind
+from marco_train.data.loader import ConversationStream
+from marco_train.errors import InputError
+from marco_train.types import Conversation
+
+
+def sources(directory: Path, **given: tuple[int, float | str]) -> dict[str, SourceConfig]:
+    """Sources of so many rows and such a weight."""
+    found = {}
+    for name, (num_rows, weight) in given.items():
+        rows = [{"prompt": f"{name} {n}"} for n in range(num_rows)]
+        file = directory / f"{name}.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found[name] = SourceConfig(
+            kind=SourceKind.jsonl, path=str(file), category="c", weight=weight
+        )
+    return found
+
+
+def drawn(stream: ConversationStream, count: int) -> Counter[str]:
+    conversations = [stream[index] for index in range(count)]
+    assert all(isinstance(found, Conversation) for found in conversations)
+    return Counter(found.source for found in conversations)
+
+
+def test_a_source_of_weight_auto_counts_as_many_times_as_it_has_rows(tmp_path: Path) -> None:
+    given = sources(tmp_path, a=(60, "auto"), b=(20, "auto"), c=(7, 0.2))
+    assert drawn(ConversationStream(given, None, 0), 5000) == {"a": 3000, "b": 1000, "c": 1000}
+
+
+def test_repeated_prompts_that_are_left_out_do_not_count(tmp_path: Path) -> None:
+    given = sources(tmp_path, a=(60, "auto"), b=(20, "auto"))
+    Path(given["a"].path).write_text('{"prompt": "one"}\n{"prompt": "two"}\n' * 30)
+    given["a"].unique_prompts = True
+    assert drawn(ConversationStream(given, None, 0), 11_000) == {"a": 1000, "b": 10_000}
+
+
+def test_a_budget_is_shared_by_all_rows_and_then_cut(tmp_path: Path) -> None:
+    given = sources(tmp_path, a=(60, "auto"), b=(20, "auto"), c=(7, 0.2))
+    stream = ConversationStream(given, 20, 0)
+    # 0.6, 0.2 and 0.2 of 20 rows; the shares of the samples are the same as of all rows.
+    assert {name: rows["rows"] for name, rows in stream.identity()["mixture"].items()} == {
+        "a": 12,
+        "b": 4,
+        "c": 4,
+    }
+    assert drawn(stream, 5000) == {"a": 3000, "b": 1000, "c": 1000}
+    found = {stream[index].messages[0].content for index in range(1000)}
+    assert {text for text in found if text[0] == "b"} == {"b 0", "b 1", "b 2", "b 3"}
+
+
+def test_a_checkpoint_knows_small_weights_from_each_other(tmp_path: Path) -> None:
+    one, other = (
+        ConversationStream(sources(tmp_path, a=(9, 1 - small), b=(9, small)), None, 0).identity()
+        for small in (0.0004, 0.0003)
+    )
+    assert one["mixture"]["b"] == {"rows": 9, "weight": 0.0004}
+    assert other["mixture"]["b"] == {"rows": 9, "weight": 0.0003}
+
+
+@pytest.mark.parametrize(
+    ("weights", "says"),
+    [
+        ((0.5, 0.4), "the weights of data.sources sum to 0.9, and must sum to 1"),
+        ((1, "auto"), "sum to 1, and must sum to less than 1: sources of weight auto get the rest"),
+        ((1.2, "auto"), "sum to 1.2, and must sum to less than 1"),
+        ((0.5, "0.5"), "weight is '0.5', and must be a share above 0, or auto"),
+        ((0.5, -1), "weight is -1, and must be greater than 0"),
+        ((0.5, float("nan")), "weight is nan"),
+    ],
+)
+def test_weights_that_leave_no_share_are_refused(
+    weights: tuple[float | str, float | str], says: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as refusal:
+        DataConfig(sources=sources(tmp_path, a=(1, weights[0]), b=(1, weights[1])))
+    assert says in str(refusal.value)
+
+
+def test_tenths_that_floats_do_not_add_up_to_1_leave_nothing(tmp_path: Path) -> None:
+    ten = {f"s{n}": (1, 0.1) for n in range(10)}
+    assert sum(0.1 for _ in range(10)) < 1
+    with pytest.raises(InputError, match="less than 1"):
+        DataConfig(sources=sources(tmp_path, **ten, rest=(1, "auto")))
