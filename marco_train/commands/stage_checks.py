@@ -65,7 +65,7 @@ def check_sft(cfg: TrainConfig, made: "Examination") -> None:
             say_batch(data.metrics())
             made.check("held-out rows", data.held_out)
             if made.can_resume:
-                made.check("resumption", partial(check_resumption, cfg, [data]))
+                made.check("resumption", partial(check_resumption, cfg, [data], data.epoch_rows))
     model = None if student is None else made.check("weights", partial(load_student, cfg, student))
     if model is not None and batch is not None:
         made.check("first loss", partial(first_loss, model, batch, cross_entropy))

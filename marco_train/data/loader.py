@@ -10,7 +10,7 @@ from marco_train.config.data import DataConfig, SourceConfig
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resume import ResumeChange
 from marco_train.config.resumption import field_difference
-from marco_train.config.sft import LossTokens, SFTConfig
+from marco_train.config.sft import LossTokens, SFTConfig, num_sft_steps
 from marco_train.data.chat import (
     Tokenizer,
     check_marks,
@@ -117,6 +117,11 @@ class ConversationStream:
     def __getitem__(self, index: int) -> Conversation | BadRow:
         source, row = self._mixture.sample(index)
         return self._sources[source][row]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of all sources."""
+        return sum(map(len, self._sources.values()))
 
     @property
     def num_samples_of_all(self) -> int:
@@ -312,7 +317,12 @@ class SFTLoader(_Loader):
         check_template_kwargs([tokenizer.chat_template], tokenizer.template_kwargs)
         super().__init__(data, stage.global_batch_size, tokenizer, seed)
         self._stage = stage
-        self.num_steps = stage.capped(stage.num_steps)
+        self.epoch_rows = self._stream.num_rows
+        self.num_steps = stage.capped(
+            num_sft_steps(
+                stage.num_steps, stage.num_epochs, stage.global_batch_size, self.epoch_rows
+            )
+        )
         if stage.loss_tokens is LossTokens.assistant:
             first = map(self._stream.__getitem__, range(NUM_MARKED))
             check_marks(tokenizer, [found for found in first if isinstance(found, Conversation)])

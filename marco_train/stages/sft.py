@@ -23,11 +23,12 @@ def run_sft(cfg: TrainConfig) -> None:
         cfg.model,
         cfg.optim,
         cfg.parallel,
-        schedule_steps(cfg),
+        schedule_steps(cfg, train_data.epoch_rows),
         cfg.seed,
         tokenizer.chat_template,
     )
-    run = Run.open(cfg, policy, train_data)  # a fresh run, or the last checkpoint's
+    # A fresh run, or the last checkpoint's.
+    run = Run.open(cfg, policy, train_data, epoch_rows=train_data.epoch_rows)
 
     for step in run.steps(train_data):
         microbatches = next(train_data)  # this rank's share of the global batch

@@ -74,6 +74,20 @@ def test_a_finished_run_that_is_given_more_steps_is_the_longer_run(
     same_checkpoint(parts, whole, 7)
 
 
+def test_a_run_of_epochs_is_the_run_of_their_steps(world: World, tmp_path: Path) -> None:
+    # 60 rows in batches of 6: ten steps an epoch.
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    launch(sft(world, whole, *CONSTANT, "stage.num_steps=7"))
+    epochs = [*CONSTANT, "stage.num_steps=null"]
+    launch(sft(world, parts, *epochs, "stage.num_epochs=0.4"))
+    longer = sft(world, parts, *epochs, "stage.num_epochs=0.7")
+    assert not is_finished(longer)
+    launch(longer)
+    assert is_finished(longer)
+    assert losses(parts) == losses(whole)
+    same_checkpoint(parts, whole, 7)
+
+
 def test_a_phase_after_a_finished_cascade_makes_the_longer_cascade(
     world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

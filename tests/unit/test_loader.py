@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from marco_train.config.data import DataConfig, SourceConfig, SourceKind
+from marco_train.config.sft import num_sft_steps
 from marco_train.data.loader import ConversationStream
 from marco_train.errors import InputError
 from marco_train.types import Conversation
@@ -90,3 +91,13 @@ def test_tenths_that_floats_do_not_add_up_to_1_leave_nothing(tmp_path: Path) -> 
     assert sum(0.1 for _ in range(10)) < 1
     with pytest.raises(InputError, match="less than 1"):
         DataConfig(sources=sources(tmp_path, **ten, rest=(1, "auto")))
+
+
+def test_steps_of_epochs_are_counted_in_the_decimals_that_were_written() -> None:
+    counted = [
+        num_sft_steps(None, epochs, batch_size=10, epoch_rows=3000)
+        for epochs in (1.0, 1.1, 0.7, 2.0001, 1e-9)
+    ]
+    assert 1.1 * 3000 / 10 > 330
+    assert counted == [300, 330, 210, 601, 1]
+    assert num_sft_steps(7, None, batch_size=10, epoch_rows=None) == 7
