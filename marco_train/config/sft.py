@@ -68,5 +68,5 @@ def num_sft_steps(
     if num_steps is not None:
         return num_steps
     assert epoch_rows is not None
-    # The decimal that was written: 1.1 epochs of 3000 rows are 3300 samples, and 3300.0000000000005 in floats.
+    # The decimal that was written: in floats, 1.1 epochs of 3000 rows are a little over 3300.
     return math.ceil(Fraction(str(num_epochs)) * epoch_rows / batch_size)

@@ -32,6 +32,7 @@ from marco_train.types import (
     Example,
     Microbatch,
     Prompt,
+    group_name,
     prompt_groups,
 )
 
@@ -45,6 +46,8 @@ MOST_NAMED = 20
 NUM_MARKED = 64
 # Rows of each source of which the doctor wants to see one used.
 NUM_TRIED = 64
+# Steps whose beginnings are known: a checkpoint may be of the last step, prompts of the next.
+NUM_POSITIONS = 3
 # Samples at the start of a run whose turns are compared with what its teachers make of them.
 NUM_FIRST = 2048
 
@@ -184,6 +187,16 @@ class ConversationStream:
         }
 
 
+@dataclass(frozen=True)
+class Position:
+    """How far the data of a run have come, on all ranks, before a step."""
+
+    cursor: int
+    """The step's first sample."""
+    used: Counter[str]
+    """Sequences used since the run began: by group, as `source_math`, and under `""` all."""
+
+
 class _Loader:
     """Deals out global batches, the same on any number of ranks.
 
@@ -201,7 +214,7 @@ class _Loader:
         self._stream = ConversationStream(data.sources, data.num_rows, seed)
         self._identity = self._stream.identity() | tokenizer.digests()
         self._step = 0
-        self._begins = {0: 0}  # step -> its first sample
+        self._positions = {0: Position(0, Counter())}  # by step; of the last few
         self._metrics: Metrics = {}
 
     def _next_share(self, render: Callable[[int, Conversation], T | str]) -> list[T]:
@@ -210,22 +223,38 @@ class _Loader:
         Raises:
             InputError: None of all rows can be used.
         """
-        first = end = self._begins[self._step]
+        begin = self._positions[self._step]
+        first = end = begin.cursor
         dropped = Tally()
-        num_kept, drops = 0.0, [0.0] * len(DROPS)
-        while num_kept == 0:  # on every rank alike
+        used: Counter[str] = Counter()
+        counts: Counter[str] = Counter()  # of this step over all ranks, as `used`, and of drops
+
+        def render_and_count(index: int, conversation: Conversation) -> T | str:
+            item = render(index, conversation)
+            if not isinstance(item, str):
+                used.update(["", *groups_of(conversation)])
+            return item
+
+        while not counts[""]:  # on every rank alike
             if end - first >= max(self._batch_size, self._stream.num_samples_of_all):
                 raise dropped.gathered_refusal(f"none of {end - first} samples in a row")
             share = range(end + rank(), end + self._batch_size, world_size())
             end += self._batch_size
-            kept = render_share(self._stream, share, render, dropped)
-            num_kept, *drops = reduce_sums([len(kept), *map(dropped.count, DROPS)])
+            kept = render_share(self._stream, share, render_and_count, dropped)
+            mine = used | Counter({name: dropped.count(name) for name in DROPS})
+            counts = sum(gather_objects(mine), Counter())
+        drops = {name: float(counts.pop(name, 0)) for name in DROPS}
+        position = Position(end, begin.used + counts)
         self._step += 1
-        self._begins[self._step] = end
+        self._positions[self._step] = position
+        self._positions.pop(self._step - NUM_POSITIONS, None)
+        num_used = position.used[""]
+        shares = {f"data/share/{g}": n / num_used for g, n in sorted(position.used.items()) if g}
         self._metrics = {
-            "data/num_sequences": num_kept,
+            "data/num_sequences": float(counts[""]),
             "data/epoch": self._stream.epoch(end),
-            **dict(zip(DROPS, drops, strict=True)),
+            **drops,
+            **shares,
         }
         return kept
 
@@ -256,7 +285,9 @@ class _Loader:
 
     def state_at(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps of the data, before a step is made."""
-        return {"cursor": self._begins[step], **self._identity}
+        position = self._positions[step]
+        used = dict(sorted(position.used.items()))
+        return {"cursor": position.cursor, "used": used, **self._identity}
 
     def resume(
         self, step: int, state: dict[str, Any], allowed: Collection[ResumeChange] = ()
@@ -266,12 +297,13 @@ class _Loader:
         Raises:
             InputError: The data are not those of the checkpoint, and may not be others.
         """
-        if state.keys() != {"cursor", *self._identity}:
+        if state.keys() != {"cursor", "used", *self._identity}:
             raise InputError(
-                "the checkpoint was saved by an earlier version, which counted steps where this "
-                "one counts samples: start with resume=never"
+                "the checkpoint was saved by an earlier version, which counted other things than "
+                "this one does: start with resume=never"
             )
-        self._step, self._begins = step, {step: state["cursor"]}
+        self._step = step
+        self._positions = {step: Position(state["cursor"], Counter(state["used"]))}
         changed = field_difference({name: state[name] for name in self._identity}, self._identity)
         if changed:
             what = f"the data changed since the checkpoint was saved ({'; '.join(changed)})"
@@ -285,6 +317,12 @@ class _Loader:
                 log_line(
                     f"{what}, as on_resume.allow=[data] allows: rows may be skipped or seen twice"
                 )
+
+
+def groups_of(conversation: Conversation) -> list[str]:
+    """Name the groups in which a conversation is counted, as `source_math`."""
+    of_prompt = prompt_groups(conversation.category, conversation.language)
+    return [group_name(f"source_{conversation.source}"), *of_prompt]
 
 
 def render_share(

@@ -8,9 +8,12 @@ import pytest
 
 from marco_train.config.data import DataConfig, SourceConfig, SourceKind
 from marco_train.config.sft import num_sft_steps
-from marco_train.data.loader import ConversationStream
+from marco_train.data.loader import ConversationStream, PromptLoader, SFTLoader
 from marco_train.errors import InputError
+from marco_train.metrics import Metrics, check_names
 from marco_train.types import Conversation
+from tests.conftest import World, compose_config, tokenizer_of
+from tests.ranks import run_on_ranks
 
 
 def sources(directory: Path, **given: tuple[int, float | str]) -> dict[str, SourceConfig]:
@@ -101,3 +104,69 @@ def test_steps_of_epochs_are_counted_in_the_decimals_that_were_written() -> None
     assert 1.1 * 3000 / 10 > 330
     assert counted == [300, 330, 210, 601, 1]
     assert num_sft_steps(7, None, batch_size=10, epoch_rows=None) == 7
+
+
+LOADERS = {"sft": SFTLoader, "opd": PromptLoader}
+
+
+def labelled(directory: Path) -> dict[str, SourceConfig]:
+    """One source of two languages and categories, a second whose every other row is at fault."""
+    given = sources(directory, a=(4, 0.5), b=(2, 0.5))
+    rows = [
+        *({"category": "m/n", "language": "de"}, {"language": "de"}, {"language": "fr"}, {}),
+        *({"language": "fr"}, {"messages": 7}),
+    ]
+    said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
+    lines = [json.dumps({"messages": said} | row) + "\n" for row in rows]
+    Path(given["a"].path).write_text("".join(lines[:4]))
+    Path(given["b"].path).write_text("".join(lines[4:]))
+    return given
+
+
+def described(
+    stage: str, world: World, directory: Path, until: int, resumed: tuple[int, str] | None = None
+) -> tuple[list[Metrics], str]:
+    """Metrics of the steps from the first or a resumed one, and the state before the last."""
+    given = [f"root={world.root}", "stage.global_batch_size=4"]
+    cfg = compose_config(f"quickstart_{stage}", *given)
+    cfg.data.sources = labelled(directory)
+    cfg.data.num_rows = None
+    tokenizer = tokenizer_of(world.path("data", "tokenizer"))
+    loader = LOADERS[stage](cfg.data, cfg.stage, tokenizer, cfg.seed)
+    first = 0
+    if resumed is not None:
+        first = resumed[0]
+        loader.resume(first, json.loads(resumed[1]))
+    found = []
+    for _ in range(first, until):
+        next(loader)
+        found.append(loader.metrics())
+    return found, json.dumps(loader.state_at(until - 1))
+
+
+@pytest.mark.parametrize("stage", LOADERS)
+def test_shares_are_of_what_was_used_since_the_run_began(
+    stage: str, world: World, tmp_path: Path
+) -> None:
+    found, state = described(stage, world, tmp_path, 250)
+    last = found[-1]
+    check_names(last)
+    # Of 1,000 samples 500 are of `a`, 125 of each row, and 250 of `b` are used.
+    expected = {
+        "source_a": 500 / 750,
+        "source_b": 250 / 750,
+        "category_c": 625 / 750,
+        "category_m%2Fn": 125 / 750,
+        "language_de": 250 / 750,
+        "language_fr": 375 / 750,
+    }
+    prefix = "data/share/"
+    shares = {name.removeprefix(prefix): x for name, x in last.items() if name.startswith(prefix)}
+    assert shares == pytest.approx(expected)
+    assert sum(each["data/num_sequences"] for each in found) == 750
+    assert sum(each["data/dropped_malformed"] for each in found) == 250
+
+    _, middle = described(stage, world, tmp_path, 101)
+    again = described(stage, world, tmp_path, 250, (100, middle))
+    assert again == (found[100:], state)
+    assert run_on_ranks(2, described, stage, world, tmp_path, 250) == [(found, state)] * 2
