@@ -60,6 +60,7 @@ def check_sft(cfg: TrainConfig, made: "Examination") -> None:
     if tokenizer is not None:
         data = made.check("data", partial(SFTLoader, cfg.data, cfg.stage, tokenizer, cfg.seed))
         if data is not None:
+            data.log_plan(data.num_steps)
             made.check("every source", data.check_sources)
             batch = made.check("first batch", partial(next, data))
             say_batch(data.metrics())
@@ -91,6 +92,7 @@ def check_opd(cfg: TrainConfig, made: "Examination") -> None:
     cascade = open_cascade(cfg, made, tokenizer, student)
     if cascade is None or prompts is None or student is None:
         return
+    prompts.log_plan(cascade.num_steps)
     made.check("groups", partial(check_groups, cascade, prompts))
     turns = prompts.first_prompts(FirstOfEachKind())
     made.check("teachers' turns", partial(cascade.check_turns, turns))

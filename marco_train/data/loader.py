@@ -172,6 +172,15 @@ class ConversationStream:
         """What stands in a column of any source."""
         return set().union(*(source.values(column) for source in self._sources.values()))
 
+    def describe(self, num_samples: int) -> list[str]:
+        """Say of each source how large it is and how often so many samples go through it."""
+        weights, epochs = self._mixture.weights, self._mixture.epochs(num_samples)
+        return [
+            f"source {name!r}: {len(source)} rows, weight {float(weights[name]):.4g}, "
+            f"{epochs[name]:.3g} epochs"
+            for name, source in self._sources.items()
+        ]
+
     def epoch(self, index: int) -> float:
         """How often the most repeated source has been walked through before `index`."""
         return max(self._mixture.epochs(index).values())
@@ -261,6 +270,20 @@ class _Loader:
     def metrics(self) -> Metrics:
         """Describe the last batch, over all ranks."""
         return self._metrics
+
+    def log_plan(self, num_steps: int) -> None:
+        """Say how often a run of so many steps, those behind it included, goes through sources."""
+        samples_left = (num_steps - self._step) * self._batch_size
+        self._log_sources(self._positions[self._step].cursor + samples_left, f"in {num_steps}")
+
+    def log_epochs(self) -> None:
+        """Say how often the steps up to here went through each source."""
+        self._log_sources(self._positions[self._step].cursor, f"made in {self._step}")
+
+    def _log_sources(self, num_samples: int, when: str) -> None:
+        if is_main():
+            for line in self._stream.describe(num_samples):
+                log_line(f"{line} {when} steps")
 
     def check_sources(self) -> None:
         """Refuse sources of whose first rows none can be used: the mixture would lack them.

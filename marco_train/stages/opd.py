@@ -96,12 +96,14 @@ def open_opd(
         cfg.model, cfg.optim, cfg.parallel, schedule_steps(cfg), cfg.seed, tokenizer.chat_template
     )
     run = Run.open(cfg, policy, loader, cascade)
+    loader.log_plan(cascade.num_steps)
     cascade.save_early = run.save_early
     stop_ids = stop_token_ids(cfg.model.tokenizer)
     sampler = build_sampler(opd, student, cfg.model.dtype, stop_ids, cfg.seed, run.save_early)
     with closing(sampler), closing(cascade):
         prompts = RolloutStream(opd, sampler, loader, first_prompts, held_out)
         yield policy, prompts, sampler, cascade, run
+        loader.log_epochs()
 
 
 def sync(cfg: TrainConfig, policy: Policy, sampler: Sampler, step: int) -> Metrics:

@@ -29,6 +29,7 @@ def run_sft(cfg: TrainConfig) -> None:
     )
     # A fresh run, or the last checkpoint's.
     run = Run.open(cfg, policy, train_data, epoch_rows=train_data.epoch_rows)
+    train_data.log_plan(train_data.num_steps)
 
     for step in run.steps(train_data):
         microbatches = next(train_data)  # this rank's share of the global batch
@@ -38,4 +39,5 @@ def run_sft(cfg: TrainConfig) -> None:
         run.log(step, metrics | train_data.metrics())
         run.save_if_due(step)
 
+    train_data.log_epochs()
     run.finish()  # exports Hugging Face weights with the tokenizer

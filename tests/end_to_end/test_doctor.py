@@ -50,6 +50,8 @@ def test_a_run_that_is_fit_passes_every_check(experiment: str, world: World) -> 
     assert lines[0].startswith("config ... fine, ")
     assert lines[-2].startswith(f"{LAST[experiment]} ... fine, ")
     assert lines[-1].startswith("all is well, ")
+    plan = [line for line in lines if line.startswith("source 'math': 12 rows, weight 0.1, ")]
+    assert len(plan) == (0 if experiment == "quickstart_evaluate" else 1)
     if experiment == "quickstart_opd":
         (said,) = [line for line in lines if line.startswith("teacher 'second' (")]
         assert "gives the student's answers to 64 prompts" in said
