@@ -35,10 +35,11 @@ def check_sft(cfg: TrainConfig, made: Examination) -> None:
     """Make what the first update needs, and the loss of the first microbatch."""
     prepared = prepare_sft(cfg, made)
     data = prepared.train_data
+    made.make("samples", data.log_plan, data.num_steps)
     batch = made.make("first batch", data.__next__)
     made.after(batch).make("rows of the first batch", say_rows, data)
     if made.can_resume:
-        made.after(data).make("resumption", check_resumption, cfg, [data])
+        made.after(data).make("resumption", check_resumption, cfg, [data], data.epoch_rows)
     student = made.after(prepared.student).make("weights", untrained, cfg)
     made.make("first loss", say_loss, student, batch, cross_entropy)
 
@@ -47,6 +48,7 @@ def check_opd(cfg: TrainConfig, made: Examination) -> None:
     """Make what the first update needs: rollouts, and every teacher's scores of them."""
     prepared = prepare_opd(cfg, made)
     loader, cascade = prepared.loader, prepared.cascade
+    made.make("samples", loader.log_plan, cascade.num_steps)
     batch = made.make("first batch", loader.__next__)
     made.after(batch).make("rows of the first batch", say_rows, loader)
     if made.can_resume:

@@ -92,12 +92,13 @@ def open_opd(
     )
     cascade = prepared.cascade
     run = Run.open(cfg, policy, prepared.loader, cascade)
+    prepared.loader.log_plan(cascade.num_steps)
     cascade.save_early = run.save_early
     sampler = open_sampler(cfg, prepared.student, run.save_early)
     prompts = prepared.loader, prepared.first_prompts, prepared.held_out
     with closing(sampler), closing(cascade):
         yield policy, RolloutStream(cfg.stage, sampler, *prompts), sampler, cascade, run
-    prepared.loader.report()
+    prepared.loader.log_end()
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,13 @@ def run_sft(cfg: TrainConfig) -> None:
         cfg.model,
         cfg.optim,
         cfg.parallel,
-        schedule_steps(cfg),
+        schedule_steps(cfg, train_data.epoch_rows),
         cfg.seed,
         prepared.tokenizer.chat_template,
     )
-    run = Run.open(cfg, policy, train_data)  # a fresh run, or the last checkpoint's
+    # A fresh run, or the last checkpoint's.
+    run = Run.open(cfg, policy, train_data, epoch_rows=train_data.epoch_rows)
+    train_data.log_plan(train_data.num_steps)
 
     for step in run.steps(train_data):
         microbatches = next(train_data)  # this rank's share of the global batch
@@ -40,7 +42,7 @@ def run_sft(cfg: TrainConfig) -> None:
         run.log(step, metrics | train_data.metrics())
         run.save_if_due(step)
 
-    train_data.report()
+    train_data.log_end()
     run.finish()  # exports Hugging Face weights with the tokenizer
 
 

@@ -16,7 +16,7 @@ def planned_steps(cfg: TrainConfig) -> list[int]:
     """Steps of each phase, or of the run."""
     stage = cfg.stage
     asked = [p.num_steps for p in stage.cascade.values()] if cfg.stage.kind.value == "opd" else []
-    return [stage.capped(steps) for steps in asked or [stage.num_steps]]
+    return [stage.capped(steps) for steps in asked or [stage.num_steps or 6]]
 
 
 def leave_checkpoint(cfg: TrainConfig, step: int, **more: Any) -> Path:

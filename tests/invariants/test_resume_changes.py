@@ -75,6 +75,27 @@ def test_a_finished_run_that_is_given_more_steps_is_the_longer_run(
     same_checkpoint(parts, whole, 7)
 
 
+def test_a_run_of_epochs_is_the_run_of_their_steps(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # 60 rows in batches of 6: ten steps an epoch.
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    launch(sft(world, whole, *CONSTANT, "stage.num_steps=7"))
+    epochs = [*CONSTANT, "stage.num_steps=null"]
+    launch(sft(world, parts, *epochs, "stage.num_epochs=0.4"))
+    longer = sft(world, parts, *epochs, "stage.num_epochs=0.7")
+    assert not is_finished(longer)
+    capfd.readouterr()
+    launch(longer)
+    # 42 samples, a tenth of them of 12 rows.
+    plan, made = (line for line in capfd.readouterr().out.splitlines() if "'math'" in line)
+    assert plan == "source 'math': 12 rows, weight 0.1, 0.35 epochs in 7 steps"
+    assert made == "source 'math': 12 rows, weight 0.1, 0.35 epochs made in 7 steps"
+    assert is_finished(longer)
+    assert losses(parts) == losses(whole)
+    same_checkpoint(parts, whole, 7)
+
+
 def test_a_phase_after_a_finished_cascade_makes_the_longer_cascade(
     world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -91,7 +112,10 @@ def test_a_phase_after_a_finished_cascade_makes_the_longer_cascade(
     assert not is_finished(longer)
     capfd.readouterr()
     launch(longer)
-    assert "stage.cascade.another: a phase of 2 steps is added" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "stage.cascade.another: a phase of 2 steps is added" in said
+    for when in ("in 8", "made in 8"):  # of 6 prompts
+        assert f"source 'math': 12 rows, weight 0.1, 0.4 epochs {when} steps" in said
     assert is_finished(longer)
     assert losses(parts) == losses(whole)
     assert [line["cascade/phase"] for line in losses(parts)] == [0, 0, 0, 0, 1, 1, 2, 2]

@@ -224,6 +224,62 @@ def test_a_longer_cosine_says_both_rates_and_takes_the_chosen_one(
         assert found is not None and found.sentences[0] == "stage.num_steps: 6 -> 10 steps"
 
 
+# An epoch of 32 rows is 4 steps of 8.
+ONE_AND_A_HALF = ["stage.num_steps=null", "stage.num_epochs=1.5", "stage.global_batch_size=8"]
+
+
+def epochs(number: float) -> list[str]:
+    return [*ONE_AND_A_HALF, f"stage.num_epochs={number}"]
+
+
+def test_other_epochs_are_another_number_of_steps(world: World, tmp_path: Path) -> None:
+    assert schedule_steps(composed("sft", world, tmp_path, *ONE_AND_A_HALF), 32) == 6
+    leave_checkpoint(composed("sft", world, tmp_path, *ONE_AND_A_HALF), 3, epoch_rows=32)
+    same = continuation(composed("sft", world, tmp_path, *ONE_AND_A_HALF))
+    assert same is not None and same.schedule_steps == 6 and same.sentences == []
+    with pytest.raises(InputError) as asked:
+        continuation(composed("sft", world, tmp_path, *epochs(2.5)))
+    assert str(asked.value).startswith("stage.num_epochs: 6 -> 10 steps: the learning rate of step")
+    for choice, steps in (("keep", 6), ("stretch", 10)):
+        cfg = composed("sft", world, tmp_path, *epochs(2.5), f"on_resume.schedule={choice}")
+        assert schedule_steps(cfg, 32) == steps
+    with pytest.raises(
+        InputError, match=r"num_epochs=0.5 makes 2 steps, which is fewer than the 3 steps that"
+    ):
+        continuation(composed("sft", world, tmp_path, *epochs(0.5)))
+
+
+def test_steps_in_place_of_as_many_epochs_are_no_change(world: World, tmp_path: Path) -> None:
+    given = ["stage.global_batch_size=8"]
+    leave_checkpoint(composed("sft", world, tmp_path, *ONE_AND_A_HALF), 3, epoch_rows=32)
+    found = continuation(composed("sft", world, tmp_path, *given))  # of six steps
+    assert found is not None and found.sentences == []
+    with pytest.raises(InputError, match=r"^stage.num_steps: 6 -> 8 steps"):
+        continuation(composed("sft", world, tmp_path, *given, "stage.num_steps=8"))
+
+
+def test_an_epoch_of_other_data_is_as_long_as_these(world: World, tmp_path: Path) -> None:
+    leave_checkpoint(composed("sft", world, tmp_path, *ONE_AND_A_HALF), 3, epoch_rows=32)
+    cfg = composed("sft", world, tmp_path, *ONE_AND_A_HALF)
+    assert continuation(cfg) is not None  # the data are not open yet
+    with pytest.raises(InputError, match=r"^stage.num_epochs: 6 -> 8 steps: .*schedule=stretch"):
+        continuation(cfg, 40)
+    with pytest.raises(InputError, match=r"makes 2 steps, which is fewer than the 3 steps"):
+        schedule_steps(cfg, 10)
+
+
+def test_a_finished_run_of_epochs_goes_on_with_more_of_them(world: World, tmp_path: Path) -> None:
+    cfg = composed("sft", world, tmp_path, *ONE_AND_A_HALF)
+    leave_checkpoint(cfg, 6, epoch_rows=32)
+    mark_finished(cfg, observed(cfg, digests={}), 32)
+    assert is_finished(cfg)
+    assert is_finished(composed("sft", world, tmp_path, *epochs(1.4)))  # 5.6 steps are six
+    keep = "on_resume.schedule=keep"
+    assert not is_finished(composed("sft", world, tmp_path, *epochs(1.6), keep))
+    with pytest.raises(InputError, match=r"a finished run of 6 steps, and 5 are fewer"):
+        is_finished(composed("sft", world, tmp_path, *epochs(1.25)))
+
+
 def test_a_kept_course_is_kept_by_later_resumptions_until_another_is_chosen(
     world: World, tmp_path: Path
 ) -> None:
