@@ -150,8 +150,6 @@ def inspect(
             split=args.split,
             columns=args.columns,
             roles=args.roles,
-            category="",
-            weight=1.0,
         ),
     )
     report.rows = len(source)
