@@ -18,6 +18,8 @@ from tests.helpers.processes import REPOSITORY
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.world import World
 
+pytestmark = pytest.mark.slow
+
 ALONE = "parallel.expert_parallel_size=1"
 
 

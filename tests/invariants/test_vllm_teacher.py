@@ -1,6 +1,5 @@
 """vLLM in this process as a teacher: numbers as transformers gives them, a trainer left alone."""
 
-import importlib.util
 import os
 import random
 import re
@@ -30,9 +29,7 @@ from tests.helpers.rollouts import rollouts
 from tests.helpers.teachers import teacher_config, wanted_of
 from tests.helpers.world import World
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
-)
+pytestmark = pytest.mark.vllm
 
 KINDS = [
     (Objective.sampled, 0, TopKSource.sampler),
