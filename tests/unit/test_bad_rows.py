@@ -62,7 +62,8 @@ BAD = {
     "another column": ('{"translation": {"eng_Latn": "x"}}', "no column messages"),
     "no column": ("{}", "no column messages"),
     "two chats that differ": (
-        json.dumps(chat("a") | {"prompt": "b", "completion": "c"}), "two shapes, messages and prompt"
+        json.dumps(chat("a") | {"prompt": "b", "completion": "c"}),
+        "two shapes, messages and prompt",
     ),
     "two system turns that differ": (
         json.dumps({"system": "a", "messages": [{"role": "system", "content": "b"}]}),
