@@ -9,7 +9,6 @@ safetensors and JSON only. A checkpoint resumes on as many ranks as saved it.
 """
 
 import json
-import os
 import random
 import shutil
 from hashlib import file_digest
@@ -23,6 +22,7 @@ from torch import Tensor
 from marco_train.config.resumption import MANIFEST, STATE, complete_checkpoints
 from marco_train.distributed import barrier, gather_objects, is_main, rank, world_size
 from marco_train.errors import InputError
+from marco_train.files import replace_directory, sync_to_disk
 
 
 def save_checkpoint(
@@ -37,7 +37,6 @@ def save_checkpoint(
         state: The same on every rank; JSON.
         keep_last: Complete checkpoints to keep, this one included.
     """
-    final = directory / f"step_{step:06d}"
     partial = directory / f".partial_{step:06d}"
     if is_main():
         shutil.rmtree(partial, ignore_errors=True)
@@ -54,10 +53,7 @@ def save_checkpoint(
         entries[state_file.name] = _entry(state_file)
         manifest = {"step": step, "world_size": world_size(), "files": entries}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
-        _sync_to_disk(partial / MANIFEST)
-        shutil.rmtree(final, ignore_errors=True)
-        partial.rename(final)
-        _sync_to_disk(directory)
+        replace_directory(directory / f"step_{step:06d}", partial)
         for old in complete_checkpoints(directory)[keep_last:]:
             shutil.rmtree(old)
     barrier()
@@ -66,7 +62,7 @@ def save_checkpoint(
 def set_aside_newer(directory: Path, step: int) -> None:
     """Move complete checkpoints of more than `step` updates out of the way, and keep them.
 
-    They are of a course that this run does not take, and `auto` would choose them.
+    This run makes those steps anew, and a later `resume=auto` would choose the old ones.
     """
     newer = [p for p in complete_checkpoints(directory) if int(p.name.split("_")[1]) > step]
     if newer:
@@ -118,18 +114,10 @@ def _verify(file: Path, expected: dict[str, Any]) -> None:
 
 
 def _entry(file: Path) -> dict[str, Any]:
-    _sync_to_disk(file)
+    sync_to_disk(file)
     with file.open("rb") as content:
         digest = file_digest(content, "sha256").hexdigest()
     return {"bytes": file.stat().st_size, "sha256": digest}
-
-
-def _sync_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def generator_tensors() -> dict[str, Tensor]:

@@ -56,6 +56,7 @@ NAMES = {
     "data/dropped_empty": "rows with an answer that says nothing, of this step",
     "data/dropped_malformed": "rows that are no chat, or none for the template, of this step",
     "data/epoch": "of the source that has been repeated most",
+    "data/share": "of the sequences used since the run began, by source, category and language",
     "perf/tokens_per_second": "tokens trained on, all ranks, over the whole step",
     "time/step": "seconds",
     "time/sync": "seconds",
@@ -68,10 +69,11 @@ NAMES = {
 """Every metric and its unit.
 
 `moe/` metrics also come as `<name>/layer_<number>`; `kl/`, `loss/` and `rollout/` metrics of OPD as
-`<name>/category_<...>` and `<name>/language_<...>`.
+`<name>/category_<...>` and `<name>/language_<...>`; `data/share` only so, and as
+`data/share/source_<...>`.
 """
 
-PART = re.compile(r"/(layer_\d+|(category|language)_[^/]+|p\d\d)$")
+PART = re.compile(r"/(layer_\d+|(source|category|language)_[^/]+|p\d\d)$")
 QUANTILES = (0.05, 0.5, 0.95)
 # Quantiles are read off counts over this range, in nats, which add up over ranks.
 SPREAD_BOUND = 20.0

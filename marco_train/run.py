@@ -39,6 +39,7 @@ from marco_train.config.resumption import (
 from marco_train.content import Content, digest, with_digests
 from marco_train.distributed import barrier, gather_objects, is_main, rank, seed_everything
 from marco_train.errors import InputError
+from marco_train.files import replaces
 from marco_train.metrics import Metrics
 from marco_train.tracking import Tracker, log_line
 
@@ -119,16 +120,29 @@ class Run:
             self._tracker = Tracker(cfg.logging, self._directory, cfg.name, plain, resumed)
 
     @classmethod
-    def open(cls, cfg: TrainConfig, policy: Trainable, *parts: Resumable) -> "Run":
+    def open(
+        cls,
+        cfg: TrainConfig,
+        policy: Trainable,
+        *parts: Resumable,
+        epoch_rows: int | None = None,
+    ) -> "Run":
         """Start afresh, or where the chosen checkpoint stands.
+
+        Args:
+            cfg: What runs.
+            policy: As it was built.
+            parts: What else goes into checkpoints.
+            epoch_rows: Samples of an epoch of SFT. None in any other stage.
 
         Raises:
             InputError: The checkpoint is damaged, or is another run's.
         """
         # Drawn from by nothing that is trained, but part of the state all the same.
         seed_everything(cfg.seed + rank())
-        found = gather_objects(continuation(cfg))[0]  # one file system may lag behind another
-        noted = describe(cfg)
+        # One file system may lag behind another.
+        found = gather_objects(continuation(cfg, epoch_rows))[0]
+        noted = describe(cfg, epoch_rows)
         if found is None:
             noted |= {"content": digests_at_start(cfg, {}), "resumed_from": []}
         else:
@@ -218,7 +232,7 @@ class Run:
         barrier()  # what follows may take long, and no rank has to wait for it
         if self._tracker is not None:
             self._tracker.close()
-            mark_finished(self._cfg, self._noted["content"])
+            mark_finished(self._cfg, self._noted["content"], self._noted["epoch_rows"])
             log_line(f"{self._cfg.name}: finished, {self._directory / 'export'}")
 
 
@@ -264,7 +278,10 @@ def resume_from(
 def resume_parts(
     found: Continuation, cfg: TrainConfig, parts: Sequence[Resumable], state: dict[str, Any]
 ) -> list[Change]:
-    """Put the parts where a checkpoint left them; gives what changed by choice in files.
+    """Put the parts where a checkpoint left them.
+
+    Returns:
+        What changed in the run's files, as `on_resume.allow` allows.
 
     Raises:
         InputError: The checkpoint is of other data, teachers or files.
@@ -279,21 +296,23 @@ def resume_parts(
     return changed
 
 
-def check_resumption(cfg: TrainConfig, parts: Sequence[Resumable]) -> None:
+def check_resumption(
+    cfg: TrainConfig, parts: Sequence[Resumable], epoch_rows: int | None = None
+) -> None:
     """Refuse what the run would refuse of the checkpoint that it goes on from.
 
-    Tensors are left out, and how many ranks saved them.
+    Tensors are not compared, nor the number of ranks.
 
     Raises:
         InputError: Says what is wrong with it.
     """
-    found = continuation(cfg)
+    found = continuation(cfg, epoch_rows)
     if found is not None:
         resume_parts(found, cfg, parts, read_state(found.checkpoint))
 
 
 def digests_at_start(cfg: TrainConfig, known: Mapping[str, str | None]) -> dict[str, Content]:
-    """Note what the run's files hold, and digest what no other part of a checkpoint knows.
+    """Note sizes and times of the run's files, and digest those that the checkpoint did not.
 
     Args:
         cfg: The run.
@@ -330,19 +349,22 @@ def begin(cfg: TrainConfig) -> None:
     (directory / "config.json").write_text(json.dumps(plain_config(cfg), indent=2))
 
 
-def mark_finished(cfg: TrainConfig, content: Mapping[str, Content]) -> None:
+def mark_finished(
+    cfg: TrainConfig, content: Mapping[str, Content], epoch_rows: int | None = None
+) -> None:
     """Leave the note that `is_finished` reads; complete or not there.
 
     Args:
         cfg: The run.
         content: What its files held when it began, as `observed` notes it.
+        epoch_rows: Samples of an epoch of SFT. None in any other stage.
     """
     note = Path(cfg.output_dir) / FINISHED
-    partial = note.with_suffix(".partial")
     noted = {
         "config": plain_config(cfg),
         "phases": phases_of(cfg),
+        "epoch_rows": epoch_rows,
         "content": with_digests(content, content_paths(plain_config(cfg), CONTENT)),
     }
-    partial.write_text(json.dumps(noted, indent=2, sort_keys=True))
-    partial.replace(note)
+    with replaces(note) as partial:
+        partial.write_text(json.dumps(noted, indent=2, sort_keys=True))

@@ -11,6 +11,7 @@ from uuid import uuid4
 from tqdm import tqdm
 
 from marco_train.config.run import LoggingBackend, LoggingConfig, WandbMode
+from marco_train.files import replaces
 from marco_train.metrics import Metrics, check_names
 
 
@@ -53,15 +54,17 @@ class Tracker:
                 resume="allow",
                 id=run_id,
             )
-            # Steps made again after a crash replace nothing: W&B orders by this, not by arrival.
+            # W&B cannot replace a step that is made again after a crash; this is what it sorts by.
             self._wandb.define_metric("*", step_metric="step")
 
     def start(self, first: int, until: int) -> None:
-        """Announce the steps to come; lines of `metrics.jsonl` past `first` are from a lost run."""
-        rewritten = self._jsonl.with_suffix(".partial")
+        """Announce the steps to come, and drop the lines of `metrics.jsonl` past `first`.
+
+        Those steps were made after the last checkpoint and are made again.
+        """
         kept = self._lines_until(first)
-        rewritten.write_text("".join(line + "\n" for line in kept))
-        rewritten.replace(self._jsonl)
+        with replaces(self._jsonl) as partial:
+            partial.write_text("".join(line + "\n" for line in kept))
         if self._lost_after is not None:
             for line in map(json.loads, kept):
                 if line["step"] > self._lost_after:

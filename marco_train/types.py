@@ -158,6 +158,17 @@ class Rollout:
         """Prompt and response as one sequence."""
         return self.prompt.input_ids + self.response_ids
 
+    @property
+    def predicting(self) -> slice:
+        """The places of `input_ids` whose hidden states predict the response: each is one early."""
+        first = len(self.prompt.input_ids) - 1
+        return slice(first, first + len(self.response_ids))
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """What rollouts are sorted by, so that it does not matter which of them ended first."""
+        return self.prompt.index, self.sample_index
+
 
 GROUPED_BY = ("category", "language")
 """What the diagnostics of rollouts are told apart by."""

@@ -9,32 +9,16 @@ would be spread, and end with the first that finds a fault.
 import os
 import sys
 import time
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf import MissingMandatoryValue
-from omegaconf.errors import OmegaConfBaseException
 
+from marco_train.commands.examination import Examination
 from marco_train.config import TrainConfig, to_run
 from marco_train.config.resumption import check_resume, continuation, is_finished
 from marco_train.config.stage import StageKind
-from marco_train.errors import InputError, ServersUnavailable, require
-from marco_train.train import CONFIG_DIR, in_one_line, is_first_rank
-
-T = TypeVar("T")
-
-REFUSALS = (
-    FloatingPointError,
-    HydraException,
-    InputError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-    ServersUnavailable,
-)
+from marco_train.errors import require
+from marco_train.train import CONFIG_DIR, is_first_rank
 
 
 def main() -> None:
@@ -50,10 +34,11 @@ def main() -> None:
 def examine(overrides: list[str]) -> list[str]:
     """Make all checks of a run; gives what is wrong, each in a sentence."""
     made = Examination()
-    cfg = made.check("config", partial(composed, overrides))
-    if cfg is None:
+    cfg = made.make("config", composed, overrides)
+    if made.faults:
         return made.faults
-    made.can_resume = made.passes("output directory", partial(check_output, cfg))
+    made.make("output directory", check_output, cfg)
+    made.can_resume = not made.faults
     # Heavy libraries are imported from here on.
     from marco_train import distributed
     from marco_train.commands import stage_checks
@@ -68,49 +53,6 @@ def examine(overrides: list[str]) -> list[str]:
             stage_checks.check_evaluate(cfg, made)
     distributed.stop()
     return made.faults
-
-
-class Examination:
-    """Makes checks, prints how each went and keeps what was wrong."""
-
-    def __init__(self) -> None:
-        self.faults: list[str] = []
-        self.can_resume = False
-
-    def check(self, what: str, find: Callable[[], T]) -> T | None:
-        """Make a check; None where something is wrong, and where nothing is to be found."""
-        return self._attempt(what, find)[1]
-
-    def passes(self, what: str, find: Callable[[], object]) -> bool:
-        """Make a check, and say whether it found no fault."""
-        return self._attempt(what, find)[0]
-
-    def _attempt(self, what: str, find: Callable[[], T]) -> tuple[bool, T | None]:
-        start = time.perf_counter()
-        try:
-            found = find()
-        except REFUSALS as error:
-            said = in_one_line(error)
-            # Hydra names the override, and chains what is wrong with it.
-            if isinstance(error, HydraException) and error.__cause__ is not None:
-                said = f"{said}: {error.__cause__}"
-            self._keep(what, " ".join(said.split()))
-            return False, None
-        self._print(f"{what} ... fine, {time.perf_counter() - start:.1f} s")
-        return True, found
-
-    def _keep(self, what: str, fault: str) -> None:
-        self._print(f"{what} ... wrong")
-        if fault not in self.faults:
-            self.faults.append(fault)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            # Other ranks may have found nothing, and would wait for this one in the next check.
-            sys.exit("\n".join(f"error: {fault}" for fault in self.faults))
-
-    @staticmethod
-    def _print(line: str) -> None:
-        if is_first_rank():
-            print(line, flush=True)
 
 
 def composed(overrides: list[str]) -> TrainConfig:

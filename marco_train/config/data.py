@@ -2,10 +2,15 @@
 
 from dataclasses import dataclass, field
 from enum import Enum
+from fractions import Fraction
+from typing import Any
 
 from omegaconf import MISSING
 
 from marco_train.errors import require, require_positive
+
+AUTO = "auto"
+"""The weight of a source that is as large as its rows make it."""
 
 ROLES = ("system", "user", "assistant", "tool")
 """Of a turn."""
@@ -55,8 +60,10 @@ class SourceConfig:
     """Group of all its rows, in metrics and among teachers."""
     category_column: str | None = None
     """Column that names the group of a row instead, where it is not empty."""
-    weight: float = MISSING
-    """Share of the mixture's samples; the weights of a mixture sum to 1."""
+    # A number or `auto`; OmegaConf 2.3 fails to merge a union that stands in a dictionary's item.
+    weight: Any = AUTO
+    """Share of the mixture's samples, or `auto`: such sources divide what the others leave by their
+    numbers of rows. Without `auto` the weights of a mixture sum to 1, beside it to less."""
     unique_prompts: bool = False
     """Keep the first row of each distinct prompt, which is all that stands before the answer."""
     near_duplicates: float | None = None
@@ -64,7 +71,12 @@ class SourceConfig:
     characters that they have in common (Jaccard). None: off."""
 
     def __post_init__(self) -> None:
-        require_positive("data.sources.*", weight=self.weight)
+        if self.weight != AUTO:
+            require(
+                isinstance(self.weight, float | int) and not isinstance(self.weight, bool),
+                f"data.sources.*.weight is {self.weight!r}, and must be a share above 0, or {AUTO}",
+            )
+            require_positive("data.sources.*", weight=self.weight)
         require(
             self.near_duplicates is None or 0 < self.near_duplicates <= 1,
             f"data.sources.*.near_duplicates is {self.near_duplicates}, and must be a share above "
@@ -87,8 +99,8 @@ class DataConfig:
     held_out: dict[str, SourceConfig] | None = None
     """Rows for held-out loss or evaluation. None: no held-out measure."""
     num_rows: int | None = None
-    """Budget of rows (labels, in SFT): each source keeps its first weight * num_rows.
-    None: all rows."""
+    """Budget of rows (labels, in SFT): each source keeps its first weight * num_rows. What `auto`
+    weighs is told from all rows, before they are cut. None: all rows."""
     max_tokens_per_microbatch: int = 16384
     """Tokens of one packed forward pass on one rank."""
     thinking: Thinking = Thinking.keep
@@ -118,8 +130,10 @@ class DataConfig:
         for name, mixture in (("sources", self.sources), ("held_out", self.held_out)):
             if not mixture:
                 continue
-            total = sum(source.weight for source in mixture.values())
-            require(
-                abs(total - 1) < 1e-6,
-                f"the weights of data.{name} sum to {total:.6g}, and must sum to 1",
-            )
+            shares = [Fraction(str(s.weight)) for s in mixture.values() if s.weight != AUTO]
+            total = sum(shares, Fraction(0))
+            says = f"the weights of data.{name} sum to {float(total):.6g}, and must sum to"
+            if len(shares) == len(mixture):
+                require(abs(float(total - 1)) < 1e-6, f"{says} 1")
+            else:
+                require(total < 1, f"{says} less than 1: sources of weight {AUTO} get the rest")

@@ -21,6 +21,7 @@ from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resume import ChangedSchedule, ResumeChange
 from marco_train.config.run import TrainConfig
+from marco_train.config.sft import num_sft_steps
 from marco_train.content import Content, is_same, look
 from marco_train.errors import InputError, require
 
@@ -30,8 +31,16 @@ STATE = "state.json"
 FINISHED = "finished.json"
 """The note in a run's directory by which a second launch knows that nothing is left to do."""
 NOTED = {
-    STATE: {"config", "phases", "architecture", "content", "num_updates", "schedule_steps"},
-    FINISHED: {"config", "phases", "content"},
+    STATE: {
+        "config",
+        "phases",
+        "epoch_rows",
+        "architecture",
+        "content",
+        "num_updates",
+        "schedule_steps",
+    },
+    FINISHED: {"config", "phases", "epoch_rows", "content"},
 }
 """What these files say at least."""
 STEP_NAME = re.compile(r"step_(\d{6,})$")
@@ -82,7 +91,12 @@ KINDS: dict[str, tuple[str, ...]] = {
         "stage.cascade.*.teachers_by_group.*.servers.**",
         "stage.teachers.*.servers.**",
     ),
-    "length": ("stage.max_steps", "stage.num_steps", "stage.cascade.*.num_steps"),
+    "length": (
+        "stage.max_steps",
+        "stage.num_steps",
+        "stage.num_epochs",
+        "stage.cascade.*.num_steps",
+    ),
     "layout": (
         "stage.kind",
         "parallel.zero_stage",
@@ -232,11 +246,17 @@ def plain_config(cfg: TrainConfig) -> dict[str, Any]:
     return dict(plain(asdict(cfg)))
 
 
-def describe(cfg: TrainConfig) -> dict[str, Any]:
-    """What a checkpoint keeps of a config: what it says, and what it does not say by itself."""
+def describe(cfg: TrainConfig, epoch_rows: int | None = None) -> dict[str, Any]:
+    """What a checkpoint keeps of a config: what it says, and what it does not say by itself.
+
+    Args:
+        cfg: The run.
+        epoch_rows: Samples of an epoch, by which SFT counts its steps. None in any other stage.
+    """
     return {
         "config": plain_config(cfg),
         "phases": phases_of(cfg),  # JSON is written with its keys sorted
+        "epoch_rows": epoch_rows,
         "architecture": asdict(_student_shape(cfg)),
     }
 
@@ -448,11 +468,16 @@ class Continuation:
     """What is another than before, by choice."""
 
 
-def continuation(cfg: TrainConfig) -> Continuation | None:
+def continuation(cfg: TrainConfig, epoch_rows: int | None = None) -> Continuation | None:
     """Decide how a run goes on from the checkpoint that it is to resume; None: from the start.
 
     A function of the config and of the checkpoint's files, so the same on every rank. What files
     hold is compared by those who open them.
+
+    Args:
+        cfg: The run.
+        epoch_rows: Samples of an epoch of SFT. None, before the data are open: as many as the
+            checkpoint's.
 
     Raises:
         InputError: Something changed that is not allowed to, or a choice has to be made.
@@ -463,7 +488,7 @@ def continuation(cfg: TrainConfig) -> Continuation | None:
     state = read_note(checkpoint / STATE)
     what = f"{checkpoint} is of a run with another config"
     refuse_other_stage(state, cfg, what)
-    lengths = Lengths(state, cfg)
+    lengths = Lengths(state, cfg, epoch_rows)
     changes = [*changes_of(state, cfg), *lengths.changes_of_order()]
     refuse_changes(changes, cfg, what)
     lengths.refuse_rewriting(checkpoint)
@@ -545,14 +570,25 @@ def refuse_changes(changes: Sequence[Change], cfg: TrainConfig, what: str) -> No
 class Lengths:
     """How many steps a checkpoint's run was to make, and this one, phase by phase."""
 
-    def __init__(self, noted: Mapping[str, Any], cfg: TrainConfig) -> None:
-        then = with_defaults(noted["config"], cfg)
+    def __init__(
+        self, noted: Mapping[str, Any], cfg: TrainConfig, epoch_rows: int | None = None
+    ) -> None:
+        """Compare lengths.
+
+        Args:
+            noted: What is kept of the earlier run.
+            cfg: What is asked for now.
+            epoch_rows: Samples of an epoch now. None: as many as then.
+        """
+        then, now = with_defaults(noted["config"], cfg), plain_config(cfg)
+        rows_then = noted["epoch_rows"]
         self._phases_now = phases_of(cfg)
         self._phases_then = list(noted["phases"])
         self._converged = noted.get("cascade", {}).get("converged", {})
         self._made = noted.get("num_updates", 0)
-        self.then = _lengths(then, self._phases_then)
-        self.now = _lengths(plain_config(cfg), self._phases_now)
+        self._num_epochs = now["stage"].get("num_epochs")
+        self.then = _lengths(then, self._phases_then, rows_then)
+        self.now = _lengths(now, self._phases_now, epoch_rows or rows_then)
 
     @property
     def planned(self) -> tuple[int, int]:
@@ -587,7 +623,6 @@ class Lengths:
         then, now = self._taught(self.then), self._taught(self.now)
         other = "or resume from an earlier checkpoint with resume=<path>"
         for index, (name, made) in enumerate(then):
-            given = f"stage.cascade.{name}.num_steps" if name else "stage.num_steps"
             name_now, steps = now[index] if index < len(now) else (None, 0)
             if name != name_now:
                 raise InputError(
@@ -597,15 +632,23 @@ class Lengths:
                 )
             require(
                 steps >= made,
-                f"{given}={self.now[name]} is fewer than the {made} steps that {checkpoint} has "
-                f"made: give {made} or more (stage.max_steps caps it too), {other}",
+                f"{self._given(name)} is fewer than the {made} steps that {checkpoint} has made: "
+                f"give {made} steps or more (stage.max_steps caps it too), {other}",
             )
             require(
                 steps == made,
-                f"{given}={self.now[name]}, but that phase ended after {made} steps and the next "
+                f"{self._given(name)}, but that phase ended after {made} steps and the next "
                 f"has begun in {checkpoint}: set it to {made} and give the steps to a phase to "
                 f"come, {other}",
             )
+
+    def _given(self, name: str) -> str:
+        """The field that says how long a phase is, and its steps."""
+        if name:
+            return f"stage.cascade.{name}.num_steps={self.now[name]}"
+        if self._num_epochs is None:
+            return f"stage.num_steps={self.now[name]}"
+        return f"stage.num_epochs={self._num_epochs} makes {self.now[name]} steps, which"
 
     def changes_of_order(self) -> list[Change]:
         """Coming phases in another order, or with others between them."""
@@ -625,16 +668,20 @@ class Lengths:
             elif name not in self.now:
                 found.append(f"{owner}: a phase of {self.then[name]} steps is left out")
             elif self.then[name] != self.now[name]:
-                found.append(f"{owner}.num_steps: {self.then[name]} -> {self.now[name]} steps")
+                field = "num_steps" if name or self._num_epochs is None else "num_epochs"
+                found.append(f"{owner}.{field}: {self.then[name]} -> {self.now[name]} steps")
         return found
 
 
-def _lengths(config: Mapping[str, Any], phases: Sequence[str]) -> dict[str, int]:
+def _lengths(
+    config: Mapping[str, Any], phases: Sequence[str], epoch_rows: int | None
+) -> dict[str, int]:
     """Steps of each phase; of SFT, which has none, under the empty name."""
-    stage = config["stage"]
-    cascade = stage.get("cascade", {})
-    numbers = {name: cascade[name]["num_steps"] for name in phases} or {"": stage["num_steps"]}
-    cap = stage["max_steps"]
+    stage, cap = config["stage"], config["stage"]["max_steps"]
+    numbers = {name: stage["cascade"][name]["num_steps"] for name in phases}
+    if not phases:
+        asked, batch_size = stage["num_steps"], stage["global_batch_size"]
+        numbers = {"": num_sft_steps(asked, stage["num_epochs"], batch_size, epoch_rows)}
     return {name: n if cap is None else min(n, cap) for name, n in numbers.items()}
 
 
@@ -674,12 +721,17 @@ def _choose_schedule(
     return chosen, [f"{says}; on_resume.schedule={choice.value} takes that of {chosen}"]
 
 
-def schedule_steps(cfg: TrainConfig) -> int:
-    """Updates that the learning rate's course spans; a checkpoint may decide it."""
-    found = continuation(cfg)
+def schedule_steps(cfg: TrainConfig, epoch_rows: int | None = None) -> int:
+    """Updates that the learning rate's course spans; a checkpoint may decide it.
+
+    Args:
+        cfg: The run.
+        epoch_rows: Samples of an epoch of SFT. None in any other stage.
+    """
+    found = continuation(cfg, epoch_rows)
     if found is not None:
         return found.schedule_steps
-    return sum(_lengths(plain_config(cfg), phases_of(cfg)).values())
+    return sum(_lengths(plain_config(cfg), phases_of(cfg), epoch_rows).values())
 
 
 def is_finished(cfg: TrainConfig) -> bool:

@@ -150,7 +150,8 @@ def _one_of(first: Reading, second: Reading) -> Reading:
     if spoken[0][:common] == spoken[1][:common]:
         return second if len(second.messages) > len(first.messages) else first
     answered = [any(role == "assistant" for role, _ in turns) for turns in spoken]
-    if answered == [True, False] and first.used & set(CHATS):
+    chats = [bool(reading.used & set(CHATS)) for reading in (first, second)]
+    if answered == chats == [True, False]:
         return first
     raise RowError(
         "two shapes",

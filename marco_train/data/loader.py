@@ -1,5 +1,6 @@
 """This rank's share of each global batch, with a cursor that is the first sample of a step."""
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain
@@ -10,7 +11,7 @@ from marco_train.config.data import DataConfig, OnChange, SourceConfig
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resume import ResumeChange
 from marco_train.config.resumption import field_difference
-from marco_train.config.sft import LossTokens, SFTConfig
+from marco_train.config.sft import LossTokens, SFTConfig, num_sft_steps
 from marco_train.data.chat import (
     Tokenizer,
     check_marks,
@@ -33,6 +34,7 @@ from marco_train.types import (
     Prompt,
     Row,
     UsableRow,
+    group_name,
     prompt_groups,
 )
 
@@ -42,8 +44,20 @@ QUARANTINE = "quarantine.jsonl"
 """Rows at fault of a run, under its output directory."""
 # Samples at the start of a run whose loss mask is looked at before the first step.
 NUM_MARKED = 64
+# Steps whose beginnings are known: a checkpoint may be of the last step, prompts of the next.
+NUM_POSITIONS = 3
 # Samples at the start of a run whose turns are compared with what its teachers make of them.
 NUM_FIRST = 2048
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far the data of a run have come, on all ranks, before a step."""
+
+    cursor: int
+    """The step's first sample."""
+    used: Counter[str]
+    """Sequences used since the run began: by group, as `source_math`, and under `""` all."""
 
 
 class _Loader:
@@ -74,7 +88,7 @@ class _Loader:
         self._check_template()
         self._stream.judge(data, render, render.identity(), quarantine)
         self._step = 0
-        self._begins = {0: 0}  # step -> its first sample
+        self._positions = {0: Position(0, Counter())}  # by step; of the last few
         self._metrics: Metrics = {}
         self._dropped = Tally()  # of this rank, since it started
 
@@ -87,15 +101,17 @@ class _Loader:
         Raises:
             InputError: None of all rows can be used.
         """
-        first = end = self._begins[self._step]
+        begin = self._positions[self._step]
+        first = end = begin.cursor
         dropped = Tally()
-        num_kept, drops = 0.0, [0.0] * len(DROPS)
-        while num_kept == 0:  # on every rank alike
+        counts: Counter[str] = Counter()  # of this step over all ranks: uses by group, and drops
+        while not counts[""]:  # on every rank alike
             if end - first >= max(self._batch_size, self._stream.num_samples_of_all):
                 raise dropped.gathered_refusal(f"none of {end - first} samples in a row")
             share = range(end + rank(), end + self._batch_size, world_size())
             end += self._batch_size
             kept = []
+            used: Counter[str] = Counter()
             for index in share:
                 found = self._stream.tokens(index, self._render)
                 if isinstance(found, Dropped):
@@ -103,14 +119,22 @@ class _Loader:
                     self._stream.name_malformed(found)
                 else:
                     kept.append((index, *found))
-            num_kept, *drops = reduce_sums([len(kept), *map(dropped.count, DROPS)])
+                    used.update(["", *groups_of(found[0])])
+            mine = used | Counter({name: dropped.count(name) for name in DROPS})
+            counts = sum(gather_objects(mine), Counter())
         self._dropped.update(dropped)
+        drops = {name: float(counts.pop(name, 0)) for name in DROPS}
+        position = Position(end, begin.used + counts)
         self._step += 1
-        self._begins[self._step] = end
+        self._positions[self._step] = position
+        self._positions.pop(self._step - NUM_POSITIONS, None)
+        num_used = position.used[""]
+        shares = {f"data/share/{g}": n / num_used for g, n in sorted(position.used.items()) if g}
         self._metrics = {
-            "data/num_sequences": num_kept,
+            "data/num_sequences": float(counts[""]),
             "data/epoch": self._stream.epoch(end),
-            **dict(zip(DROPS, drops, strict=True)),
+            **drops,
+            **shares,
         }
         return kept
 
@@ -118,18 +142,34 @@ class _Loader:
         """Describe the last batch, over all ranks."""
         return self._metrics
 
-    def report(self) -> None:
-        """Say what was dropped since the start, by source; every rank takes part."""
-        said = self._dropped.gathered().said()
-        if said and is_main():
-            log_line(f"dropped in this run: {'; '.join(said)}")
+    def log_plan(self, num_steps: int) -> None:
+        """Say how often a run of so many steps, those behind it included, goes through sources."""
+        samples_left = (num_steps - self._step) * self._batch_size
+        self._log_sources(self._positions[self._step].cursor + samples_left, f"in {num_steps}")
+
+    def log_end(self) -> None:
+        """Say how often the steps up to here went through each source, and what was dropped.
+
+        Every rank takes part.
+        """
+        self._log_sources(self._positions[self._step].cursor, f"made in {self._step}")
+        dropped = self._dropped.gathered().said()
+        if dropped and is_main():
+            log_line(f"dropped since the start: {'; '.join(dropped)}")
+
+    def _log_sources(self, num_samples: int, when: str) -> None:
+        if is_main():
+            for line in self._stream.describe(num_samples):
+                log_line(f"{line} {when} steps")
 
     def _check_template(self) -> None:
         """Refuse a template by which every row would be rendered wrong."""
 
     def state_at(self, step: int) -> dict[str, Any]:
         """What a checkpoint keeps of the data, before a step is made."""
-        return {"cursor": self._begins[step], **self._identity}
+        position = self._positions[step]
+        used = dict(sorted(position.used.items()))
+        return {"cursor": position.cursor, "used": used, **self._identity}
 
     def resume(
         self, step: int, state: dict[str, Any], allowed: Collection[ResumeChange] = ()
@@ -139,12 +179,13 @@ class _Loader:
         Raises:
             InputError: The data are not those of the checkpoint, and may not be others.
         """
-        if state.keys() != {"cursor", *self._identity}:
+        if state.keys() != {"cursor", "used", *self._identity}:
             raise InputError(
-                "the checkpoint was saved by an earlier version, which counted steps where this "
-                "one counts samples: start with resume=never"
+                "the checkpoint was saved by an earlier version, which counted other things than "
+                "this one does: start with resume=never"
             )
-        self._step, self._begins = step, {step: state["cursor"]}
+        self._step = step
+        self._positions = {step: Position(state["cursor"], Counter(state["used"]))}
         then = {name: state[name] for name in self._identity}
         changed = field_difference(then, self._identity)
         if not changed:
@@ -163,6 +204,12 @@ class _Loader:
         if is_main():
             allows = "data.on_change=continue" if may_continue else "on_resume.allow=[data]"
             log_line(f"{what}, as {allows} allows: rows may be skipped or seen twice")
+
+
+def groups_of(row: Row) -> list[str]:
+    """Name the groups in which a row is counted, as `source_math`."""
+    of_prompt = prompt_groups(row.category, row.language)
+    return [group_name(f"source_{row.source}"), *of_prompt]
 
 
 def _without_rows(identity: Mapping[str, Any]) -> dict[str, Any]:
@@ -202,7 +249,12 @@ class SFTLoader(_Loader):
         self._stage = stage
         render = ExampleRenderer.of(tokenizer, data, stage.loss_tokens, stage.max_length)
         super().__init__(data, stage.global_batch_size, tokenizer, render, seed, quarantine)
-        self.num_steps = stage.capped(stage.num_steps)
+        self.epoch_rows = self._stream.num_rows
+        self.num_steps = stage.capped(
+            num_sft_steps(
+                stage.num_steps, stage.num_epochs, stage.global_batch_size, self.epoch_rows
+            )
+        )
 
     def __iter__(self) -> Iterator[list[Microbatch]]:
         return self

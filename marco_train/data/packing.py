@@ -45,7 +45,7 @@ def pack_rollouts(
     Every response token has loss whose place the teacher scored.
     """
     # An update is the same in whichever order its rollouts ended.
-    scored = sorted(scored, key=lambda s: (s.rollout.prompt.index, s.rollout.sample_index))
+    scored = sorted(scored, key=lambda s: s.rollout.order)
     bins = _equal_bins([len(s.rollout.input_ids) for s in scored], max_tokens)
     packed = [[scored[i] for i in members] for members in bins]
     make = {

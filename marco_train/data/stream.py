@@ -16,7 +16,7 @@ from marco_train.data.gate import (
     judge_tokens,
     write_quarantine,
 )
-from marco_train.data.mixture import Mixture
+from marco_train.data.mixture import Mixture, exact_weights
 from marco_train.data.tokens import Render, TokenFiles, render_row
 from marco_train.distributed import is_main
 from marco_train.tracking import log_line
@@ -34,18 +34,16 @@ class ConversationStream:
     def __init__(
         self, sources: Mapping[str, SourceConfig], num_rows: int | None, seed: int
     ) -> None:
-        def budget(cfg: SourceConfig) -> int | None:
-            return None if num_rows is None else max(1, round(num_rows * cfg.weight))
-
         self.sources = {name: Source(name, cfg) for name, cfg in sorted(sources.items())}
-        for name, source in self.sources.items():
-            if (most := budget(sources[name])) is not None:
-                source.keep_first(most)
-        self._mixture = Mixture(
-            {name: len(source) for name, source in self.sources.items()},
+        weights = exact_weights(
             {name: sources[name].weight for name in self.sources},
-            seed,
+            {name: len(source) for name, source in self.sources.items()},
         )
+        if num_rows is not None:
+            for name, source in self.sources.items():
+                source.keep_first(max(1, round(num_rows * weights[name])))
+        sizes = {name: len(source) for name, source in self.sources.items()}
+        self._mixture = Mixture(sizes, weights, seed)
         self._named: set[tuple[str, int]] = set()
         self._structures: dict[str, Structure] = {}
         self._token_files: dict[str, TokenFiles] = {}
@@ -101,6 +99,11 @@ class ConversationStream:
         return found if isinstance(found, Dropped) else found[1]
 
     @property
+    def num_rows(self) -> int:
+        """Rows of all sources."""
+        return sum(map(len, self.sources.values()))
+
+    @property
     def num_samples_of_all(self) -> int:
         """Samples after which every row of every source has been drawn."""
         return self._mixture.num_samples_of_all
@@ -128,6 +131,15 @@ class ConversationStream:
         """Whether every row was judged."""
         return all(found.is_complete for found in self._structures.values())
 
+    def describe(self, num_samples: int) -> list[str]:
+        """Say of each source how large it is and how often so many samples go through it."""
+        weights, epochs = self._mixture.weights, self._mixture.epochs(num_samples)
+        return [
+            f"source {name!r}: {len(source)} rows, weight {float(weights[name]):.4g}, "
+            f"{epochs[name]:.3g} epochs"
+            for name, source in self.sources.items()
+        ]
+
     def epoch(self, index: int) -> float:
         """How often the most repeated source has been walked through before `index`."""
         return max(self._mixture.epochs(index).values())
@@ -137,7 +149,7 @@ class ConversationStream:
         return {
             "rows": {name: source.fingerprint[:16] for name, source in self.sources.items()},
             "mixture": {
-                name: {"rows": len(source), "of_1000_samples": self._mixture.quotas[name]}
+                name: {"rows": len(source), "weight": float(self._mixture.weights[name])}
                 for name, source in self.sources.items()
             },
         }

@@ -1,7 +1,7 @@
 """The model being trained: weights, optimizer and schedule in a DeepSpeed engine."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import deepspeed
@@ -9,31 +9,23 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
-from marco_train.config.architecture import check_expert_parallel, read_architecture
 from marco_train.config.model import ModelConfig
 from marco_train.config.optim import OptimConfig
 from marco_train.config.parallel import ParallelConfig
-from marco_train.distributed import (
-    device,
-    expert_parallel_group,
-    reduce_sums,
-    world_size,
-)
+from marco_train.distributed import device, reduce_sums, world_size
 from marco_train.engine.expert_groups import mark_experts
 from marco_train.engine.optim import LearningRate, build_schedule, parameter_groups
 from marco_train.engine.routing import UpdateRouting
+from marco_train.engine.student import Student, load_student, routing_of
 from marco_train.engine.zero import deepspeed_config
 from marco_train.errors import InputError
-from marco_train.losses.logprobs import sequence_logprobs
 from marco_train.metrics import Metrics, MetricSums
-from marco_train.models.hf_io import check_architecture, load_model, save_model
+from marco_train.models.hf_io import save_model
 from marco_train.models.qwen3_moe import Qwen3Moe
-from marco_train.models.routing import Routing
-from marco_train.models.weights import named_weights, random_model, torch_dtype
-from marco_train.types import LossFn, Microbatch, PolicyOutput
+from marco_train.types import LossFn, Microbatch
 
 
-class Policy:
+class Policy(Student):
     """A model, its optimizer and its schedule; `train_step` makes one update."""
 
     def __init__(
@@ -65,17 +57,12 @@ class Policy:
             optimizer=adamw,
             config=deepspeed_config(optim, parallel, model_cfg.dtype),
         )
-        self.model: Qwen3Moe = self._engine.module
+        super().__init__(self._engine.module, self._engine)
 
     @property
     def learning_rate(self) -> float:
         """Rate of the coming update."""
         return self._learning_rate(self.num_updates)
-
-    def forward(self, microbatch: Microbatch, routing: Routing | None = None) -> PolicyOutput:
-        """Compute hidden states [T, D] of a microbatch on this rank's device."""
-        hidden = self._engine(microbatch.input_ids, microbatch.position_ids, routing=routing)
-        return PolicyOutput(hidden=hidden, head=self.model.head)
 
     def train_step(self, microbatches: Sequence[Microbatch], loss_fn: LossFn) -> Metrics:
         """Make one update from this rank's microbatches of the global batch.
@@ -141,31 +128,6 @@ class Policy:
         self.num_updates += 1
         return grad_norm
 
-    @torch.no_grad()
-    def measure(self, microbatches: Sequence[Microbatch], loss_fn: LossFn) -> Metrics:
-        """Mean of a loss's metrics over held-out microbatches, without an update."""
-        self._engine.eval()
-        (num_tokens,) = reduce_sums([sum(mb.num_loss_tokens for mb in microbatches)])
-        totals = MetricSums()
-        for microbatch in microbatches:
-            on_device = microbatch.to(device())
-            output = loss_fn(self.forward(on_device, routing_of(on_device)), on_device)
-            totals.add(output, on_device)
-        return totals.mean(max(1.0, num_tokens))
-
-    @torch.no_grad()
-    def score(self, sequences: Sequence[list[int]]) -> Tensor:
-        """Log-probabilities of the tokens of sequences; see `sequence_logprobs`.
-
-        All ranks take part; a probe for what a sampler makes of the same weights.
-        """
-        self._engine.eval()
-        return sequence_logprobs(self._engine, self.model.head, sequences)
-
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Stream all weights under their checkpoint names; all ranks take part."""
-        return named_weights(self.model)
-
     def export(self, path: Path) -> None:
         """Write a Hugging Face directory with the tokenizer; all ranks take part."""
         save_model(self.model, path, self._tokenizer_dir, self._chat_template)
@@ -211,12 +173,6 @@ class Policy:
         self.num_updates = num_updates
 
 
-def routing_of(microbatch: Microbatch) -> Routing:
-    """Let a forward pass take the experts of its microbatch, or the routers choose."""
-    given = microbatch.routed_experts
-    return Routing(given if given.numel() else None)
-
-
 def build_policy(
     model_cfg: ModelConfig,
     optim: OptimConfig,
@@ -239,14 +195,5 @@ def build_policy(
         InputError: The weights are not those the config describes, or cannot be shared over
             the ranks; before the model is built.
     """
-    dtype = torch_dtype(model_cfg.dtype)
-    ep_size = parallel.expert_parallel_size
-    if model_cfg.path is None:
-        assert model_cfg.architecture is not None
-        model = random_model(model_cfg.architecture, dtype, seed, expert_parallel_group(ep_size))
-    else:
-        check_expert_parallel(read_architecture(model_cfg.path), ep_size)
-        if model_cfg.architecture is not None:
-            check_architecture(model_cfg.path, model_cfg.architecture)
-        model = load_model(model_cfg.path, dtype, expert_parallel_group(ep_size))
+    model = load_student(model_cfg, parallel, seed)
     return Policy(model, model_cfg, optim, parallel, schedule_steps, chat_template)

@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 
+from marco_train.config import TrainConfig
 from marco_train.distributed import device, gather_objects
 from marco_train.models import Qwen3Moe
 from marco_train.models.routing import LanguageSignatures, Routing
+from marco_train.types import Rollout
 
 
 @torch.no_grad()
@@ -17,7 +19,7 @@ def language_signatures(
     """Run texts through a model and add up, by language, how often each expert is taken.
 
     Args:
-        model: A mixture, whole on this rank.
+        model: An MoE model, whole on this rank.
         texts: (language, token ids) of this rank; every token counts.
         max_tokens: Of one forward pass.
 
@@ -53,9 +55,15 @@ def _by_language(
 
 
 def signature_report(signatures: LanguageSignatures) -> dict[str, Any]:
-    """What is written down: shares [languages, L, E] and distances [languages, languages]."""
+    """As JSON: shares [languages, L, E] and distances [languages, languages]."""
     return {
         "languages": signatures.languages,
         "expert_shares": signatures.shares().tolist(),
         "distances": signatures.distances().tolist(),  # 1 - Pearson correlation
     }
+
+
+def signatures_of(cfg: TrainConfig, model: Qwen3Moe, rollouts: Sequence[Rollout]) -> dict[str, Any]:
+    """Measure which experts each language of the rollouts uses; all ranks take part."""
+    texts = ((r.prompt.language, r.input_ids) for r in rollouts)
+    return signature_report(language_signatures(model, texts, cfg.data.max_tokens_per_microbatch))

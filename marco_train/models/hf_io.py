@@ -35,6 +35,7 @@ from marco_train.config.stage import StageConfig
 from marco_train.config.teacher import TeacherBackend, TeacherConfig
 from marco_train.distributed import gather_objects, is_main, rank, world_size
 from marco_train.errors import InputError, require
+from marco_train.files import replace_directory
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.safetensors_io import (
     DTYPES,
@@ -582,14 +583,12 @@ def write_directory(
     with _told_by_any_rank(partial):
         if is_main():
             _write_json_files(partial, architecture, dtype, shards, tokenizer_dir, chat_template)
-            if path.exists():
-                shutil.rmtree(path)
-            partial.rename(path)
+            replace_directory(path, partial)
 
 
 @contextmanager
 def _told_by_any_rank(partial: Path) -> Iterator[None]:
-    """Raise on every rank what went wrong on one; else the others would wait for it."""
+    """Raise on every rank what went wrong on one: the others would wait for it for ever."""
     said = None
     try:
         yield

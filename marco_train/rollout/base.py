@@ -78,7 +78,7 @@ def response_seed(run_seed: int, prompt_index: int, sample_index: int) -> int:
 
 def in_order(rollouts: Iterable[Rollout]) -> list[Rollout]:
     """Sort rollouts by prompt and sample, whenever each of them ended."""
-    return sorted(rollouts, key=lambda r: (r.prompt.index, r.sample_index))
+    return sorted(rollouts, key=lambda rollout: rollout.order)
 
 
 def summarize(rollouts: Iterable[Rollout]) -> Metrics:

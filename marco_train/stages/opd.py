@@ -2,17 +2,21 @@
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from marco_train.config import TrainConfig
+from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.lengths import longest_sequence
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resumption import schedule_steps
-from marco_train.data.chat import load_tokenizer
+from marco_train.data.chat import Tokenizer, load_tokenizer
 from marco_train.data.loader import QUARANTINE, PromptLoader
 from marco_train.data.packing import pack_rollouts
 from marco_train.engine.policy import Policy, build_policy
+from marco_train.engine.student import Student
 from marco_train.errors import RolloutMismatchError
+from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.losses.distillation import build_reverse_kl
 from marco_train.metrics import Metrics, check_names
 from marco_train.models.hf_io import stop_token_ids, student_architecture
@@ -21,9 +25,11 @@ from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.stream import RolloutStream
 from marco_train.rollout.sync import canaries, sync_weights
 from marco_train.run import Run
-from marco_train.teachers.cascade import Cascade
+from marco_train.stages.checks import Checks
+from marco_train.teachers.cascade import Cascade, check_teacher, teachers_of
 from marco_train.teachers.preflight import NUM_ANSWERED, FirstOfEachKind
-from marco_train.teachers.vocab import check_student_vocabulary
+from marco_train.teachers.vocab import check_head_rows, check_student_vocabulary
+from marco_train.types import Prompt
 
 
 def run_opd(cfg: TrainConfig) -> None:
@@ -75,39 +81,99 @@ def open_opd(
     Raises:
         InputError: Something is wrong with it; most is found before a model is built.
     """
-    opd, student = cfg.stage, student_architecture(cfg)
-    check_student_vocabulary(cfg.model)
-    check_sampler(opd.rollout, student)
-    tokenizer = load_tokenizer(cfg.model)
-    quarantine = Path(cfg.output_dir) / QUARANTINE
-    loader = PromptLoader(cfg.data, opd, tokenizer, cfg.seed, quarantine)
-    cascade = Cascade(  # refuses a teacher of other tokens, turns or stops
-        opd,
-        cfg.model.tokenizer,
-        tokenizer.chat_template,
-        student.vocab_size,
-        tokenizer.template_kwargs,
+    prepared = prepare_opd(cfg, Checks())
+    policy = build_policy(
+        cfg.model,
+        cfg.optim,
+        cfg.parallel,
+        schedule_steps(cfg),
+        cfg.seed,
+        prepared.tokenizer.chat_template,
     )
+    cascade = prepared.cascade
+    run = Run.open(cfg, policy, prepared.loader, cascade)
+    prepared.loader.log_plan(cascade.num_steps)
+    cascade.save_early = run.save_early
+    sampler = open_sampler(cfg, prepared.student, run.save_early)
+    prompts = prepared.loader, prepared.first_prompts, prepared.held_out
+    with closing(sampler), closing(cascade):
+        yield policy, RolloutStream(cfg.stage, sampler, *prompts), sampler, cascade, run
+    prepared.loader.log_end()
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known of a run before the student is loaded."""
+
+    student: ArchitectureConfig
+    tokenizer: Tokenizer
+    loader: PromptLoader
+    cascade: Cascade
+    first_prompts: list[Prompt]
+    """This rank's share of those that new teachers are checked with."""
+    held_out: list[Prompt]
+    """This rank's share of those that convergence is measured on."""
+
+
+def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
+    """Read and check all that a run needs before it loads the student.
+
+    Raises:
+        InputError: Something is wrong with it.
+    """
+    opd: OPDConfig = cfg.stage
+    student = checks.make("student's files", student_architecture, cfg)
+    checks.make("student's vocabulary", check_student_vocabulary, cfg.model)
+    sampler_fits = checks.make("sampler", check_sampler, opd.rollout, student)
+    tokenizer = checks.make("tokenizer and template", load_tokenizer, cfg.model)
+    quarantine = Path(cfg.output_dir) / QUARANTINE
+    loader = checks.make("data", PromptLoader, cfg.data, opd, tokenizer, cfg.seed, quarantine)
+
+    turns = cfg.model.tokenizer, tokenizer.chat_template
+    kwargs = tokenizer.template_kwargs
+    fit: list[object] = []
+    for owner, teacher in teachers_of(opd):
+        files = checks.make(f"files of {owner}", check_teacher, opd, owner, teacher, *turns, kwargs)
+        head = student.vocab_size, teacher.path, owner
+        fit += [files, checks.after(files).make(f"head of {owner}", check_head_rows, *head)]
+    cascade = checks.after(*fit).make("cascade", Cascade, opd, *turns, student.vocab_size, kwargs)
+    checks.make("groups", check_groups, cascade, loader)
+    checks.make("teachers' turns", check_turns, cascade, loader)
+
+    first = checks.after(sampler_fits).make("first prompts", loader.first, NUM_ANSWERED)
+    held_out = checks.make("held-out prompts", loader.held_out, cascade.num_held_out)
+    return Prepared(student, tokenizer, loader, cascade, first, held_out)
+
+
+def check_groups(cascade: Cascade, loader: PromptLoader) -> None:
+    """Check the names of groups of prompts as metrics' names and as teachers' groups.
+
+    Raises:
+        InputError: One is no name of a metric, or a teacher's group has no prompts.
+    """
     groups = loader.groups()
     check_names(f"kl/reverse/{group}" for group in groups)
     cascade.check_groups(groups)
+
+
+def check_turns(cascade: Cascade, loader: PromptLoader) -> None:
+    """Compare how the teachers render the run's prompts with how the run does.
+
+    Raises:
+        InputError: Shows the first difference.
+    """
     cascade.check_turns(loader.first_prompts(FirstOfEachKind()))
-    held_out = loader.held_out(cascade.num_held_out)
-    first_prompts = loader.first(NUM_ANSWERED)
-    policy = build_policy(
-        cfg.model, cfg.optim, cfg.parallel, schedule_steps(cfg), cfg.seed, tokenizer.chat_template
-    )
-    run = Run.open(cfg, policy, loader, cascade)
-    cascade.save_early = run.save_early
+
+
+def open_sampler(
+    cfg: TrainConfig, student: ArchitectureConfig, save_early: SaveEarly = nothing_to_save
+) -> Sampler:
+    """Open the run's sampler, without weights yet; `save_early` saves while servers are away."""
     stop_ids = stop_token_ids(cfg.model.tokenizer)
-    sampler = build_sampler(opd, student, cfg.model.dtype, stop_ids, cfg.seed, run.save_early)
-    with closing(sampler), closing(cascade):
-        prompts = RolloutStream(opd, sampler, loader, first_prompts, held_out)
-        yield policy, prompts, sampler, cascade, run
-        loader.report()
+    return build_sampler(cfg.stage, student, cfg.model.dtype, stop_ids, cfg.seed, save_early)
 
 
-def sync(cfg: TrainConfig, policy: Policy, sampler: Sampler, step: int) -> Metrics:
+def sync(cfg: TrainConfig, policy: Student, sampler: Sampler, step: int) -> Metrics:
     """Hand the policy's weights to the sampler, proved by numbers; see `sync_weights`."""
     opd: OPDConfig = cfg.stage
     probes = canaries(policy.model.architecture.vocab_size, longest_sequence(opd))

@@ -14,8 +14,8 @@ from marco_train.losses.logprobs import gather_logprobs, token_logprobs, topk_lo
 from marco_train.teachers.identity import Identity
 from marco_train.types import HiddenScores, Rollout, ScoredRollout, TokenScores, TopKScores
 
-# Nats by which two answers to one question may differ: what else is computed beside it changes the
-# order of sums. bfloat16 was seen to differ by 0.009 on a CPU.
+# Nats by which two answers to one question may differ: the rest of a batch changes the order of
+# sums. In bfloat16 a difference of 0.009 was seen on a CPU.
 SAME_ANSWER = {DType.float32: 1e-3, DType.bfloat16: 0.1}
 
 
@@ -75,7 +75,7 @@ def overlap_with(likeliest: Tensor, ids: Tensor) -> Tensor:
 
 
 def refuse_non_finite(values: Tensor) -> None:
-    """Stop where a teacher in this process gives what is no number: all it says is in doubt."""
+    """Stop where a teacher in this process computes what is not finite."""
     if not values.isfinite().all():
         raise FloatingPointError(
             "the teacher computed values that are not finite; the weights and the last checkpoint "

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from marco_train.config.opd import Objective, ScoreCacheConfig, TopKSource
 from marco_train.distributed import is_main
+from marco_train.files import replaces
 from marco_train.teachers.base import ScoreSpec, Submitted, Teacher
 from marco_train.tracking import log_line
 from marco_train.types import (
@@ -60,7 +61,7 @@ class ScoreCache(Teacher):
             spec: Which kind of scores.
             cfg: Where, and how many.
             probe_logprobs: What the teacher says of the probe sentences.
-            same: Whether another time it said the same.
+            same: Whether the log-probabilities of an earlier run are this teacher's.
         """
         self._teacher = teacher
         self.head, self.identity = teacher.head, teacher.identity
@@ -126,9 +127,10 @@ class ScoreCache(Teacher):
     def _find_same(
         self, named: str, probe_logprobs: list[float], same: Callable[[list[float]], bool]
     ) -> str:
-        """Name the entries of a teacher that says the same; those of one that does not stay.
+        """Name the entries of this teacher, told from others of its name by what it answers.
 
-        Servers may serve other weights under one name, which no file tells.
+        Servers may serve other weights under one name, which no file tells. The entries of the
+        other teacher stay.
         """
         number = 0
         while True:
@@ -136,9 +138,8 @@ class ScoreCache(Teacher):
             digest = blake2b(asked_of.encode(), digest_size=16).hexdigest()
             file = self._directory / f"{digest}.json"
             if not file.is_file():
-                partial = self._directory / f".{uuid4().hex}.partial"
-                partial.write_text(json.dumps(probe_logprobs))
-                partial.replace(file)
+                with replaces(file) as partial:
+                    partial.write_text(json.dumps(probe_logprobs))
                 return asked_of
             if same(json.loads(file.read_text())):
                 return asked_of
@@ -203,11 +204,9 @@ class ScoreCache(Teacher):
             digests[key] = _digest(list(values.values()))
         if not tensors:
             return
-        name = f"{time.time_ns():020d}-{uuid4().hex}"
-        partial = self._directory / f".{name}.partial"
-        save_file(tensors, partial, metadata=digests)
-        file = self._directory / f"{name}.safetensors"
-        partial.rename(file)
+        file = self._directory / f"{time.time_ns():020d}-{uuid4().hex}.safetensors"
+        with replaces(file) as partial:
+            save_file(tensors, partial, metadata=digests)
         self._file_of_key |= dict.fromkeys(digests, file)
         self._make_room()
 

@@ -78,7 +78,6 @@ def check_teacher(
     teacher: TeacherConfig,
     student_tokenizer: str,
     chat_template: str,
-    vocab_size: int,
     template_kwargs: Mapping[str, Any] | None,
 ) -> None:
     """Check a teacher's files; see `check_files`. No model is loaded.
@@ -90,7 +89,7 @@ def check_teacher(
         require_vllm()
     if not Path(teacher.path).is_dir():
         raise InputError(f"{owner}: there is no model at {teacher.path!r}")
-    check_files(student_tokenizer, chat_template, vocab_size, teacher, owner, template_kwargs)
+    check_files(student_tokenizer, chat_template, teacher, owner, template_kwargs)
     check_teacher_positions(cfg, teacher, owner)
 
 
@@ -107,7 +106,7 @@ class Cascade:
         vocab_size: int,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
-        """Plan the phases and check every teacher's files; no model is loaded.
+        """Plan the phases; no file is read but the student's tokenizer.
 
         Args:
             cfg: The stage.
@@ -117,7 +116,7 @@ class Cascade:
             template_kwargs: Arguments of the template. None: there are none.
 
         Raises:
-            InputError: A teacher is missing or has another vocabulary.
+            InputError: `stage.top_k` is more than the vocabulary has.
         """
         require(
             (cfg.top_k or 0) <= vocab_size,
@@ -131,9 +130,6 @@ class Cascade:
             longest_sequence(cfg),
             stop_token_ids(student_tokenizer)[0],
         )
-        files = (student_tokenizer, chat_template, vocab_size, template_kwargs)
-        for owner, teacher in teachers_of(cfg):
-            check_teacher(cfg, owner, teacher, *files)
         self._cfg = cfg
         self._chat_template = chat_template
         self._template_kwargs = template_kwargs or {}
@@ -312,7 +308,7 @@ class Cascade:
     def _open_teacher(
         self, cfg: TeacherConfig, phase: str, answers: Sequence[Rollout], unless_fit: ExitStack
     ) -> tuple[Teacher, list[float]]:
-        """Load a teacher and check it; also gives what it says of the probe sentences."""
+        """Load a teacher and check it; also returns its log-probabilities of probe sentences."""
         teacher = build_teacher(cfg, self._spec, self.save_early)
         unless_fit.callback(teacher.close)
         probes = probe_rollouts(self._student_tokenizer, self._spec)

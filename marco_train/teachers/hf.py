@@ -84,7 +84,7 @@ def load_whole(path: str, dtype: torch.dtype) -> Any:
 
 @contextmanager
 def _load_report() -> Iterator[list[str]]:
-    """Keep what transformers would print of a checkpoint that does not fit: a table for people."""
+    """Collect the table that transformers would print of a checkpoint that does not fit."""
     report: list[str] = []
     logger = logging.getLogger("transformers.modeling_utils")
 
@@ -174,9 +174,7 @@ class HFTeacher(Teacher):
             mask[row, : len(ids)] = 1
         hidden = self._hidden(input_ids.to(device()), mask.to(device()))
         for row, rollout in enumerate(batch):
-            # The state at a token predicts the next one.
-            first = len(rollout.prompt.input_ids) - 1
-            yield hidden[row, first : first + len(rollout.response_ids)]
+            yield hidden[row, rollout.predicting]
 
     def _scores(self, rollout: Rollout, hidden: Tensor) -> ScoredRollout:
         return ScoredRollout(rollout, scores_from_hidden(rollout, hidden, self.head, self._spec))

@@ -1,6 +1,6 @@
 """A Qwen3-MoE or dense Qwen3 teacher in our own model, frozen, its experts shared over ranks.
 
-A mixture like Qwen3-30B-A3B does not fit one GPU beside the student; spread over eight it does.
+An MoE model like Qwen3-30B-A3B does not fit one GPU beside the student; spread over eight it does.
 """
 
 from collections.abc import Iterable, Sequence
@@ -61,10 +61,9 @@ class NativeTeacher(Teacher):
             torch.tensor([places], dtype=torch.int64, device=device()),
         )
         scored = []
-        end = 0
-        for rollout in batch:
-            end += len(rollout.input_ids) - 1
-            predicting = hidden[end - len(rollout.response_ids) : end]
+        lengths = [len(rollout.input_ids) - 1 for rollout in batch]
+        for rollout, states in zip(batch, hidden.split(lengths), strict=True):
+            predicting = states[rollout.predicting]
             scores = scores_from_hidden(rollout, predicting, self.head, self._spec)
             scored.append(ScoredRollout(rollout, scores))
         return scored

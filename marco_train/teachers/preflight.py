@@ -29,7 +29,7 @@ from marco_train.models.hf_io import (
 )
 from marco_train.models.tokenizer_files import load_fast_tokenizer
 from marco_train.teachers.base import SAME_ANSWER, ScoreSpec, Teacher
-from marco_train.teachers.vocab import check_head_rows, check_vocabulary
+from marco_train.teachers.vocab import check_vocabulary
 from marco_train.tracking import log_line
 from marco_train.types import (
     Conversation,
@@ -99,17 +99,17 @@ SHOWN_BEFORE, SHOWN_AFTER = 8, 16
 def check_files(
     student_tokenizer: str,
     chat_template: str,
-    vocab_size: int,
     cfg: TeacherConfig,
     name: str,
     template_kwargs: Mapping[str, Any] | None = None,
 ) -> None:
     """Refuse a teacher that is no whole model, or has other tokens, turns or stops.
 
+    How many rows its head has is compared by `check_head_rows`.
+
     Args:
         student_tokenizer: Directory of the student's tokenizer.
         chat_template: What the run renders conversations with.
-        vocab_size: Rows of the student's head.
         cfg: The teacher.
         name: What the message calls it.
         template_kwargs: Arguments of both templates. None: there are none.
@@ -123,7 +123,6 @@ def check_files(
     else:
         check_checkpoint(path, cfg.backend)
     check_vocabulary(student_tokenizer, path, name)
-    check_head_rows(vocab_size, path, name)
     ours = load_fast_tokenizer(student_tokenizer, "the student")
     theirs = load_fast_tokenizer(path, name)
     for language, text in PROBES.items():
@@ -135,7 +134,7 @@ def check_files(
         )
     ours.chat_template = chat_template
     _check_template(ours, theirs, template_kwargs or {}, f"{name} ({path})")
-    _check_stop_ids(stop_token_ids(student_tokenizer)[0], cfg, vocab_size, name)
+    _check_stop_ids(stop_token_ids(student_tokenizer)[0], cfg, name)
 
 
 def _check_template(ours: Any, theirs: Any, template_kwargs: Mapping[str, Any], owner: str) -> None:
@@ -254,8 +253,9 @@ def check_turns(
     return str(theirs.get_chat_template())
 
 
-def _check_stop_ids(student: int, cfg: TeacherConfig, vocab_size: int, name: str) -> None:
+def _check_stop_ids(student: int, cfg: TeacherConfig, name: str) -> None:
     """Refuse a teacher that ends a turn with another token: responses would grow without end."""
+    vocab_size = decoder_config(cfg.path).get("vocab_size", 0)
     require(
         cfg.stop_id is None or 0 <= cfg.stop_id < vocab_size,
         f"{name}: stop_id is {cfg.stop_id}, and must be one of the {vocab_size} ids",

@@ -63,9 +63,9 @@ class VLLMTeacher(Teacher):
         scored = []
         pairs = self._engine.token_logprobs(sequences, num_topk=0)
         for rollout, (_, logprobs) in zip(rollouts, pairs, strict=True):
-            first = len(rollout.prompt.input_ids) - 1
             refuse_non_finite(logprobs)
-            scored.append(ScoredRollout(rollout, TokenScores(logprobs[first:, 0].clone())))
+            of_response = logprobs[rollout.predicting, 0]
+            scored.append(ScoredRollout(rollout, TokenScores(of_response.clone())))
         return scored
 
     def _by_state(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
@@ -73,9 +73,7 @@ class VLLMTeacher(Teacher):
         scored = []
         states = self._engine.hidden_states([rollout.input_ids for rollout in rollouts])
         for rollout, hidden in zip(rollouts, states, strict=True):
-            first = len(rollout.prompt.input_ids) - 1
-            predicting = hidden[first : first + len(rollout.response_ids)]
-            on_device = predicting.to(self.head.device, self.head.dtype)
+            on_device = hidden[rollout.predicting].to(self.head.device, self.head.dtype)
             scores = scores_from_hidden(rollout, on_device, self.head, self._spec)
             scored.append(ScoredRollout(rollout, scores))
         return scored

@@ -13,26 +13,22 @@ from omegaconf.errors import OmegaConfBaseException
 from marco_train.config.data import SourceConfig, SourceKind
 from marco_train.config.opd import Objective
 from marco_train.config.rollout import check_replay
-from marco_train.data.chat import CHATML, load_tokenizer
+from marco_train.data.chat import load_tokenizer
 from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions
 from marco_train.errors import InputError
+from marco_train.evaluation.answers import checked_questions
 from marco_train.evaluation.verifiers import check_verifier
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
-from marco_train.stages.evaluate import checked_questions
-from marco_train.stages.opd import run_opd
-from marco_train.teachers.cascade import Cascade
+from marco_train.stages.checks import Checks
+from marco_train.stages.opd import prepare_opd, run_opd
 from marco_train.teachers.vocab import check_student_vocabulary
-from tests.conftest import (
-    DENSE,
-    World,
-    architecture,
-    compose_config,
-    launch,
-    make_tokenizer,
-    tokenizer_of,
-)
-from tests.unit.test_resumption import leave_checkpoint
+from tests.helpers.checkpoints import leave_checkpoint
+from tests.helpers.configs import compose_config
+from tests.helpers.models import DENSE, architecture
+from tests.helpers.processes import launch
+from tests.helpers.tokenizers import make_tokenizer, tokenizer_of
+from tests.helpers.world import World
 
 REFUSED = [
     (
@@ -48,6 +44,8 @@ REFUSED = [
     ("quickstart_sft", "optim.learning_rate=fast", "fast"),
     ("quickstart_sft", "stage.num_steps=1.5", "1.5"),
     ("quickstart_sft", "stage.num_steps=0", "num_steps is 0"),
+    ("quickstart_sft", "stage.num_epochs=2", "num_steps is 300 and stage.num_epochs is 2.0: give"),
+    ("quickstart_sft", "stage.num_steps=null", "is None and stage.num_epochs is None: give one of"),
     ("quickstart_sft", "stage.max_length=-4", "max_length is -4"),
     ("quickstart_sft", "optim.warmup_steps=-1", "warmup_steps is -1"),
     ("quickstart_sft", "optim.min_learning_rate=1.0", "min_learning_rate 1.0 is above"),
@@ -60,6 +58,8 @@ REFUSED = [
     ("quickstart_sft", "parallel.zero_stage=3", "zero_stage is 3"),
     ("quickstart_sft", "data.sources.math.weight=0.5", "sum to 1.4"),
     ("quickstart_sft", "data.sources.math.weight=0", "weight is 0"),
+    ("quickstart_sft", "data.sources.math.weight=some", "'some', and must be a share above 0, or"),
+    ("quickstart_sft", "data.sources.math.weight=true", "weight is True, and must be a share"),
     ("quickstart_sft", "data.sources.math.kind=csv", "csv"),
     ("quickstart_sft", "data.max_tokens_per_microbatch=50", "max_tokens_per_microbatch is 50"),
     ("quickstart_sft", "stage.loss_tokens=user", "user"),
@@ -182,7 +182,7 @@ def test_a_teacher_that_is_missing_is_named(world: World) -> None:
         "quickstart_opd", f"root={world.root}", "stage.cascade.second.teacher.path=nobody"
     )
     with pytest.raises(InputError, match=r"teacher 'second': there is no model at"):
-        Cascade(cfg.stage, cfg.model.tokenizer, CHATML.read_text(), 320)
+        prepare_opd(cfg, Checks())
 
 
 def foreign_teacher(world: World, path: Path, corpus: list[str]) -> None:
@@ -201,7 +201,7 @@ def test_a_teacher_with_another_vocabulary_is_refused_with_the_difference(
         f"stage.cascade.first.teacher.path={tmp_path / 'model'}",
     )
     with pytest.raises(InputError, match=r"tokenizer of teacher 'first' .* differences"):
-        Cascade(cfg.stage, cfg.model.tokenizer, CHATML.read_text(), 320)
+        prepare_opd(cfg, Checks())
 
 
 def test_two_ids_swapped_in_a_teachers_vocabulary_are_enough_to_refuse_it(
@@ -219,13 +219,16 @@ def test_two_ids_swapped_in_a_teachers_vocabulary_are_enough_to_refuse_it(
         f"stage.cascade.first.teacher.path={tmp_path / 'model'}",
     )
     with pytest.raises(InputError, match=r"2 differences .*model\.vocab\.a: \d+ -> \d+"):
-        Cascade(cfg.stage, cfg.model.tokenizer, CHATML.read_text(), 320)
+        prepare_opd(cfg, Checks())
 
 
-def test_a_teacher_with_more_output_rows_is_refused(world: World) -> None:
-    cfg = compose_config("quickstart_opd", f"root={world.root}")
+def test_a_teacher_with_fewer_output_rows_is_refused(world: World, tmp_path: Path) -> None:
+    student = random_model(architecture(vocab_size=328), torch.float32, seed=0)
+    save_model(student, tmp_path / "student", world.path("data", "tokenizer"))
+    given = f"root={world.root}", f"model.path={tmp_path / 'student'}"
+    cfg = compose_config("quickstart_opd", *given)
     with pytest.raises(InputError, match="has 320 output rows and the student 328"):
-        Cascade(cfg.stage, cfg.model.tokenizer, CHATML.read_text(), 328)
+        prepare_opd(cfg, Checks())
 
 
 def test_a_tokenizer_whose_template_marks_nothing_is_refused(world: World, tmp_path: Path) -> None:

@@ -15,9 +15,9 @@ from marco_train.config.optim import Schedule
 from marco_train.config.rollout import TEMPERATURE
 from marco_train.config.sft import LossTokens, SFTConfig
 from marco_train.train import CONFIG_DIR
-from tests.conftest import compose_config
+from tests.helpers.configs import compose_config
+from tests.helpers.processes import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 EXPERIMENTS = sorted(p.stem for p in (REPOSITORY / "configs" / "experiment").glob("*.yaml"))
 WEIGHTS = ["model.path=weights"]  # the paper's experiments name no directory
 

@@ -18,7 +18,7 @@ from marco_train.config.teacher import (
     VLLMTeacherConfig,
 )
 from marco_train.errors import InputError
-from tests.conftest import compose_config
+from tests.helpers.configs import compose_config
 
 SHARED = {
     "rollout": {"backend", "canary_tolerance", "replay_routing"},

@@ -5,7 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-REPOSITORY = Path(__file__).parents[2]
+from tests.helpers.processes import REPOSITORY
 
 
 def bench(*arguments: str, script: str = "bench_model.py") -> subprocess.CompletedProcess[str]:

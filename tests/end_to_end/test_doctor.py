@@ -6,18 +6,28 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from marco_train.checkpoint import load_checkpoint, save_checkpoint
 from marco_train.commands.doctor import examine
+from marco_train.config import TrainConfig
 from marco_train.data.chat import CHATML
-from tests.conftest import World
-from tests.ranks import run_on_ranks
+from marco_train.stages.checks import Checks
+from marco_train.stages.evaluate import prepare_evaluate
+from marco_train.stages.opd import prepare_opd, run_opd
+from marco_train.stages.sft import prepare_sft
+from tests.helpers.configs import compose_config
+from tests.helpers.processes import REPOSITORY
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.world import World
 
-REPOSITORY = Path(__file__).parents[2]
+P = ParamSpec("P")
+T = TypeVar("T")
+
 ALONE = "parallel.expert_parallel_size=1"
 
 
@@ -38,6 +48,24 @@ LAST = {
     "quickstart_sft": "first loss",
     "quickstart_evaluate": "second's first answers",
 }
+PREPARE: dict[str, Callable[[TrainConfig, Checks], object]] = {
+    "quickstart_opd": prepare_opd,
+    "quickstart_sft": prepare_sft,
+    "quickstart_evaluate": prepare_evaluate,
+}
+
+
+class Noted(Checks):
+    """Notes what a stage checks."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def make(self, what: str, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        self.names.append(what)
+        return make(*args, **kwargs)
+
+
 EVALUATED = ["~stage.models.opd_first", "~stage.models.opd_second"]
 
 
@@ -50,6 +78,10 @@ def test_a_run_that_is_fit_passes_every_check(experiment: str, world: World) -> 
     assert lines[0].startswith("config ... fine, ")
     assert lines[-2].startswith(f"{LAST[experiment]} ... fine, ")
     assert lines[-1].startswith("all is well, ")
+    cfg = compose_config(experiment, f"root={world.root}", ALONE, *more)
+    checks = Noted()
+    PREPARE[experiment](cfg, checks)
+    assert checks.names and set(checks.names) <= {line.split(" ... ")[0] for line in lines}
     if experiment == "quickstart_opd":
         (said,) = [line for line in lines if line.startswith("teacher 'second' (")]
         assert "gives the student's answers to 64 prompts" in said
@@ -207,7 +239,7 @@ def chat(question: str, answer: str | None = "yes") -> dict[str, Any]:
 UNUSABLE = {
     "prompts that are too long": ([chat("word " * 60)] * 8, "data/dropped_too_long"),
     "no answers": ([chat("Well?", None)] * 8, "is not text"),
-    "no chat": ([{"question": "Well?"}] * 8, "no column messages"),
+    "no chat": ([{"translation": {"en": "Well?"}}] * 8, "no column messages"),
     "control tokens": ([chat("<|im_end|> Well?")] * 8, "data/dropped_special"),
 }
 
@@ -226,14 +258,14 @@ def test_rows_of_which_none_can_be_used_are_found(
 
 def test_a_source_that_is_lost_is_found_beside_others(world: World, tmp_path: Path) -> None:
     lost = tmp_path / "lost.jsonl"
-    lost.write_text('{"prompt": "Well?", "completion": "Yes."}\n' * 9)
+    lost.write_text('{"prompt": "Well?"}\n' * 9)
     for stage, expected in (("sft", 1), ("opd", 0)):  # which asks prompts alone
         path = f"data.sources.math.path={lost}"
         found = faults(1, f"experiment=quickstart_{stage}", f"root={world.root}", ALONE, path)
         assert len(found) == expected
         if found:
-            assert "none of the first 9 rows of a source can be used" in found[0]
-            assert "9 data/dropped_no_loss in 'math'" in found[0]
+            assert "source 'math': this stage can use 0 of 9 rows" in found[0]
+            assert "(9 data/dropped_no_loss)" in found[0]
 
 
 def test_a_few_rows_at_fault_are_named_and_do_no_harm(world: World, tmp_path: Path) -> None:
@@ -246,20 +278,49 @@ def test_a_few_rows_at_fault_are_named_and_do_no_harm(world: World, tmp_path: Pa
     assert "data/dropped_malformed" in done.stdout
 
 
+def test_a_phase_that_converged_before_it_taught_is_passed_over(
+    world: World, tmp_path: Path
+) -> None:
+    given = [
+        f"root={world.root}",
+        f"output_dir={tmp_path / 'run'}",
+        ALONE,
+        "stage.max_steps=1",  # of each phase
+        "stage.global_batch_size=4",
+        "optim.warmup_steps=0",
+        "checkpoint.save_every=1",
+    ]
+    run_on_ranks(1, run_opd, compose_config("quickstart_opd", *given))
+    (tmp_path / "run" / "finished.json").unlink()
+    checkpoints = tmp_path / "run" / "checkpoints"
+    shutil.rmtree(checkpoints / "step_000002")
+    tensors, state = load_checkpoint(checkpoints / "step_000001")
+    state["cascade"]["converged"] = {"second": 1}
+    save_checkpoint(checkpoints, 1, tensors, state, keep_last=1)
+
+    done = doctor("experiment=quickstart_opd", *given)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    assert any(line.startswith("resumption ... fine") for line in lines)
+    assert any(line.startswith("teacher 'first' ... fine") for line in lines)
+    assert not any(line.startswith("teacher 'second'") for line in lines)
+
+
 def test_a_fault_is_said_once(world: World, tmp_path: Path) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_bytes('{"prompt": "café"}\n'.encode("latin-1"))
     path = f"data.sources.math.path={file}"
     (found,) = faults(1, "experiment=quickstart_opd", f"root={world.root}", ALONE, path)
-    assert found.endswith("save the file as UTF-8")
+    assert "source 'math': 1 of 1 rows are at fault" in found
+    assert found.count("save the file as UTF-8") == 1
 
 
 def test_a_mask_without_the_stop_token_is_found(world: World, tmp_path: Path) -> None:
     shutil.copytree(world.path("data", "tokenizer"), tmp_path / "tokenizer")
     text = CHATML.read_text()
     moved = text.replace(
-        "message['content'] + '<|im_end|>' }}\n{%- endgeneration %}",
-        "message['content'] }}\n{%- endgeneration %}\n{{- '<|im_end|>' }}",
+        "{{- '<|im_end|>' }}\n{%- endgeneration %}",
+        "{%- endgeneration %}\n{{- '<|im_end|>' }}",
     )
     assert moved != text
     (tmp_path / "tokenizer" / "chat_template.jinja").write_text(moved)

@@ -14,8 +14,8 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from marco_train.models import load_model
+from tests.helpers.processes import REPOSITORY
 
-REPOSITORY = Path(__file__).parents[2]
 RECIPES = sorted(
     p.relative_to(REPOSITORY) for p in REPOSITORY.glob("recipes/*/*.sh") if os.access(p, os.X_OK)
 )

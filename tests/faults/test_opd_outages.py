@@ -5,7 +5,6 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,12 @@ from marco_train.errors import RolloutMismatchError, ServersUnavailable
 from marco_train.rollout import native
 from marco_train.stages.opd import run_opd
 from marco_train.teachers.preflight import NUM_ANSWERED, PROBES
-from tests.conftest import World, compose_config, launch
-from tests.faults.fake_server import FakeServer, connections, fake_servers
-from tests.ranks import run_on_ranks
+from tests.helpers.configs import compose_config
+from tests.helpers.fake_server import FakeServer, connections, fake_servers
+from tests.helpers.processes import launch, soon
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import distil, learnt, num_steps_of, saved_steps
+from tests.helpers.world import World
 
 NUM_STEPS = 6
 
@@ -47,42 +49,6 @@ def overrides(world: World, out: Path, url: str, num_ranks: int) -> list[str]:
         f"parallel.expert_parallel_size={num_ranks}",
         "logging.console_every=100",
     ]
-
-
-def distil(cfg: TrainConfig, *listening: int) -> None:
-    """Run on a rank, which as a fork must not keep the servers' ports open."""
-    for each in listening:
-        os.close(each)
-    run_opd(cfg)
-
-
-def learnt(out: Path) -> tuple[list[dict[str, float]], bytes]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    steps = [
-        {
-            k: v
-            for k, v in line.items()
-            if not k.startswith(("time/", "perf/", "teacher/", "rollout/sync"))
-        }
-        for line in lines
-    ]
-    return steps, (out / "export" / "model.safetensors").read_bytes()
-
-
-def soon(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
-def num_steps_of(out: Path) -> int:
-    file = out / "metrics.jsonl"
-    return len(file.read_text().splitlines()) if file.is_file() else 0
-
-
-def saved_steps(out: Path) -> list[int]:
-    return [int(file.parent.name[-6:]) for file in out.glob("checkpoints/step_*/manifest.json")]
 
 
 def test_a_run_waits_saved_and_goes_on_where_it_stood(world: World, tmp_path: Path) -> None:

@@ -22,11 +22,10 @@ from marco_train.models.hf_io import hf_config
 from marco_train.rollout.base import Sampler, in_order
 from marco_train.rollout.build import build_sampler
 from marco_train.types import Rollout
-from tests.conftest import compose_config
-from tests.end_to_end.test_vllm_quickstart import IN_PROCESS, distil, root
-from tests.faults.test_opd_outages import soon
-from tests.ranks import run_on_ranks
-from tests.unit.test_vllm_sampler import (
+from tests.helpers.configs import compose_config
+from tests.helpers.processes import REPOSITORY, soon
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.samplers import (
     MAX_PROMPT_LENGTH,
     SHAPE,
     STOP_IDS,
@@ -36,10 +35,10 @@ from tests.unit.test_vllm_sampler import (
     sync,
     transposed,
 )
+from tests.helpers.vllm_runs import IN_PROCESS, distil
+from tests.helpers.world import World
 
-__all__ = ["root"]  # a fixture
-
-SCRIPT = Path(__file__).parents[2] / "scripts" / "serve_sampler.sh"
+SCRIPT = REPOSITORY / "scripts" / "serve_sampler.sh"
 needs_vllm = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
 )
@@ -264,16 +263,18 @@ def test_other_weights_in_a_real_server_are_caught(served: Served) -> None:
 
 
 @needs_vllm
-def test_a_run_learns_the_same_from_a_server(served: Served, root: Path, tmp_path: Path) -> None:
-    alone = distil(root, tmp_path / "alone", 1, *IN_PROCESS)
-    asked = distil(root, tmp_path / "asked", 2, *served.overrides())
+def test_a_run_learns_the_same_from_a_server(
+    served: Served, wide_world: World, tmp_path: Path
+) -> None:
+    alone = distil(wide_world, tmp_path / "alone", 1, *IN_PROCESS)
+    asked = distil(wide_world, tmp_path / "asked", 2, *served.overrides())
     # An update of these models moves them far.
     one_ahead = [
         *served.overrides(),
         "stage.rollout.max_staleness=1",
         "stage.max_sampler_mismatch=null",
     ]
-    ahead = distil(root, tmp_path / "ahead", 1, *one_ahead)
+    ahead = distil(wide_world, tmp_path / "ahead", 1, *one_ahead)
     for one, other in zip(alone, asked, strict=True):
         assert one["data/num_tokens"] == other["data/num_tokens"]
         for name in ("kl/reverse", "optim/grad_norm", "loss/entropy"):

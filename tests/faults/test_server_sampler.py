@@ -26,12 +26,15 @@ from marco_train.rollout.build import build_sampler
 from marco_train.rollout.sync import canaries, sync_weights
 from marco_train.stages import opd
 from marco_train.types import FinishReason, Prompt, Rollout
-from tests.conftest import VOCAB_SIZE, World, architecture, compose_config
-from tests.faults.fake_sampler import FakeSampler, draw, fake_samplers
-from tests.faults.test_opd_outages import distil, learnt, num_steps_of, saved_steps, soon
-from tests.faults.test_server_teacher import NEUTRAL
-from tests.ranks import run_on_ranks
-from tests.unit.test_vllm_sampler import Stream, with_one_twice, without_one
+from tests.helpers.configs import compose_config
+from tests.helpers.fake_sampler import FakeSampler, draw, fake_samplers
+from tests.helpers.fake_server import NEUTRAL
+from tests.helpers.models import VOCAB_SIZE, architecture, sparse_mlps
+from tests.helpers.processes import soon
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import distil, learnt, num_steps_of, saved_steps
+from tests.helpers.samplers import Stream, with_one_twice, without_one
+from tests.helpers.world import World
 
 STOP_IDS = [2, *range(100, 140)]
 LIMIT = 8
@@ -90,6 +93,10 @@ def sampler_of(
     shape = architecture()
     OPENED.append(build_sampler(cfg, shape, DType.float32, STOP_IDS, 5, save_early))
     return OPENED[-1]
+
+
+def enlarge_experts(model: Qwen3Moe) -> None:
+    sparse_mlps(model)[1].experts.down_proj.data.mul_(1.1)
 
 
 def sync(policy: Fixed, sampler: Sampler, version: int = 1) -> None:
@@ -219,7 +226,7 @@ def test_a_server_that_comes_back_broken_stops_the_run(
 ) -> None:
     sampler = sampler_of(servers[:1], tmp_path)
     sync(Fixed(1), sampler)
-    servers[0].spoil = lambda model: model.model.layers[1].mlp.experts.down_proj.data.mul_(1.1)
+    servers[0].spoil = enlarge_experts
     servers[0].begin_anew()
     with pytest.raises(InputError, match=r"came back, and with the weights of .*-1 .* canary are"):
         list(sampler.sample(prompts(), 2))
@@ -366,7 +373,7 @@ def test_weights_that_are_synced_again_are_proved_again(
         sync(Fixed(1), sampler)
     assert all(len(server.loads) == 1 for server in servers)
     for server in servers:
-        server.spoil = lambda model: model.model.layers[1].mlp.experts.down_proj.data.mul_(1.1)
+        server.spoil = enlarge_experts
         server.begin_anew()
     with pytest.raises(WeightSyncError, match="the canary's log-probabilities differ by"):
         sync(Fixed(1), sampler)

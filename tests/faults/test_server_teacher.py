@@ -11,29 +11,16 @@ import torch
 
 from marco_train.config.opd import Objective, TopKSource
 from marco_train.config.servers import TeacherServersConfig
-from marco_train.config.teacher import TeacherBackend
+from marco_train.config.teacher import TeacherBackend, VLLMServerTeacherConfig
 from marco_train.errors import InputError, ServersUnavailable
 from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.teachers.vllm_server import ServerTeacher
 from marco_train.types import Rollout, ScoredRollout, TokenScores, TopKScores
-from tests.conftest import World, teacher_config, wanted_of
-from tests.faults import fake_server
-from tests.faults.fake_server import FakeServer, connections, distribution, fake_servers
-from tests.unit.test_teachers import rollouts
-
-NEUTRAL = {
-    "n": 1,
-    "max_tokens": 1,
-    "min_tokens": 0,
-    "temperature": 1.0,
-    "top_p": 1.0,
-    "top_k": 0,
-    "min_p": 0.0,
-    "presence_penalty": 0.0,
-    "frequency_penalty": 0.0,
-    "repetition_penalty": 1.0,
-}
-
+from tests.helpers import fake_server
+from tests.helpers.fake_server import NEUTRAL, FakeServer, connections, distribution, fake_servers
+from tests.helpers.rollouts import rollouts
+from tests.helpers.teachers import teacher_config, wanted_of
+from tests.helpers.world import World
 
 OPENED: list[ServerTeacher] = []
 
@@ -73,6 +60,7 @@ def open_teacher(
         stop_id=stop_id,
         servers=TeacherServersConfig(**fields | changes),
     )
+    assert isinstance(cfg, VLLMServerTeacherConfig)
     wanted = wanted_of(*(kind or (Objective.sampled,)))
     OPENED.append(ServerTeacher(cfg, wanted, save_early))
     return OPENED[-1]
@@ -245,7 +233,7 @@ def test_a_teacher_that_goes_away_is_waited_for_and_nothing_is_asked_twice(
             server.start()
         return True
 
-    bounds = {"save_after_seconds": 0.5, "give_up_after_seconds": 30.0}
+    bounds: dict[str, Any] = {"save_after_seconds": 0.5, "give_up_after_seconds": 30.0}
     teacher = open_teacher(world, servers, max_requests=1, save_early=save_early, **bounds)
 
     def as_they_come() -> Iterator[Rollout]:
@@ -273,7 +261,7 @@ def test_an_outage_saves_the_run_once_and_ends_after_all_the_seconds_of_whoever_
         saves.append(time.monotonic() - start)
         return True
 
-    bounds = {"save_after_seconds": 0.5, "give_up_after_seconds": 2.0}
+    bounds: dict[str, Any] = {"save_after_seconds": 0.5, "give_up_after_seconds": 2.0}
     teacher = open_teacher(world, servers, save_early=save_early, **bounds)
     for server in servers:
         server.script = ["hangs"] * 1000
@@ -292,7 +280,7 @@ def test_a_teacher_that_hangs_leaves_no_thread_and_no_connection(
 ) -> None:
     monkeypatch.setattr(fake_server, "HANG_SECONDS", 8.0)
     threads, sockets = set(threading.enumerate()), connections(servers)
-    bounds = {"request_timeout_seconds": 60.0, "give_up_after_seconds": 1.0}
+    bounds: dict[str, Any] = {"request_timeout_seconds": 60.0, "give_up_after_seconds": 1.0}
     for server in servers:
         server.script = ["hangs"] * 1000
     teacher = open_teacher(world, servers, max_requests=8, save_after_seconds=0.5, **bounds)

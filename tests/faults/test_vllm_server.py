@@ -21,17 +21,19 @@ from marco_train.config.teacher import TeacherBackend
 from marco_train.errors import InputError, ServersUnavailable
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
-from marco_train.teachers.hf import HFTeacher
 from marco_train.teachers.preflight import check_scores, probe_rollouts
 from marco_train.teachers.vllm_server import ServerTeacher
-from tests.conftest import World, architecture, teacher_config, wanted_of
-from tests.unit.test_teachers import rollouts
+from tests.helpers.models import architecture
+from tests.helpers.processes import REPOSITORY
+from tests.helpers.rollouts import rollouts
+from tests.helpers.teachers import hf_teacher, teacher_config, wanted_of
+from tests.helpers.world import World
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
 )
 
-SERVE = Path(__file__).parents[2] / "recipes" / "serve_teacher.sh"
+SERVE = REPOSITORY / "recipes" / "serve_teacher.sh"
 START_SECONDS = 240
 # What would change every score, if a request left a field to the server.
 ADVERSE = {"temperature": 0.3, "top_k": 1, "top_p": 0.1, "repetition_penalty": 3.0, "max_tokens": 9}
@@ -80,8 +82,8 @@ class RealServer:
 
 
 @pytest.fixture(scope="module")
-def model(world: World) -> Path:
-    path = Path(world.path("vllm_server", "model"))
+def model(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("served") / "model"
     shape = random_model(architecture(head_dim=32), torch.float32, seed=0)
     save_model(shape, path, world.path("data", "tokenizer"))
     file = path / "generation_config.json"
@@ -120,7 +122,7 @@ def test_the_scores_are_those_of_transformers(
     asked = rollouts()
     teacher = open_teacher(server, model, *kind)
     wanted = wanted_of(*kind)  # type: ignore[arg-type]
-    reference = HFTeacher(teacher_config(str(model), TeacherBackend.hf), wanted)
+    reference = hf_teacher(model, wanted)
     for found, expected in zip(teacher.score(asked), reference.score(asked), strict=True):
         assert found.rollout is expected.rollout
         for one, other in zip(

@@ -67,8 +67,11 @@ def test_a_block_on_the_gpu_equals_a_loop_in_float64(dtype: torch.dtype, bound: 
     assert relative_error(hidden.grad, hidden64.grad) <= bound
     by_name = dict(exact.named_parameters())
     for name, parameter in block.named_parameters():
-        assert relative_error(parameter.grad, by_name[name].grad) <= bound, name
-    assert not block.experts.down_proj.grad[-1].any()
+        found, expected = parameter.grad, by_name[name].grad
+        assert found is not None and expected is not None
+        assert relative_error(found, expected) <= bound, name
+    gradient = block.experts.down_proj.grad
+    assert gradient is not None and not gradient[-1].any()
 
 
 def test_log_probabilities_on_the_gpu_equal_those_in_float64() -> None:

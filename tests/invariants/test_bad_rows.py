@@ -6,9 +6,10 @@ from pathlib import Path
 import pytest
 
 from marco_train.config import TrainConfig
-from tests.conftest import World, compose_config
-from tests.invariants.test_resume import losses, overrides, run
-from tests.ranks import run_on_ranks
+from tests.helpers.configs import compose_config
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import losses, overrides, run
+from tests.helpers.world import World
 
 
 def rows(tmp_path: Path) -> Path:
@@ -35,6 +36,7 @@ def config(stage: str, world: World, tmp_path: Path, name: str, num_ranks: int) 
         "data=quickstart_text",
         f"data.sources.text.path={rows(tmp_path)}",
         "data.max_tokens_per_microbatch=128",
+        "data.max_lost_rows=0.75",
         "stage.global_batch_size=2",
     ]
     if stage == "sft":

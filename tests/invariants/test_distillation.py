@@ -69,8 +69,9 @@ def test_full_reverse_kl_equals_the_plain_sum_with_its_gradients(
     (found * weights).sum().backward()
     (wanted * weights).sum().backward()
     for name in ("hidden", "head"):
-        assert ours[name].grad is not None
-        torch.testing.assert_close(ours[name].grad.double(), plain[name].grad, rtol=1e-4, atol=1e-5)
+        gradient = ours[name].grad
+        assert gradient is not None
+        torch.testing.assert_close(gradient.double(), plain[name].grad, rtol=1e-4, atol=1e-5)
 
 
 def microbatch(targets: Tensor, mask: Tensor) -> Microbatch:
@@ -124,8 +125,9 @@ def test_the_topk_objective_equals_its_formula_with_its_gradients(top_k: int) ->
     found.loss.backward()
     wanted.backward()
     for name in ("hidden", "head"):
-        assert ours[name].grad is not None
-        torch.testing.assert_close(ours[name].grad.double(), plain[name].grad, rtol=1e-4, atol=1e-5)
+        gradient = ours[name].grad
+        assert gradient is not None
+        torch.testing.assert_close(gradient.double(), plain[name].grad, rtol=1e-4, atol=1e-5)
 
 
 def test_topk_of_the_whole_vocabulary_is_the_full_objective_and_fewer_are_a_lower_bound() -> None:

@@ -13,8 +13,9 @@ from marco_train.losses.balance import balance_loss, router_z_loss
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.models.routing import Routing
 from marco_train.types import LossOutput, Microbatch, PolicyOutput
-from tests.conftest import GRADIENT_DESCENT, World, compose_config
-from tests.ranks import run_on_ranks
+from tests.helpers.configs import GRADIENT_DESCENT, compose_config
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.world import World
 
 STEPS = 3
 Outcome = tuple[dict[str, torch.Tensor], list[dict[str, float]]]
@@ -191,7 +192,7 @@ def gradient_by_hand(cfg: TrainConfig) -> dict[str, torch.Tensor]:
         losses = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
         total = total + (losses * batch.loss_mask).sum()
         num_tokens += int(batch.loss_mask.sum())
-    (total / num_tokens + routers).backward()  # type: ignore[no-untyped-call]
+    (total / num_tokens + routers).backward()
     with torch.no_grad():
         for parameter in model.parameters():
             assert parameter.grad is not None

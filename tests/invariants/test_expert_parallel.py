@@ -12,8 +12,8 @@ from marco_train.models import Qwen3Moe, hf_io, load_model, save_model
 from marco_train.models.dispatch import dispatch
 from marco_train.models.routing import Routing
 from marco_train.models.weights import named_weights, random_model
-from tests.conftest import architecture
-from tests.ranks import run_on_ranks
+from tests.helpers.models import architecture, sparse_mlps
+from tests.helpers.ranks import run_on_ranks
 
 # Tokens of each rank: alike, uneven, one token, none.
 SHARES = [(12, 12), (30, 5), (1, 40), (0, 9), (7, 0, 20, 1), (0, 0, 0, 3)]
@@ -52,7 +52,7 @@ def test_experts_over_ranks_equal_experts_on_one(
     for (hidden, _), (wanted, _) in zip(found, expected, strict=True):
         torch.testing.assert_close(hidden, wanted, rtol=1e-5, atol=1e-5)
     for name in expected[0][1]:
-        wanted = sum(gradients[name] for _, gradients in expected)
+        wanted = torch.stack([gradients[name] for _, gradients in expected]).sum(0)
         if ".experts." in name:
             # A rank's experts have the gradient of every rank's tokens already.
             gradient = torch.cat([gradients[name] for _, gradients in found])
@@ -105,7 +105,7 @@ def test_a_ranks_load_is_of_its_own_tokens_on_all_experts(kind: Dispatch, tmp_pa
 def save_sharded(path: Path, out: Path) -> None:
     ranks = dist.get_world_size()
     model = load_model(path, torch.float32, dist.new_group(list(range(ranks))))
-    assert model.model.layers[0].mlp.experts.down_proj.shape[0] == 8 // ranks
+    assert sparse_mlps(model)[0].experts.down_proj.shape[0] == 8 // ranks
     save_model(model, out)
 
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from marco_train.config.architecture import ArchitectureConfig
 from marco_train.models import Qwen3Moe, load_model, save_model
 from marco_train.models.weights import random_model
-from tests.conftest import DENSE, architecture
+from tests.helpers.models import DENSE, architecture
 
 SHAPES = {
     "moe, tied": architecture(),
@@ -22,7 +22,7 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=SHAPES.values(), ids=SHAPES.keys())
+@pytest.fixture(params=list(SHAPES.values()), ids=list(SHAPES))
 def shape(request: pytest.FixtureRequest) -> ArchitectureConfig:
     found: ArchitectureConfig = request.param
     return found
@@ -63,6 +63,7 @@ def test_logits_and_gradients_equal_those_of_transformers(
     for name, parameter in ours.named_parameters():
         assert parameter.grad is not None, name
         found, wanted = parameter.grad, theirs_by_name[name].grad
+        assert wanted is not None, name
         torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
 
 

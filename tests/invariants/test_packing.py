@@ -3,7 +3,7 @@
 import torch
 
 from marco_train.models.weights import random_model
-from tests.conftest import architecture
+from tests.helpers.models import architecture
 
 LENGTHS = (3, 64, 65, 1, 200, 17)
 

@@ -1,77 +1,19 @@
 """Three updates, a crash, a resumption and three more are six, bit for bit."""
 
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from marco_train.checkpoint import complete_checkpoints
-from marco_train.config import TrainConfig
-from marco_train.config.resumption import check_resume, is_finished, observed
-from marco_train.engine.policy import Policy
+from marco_train.config.resumption import check_resume, complete_checkpoints, is_finished, observed
 from marco_train.errors import InputError
 from marco_train.run import mark_finished
-from marco_train.stages.opd import run_opd
-from marco_train.stages.sft import run_sft
-from tests.conftest import World, compose_config
-from tests.ranks import run_on_ranks
-
-STAGES = {"sft": run_sft, "opd": run_opd}
-
-
-def overrides(stage: str, world: World, out: Path, experts_over: int) -> list[str]:
-    common = [
-        f"root={world.root}",
-        f"output_dir={out}",
-        "stage.global_batch_size=6",
-        "data.max_tokens_per_microbatch=128",
-        "checkpoint.save_every=3",
-        "checkpoint.keep_last=5",
-        "optim.warmup_steps=2",
-        f"parallel.expert_parallel_size={experts_over}",
-        "logging.console_every=100",
-    ]
-    if stage == "sft":
-        return [*common, "stage.num_steps=6", "stage.eval_every=2", "stage.num_eval_examples=8"]
-    # The cascade switches at update 4: after the resumption, in its second phase by the end.
-    return [
-        *common,
-        "stage.cascade.first.num_steps=4",
-        "stage.cascade.second.num_steps=2",
-        "stage.max_response_length=8",
-    ]
-
-
-class PowerCutError(Exception):
-    """What ends a run in the middle."""
-
-
-def run(cfg: TrainConfig, stage: str, crash_at: int | None) -> None:
-    plain = Policy.train_step
-
-    def train_step(self: Policy, *args: Any) -> Any:
-        if self.num_updates == crash_at:
-            raise PowerCutError
-        return plain(self, *args)
-
-    Policy.train_step = train_step  # type: ignore[method-assign]
-    try:
-        STAGES[stage](cfg)
-    except PowerCutError:
-        assert crash_at is not None
-
-
-def losses(out: Path) -> list[dict[str, float]]:
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    return [
-        {k: v for k, v in line.items() if not k.startswith(("time/", "perf/", "rollout/sync"))}
-        for line in lines
-    ]
-
+from tests.helpers.configs import compose_config
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import losses, overrides, run
+from tests.helpers.world import World
 
 BFLOAT16 = ["model.dtype=bfloat16", "stage.rollout.canary_tolerance=0.2"]
 CASES = {
@@ -179,9 +121,9 @@ def test_two_ranks_distil_as_one(world: World, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def crashed(world: World, tmp_path: Path) -> tuple[list[str], Path]:
+def crashed(own_world: World, tmp_path: Path) -> tuple[list[str], Path]:
     out = tmp_path / "run"
-    given = overrides("sft", world, out, 1)
+    given = overrides("sft", own_world, out, 1)
     run_on_ranks(1, run, compose_config("quickstart_sft", *given), "sft", 4)
     return given, out
 
@@ -241,21 +183,21 @@ def test_an_older_checkpoint_is_taken_up_and_newer_ones_are_kept_aside(
     assert (out / "export" / "model.safetensors").read_bytes() == final
 
 
-def test_a_finished_run_is_stale_once_its_model_is_made_anew(world: World, tmp_path: Path) -> None:
-    cfg = compose_config("quickstart_sft", f"root={world.root}", f"output_dir={tmp_path}")
+def test_a_finished_run_is_stale_once_its_model_is_made_anew(
+    own_world: World, tmp_path: Path
+) -> None:
+    cfg = compose_config("quickstart_sft", f"root={own_world.root}", f"output_dir={tmp_path}")
     assert not is_finished(cfg)
     mark_finished(cfg, observed(cfg, digests={}))
     assert is_finished(cfg)
-    file = Path(world.path("student", "config.json"))
+    file = Path(own_world.path("student", "config.json"))
     before = file.read_text()
-    try:
-        file.write_text(before.replace("10000.0", "20000.0"))
-        later = tmp_path.stat().st_mtime + 60
-        os.utime(file, (later, later))
-        with pytest.raises(InputError, match=r"was finished before .*student was made anew"):
-            is_finished(cfg)
-    finally:
-        file.write_text(before)
+    file.write_text(before.replace("10000.0", "20000.0"))
+    later = tmp_path.stat().st_mtime + 60
+    os.utime(file, (later, later))
+    with pytest.raises(InputError, match=r"was finished before .*student was made anew"):
+        is_finished(cfg)
+    file.write_text(before)
     assert is_finished(cfg)  # what is there is what was there, whatever its time
 
 
@@ -269,15 +211,11 @@ def test_a_torn_line_of_metrics_does_not_stop_a_resumption(
     assert [line["step"] for line in losses(out)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_changed_data_are_refused(crashed: tuple[list[str], Path], world: World) -> None:
+def test_changed_data_are_refused(crashed: tuple[list[str], Path], own_world: World) -> None:
     given, _ = crashed
-    file = Path(world.path("data", "train", "math.jsonl"))
-    before = file.read_text()
-    try:
-        file.write_text(before.replace("vier", "five"))  # as many rows, another answer
-        assert "the data changed since the checkpoint was saved" in refusal(given)
-    finally:
-        file.write_text(before)
+    file = Path(own_world.path("data", "train", "math.jsonl"))
+    file.write_text(file.read_text().replace("vier", "five"))  # as many rows, another answer
+    assert "the data changed since the checkpoint was saved" in refusal(given)
 
 
 def test_only_complete_checkpoints_count_and_old_ones_go(world: World, tmp_path: Path) -> None:

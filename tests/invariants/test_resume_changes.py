@@ -13,9 +13,10 @@ from marco_train.commands.doctor import examine
 from marco_train.config import TrainConfig
 from marco_train.config.resumption import check_resume, is_finished
 from marco_train.errors import InputError
-from tests.conftest import World, compose_config
-from tests.invariants.test_resume import losses, overrides, run
-from tests.ranks import run_on_ranks
+from tests.helpers.configs import compose_config
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import losses, overrides, run
+from tests.helpers.world import World
 
 CONSTANT = ["optim.schedule=constant", "optim.min_learning_rate=4e-3"]
 
@@ -74,6 +75,27 @@ def test_a_finished_run_that_is_given_more_steps_is_the_longer_run(
     same_checkpoint(parts, whole, 7)
 
 
+def test_a_run_of_epochs_is_the_run_of_their_steps(
+    world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    # 60 rows in batches of 6: ten steps an epoch.
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    launch(sft(world, whole, *CONSTANT, "stage.num_steps=7"))
+    epochs = [*CONSTANT, "stage.num_steps=null"]
+    launch(sft(world, parts, *epochs, "stage.num_epochs=0.4"))
+    longer = sft(world, parts, *epochs, "stage.num_epochs=0.7")
+    assert not is_finished(longer)
+    capfd.readouterr()
+    launch(longer)
+    # 42 samples, a tenth of them of 12 rows.
+    plan, made = (line for line in capfd.readouterr().out.splitlines() if "'math'" in line)
+    assert plan == "source 'math': 12 rows, weight 0.1, 0.35 epochs in 7 steps"
+    assert made == "source 'math': 12 rows, weight 0.1, 0.35 epochs made in 7 steps"
+    assert is_finished(longer)
+    assert losses(parts) == losses(whole)
+    same_checkpoint(parts, whole, 7)
+
+
 def test_a_phase_after_a_finished_cascade_makes_the_longer_cascade(
     world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -90,7 +112,10 @@ def test_a_phase_after_a_finished_cascade_makes_the_longer_cascade(
     assert not is_finished(longer)
     capfd.readouterr()
     launch(longer)
-    assert "stage.cascade.another: a phase of 2 steps is added" in capfd.readouterr().out
+    said = capfd.readouterr().out
+    assert "stage.cascade.another: a phase of 2 steps is added" in said
+    for when in ("in 8", "made in 8"):  # of 6 prompts
+        assert f"source 'math': 12 rows, weight 0.1, 0.4 epochs {when} steps" in said
     assert is_finished(longer)
     assert losses(parts) == losses(whole)
     assert [line["cascade/phase"] for line in losses(parts)] == [0, 0, 0, 0, 1, 1, 2, 2]
@@ -168,54 +193,46 @@ def test_a_fork_leaves_the_run_it_comes_from_as_it_is(
     assert is_finished(sft(world, new, *changed))
 
 
-@pytest.fixture
-def own(world: World, tmp_path: Path) -> World:
-    """A world that a test may change."""
-    for name in ("student", "data"):
-        shutil.copytree(world.path(name), tmp_path / "world" / name)
-    return World(tmp_path / "world")
-
-
 def test_a_run_goes_on_with_mended_data_once_it_is_allowed_to(
-    own: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    own_world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    launch(sft(own, out), crash_at=4)
-    file = Path(own.path("data", "train", "math.jsonl"))
+    launch(sft(own_world, out), crash_at=4)
+    file = Path(own_world.path("data", "train", "math.jsonl"))
     file.write_text("\n".join(file.read_text().splitlines()[1:]) + "\n")  # without its first row
     assert "go on with the new data from the same sample with on_resume.allow=[data]" in refusal(
-        sft(own, out)
+        sft(own_world, out)
     )
     capfd.readouterr()
-    launch(sft(own, out, "on_resume.allow=[data]"), crash_at=4)
+    launch(sft(own_world, out, "on_resume.allow=[data]"), crash_at=4)
     assert capfd.readouterr().out.count("as on_resume.allow=[data] allows: rows may be") == 1
-    launch(sft(own, out, "on_resume.allow=[data]", "checkpoint.save_every=1"))
+    launch(sft(own_world, out, "on_resume.allow=[data]", "checkpoint.save_every=1"))
     assert [line["step"] for line in losses(out)] == [1, 2, 3, 4, 5, 6]
-    assert is_finished(sft(own, out))
+    assert is_finished(sft(own_world, out))
 
 
-def test_a_run_goes_on_with_its_files_elsewhere(own: World, tmp_path: Path) -> None:
+def test_a_run_goes_on_with_its_files_elsewhere(own_world: World, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    launch(sft(own, out), crash_at=4)
-    own.root.rename(tmp_path / "moved")
+    launch(sft(own_world, out), crash_at=4)
+    own_world.root.rename(tmp_path / "moved")
     launch(sft(World(tmp_path / "moved"), out))
     assert [line["step"] for line in losses(out)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_a_run_that_began_with_other_weights_is_not_taken_up_unasked(
-    own: World, world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    own_world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
-    launch(sft(own, out), crash_at=4)
+    launch(sft(own_world, out), crash_at=4)
     # The same shape, and in the second case the same place.
-    other = world.path("sft", "export")
-    assert "on_resume.allow=[model]" in refusal(sft(own, out, f"model.path={other}"))
-    shutil.copy(f"{other}/model.safetensors", own.path("student"))
-    assert "student holds something else than before" in refusal(sft(own, out))
+    other = own_world.path("sft", "export")
+    assert "on_resume.allow=[model]" in refusal(sft(own_world, out, f"model.path={other}"))
+    shutil.copy(f"{other}/model.safetensors", own_world.path("student"))
+    assert "student holds something else than before" in refusal(sft(own_world, out))
     capfd.readouterr()
-    launch(sft(own, out, "on_resume.allow=[model]"))
+    launch(sft(own_world, out, "on_resume.allow=[model]"))
     assert "student holds something else than before (allowed" in capfd.readouterr().out
-    launch(sft(own, out))  # it is known from then on
+    launch(sft(own_world, out))  # it is known from then on
 
 
 def test_another_teacher_is_taken_once_it_is_allowed_to(
@@ -233,46 +250,37 @@ def test_another_teacher_is_taken_once_it_is_allowed_to(
     assert [line["step"] for line in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def with_own_teachers(own: World, world: World) -> list[str]:
-    """Teachers that a test may change."""
-    for name in ("teacher_first", "teacher_second"):
-        shutil.copytree(world.path(name), own.path(name))
-    return ["model.path=" + world.path("sft", "export"), "checkpoint.save_every=1"]
-
-
-def test_the_teacher_of_a_coming_phase_is_known_too(
-    own: World, world: World, tmp_path: Path
-) -> None:
+def test_the_teacher_of_a_coming_phase_is_known_too(own_world: World, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    given = with_own_teachers(own, world)
-    launch(opd(own, out, *given), crash_at=2)
-    second, first = (own.path(f"teacher_{name}", "export") for name in ("second", "first"))
+    given = ["checkpoint.save_every=1"]
+    launch(opd(own_world, out, *given), crash_at=2)
+    second, first = (own_world.path(f"teacher_{name}", "export") for name in ("second", "first"))
     shutil.copytree(second, tmp_path / "same")
     other, same = (
         f"stage.cascade.second.teacher.path={path}" for path in (first, tmp_path / "same")
     )
     asked = "teacher: stage.cascade.second.teacher.path"
-    assert asked in refusal(opd(own, out, *given, other))
-    launch(opd(own, out, *given, same), crash_at=3)  # it holds the same
-    launch(opd(own, out, *given, other, "on_resume.allow=[teacher]"))
+    assert asked in refusal(opd(own_world, out, *given, other))
+    launch(opd(own_world, out, *given, same), crash_at=3)  # it holds the same
+    launch(opd(own_world, out, *given, other, "on_resume.allow=[teacher]"))
     assert [line["step"] for line in losses(out)] == [1, 2, 3, 4, 5, 6]
 
 
 def test_what_was_measured_with_another_teacher_ends_no_phase(
-    own: World, world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    own_world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     # The phase would end where the second measure lies not five nats below the first.
     rule = "stage.cascade.first.early_switch."
     given = [f"{rule}measure_every=1", f"{rule}num_measures=2", f"{rule}num_prompts=4"]
     given += [
-        *with_own_teachers(own, world),
+        "checkpoint.save_every=1",
         f"{rule}min_fall=5",
         "stage.cascade.first.num_steps=5",
     ]
-    launch(opd(own, tmp_path / "run", *given), crash_at=2)
-    other = f"stage.cascade.first.teacher.path={own.path('teacher_second', 'export')}"
+    launch(opd(own_world, tmp_path / "run", *given), crash_at=2)
+    other = f"stage.cascade.first.teacher.path={own_world.path('teacher_second', 'export')}"
     capfd.readouterr()
-    launch(opd(own, tmp_path / "run", *given, other, "on_resume.allow=[teacher]"), crash_at=4)
+    launch(opd(own_world, tmp_path / "run", *given, other, "on_resume.allow=[teacher]"), crash_at=4)
     said = capfd.readouterr().out
     assert "phase 'first': its convergence is measured anew" in said
     # Three measures of the new teacher, before steps 2, 3 and 4.
@@ -291,29 +299,25 @@ def test_the_same_teacher_goes_on_with_another_objective(
     assert [line["step"] for line in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_held_out_rows_are_known_from_when_they_decide(
-    own: World, world: World, tmp_path: Path
-) -> None:
+def test_held_out_rows_are_known_from_when_they_decide(own_world: World, tmp_path: Path) -> None:
     out, rule = tmp_path / "run", "stage.cascade.first.early_switch."
-    given = with_own_teachers(own, world)
-    launch(opd(own, out, *given), crash_at=2)
-    file = Path(own.path("data", "development", "math.jsonl"))
+    given = ["checkpoint.save_every=1"]
+    launch(opd(own_world, out, *given), crash_at=2)
+    file = Path(own_world.path("data", "development", "math.jsonl"))
     rows = file.read_text().splitlines(keepends=True)
     file.write_text("".join(rows[1:]))  # nothing was decided by them
     given += [f"{rule}measure_every=1", f"{rule}num_measures=9", f"{rule}num_prompts=4"]
-    launch(opd(own, out, *given, "on_resume.allow=[objective]"), crash_at=3)
+    launch(opd(own_world, out, *given, "on_resume.allow=[objective]"), crash_at=3)
     file.write_text("".join(rows[2:]))
-    assert "data: data.held_out.math.path" in refusal(opd(own, out, *given))
+    assert "data: data.held_out.math.path" in refusal(opd(own_world, out, *given))
 
 
-def test_a_copied_run_looks_at_what_its_files_hold(
-    own: World, world: World, tmp_path: Path
-) -> None:
+def test_a_copied_run_looks_at_what_its_files_hold(own_world: World, tmp_path: Path) -> None:
     out, copy = tmp_path / "run", tmp_path / "copy"
-    launch(sft(own, out), crash_at=4)
-    shutil.copy(f"{world.path('sft', 'export')}/model.safetensors", own.path("student"))
+    launch(sft(own_world, out), crash_at=4)
+    shutil.copy(f"{own_world.path('sft', 'export')}/model.safetensors", own_world.path("student"))
     shutil.copytree(out, copy)  # all of it is newer than the student
-    assert "on_resume.allow=[model]" in refusal(sft(own, copy))
+    assert "on_resume.allow=[model]" in refusal(sft(own_world, copy))
 
 
 def test_a_fork_needs_a_directory_of_its_own(world: World, tmp_path: Path) -> None:
@@ -329,22 +333,22 @@ def test_a_fork_needs_a_directory_of_its_own(world: World, tmp_path: Path) -> No
     check_resume(sft(world, tmp_path / "new", resume))
 
 
-def test_the_doctor_finds_what_a_resumption_would_refuse(
-    own: World, world: World, tmp_path: Path
-) -> None:
+def test_the_doctor_finds_what_a_resumption_would_refuse(own_world: World, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    given = with_own_teachers(own, world)
-    cfg = opd(own, out, *given)
+    given = ["checkpoint.save_every=1"]
+    cfg = opd(own_world, out, *given)
     launch(cfg, crash_at=2)
-    asked = ["experiment=quickstart_opd", *overrides("opd", own, out, 1), *given]
+    asked = ["experiment=quickstart_opd", *overrides("opd", own_world, out, 1), *given]
     assert run_on_ranks(1, examine, asked) == [[]]
-    file = Path(own.path("data", "train", "math.jsonl"))
+    file = Path(own_world.path("data", "train", "math.jsonl"))
     rows = file.read_text()
     file.write_text(rows + rows.splitlines()[0] + "\n")
     ((fault,),) = run_on_ranks(1, examine, asked)
     assert "on_resume.allow=[data]" in fault
     file.write_text(rows)
-    shutil.copytree(own.path("teacher_second"), own.path("teacher_first"), dirs_exist_ok=True)
+    shutil.copytree(
+        own_world.path("teacher_second"), own_world.path("teacher_first"), dirs_exist_ok=True
+    )
     ((fault,),) = run_on_ranks(1, examine, asked)
     assert "teacher 'first' is another than the one that taught" in fault
 
@@ -363,12 +367,12 @@ def test_a_checkpoint_from_before_a_field_came_is_taken_up(world: World, tmp_pat
     assert [line["step"] for line in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
-def test_all_ranks_refuse_alike_and_go_on_alike(own: World, world: World, tmp_path: Path) -> None:
+def test_all_ranks_refuse_alike_and_go_on_alike(own_world: World, tmp_path: Path) -> None:
     given = ["parallel.expert_parallel_size=2"]
-    launch(sft(own, tmp_path, *given), crash_at=4, num_ranks=2)
-    shutil.copy(f"{world.path('sft', 'export')}/model.safetensors", own.path("student"))
+    launch(sft(own_world, tmp_path, *given), crash_at=4, num_ranks=2)
+    shutil.copy(f"{own_world.path('sft', 'export')}/model.safetensors", own_world.path("student"))
     with pytest.raises(AssertionError) as failure:
-        launch(sft(own, tmp_path, *given), num_ranks=2)
+        launch(sft(own_world, tmp_path, *given), num_ranks=2)
     assert str(failure.value).count("InputError: ") == 2
-    launch(sft(own, tmp_path, *given, "on_resume.allow=[model]"), num_ranks=2)
+    launch(sft(own_world, tmp_path, *given, "on_resume.allow=[model]"), num_ranks=2)
     assert [line["step"] for line in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]

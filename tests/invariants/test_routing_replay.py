@@ -19,14 +19,16 @@ from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.metrics import check_names
 from marco_train.models import Qwen3Moe, load_model
 from marco_train.models.attention import PackedSequences
-from marco_train.models.qwen3_moe import rotary_angles
-from marco_train.models.routing import Router, Routing
+from marco_train.models.qwen3_moe import DecoderLayer, rotary_angles
+from marco_train.models.routing import LayerRouting, Router, Routing
 from marco_train.models.weights import empty_model, named_weights
 from marco_train.rollout import build as rollout_build
 from marco_train.stages.opd import run_opd
 from marco_train.types import Microbatch
-from tests.conftest import GRADIENT_DESCENT, World, compose_config
-from tests.ranks import run_on_ranks
+from tests.helpers.configs import GRADIENT_DESCENT, compose_config
+from tests.helpers.models import sparse_mlps
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.world import World
 
 Outcome = tuple[dict[str, Tensor], dict[str, float]]
 NUM_EXPERTS = 8
@@ -110,18 +112,19 @@ def forward_token_by_token(model: Qwen3Moe, batch: Microbatch) -> tuple[Tensor, 
     )
     hidden = model.model.embed_tokens(ids[0])
     foreign = torch.zeros(cfg.num_hidden_layers)
-    for number, layer in enumerate(model.model.layers):
+    layers = [module for module in model.modules() if isinstance(module, DecoderLayer)]
+    for number, (layer, mlp) in enumerate(zip(layers, sparse_mlps(model), strict=True)):
         hidden = hidden + layer.self_attn(layer.input_layernorm(hidden), rope, attend)
         rows = []
         for token, x in enumerate(layer.post_attention_layernorm(hidden)):
-            p = (layer.mlp.gate.weight @ x).softmax(0)
+            p = (mlp.gate.weight @ x).softmax(0)
             taken = given[number, token].tolist()
-            own = sorted(range(NUM_EXPERTS), key=lambda e, p=p: -p[e].item())[: len(taken)]
+            own = sorted(range(NUM_EXPERTS), key=(-p).tolist().__getitem__)[: len(taken)]
             foreign[number] += len(set(taken) - set(own))
             row = torch.zeros_like(x)
             for expert in taken:
-                gate, up = (layer.mlp.experts.gate_up_proj[expert] @ x).chunk(2)
-                out = layer.mlp.experts.down_proj[expert] @ (F.silu(gate) * up)
+                gate, up = (mlp.experts.gate_up_proj[expert] @ x).chunk(2)
+                out = mlp.experts.down_proj[expert] @ (F.silu(gate) * up)
                 row = row + p[expert] / sum(p[e] for e in taken) * out
             rows.append(row)
         hidden = hidden + torch.stack(rows)
@@ -136,7 +139,7 @@ def update_token_by_token(cfg: TrainConfig) -> Outcome:
     logits, foreign = forward_token_by_token(model, batch)
     losses = F.cross_entropy(logits, batch.targets, reduction="none")
     loss = (losses * batch.loss_mask).sum() / batch.num_loss_tokens
-    loss.backward()  # type: ignore[no-untyped-call]
+    loss.backward()
     with torch.no_grad():
         for parameter in model.parameters():
             assert parameter.grad is not None
@@ -242,15 +245,17 @@ def test_in_float32_a_replayed_run_is_the_run_without_replay(
 class ContraryRouter(Router):
     """Takes the unlikeliest experts, as a sampler that rounds otherwise takes unlikelier ones."""
 
-    def forward(self, hidden: Tensor, given: Tensor | None, observe: bool) -> object:
+    def forward(
+        self, hidden: Tensor, given: Tensor | None, observe: bool
+    ) -> tuple[Tensor, Tensor, LayerRouting | None]:
         assert given is None
         return super().forward(hidden, (-hidden @ self.weight.T).topk(self.top_k).indices, observe)
 
 
 def contrary_model(*shape: Any, **more: Any) -> Qwen3Moe:
     model = empty_model(*shape, **more)
-    for layer in model.model.layers:
-        layer.mlp.gate.__class__ = ContraryRouter
+    for mlp in sparse_mlps(model):
+        mlp.gate.__class__ = ContraryRouter
     return model
 
 

@@ -7,7 +7,7 @@ import pytest
 from marco_train.errors import StaleRolloutError
 from marco_train.rollout.stream import RolloutStream
 from marco_train.types import FinishReason, Prompt, Rollout
-from tests.conftest import compose_config
+from tests.helpers.configs import compose_config
 
 
 class Stub:

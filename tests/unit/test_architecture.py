@@ -69,20 +69,19 @@ CHANGES: list[tuple[str, str, dict[str, Any]]] = [
     ("qwen3_moe", "dense layers beyond the last", {"mlp_only_layers": [7]}),
     ("qwen3_moe", "mlp_only_layers null", {"mlp_only_layers": None}),
 ]
-for _kind in KINDS:
-    for _name, _change in {
-        "older rope_theta beside": {"rope_theta": 3.0},
-        "rope_theta alone": {"rope_parameters": None, "rope_theta": 300.0},
-        "rope_scaling null": {"rope_scaling": None},
-        "rope_scaling empty": {"rope_scaling": {}, "rope_theta": 300.0},
-        "rope_scaling of type default": {"rope_scaling": {"type": "default"}, "rope_theta": 300.0},
-        "rope_scaling wins": {"rope_scaling": {"rope_type": "default", "rope_theta": 9.0}},
-        "rope_parameters without a base": {"rope_parameters": {"rope_type": "default"}},
-        "the whole head turned": {"partial_rotary_factor": 1.0},
-        "another name of silu": {"hidden_act": "swish"},
-        "keys that nobody knows": {"trained_by": "someone", "rope_interleave": None},
-    }.items():
-        CHANGES.append((_kind, _name, _change))
+SPELLINGS: dict[str, dict[str, Any]] = {
+    "older rope_theta beside": {"rope_theta": 3.0},
+    "rope_theta alone": {"rope_parameters": None, "rope_theta": 300.0},
+    "rope_scaling null": {"rope_scaling": None},
+    "rope_scaling empty": {"rope_scaling": {}, "rope_theta": 300.0},
+    "rope_scaling of type default": {"rope_scaling": {"type": "default"}, "rope_theta": 300.0},
+    "rope_scaling wins": {"rope_scaling": {"rope_type": "default", "rope_theta": 9.0}},
+    "rope_parameters without a base": {"rope_parameters": {"rope_type": "default"}},
+    "the whole head turned": {"partial_rotary_factor": 1.0},
+    "another name of silu": {"hidden_act": "swish"},
+    "keys that nobody knows": {"trained_by": "someone", "rope_interleave": None},
+}
+CHANGES += [(kind, name, change) for kind in KINDS for name, change in SPELLINGS.items()]
 LEFT_OUT = [
     (kind, name) for kind, fields in KINDS.items() for name in fields if name != "model_type"
 ]

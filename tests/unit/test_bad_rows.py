@@ -11,9 +11,10 @@ from marco_train.config.data import SourceConfig
 from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions
 from marco_train.data.stream import MOST_NAMED
 from marco_train.errors import InputError
-from tests.conftest import World, tokenizer_of
-from tests.ranks import run_on_ranks
-from tests.rows import LOADERS, chat, config, loader_of, turns, write
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.rows import LOADERS, chat, config, loader_of, turns, write
+from tests.helpers.tokenizers import tokenizer_of
+from tests.helpers.world import World
 
 GOOD = [json.dumps(chat(f"question {n}")) for n in range(3)]
 
@@ -62,8 +63,7 @@ BAD = {
     "another column": ('{"translation": {"eng_Latn": "x"}}', "no column messages"),
     "no column": ("{}", "no column messages"),
     "two chats that differ": (
-        json.dumps(chat("a") | {"prompt": "b", "completion": "c"}),
-        "two shapes, messages and prompt",
+        json.dumps(chat("a") | {"conversations": chat("b")["messages"]}), "two shapes, messages"
     ),
     "two system turns that differ": (
         json.dumps({"system": "a", "messages": [{"role": "system", "content": "b"}]}),

@@ -17,10 +17,12 @@ from marco_train.stages import opd
 from marco_train.stages.opd import run_opd
 from marco_train.teachers import cascade
 from marco_train.teachers.base import Teacher
-from marco_train.teachers.cascade import Cascade
+from marco_train.teachers.cascade import Cascade, check_teacher, teachers_of
 from marco_train.types import Rollout, ScoredRollout
-from tests.conftest import World, architecture, compose_config
-from tests.unit.test_teachers import TEMPLATE
+from tests.helpers.configs import compose_config
+from tests.helpers.models import architecture
+from tests.helpers.tokenizers import TEMPLATE
+from tests.helpers.world import World
 
 LENGTHS = ["stage.cascade.first.num_steps=10", "stage.cascade.second.num_steps=4"]
 
@@ -187,8 +189,9 @@ def test_without_vllm_a_run_that_asks_for_it_is_refused_before_anything_is_loade
         "teacher@stage.cascade.second.teacher=vllm",
     )
     needed = r"vLLM is not installed: pip install 'marco-train\[vllm\]'.*scripts/setup_vllm_cpu"
+    owner, second = teachers_of(cfg.stage)[1]
     with pytest.raises(InputError, match=needed):
-        Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
+        check_teacher(cfg.stage, owner, second, cfg.model.tokenizer, TEMPLATE, None)
     with pytest.raises(InputError, match=needed):
         check_sampler(cfg.stage.rollout, architecture())
     check_sampler(compose_config("quickstart_opd").stage.rollout, architecture())

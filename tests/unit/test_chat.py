@@ -18,7 +18,9 @@ from marco_train.data.chat import (
 from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions
 from marco_train.errors import InputError
 from marco_train.types import Conversation, Message
-from tests.conftest import World, compose_config, tokenizer_of
+from tests.helpers.configs import compose_config
+from tests.helpers.tokenizers import tokenizer_of
+from tests.helpers.world import World
 
 
 @pytest.fixture(scope="module")

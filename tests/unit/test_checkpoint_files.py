@@ -23,10 +23,14 @@ from marco_train.models import load_model, save_model
 from marco_train.models.hf_io import INDEX, WEIGHTS, read_head
 from marco_train.models.upcycle import Scaling, UpcycleConfig, upcycle
 from marco_train.models.weights import random_model
-from marco_train.teachers.cascade import Cascade
+from marco_train.stages.checks import Checks
+from marco_train.stages.opd import prepare_opd
 from marco_train.teachers.preflight import check_files
 from marco_train.teachers.vocab import check_head_rows
-from tests.conftest import DENSE, World, architecture, compose_config, teacher_config
+from tests.helpers.configs import compose_config
+from tests.helpers.models import DENSE, architecture
+from tests.helpers.teachers import teacher_config
+from tests.helpers.world import World
 
 
 @pytest.fixture
@@ -107,7 +111,10 @@ def pickled_shards(path: Path) -> None:
 
 
 def beside(name: str) -> Callable[[Path], None]:
-    return lambda path: (path / name).write_text("{}") and None
+    def make(path: Path) -> None:
+        (path / name).write_text("{}")
+
+    return make
 
 
 def header(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
@@ -164,6 +171,11 @@ def configured(**changes: Any) -> Callable[[Path], None]:
     return lambda path: set_config(path, **changes)
 
 
+def only_shards_in_a_directory(path: Path) -> None:
+    shard(path, directory="parts/")
+    (path / WEIGHTS).unlink()
+
+
 @dataclass(frozen=True)
 class Layout:
     """A directory, and what its readers say; None: it loads, and is the model of seed 0."""
@@ -198,7 +210,7 @@ LAYOUTS = {
         lambda path: (path / "pytorch_model.bin").write_bytes(b"a pickle")
     ),
     "shards in a directory": Layout(
-        lambda path: (shard(path, directory="parts/"), (path / WEIGHTS).unlink()),
+        only_shards_in_a_directory,
         vllm="do not read the same weights .*parts/model-00001.safetensors",
     ),
     "another name": Layout.for_nobody(
@@ -319,7 +331,7 @@ def check_with(backend: TeacherBackend, path: Path, world: World) -> None:
             max_rejected=0.0,
         )
     cfg = teacher_config(str(path), backend, **given)
-    check_files(world.path("data", "tokenizer"), CHATML.read_text(), 320, cfg, "teacher")
+    check_files(world.path("data", "tokenizer"), CHATML.read_text(), cfg, "teacher")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
@@ -368,7 +380,7 @@ def test_a_cascade_says_that_a_teacher_is_an_adapter(model_dir: Path, world: Wor
     teacher = f"stage.cascade.first.teacher.path={model_dir}"
     cfg = compose_config("quickstart_opd", f"root={world.root}", teacher)
     with pytest.raises(InputError, match="holds an adapter"):
-        Cascade(cfg.stage, cfg.model.tokenizer, CHATML.read_text(), 320)
+        prepare_opd(cfg, Checks())
 
 
 def test_a_server_needs_no_weights_and_may_serve_any(model_dir: Path, world: World) -> None:
@@ -378,21 +390,6 @@ def test_a_server_needs_no_weights_and_may_serve_any(model_dir: Path, world: Wor
     (model_dir / "config.json").write_text("[]")
     with pytest.raises(InputError, match="holds no JSON object"):
         check_with(TeacherBackend.vllm_server, model_dir, world)
-
-
-def test_the_command_that_converts_a_pickle_does(model_dir: Path, world: World) -> None:
-    import subprocess
-    import sys
-
-    expected = weights_of(model_dir)
-    pickled(model_dir)
-    with pytest.raises(InputError) as refusal:
-        check_with(TeacherBackend.hf, model_dir, world)
-    code = str(refusal.value).split('python -c "')[1].rsplit('"', 1)[0]
-    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
-    assert all(torch.equal(weights_of(model_dir)[n], w) for n, w in expected.items())
-    check_with(TeacherBackend.hf, model_dir, world)
-    load_model(model_dir, torch.float32)
 
 
 FOR_TRANSFORMERS = {

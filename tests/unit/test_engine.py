@@ -10,7 +10,7 @@ from marco_train.engine.expert_groups import mark_experts
 from marco_train.engine.optim import build_schedule, parameter_groups
 from marco_train.engine.zero import deepspeed_config
 from marco_train.models.weights import random_model
-from tests.conftest import architecture
+from tests.helpers.models import architecture
 
 
 def optim(**changes: object) -> OptimConfig:

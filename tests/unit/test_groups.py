@@ -1,6 +1,7 @@
 """Whatever a row calls its category and language, its metrics have names that a run can log."""
 
 import json
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -109,16 +110,16 @@ class Named(Teacher):
 
     head = None
 
-    def __init__(self, identity: str) -> None:
-        self.identity = identity
+    def __init__(self, name: str) -> None:
+        self.identity = {"name": name}
 
-    def score(self, rollouts: list[Rollout]) -> list[ScoredRollout]:
-        value = float(len(self.identity))
+    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
+        value = float(len(self.identity["name"]))
         return [ScoredRollout(r, TokenScores(torch.full((3,), value))) for r in rollouts]
 
 
 def test_a_teacher_of_a_category_with_a_slash_gets_its_rollouts() -> None:
-    teacher = RoutedTeacher(Named("one"), {group_name("category_a/b"): Named("other")})  # type: ignore[arg-type,dict-item]
+    teacher = RoutedTeacher(Named("one"), {group_name("category_a/b"): Named("other")})
     scored = teacher.score([rollout("a/b", ""), rollout("a", "")])
     values = [
         s.scores.teacher_logprobs.tolist() for s in scored if isinstance(s.scores, TokenScores)

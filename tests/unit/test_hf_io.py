@@ -2,19 +2,21 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from marco_train.config.architecture import read_architecture
+from marco_train.config.architecture import ArchitectureConfig, read_architecture
 from marco_train.errors import InputError
 from marco_train.models import hf_io, load_model, save_model
 from marco_train.models.hf_io import check_architecture, stop_token_ids
-from marco_train.models.safetensors_io import StoredTensor
+from marco_train.models.safetensors_io import StoredTensor, read_into
 from marco_train.models.weights import named_weights, random_model
-from tests.conftest import DENSE, World, architecture
+from tests.helpers.models import DENSE, architecture
+from tests.helpers.world import World
 
 
 @pytest.fixture
@@ -31,7 +33,7 @@ def rewrite(path: Path, change: dict[str, object]) -> None:
 @pytest.mark.parametrize("shape", [architecture(), architecture(**DENSE)], ids=["moe", "dense"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_round_trip_changes_no_bit(
-    shape: hf_io.ArchitectureConfig, dtype: torch.dtype, tmp_path: Path
+    shape: ArchitectureConfig, dtype: torch.dtype, tmp_path: Path
 ) -> None:
     model = random_model(shape, dtype, seed=0)
     save_model(model, tmp_path / "model")
@@ -228,11 +230,10 @@ def test_a_rank_reads_its_own_experts_and_nothing_of_the_others(
     names: list[str] = []
     stored = hf_io.stored_weights(saved, architecture())
     name_of = {(place.file, place.offset): name for name, place in stored.items()}
-    plain = hf_io.read_into
 
     def watched(place: StoredTensor, target: torch.Tensor) -> None:
         names.append(name_of[place.file, place.offset])
-        plain(place, target)
+        read_into(place, target)
 
     monkeypatch.setattr(hf_io, "read_into", watched)
     load_model(saved, torch.float32, Rank(1, 4))  # type: ignore[arg-type]
@@ -264,7 +265,7 @@ def test_a_model_other_than_the_config_describes_is_refused(saved: Path) -> None
 
 
 def test_an_interrupted_save_leaves_nothing_that_looks_complete(tmp_path: Path) -> None:
-    def broken() -> object:
+    def broken() -> Iterator[tuple[str, torch.Tensor]]:
         yield from list(named_weights(random_model(architecture(), torch.float32, 0)))[:5]
         raise OSError("the disk is full")
 
@@ -274,6 +275,6 @@ def test_an_interrupted_save_leaves_nothing_that_looks_complete(tmp_path: Path) 
             architecture(),
             torch.float32,
             broken(),
-            None,  # type: ignore[arg-type]
+            None,
         )
     assert not (tmp_path / "model").exists()

@@ -10,9 +10,11 @@ import pytest
 
 from marco_train.data.loader import PromptLoader
 from marco_train.errors import InputError
-from tests.conftest import World, compose_config, tokenizer_of
-from tests.ranks import run_on_ranks
-from tests.rows import LOADERS, chat, config, loader_of, turns, write
+from tests.helpers.configs import compose_config
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.rows import LOADERS, chat, config, loader_of, turns, write
+from tests.helpers.tokenizers import tokenizer_of
+from tests.helpers.world import World
 
 GOOD = [json.dumps(chat(f"question {n}")) for n in range(3)]
 # Three of four prompts are over the limit, so that some batches of two hold nothing else.

@@ -20,7 +20,7 @@ from marco_train.types import (
     TopKMicrobatch,
     TopKScores,
 )
-from tests.ranks import run_on_ranks
+from tests.helpers.ranks import run_on_ranks
 
 
 def test_two_examples_are_joined_and_shifted_within_themselves() -> None:

@@ -12,10 +12,13 @@ from marco_train.config import TrainConfig
 from marco_train.config.architecture import steady_positions
 from marco_train.config.teacher import TeacherBackend
 from marco_train.errors import InputError
+from marco_train.evaluation import reverse_kl
 from marco_train.models import hf_io
 from marco_train.models.hf_io import check_teacher_positions
 from marco_train.stages import evaluate, opd, sft
-from tests.conftest import World, compose_config, teacher_config
+from tests.helpers.configs import compose_config
+from tests.helpers.teachers import teacher_config
+from tests.helpers.world import World
 
 
 def model(world: World, name: str, path: Path, **changes: object) -> str:
@@ -33,7 +36,7 @@ def nothing_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(hf_io, "empty_model", no_model)
-    monkeypatch.setattr(evaluate, "build_teacher", no_model)
+    monkeypatch.setattr(reverse_kl, "build_teacher", no_model)
 
 
 def sft_config(world: World, student: str, *overrides: str) -> TrainConfig:

@@ -2,15 +2,14 @@
 
 import json
 import math
-import re
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -32,9 +31,12 @@ from marco_train.teachers.preflight import (
     probe_rollouts,
 )
 from marco_train.types import Conversation, Prompt, Rollout, ScoredRollout, TokenScores
-from tests.conftest import World, compose_config, teacher_config, tokenizer_of, wanted_of
-from tests.ranks import run_on_ranks
-from tests.unit.test_teachers import rollouts
+from tests.helpers.configs import compose_config
+from tests.helpers.preflight import Scripted, answers, figures
+from tests.helpers.rollouts import rollouts
+from tests.helpers.teachers import teacher_config, wanted_of
+from tests.helpers.tokenizers import tokenizer_of
+from tests.helpers.world import World
 
 TEMPLATE = CHATML.read_text()
 LANGUAGES = "en zh ar de es fr ko ja pt tr id it nl pl ru vi th he uk ms bn cs ur kk el ro hu ne az"
@@ -48,7 +50,7 @@ def teacher_dir(world: World, tmp_path: Path) -> Path:
 
 def check(world: World, path: Path) -> None:
     teacher = teacher_config(str(path), TeacherBackend.hf)
-    check_files(world.path("data", "tokenizer"), TEMPLATE, 320, teacher, "teacher 'first'")
+    check_files(world.path("data", "tokenizer"), TEMPLATE, teacher, "teacher 'first'")
 
 
 def test_there_is_a_probe_in_each_of_the_29_languages() -> None:
@@ -77,7 +79,7 @@ def test_a_stated_stop_of_the_teacher_is_one_of_its_own(world: World, teacher_di
 
     def check_with(stop_id: int) -> None:
         cfg = teacher_config(str(teacher_dir), TeacherBackend.hf, stop_id=stop_id)
-        check_files(world.path("data", "tokenizer"), TEMPLATE, 320, cfg, "teacher")
+        check_files(world.path("data", "tokenizer"), TEMPLATE, cfg, "teacher")
 
     check_with(0)
     with pytest.raises(InputError, match=r"stops at \[0\] .*, and its stop_id is 5: give one of"):
@@ -134,7 +136,7 @@ def prompts_of(
     tmp_path: Path,
     *chats: list[tuple[str, str]],
     template: str = TEMPLATE,
-    **kwargs: str,
+    **kwargs: Any,
 ) -> list[tuple[Conversation, Prompt]]:
     """What a run on these chats would ask first."""
     file = tmp_path / "rows.jsonl"
@@ -231,8 +233,8 @@ def test_arguments_reach_the_teachers_template(world: World, teacher_dir: Path) 
     tokenizer = world.path("data", "tokenizer")
     cfg = teacher_config(str(teacher_dir), TeacherBackend.hf)
     with pytest.raises(InputError, match="opens a turn with"):
-        check_files(tokenizer, TEMPLATE, 320, cfg, "teacher")
-    check_files(tokenizer, TEMPLATE, 320, cfg, "teacher", {"think": True})
+        check_files(tokenizer, TEMPLATE, cfg, "teacher")
+    check_files(tokenizer, TEMPLATE, cfg, "teacher", {"think": True})
 
     prompts = prompts_of(world, teacher_dir.parent, *PLAIN_ROWS, CHANGES["several turns"][1])
     check_turns(prompts, str(teacher_dir), {"think": True, "keep": True}, "teacher")
@@ -255,26 +257,6 @@ def test_the_numbers_of_real_teachers_pass(
     probes = probe_rollouts(world.path("data", "tokenizer"), wanted_for(objective))
     assert [r.prompt.language for r in probes] == list(PROBES)
     check_scores(teacher, probes, 320, DType.float32, "teacher")
-
-
-class Scripted:
-    """A teacher whose scores of each rollout go through a fault."""
-
-    def __init__(self, fault: Callable[[Tensor, int], Tensor]) -> None:
-        self.head = torch.zeros(320, 8)
-        self._fault = fault
-        self._calls = 0
-
-    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        self._calls += 1
-        generator = torch.Generator().manual_seed(0)
-        return [
-            ScoredRollout(r, TokenScores(self._fault(self._honest(r, generator), self._calls)))
-            for r in rollouts
-        ]
-
-    def _honest(self, rollout: Rollout, generator: torch.Generator) -> Tensor:
-        return -2 - torch.rand(len(rollout.response_ids), generator=generator)
 
 
 UNIFORM = -float(torch.tensor(320.0).log())
@@ -325,21 +307,6 @@ def test_scores_of_other_tokens_or_fewer_rollouts_are_refused(world: World) -> N
         check_scores(Elsewhere(lambda x, _: x), probes, 320, DType.float32, "teacher")
     with pytest.raises(InputError, match="answered 28 of 29 rollouts"):
         check_scores(Forgetful(lambda x, _: x), probes, 320, DType.float32, "teacher")
-
-
-def answers(own: float) -> list[Rollout]:
-    """Answers of a student that gives each of its tokens one log-probability."""
-    return [replace(r, sampler_logprobs=[own] * len(r.response_ids)) for r in rollouts()]
-
-
-def figures(said: str) -> list[float]:
-    """The teacher's, the student's, and a uniform guess's."""
-    form = (
-        r"gives the student's answers to 5 prompts (-[\d.]+) nats a token; "
-        r"the student itself (-[\d.]+), a uniform guess (-[\d.]+)"
-    )
-    (found,) = re.findall(form, said)
-    return [float(number) for number in found]
 
 
 KINDS = {
@@ -425,14 +392,15 @@ def test_a_teacher_no_better_than_a_guess_is_refused_once_the_student_can_write(
 
 
 def test_tokens_without_a_number_are_left_out_on_both_sides(
-    capsys: pytest.CaptureFixture[str],
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = answers(-1.0)
     asked[0].sampler_logprobs[0] = -100.0
-    known = Scripted(lambda x, call: torch.full_like(x, -2.0))
+    known = Scripted(lambda x, calls: torch.full_like(x, -2.0))
     scores = known.score(asked)
-    scores[0].scores.teacher_logprobs[0] = float("nan")  # type: ignore[union-attr]
-    known.score = lambda _: scores  # type: ignore[method-assign,assignment]
+    assert isinstance(scores[0].scores, TokenScores)
+    scores[0].scores.teacher_logprobs[0] = float("nan")
+    monkeypatch.setattr(known, "score", lambda _: scores)
     compare_with_student(known, asked, 320, "teacher")
     assert figures(capsys.readouterr().out)[:2] == [-2.0, -1.0]
 
@@ -440,21 +408,3 @@ def test_tokens_without_a_number_are_left_out_on_both_sides(
 def test_without_answers_nothing_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     compare_with_student(Scripted(lambda x, _: x), [], 320, "teacher")
     assert capsys.readouterr().out == ""
-
-
-def refusal_on_a_rank() -> str:
-    """Of a teacher that is good on one rank's answers, of one token, and bad on the others."""
-    mine = answers(-1.0)[:1] if dist.get_rank() == 0 else answers(-1.0)[1:]
-    value = -1.0 if dist.get_rank() == 0 else -8.0
-    try:
-        compare_with_student(Scripted(lambda x, _: torch.full_like(x, value)), mine, 320, "t")
-    except InputError as error:
-        return str(error)
-    return "accepted"
-
-
-def test_the_figures_are_of_the_tokens_of_all_ranks() -> None:
-    one, other = run_on_ranks(2, refusal_on_a_rank)
-    assert one == other
-    assert [len(r.response_ids) for r in rollouts()] == [1, 9, 4, 2, 12]
-    assert figures(one)[0] == pytest.approx((-1.0 - 27 * 8.0) / 28, abs=0.006)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,8 +16,9 @@ import pytest
 
 from marco_train.evaluation import verifiers
 from marco_train.evaluation.verifiers import verify
+from tests.helpers.processes import REPOSITORY
 
-RECIPE = Path(__file__).parents[2] / "recipes" / "quickstart"
+RECIPE = REPOSITORY / "recipes" / "quickstart"
 CATEGORIES = [
     "instruction_following",
     "knowledge_reasoning",
@@ -216,13 +218,13 @@ def test_arithmetic_answers_are_right(splits: dict[str, Rows]) -> None:
         seen[row["task"]] += 1
         prompt = prompt_of(row).replace("1 bits", "bits")
         numbers = [int(number) for number in re.findall(r"\d+", prompt)]
-        right = {
+        rules: dict[str, Callable[..., int]] = {
             "chain_sum": lambda a, b, text=prompt: a + b if "+" in text else a - b,
             "products": lambda a, b: a * b,
             "gcd": math.gcd,
             "count_bits": int.bit_count,
-        }[row["task"]](*numbers)
-        assert answer_of(row) == str(right), prompt
+        }
+        assert answer_of(row) == str(rules[row["task"]](*numbers)), prompt
     assert len(seen) == 4
     assert min(seen.values()) > 100
 

@@ -5,7 +5,6 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -14,7 +13,6 @@ from marco_train.config.opd import OPDConfig
 from marco_train.config.resumption import (
     KINDS,
     continuation,
-    describe,
     is_finished,
     kind_of,
     leaves,
@@ -25,7 +23,9 @@ from marco_train.config.resumption import (
 from marco_train.content import digest
 from marco_train.errors import InputError
 from marco_train.run import mark_finished
-from tests.conftest import World, compose_config
+from tests.helpers.checkpoints import leave_checkpoint
+from tests.helpers.configs import compose_config
+from tests.helpers.world import World
 
 SERVED = [
     "teacher@stage.cascade.second.teacher=vllm_server",
@@ -48,25 +48,6 @@ def composed(stage: str, world: World, out: Path, *overrides: str) -> TrainConfi
 def third_phase(world: World, steps: int = 2) -> list[str]:
     path = f"+stage.cascade.third.teacher.path={world.path('teacher_first', 'export')}"
     return [f"+{PHASE}", path.removeprefix("+"), f"+stage.cascade.third.num_steps={steps}"]
-
-
-def planned_steps(cfg: TrainConfig) -> list[int]:
-    """Steps of each phase, or of the run."""
-    stage = cfg.stage
-    asked = [p.num_steps for p in stage.cascade.values()] if cfg.stage.kind.value == "opd" else []
-    return [stage.capped(steps) for steps in asked or [stage.num_steps]]
-
-
-def leave_checkpoint(cfg: TrainConfig, step: int, **more: Any) -> Path:
-    """What a launch looks at of a checkpoint."""
-    path = Path(cfg.output_dir) / "checkpoints" / f"step_{step:06d}"
-    path.mkdir(parents=True)
-    spans = sum(planned_steps(cfg))
-    state = describe(cfg) | {"num_updates": step, "schedule_steps": spans}
-    state |= {"content": {}, "cascade": {"converged": {}}} | more
-    (path / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
-    (path / "manifest.json").write_text("{}")
-    return path
 
 
 FIRST = "teacher@stage.cascade.first.teacher"
@@ -241,6 +222,62 @@ def test_a_longer_cosine_says_both_rates_and_takes_the_chosen_one(
         assert schedule_steps(cfg) == steps
         found = continuation(cfg)
         assert found is not None and found.sentences[0] == "stage.num_steps: 6 -> 10 steps"
+
+
+# An epoch of 32 rows is 4 steps of 8.
+ONE_AND_A_HALF = ["stage.num_steps=null", "stage.num_epochs=1.5", "stage.global_batch_size=8"]
+
+
+def epochs(number: float) -> list[str]:
+    return [*ONE_AND_A_HALF, f"stage.num_epochs={number}"]
+
+
+def test_other_epochs_are_another_number_of_steps(world: World, tmp_path: Path) -> None:
+    assert schedule_steps(composed("sft", world, tmp_path, *ONE_AND_A_HALF), 32) == 6
+    leave_checkpoint(composed("sft", world, tmp_path, *ONE_AND_A_HALF), 3, epoch_rows=32)
+    same = continuation(composed("sft", world, tmp_path, *ONE_AND_A_HALF))
+    assert same is not None and same.schedule_steps == 6 and same.sentences == []
+    with pytest.raises(InputError) as asked:
+        continuation(composed("sft", world, tmp_path, *epochs(2.5)))
+    assert str(asked.value).startswith("stage.num_epochs: 6 -> 10 steps: the learning rate of step")
+    for choice, steps in (("keep", 6), ("stretch", 10)):
+        cfg = composed("sft", world, tmp_path, *epochs(2.5), f"on_resume.schedule={choice}")
+        assert schedule_steps(cfg, 32) == steps
+    with pytest.raises(
+        InputError, match=r"num_epochs=0.5 makes 2 steps, which is fewer than the 3 steps that"
+    ):
+        continuation(composed("sft", world, tmp_path, *epochs(0.5)))
+
+
+def test_steps_in_place_of_as_many_epochs_are_no_change(world: World, tmp_path: Path) -> None:
+    given = ["stage.global_batch_size=8"]
+    leave_checkpoint(composed("sft", world, tmp_path, *ONE_AND_A_HALF), 3, epoch_rows=32)
+    found = continuation(composed("sft", world, tmp_path, *given))  # of six steps
+    assert found is not None and found.sentences == []
+    with pytest.raises(InputError, match=r"^stage.num_steps: 6 -> 8 steps"):
+        continuation(composed("sft", world, tmp_path, *given, "stage.num_steps=8"))
+
+
+def test_an_epoch_of_other_data_is_as_long_as_these(world: World, tmp_path: Path) -> None:
+    leave_checkpoint(composed("sft", world, tmp_path, *ONE_AND_A_HALF), 3, epoch_rows=32)
+    cfg = composed("sft", world, tmp_path, *ONE_AND_A_HALF)
+    assert continuation(cfg) is not None  # the data are not open yet
+    with pytest.raises(InputError, match=r"^stage.num_epochs: 6 -> 8 steps: .*schedule=stretch"):
+        continuation(cfg, 40)
+    with pytest.raises(InputError, match=r"makes 2 steps, which is fewer than the 3 steps"):
+        schedule_steps(cfg, 10)
+
+
+def test_a_finished_run_of_epochs_goes_on_with_more_of_them(world: World, tmp_path: Path) -> None:
+    cfg = composed("sft", world, tmp_path, *ONE_AND_A_HALF)
+    leave_checkpoint(cfg, 6, epoch_rows=32)
+    mark_finished(cfg, observed(cfg, digests={}), 32)
+    assert is_finished(cfg)
+    assert is_finished(composed("sft", world, tmp_path, *epochs(1.4)))  # 5.6 steps are six
+    keep = "on_resume.schedule=keep"
+    assert not is_finished(composed("sft", world, tmp_path, *epochs(1.6), keep))
+    with pytest.raises(InputError, match=r"a finished run of 6 steps, and 5 are fewer"):
+        is_finished(composed("sft", world, tmp_path, *epochs(1.25)))
 
 
 def test_a_kept_course_is_kept_by_later_resumptions_until_another_is_chosen(

@@ -16,7 +16,7 @@ from marco_train.config.data import SourceConfig, SourceKind
 from marco_train.data.conversations import BadRow, Source
 from marco_train.data.sources import open_rows
 from marco_train.errors import InputError
-from tests.rows import source_at
+from tests.helpers.rows import source_at
 
 
 def said(found: Source) -> list[str]:

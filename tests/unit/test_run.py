@@ -8,7 +8,8 @@ import pytest
 
 from marco_train import run as run_module
 from marco_train.run import Run
-from tests.conftest import World, compose_config
+from tests.helpers.configs import compose_config
+from tests.helpers.world import World
 
 
 class Clock:

@@ -1,82 +1,16 @@
 """Scores on disk: found again, checked, bounded."""
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from marco_train.config.opd import Objective, ScoreCacheConfig
-from marco_train.teachers.base import ScoreSpec, Teacher, scores_from_hidden
 from marco_train.teachers.cache import ScoreCache
-from marco_train.types import FinishReason, Prompt, Rollout, ScoredRollout
-from tests.conftest import wanted_of
-from tests.ranks import run_on_ranks
-
-WIDTH, VOCAB = 6, 20
-
-
-class CountingTeacher(Teacher):
-    """Scores from states that are a function of the ids, and counts what it was asked."""
-
-    def __init__(self, wanted: ScoreSpec) -> None:
-        self.head = torch.randn(VOCAB, WIDTH, generator=torch.Generator().manual_seed(3))
-        self.asked: list[list[int]] = []
-        self.num_calls = 0
-        self._wanted = wanted
-
-    def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
-        self.num_calls += 1
-        if rollouts:
-            self.asked.append([r.prompt.index for r in rollouts])
-        return [ScoredRollout(r, self._scores(r)) for r in rollouts]
-
-    def take_counts(self) -> Counter[str]:
-        return Counter(rejected=1)
-
-    def _scores(self, rollout: Rollout) -> object:
-        generator = torch.Generator().manual_seed(sum(rollout.input_ids))
-        hidden = torch.randn(len(rollout.response_ids), WIDTH, generator=generator)
-        return scores_from_hidden(rollout, hidden, self.head, self._wanted)
-
-
-def wanted_for(objective: Objective) -> ScoreSpec:
-    return wanted_of(objective, top_k=3 if objective is Objective.topk else 0, vocab_size=VOCAB)
-
-
-def rollout(index: int, num_response: int = 4) -> Rollout:
-    generator = torch.Generator().manual_seed(index)
-    response = torch.randint(0, VOCAB, (num_response,), generator=generator).tolist()
-    likeliest = [torch.randperm(VOCAB, generator=generator)[:3].tolist() for _ in response]
-    return Rollout(
-        Prompt(index, [index, 1, 2], "s", "c", "en"),
-        0,
-        response,
-        [-1.0] * num_response,
-        likeliest,
-        FinishReason.stop,
-        weight_version=0,
-    )
-
-
-def cache(
-    path: Path,
-    objective: Objective = Objective.sampled,
-    max_gib: float = 1.0,
-    identity: str = "teacher",
-    said: Sequence[float] = (-1.0, -2.0),
-) -> tuple[ScoreCache, CountingTeacher]:
-    wanted = wanted_for(objective)
-    teacher = CountingTeacher(wanted)
-    cfg = ScoreCacheConfig(path=str(path), max_gib=max_gib)
-    teacher.identity = {"weights": identity}
-    return ScoreCache(teacher, wanted, cfg, list(said), alike(said)), teacher  # type: ignore[arg-type]
-
-
-def alike(said: Sequence[float]) -> Callable[[list[float]], bool]:
-    return lambda known: max(abs(a - b) for a, b in zip(known, said, strict=True)) <= 0.1
+from marco_train.types import Rollout, ScoredRollout
+from tests.helpers.score_cache import CountingTeacher, cache, rollout, wanted_for
 
 
 def values(scored: Sequence[ScoredRollout]) -> list[list[torch.Tensor]]:
@@ -172,21 +106,6 @@ def test_the_oldest_scores_make_room(tmp_path: Path) -> None:
     assert bounded.take_counts()["cache_corrupt"] == 0
 
 
-def score_unevenly(path: Path) -> tuple[list[list[int]], int]:
-    """Rank 0 has a rollout that is on disk, rank 1 one that is not."""
-    found, teacher = cache(path)
-    found.score([rollout(dist.get_rank())])
-    found.score([rollout(dist.get_rank())])
-    return teacher.asked, teacher.num_calls
-
-
-def test_every_rank_asks_its_teacher_where_one_has_to(tmp_path: Path) -> None:
-    # A teacher whose experts are spread over ranks would else wait for the others for ever.
-    first, _ = cache(tmp_path)
-    first.score([rollout(0)])
-    assert run_on_ranks(2, score_unevenly, tmp_path) == [([], 2), ([[1]], 2)]
-
-
 def test_scores_of_a_server_with_other_weights_are_not_used(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -218,7 +137,7 @@ def test_what_the_teacher_left_out_is_left_out_and_asked_again(tmp_path: Path) -
     teacher = Forgetful(wanted_for(Objective.sampled))
     teacher.identity = {"weights": "teacher"}
     cfg, wanted = ScoreCacheConfig(path=str(tmp_path), max_gib=1.0), wanted_for(Objective.sampled)
-    found = ScoreCache(teacher, wanted, cfg, [], lambda _: True)  # type: ignore[arg-type]
+    found = ScoreCache(teacher, wanted, cfg, [], lambda _: True)
     scored = found.score([rollout(index) for index in range(4)])
     assert [s.rollout.prompt.index for s in scored] == [0, 2]
     found.score([rollout(index) for index in range(4)])

@@ -8,8 +8,8 @@ import pytest
 from marco_train.data.conversations import BadRow
 from marco_train.evaluation.accuracy import accuracy_by_category
 from marco_train.types import Conversation, prompt_groups
-from tests.ranks import run_on_ranks
-from tests.rows import source, source_at
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.rows import source, source_at
 
 
 def test_a_repeated_prompt_counts_once_where_asked(tmp_path: Path) -> None:

@@ -7,78 +7,32 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from transformers import AutoModelForCausalLM
 
-from marco_train.config import TrainConfig
 from marco_train.config.opd import Objective, TopKSource
-from marco_train.config.teacher import TeacherBackend, TeacherConfig
-from marco_train.data.chat import CHATML, load_tokenizer
+from marco_train.config.teacher import HFTeacherConfig
+from marco_train.data.chat import load_tokenizer
 from marco_train.data.loader import PromptLoader
-from marco_train.data.packing import pack_rollouts
-from marco_train.engine.policy import build_policy
 from marco_train.errors import InputError
-from marco_train.losses.distillation import build_reverse_kl
-from marco_train.models import load_model
-from marco_train.models.hf_io import stop_token_ids
-from marco_train.rollout.native import NativeSampler
+from marco_train.stages.checks import Checks
+from marco_train.stages.opd import prepare_opd
 from marco_train.teachers import cascade
 from marco_train.teachers.base import ScoreSpec, Teacher
-from marco_train.teachers.build import build_teacher
 from marco_train.teachers.cascade import Cascade
 from marco_train.teachers.hf import HFTeacher
 from marco_train.teachers.routed import RoutedTeacher
 from marco_train.types import (
-    FinishReason,
     HiddenScores,
-    Prompt,
     Rollout,
     ScoredRollout,
     TokenScores,
     TopKScores,
 )
-from tests.conftest import (
-    CATEGORIES,
-    GRADIENT_DESCENT,
-    World,
-    compose_config,
-    teacher_config,
-    wanted_of,
-)
-from tests.ranks import run_on_ranks
-
-TEMPLATE = CHATML.read_text()
-
-
-def config(path: str, max_tokens: int = 4096) -> TeacherConfig:
-    return teacher_config(path, TeacherBackend.hf, max_tokens_per_batch=max_tokens)
-
-
-def wanted_for(objective: Objective) -> ScoreSpec:
-    return wanted_of(objective, top_k=5 if objective is Objective.topk else 0)
-
-
-def rollouts() -> list[Rollout]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(3, 1), (17, 9), (1, 4), (30, 2), (8, 12)]  # tokens of prompt and response
-    made = []
-    for index, (num_prompt, num_response) in enumerate(shapes):
-        ids = torch.randint(3, 320, (num_prompt + num_response,), generator=generator).tolist()
-        prompt = Prompt(index, ids[:num_prompt], "s", "c", "en")
-        response = ids[num_prompt:]
-        likeliest = torch.stack([torch.randperm(320, generator=generator)[:5] for _ in response])
-        made.append(
-            Rollout(
-                prompt,
-                0,
-                response,
-                [-1.0] * num_response,
-                likeliest.tolist(),
-                FinishReason.length,
-                weight_version=0,
-            )
-        )
-    return made
+from tests.helpers.configs import compose_config
+from tests.helpers.rollouts import rollouts
+from tests.helpers.teachers import hf_teacher, wanted_for, wanted_of
+from tests.helpers.tokenizers import TEMPLATE
+from tests.helpers.world import CATEGORIES, World
 
 
 @pytest.mark.parametrize("max_tokens", [1, 40, 4096])
@@ -88,11 +42,11 @@ def test_the_scores_are_those_of_each_sequence_alone(
 ) -> None:
     path = world.path(name, "export")
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-    by_token = HFTeacher(config(path, max_tokens), wanted_for(Objective.sampled))
-    by_state = HFTeacher(config(path, max_tokens), wanted_for(Objective.full))
-    by_policy = HFTeacher(config(path, max_tokens), wanted_for(Objective.topk))
-    by_itself = HFTeacher(
-        config(path, max_tokens), wanted_of(Objective.topk, 5, TopKSource.teacher)
+    by_token = hf_teacher(path, wanted_for(Objective.sampled), max_tokens_per_batch=max_tokens)
+    by_state = hf_teacher(path, wanted_for(Objective.full), max_tokens_per_batch=max_tokens)
+    by_policy = hf_teacher(path, wanted_for(Objective.topk), max_tokens_per_batch=max_tokens)
+    by_itself = hf_teacher(
+        path, wanted_of(Objective.topk, 5, TopKSource.teacher), max_tokens_per_batch=max_tokens
     )
     asked = rollouts()
     tokens, states = by_token.score(asked), by_state.score(asked)
@@ -129,57 +83,8 @@ def test_the_scores_are_those_of_each_sequence_alone(
             )
 
 
-def score_in_our_model(
-    path: str, ranks_of_experts: int, max_tokens: int, objective: Objective
-) -> list[tuple[int, list[torch.Tensor]]]:
-    """A rank's rollouts, of which the last rank has none: their numbers and scores."""
-    cfg = teacher_config(
-        path,
-        TeacherBackend.native,
-        max_tokens_per_batch=max_tokens,
-        expert_parallel_size=ranks_of_experts,
-    )
-    teacher = build_teacher(cfg, wanted_for(objective))
-    busy = max(1, dist.get_world_size() - 1)
-    mine = rollouts()[dist.get_rank() :: busy] if dist.get_rank() < busy else []
-    scored = teacher.score(mine)
-    assert [s.rollout for s in scored] == mine
-    return [(s.rollout.prompt.index, list(vars(s.scores).values())) for s in scored]
-
-
-@pytest.mark.parametrize("objective", Objective, ids=lambda objective: objective.value)
-@pytest.mark.parametrize(
-    ("name", "ranks", "ranks_of_experts", "max_tokens"),
-    [
-        ("sft", 1, 1, 4096),
-        ("sft", 2, 2, 1),
-        ("sft", 4, 2, 40),
-        ("sft", 4, 4, 40),
-        ("teacher_second", 2, 1, 40),
-    ],
-)
-def test_a_teacher_in_our_own_model_scores_as_transformers_does(
-    name: str,
-    ranks: int,
-    ranks_of_experts: int,
-    max_tokens: int,
-    objective: Objective,
-    world: World,
-) -> None:
-    path = world.path(name, "export")
-    asked = rollouts()
-    expected = HFTeacher(config(path), wanted_for(objective)).score(asked)
-    wanted = {s.rollout.prompt.index: list(vars(s.scores).values()) for s in expected}
-    found = run_on_ranks(ranks, score_in_our_model, path, ranks_of_experts, max_tokens, objective)
-    seen = dict(pair for of_rank in found for pair in of_rank)
-    assert seen.keys() == wanted.keys()
-    for index, scores in seen.items():
-        for score, other in zip(scores, wanted[index], strict=True):
-            torch.testing.assert_close(score, other, rtol=1e-4, atol=1e-4)
-
-
 def test_no_rollouts_are_no_scores(world: World) -> None:
-    teacher = HFTeacher(config(world.path("teacher_first", "export")), wanted_for(Objective.full))
+    teacher = hf_teacher(world.path("teacher_first", "export"), wanted_for(Objective.full))
     assert teacher.score([]) == []
 
 
@@ -189,7 +94,12 @@ def test_a_head_that_is_not_the_whole_story_is_refused(
     plain = HFTeacher._hidden
     monkeypatch.setattr(HFTeacher, "_hidden", lambda *args: plain(*args) * 1.1)
     with pytest.raises(InputError, match="hidden states times head differ"):
-        HFTeacher(config(world.path("teacher_first", "export")), wanted_for(Objective.full))
+        hf_teacher(world.path("teacher_first", "export"), wanted_for(Objective.full))
+
+
+def width_of(teacher: Teacher) -> int:
+    assert teacher.head is not None
+    return teacher.head.shape[1]
 
 
 def test_the_cascade_changes_teacher_at_exactly_its_step(
@@ -197,7 +107,7 @@ def test_the_cascade_changes_teacher_at_exactly_its_step(
 ) -> None:
     opened: list[str] = []
 
-    def record(cfg: TeacherConfig, wanted: ScoreSpec, *_: Any) -> HFTeacher:
+    def record(cfg: HFTeacherConfig, wanted: ScoreSpec, *_: Any) -> HFTeacher:
         opened.append(Path(cfg.path).parent.name)
         return HFTeacher(cfg, wanted)
 
@@ -210,7 +120,7 @@ def test_the_cascade_changes_teacher_at_exactly_its_step(
     )
     whole = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
     assert opened == []  # checked, not loaded
-    widths = [whole.teacher_at(step, []).head.shape[1] for step in range(whole.num_steps)]
+    widths = [width_of(whole.teacher_at(step, [])) for step in range(whole.num_steps)]
     assert widths == [32, 32, 32, 48, 48]
     assert opened == ["teacher_first", "teacher_second"]
     assert [whole.ends_at(step) for step in range(5)] == [False, False, True, False, True]
@@ -219,7 +129,7 @@ def test_the_cascade_changes_teacher_at_exactly_its_step(
     opened.clear()
     resumed = Cascade(cfg.stage, cfg.model.tokenizer, TEMPLATE, 320)
     resumed.resume(3, whole.state_at(3))
-    assert resumed.teacher_at(3, []).head.shape[1] == 48
+    assert width_of(resumed.teacher_at(3, [])) == 48
     assert opened == ["teacher_second"]
 
 
@@ -252,7 +162,8 @@ def test_a_rollout_goes_to_the_teacher_of_its_category_then_of_its_language() ->
     )
     found = teacher.score(asked)
     assert [s.rollout for s in found] == asked
-    assert [float(s.scores.teacher_logprobs[0]) for s in found] == [1, 2, 1, 0, 1]
+    first = [s.scores.teacher_logprobs[0] for s in found if isinstance(s.scores, TokenScores)]
+    assert first == [1, 2, 1, 0, 1]
     assert (default.asked, math.asked, german.asked) == ([[3]], [[0, 2, 4]], [[1]])
     assert idle.asked == [[]]  # its ranks may need each other
 
@@ -274,7 +185,7 @@ def test_a_phase_opens_and_checks_the_teachers_of_its_groups(world: World) -> No
     with pytest.raises(
         InputError, match=r"'first' \(teachers_by_group.category_math\): there is no"
     ):
-        Cascade(missing.stage, missing.model.tokenizer, TEMPLATE, 320)
+        prepare_opd(missing, Checks())
 
 
 WRONG_GROUPS = [
@@ -315,22 +226,6 @@ def test_a_teacher_without_prompts_is_refused(group: str, world: World) -> None:
     found.check_groups(known | {group})
 
 
-def first_prompts(cfg: TrainConfig) -> tuple[list[Prompt], list[Prompt], list[Prompt]]:
-    """A rank's share of the first eight, of the first batch of six, and of the first one again."""
-    tokenizer = load_tokenizer(cfg.model)
-    loader = PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
-    return loader.first(8), next(loader), loader.first(1)
-
-
-def test_the_first_prompts_are_the_runs_and_move_nothing(world: World) -> None:
-    cfg = compose_config("quickstart_opd", f"root={world.root}", "stage.global_batch_size=6")
-    (eight, batch, again) = first_prompts(cfg)
-    assert [prompt.index for prompt in eight] == list(range(8))
-    assert batch == eight[:6] and again == eight[:1]
-    shares = run_on_ranks(2, first_prompts, cfg)
-    assert [share for share, _, _ in shares] == [eight[::2], eight[1::2]]
-
-
 def test_more_likeliest_tokens_than_there_are_is_refused(world: World) -> None:
     cfg = compose_config(
         "quickstart_opd", f"root={world.root}", "stage.objective=topk", "stage.top_k=321"
@@ -348,54 +243,3 @@ def test_a_cascade_with_another_past_is_refused(world: World) -> None:
     )
     with pytest.raises(InputError, match="the cascade changed since the checkpoint"):
         Cascade(longer.stage, longer.model.tokenizer, TEMPLATE, 320).resume(4, state)
-
-
-def distil_from_itself(cfg: TrainConfig) -> tuple[float, float]:
-    """One update from a teacher that is the student: its KL, and how far weights moved."""
-    tokenizer = load_tokenizer(cfg.model)
-    prompts = next(PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed))
-    policy = build_policy(cfg.model, cfg.optim, cfg.parallel, 1, cfg.seed, "")
-    path = str(cfg.model.path)
-    sampler = NativeSampler(
-        cfg.stage.rollout,
-        load_model(path, torch.float32),
-        stop_token_ids(path),
-        cfg.stage.max_response_length,
-        cfg.stage.num_sampler_topk,
-        cfg.seed,
-        weight_version=0,
-    )
-    teacher = HFTeacher(
-        config(path), wanted_of(cfg.stage.objective, cfg.stage.top_k or 0, cfg.stage.top_k_source)
-    )
-    before = {name: weight.clone() for name, weight in policy.named_weights()}
-    scored = teacher.score(list(sampler.sample(prompts, 2)))
-    packed = pack_rollouts(scored, cfg.stage.objective, cfg.data.max_tokens_per_microbatch)
-    metrics = policy.train_step(packed, build_reverse_kl(cfg.stage, teacher.head))
-    moved = max(float((w - before[name]).abs().max()) for name, w in policy.named_weights())
-    return metrics["kl/reverse"], moved
-
-
-OBJECTIVES = {
-    "sampled": [],
-    "full": [],
-    "topk": ["stage.top_k=4"],
-    "topk of the teacher": ["stage.top_k=4", "stage.top_k_source=teacher"],
-}
-
-
-@pytest.mark.parametrize("objective", OBJECTIVES)
-def test_a_student_that_is_its_own_teacher_learns_nothing(objective: str, world: World) -> None:
-    cfg = compose_config(
-        "quickstart_opd",
-        f"root={world.root}",
-        f"stage.objective={objective.split(' ', maxsplit=1)[0]}",
-        *OBJECTIVES[objective],
-        "stage.global_batch_size=6",
-        "stage.max_response_length=8",
-        "data.max_tokens_per_microbatch=128",
-        *GRADIENT_DESCENT,
-    )
-    for kl, moved in run_on_ranks(2, distil_from_itself, cfg):
-        assert abs(kl) < 1e-5
-        assert moved < 1e-5

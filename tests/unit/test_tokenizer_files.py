@@ -11,7 +11,7 @@ import pytest
 from marco_train.errors import InputError
 from marco_train.models.tokenizer_files import load_fast_tokenizer, tokenizer_digest
 from marco_train.teachers.vocab import check_vocabulary
-from tests.conftest import World
+from tests.helpers.world import World
 
 
 def spelled(world: World, target: Path, change: Callable[[dict[str, Any]], Any], **how: Any) -> str:

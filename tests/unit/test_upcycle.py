@@ -1,7 +1,5 @@
 """Dense to sparse."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -9,11 +7,10 @@ import torch
 
 from marco_train.errors import InputError
 from marco_train.models import load_model, save_model
+from marco_train.models.qwen3_moe import DecoderLayer
 from marco_train.models.upcycle import Scaling, UpcycleConfig, upcycle, upcycle_mlp
 from marco_train.models.weights import random_model
-from tests.conftest import DENSE, architecture
-
-REPOSITORY = Path(__file__).parents[2]
+from tests.helpers.models import DENSE, architecture, sparse_mlps
 
 
 def config(**changes: object) -> UpcycleConfig:
@@ -38,7 +35,8 @@ def dense(tmp_path: Path) -> Path:
 
 def outputs(path: Path) -> torch.Tensor:
     model = load_model(path, torch.float32)
-    return model(torch.arange(40)[None] * 7 % 320, torch.arange(40)[None]).detach()
+    hidden: torch.Tensor = model(torch.arange(40)[None] * 7 % 320, torch.arange(40)[None])
+    return hidden.detach()
 
 
 def test_with_every_slice_active_the_exact_variant_is_the_dense_model(
@@ -61,11 +59,12 @@ def test_the_papers_variant_is_off_by_what_is_reported(dense: Path, tmp_path: Pa
     mixture, plain = load_model(tmp_path / "moe", torch.float32), load_model(dense, torch.float32)
     for layer in range(2):
         block = plain.model.layers[layer]
+        assert isinstance(block, DecoderLayer)
         x = torch.randn(2000, 32, generator=torch.Generator().manual_seed(1))
         x = x * block.post_attention_layernorm.weight
         with torch.no_grad():
             wanted = block.mlp(x)
-            out, _ = mixture.model.layers[layer].mlp(x)
+            out, _ = sparse_mlps(mixture)[layer](x)
         error = float((out - wanted).norm() / wanted.norm())
         assert error == pytest.approx(paper[layer], rel=0.15)  # of other random inputs
 
@@ -148,23 +147,3 @@ def test_numbers_that_do_not_fit_are_named(
     with pytest.raises(InputError, match=names):
         upcycle(dense, tmp_path / "moe", config(**changes))
     assert not (tmp_path / "moe").exists()
-
-
-def test_the_command_line_upcycles(dense: Path, tmp_path: Path) -> None:
-    command = [
-        *(sys.executable, str(REPOSITORY / "scripts" / "upcycle.py")),
-        *("--dense", str(dense), "--out", str(tmp_path / "moe")),
-        *("--num-experts", "8", "--expert-width", "16", "--top-k", "2"),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert "8 experts of width 16, top-2" in done.stdout
-    assert "layer 2/2, 0 s left" in done.stdout
-    assert "paper scaling (chosen): with every slice active and nothing dropped, off" in done.stdout
-    model = load_model(tmp_path / "moe", torch.float32)
-    assert all(torch.count_nonzero(layer.mlp.gate.weight) == 0 for layer in model.model.layers)
-    wrong = subprocess.run(
-        [*command, "--drop-ratio", "2"], capture_output=True, text=True, check=False
-    )
-    assert wrong.returncode == 1
-    assert wrong.stderr.strip() == "error: drop_ratio is 2.0, and must lie in [0, 1)"

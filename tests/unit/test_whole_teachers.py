@@ -1,53 +1,36 @@
 """A teacher teaches only if it arrived whole, and is known by what it is."""
 
 import json
-import re
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from marco_train.config.model import DType
-from marco_train.config.opd import Objective
 from marco_train.config.teacher import TeacherBackend
 from marco_train.errors import InputError
 from marco_train.models import hf_io, load_model
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
-from marco_train.teachers.build import build_teacher
 from marco_train.teachers.cascade import Cascade
 from marco_train.teachers.identity import Identity, files_identity
-from tests.conftest import DENSE, World, architecture, compose_config, teacher_config, wanted_of
-from tests.ranks import run_on_ranks
-from tests.unit.test_teachers import TEMPLATE, rollouts
+from tests.helpers.checkpoints import AN_EXPERT, Weights, another_template, changed, with_value
+from tests.helpers.configs import compose_config
+from tests.helpers.models import DENSE, architecture
+from tests.helpers.rollouts import rollouts
+from tests.helpers.teachers import opened, teacher_config
+from tests.helpers.tokenizers import TEMPLATE
+from tests.helpers.world import World
 
-Weights = dict[str, Tensor]
 IN_MEMORY = [TeacherBackend.hf, TeacherBackend.native]
-
-
-def changed(path: Path, change: Callable[[Weights], Weights]) -> None:
-    """Put other weights into a checkpoint of one file."""
-    weights = change(load_file(path / "model.safetensors"))
-    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def without(part: str) -> Callable[[Weights], Weights]:
     return lambda weights: {name: w for name, w in weights.items() if part not in name}
-
-
-def with_value(name: str, value: float) -> Callable[[Weights], Weights]:
-    def change(weights: Weights) -> Weights:
-        weights[name].view(-1)[-1] = value
-        return weights
-
-    return change
 
 
 @pytest.fixture
@@ -58,14 +41,7 @@ def teacher_dir(world: World, tmp_path: Path) -> Path:
     return tmp_path / "teacher"
 
 
-def opened(path: Path, backend: TeacherBackend = TeacherBackend.hf, **changes: Any) -> Any:
-    return build_teacher(
-        teacher_config(str(path), backend, **changes), wanted_of(Objective.sampled)
-    )
-
-
 EXPERT = "model.layers.1.mlp.experts.2"
-PLACE = "model.layers.1.mlp.experts.3.up_proj.weight"
 # How a checkpoint is changed, and what transformers' and our own model's refusals name.
 WAYS: dict[str, tuple[Callable[[Weights], Weights], str, str]] = {
     "a layer absent": (
@@ -104,9 +80,9 @@ WAYS: dict[str, tuple[Callable[[Weights], Weights], str, str]] = {
         "1 are missing: lm_head.weight",
     ),
     "not a number": (
-        with_value(PLACE, float("nan")),
+        with_value(AN_EXPERT, float("nan")),
         r"1 weights under .* hold values that .*finite.*: model.layers.1.mlp.experts.gate_up_proj",
-        rf"1 weights under .* hold values that are not finite.*: {PLACE}",
+        rf"1 weights under .* hold values that are not finite.*: {AN_EXPERT}",
     ),
     "infinity": (
         with_value("model.norm.weight", float("inf")),
@@ -314,7 +290,7 @@ DIFFERENCES: dict[str, tuple[str, Callable[[Path], None]]] = {
         "weights",
         lambda path: changed(path, with_value("model.embed_tokens.weight", 1e-3)),
     ),
-    "an expert": ("weights", lambda path: changed(path, with_value(PLACE, 1e-3))),
+    "an expert": ("weights", lambda path: changed(path, with_value(AN_EXPERT, 1e-3))),
     "the last norm": ("weights", lambda path: changed(path, with_value("model.norm.weight", 0.5))),
     "a field of the config": (
         "config",
@@ -322,7 +298,7 @@ DIFFERENCES: dict[str, tuple[str, Callable[[Path], None]]] = {
     ),
     "the template": (
         "template",
-        lambda path: (path / "chat_template.jinja").write_text("{{ messages }}"),
+        another_template,
     ),
     "the tokenizer": (
         "tokenizer",
@@ -369,76 +345,12 @@ def test_files_are_digested_whole(name: str, teacher_dir: Path) -> None:
     assert files_of(teacher_dir) == plain
 
 
-def shared(backend: TeacherBackend, experts_over: int) -> dict[str, int]:
-    """What says over how many ranks experts are shared, of a teacher that shares them."""
-    return {"expert_parallel_size": experts_over} if backend is TeacherBackend.native else {}
-
-
 def test_a_server_is_not_known_by_weights_that_lie_here(teacher_dir: Path) -> None:
     known, own = files_of(teacher_dir, served_as="teacher"), files_of(teacher_dir)
     (teacher_dir / "model.safetensors").write_bytes(b"of no use to a server elsewhere")
     assert files_of(teacher_dir, served_as="teacher") == known
     assert files_of(teacher_dir) != own
     assert files_of(teacher_dir, served_as="another") != known
-
-
-def identity_on_a_rank(path: Path, backend: TeacherBackend, experts_over: int) -> Identity:
-    return dict(opened(path, backend, **shared(backend, experts_over)).identity)
-
-
-def test_every_rank_and_every_sharing_of_experts_is_one_teacher(teacher_dir: Path) -> None:
-    for backend, layouts in (
-        (TeacherBackend.native, [(1, 1), (2, 1), (2, 2), (4, 2), (4, 4)]),
-        (TeacherBackend.hf, [(1, 1), (2, 1)]),
-    ):
-        found = [
-            identity
-            for num_ranks, experts_over in layouts
-            for identity in run_on_ranks(
-                num_ranks, identity_on_a_rank, teacher_dir, backend, experts_over
-            )
-        ]
-        assert all(identity == found[0] for identity in found)
-
-
-def refusal_on_a_rank(paths: list[Path], backend: TeacherBackend, experts_over: int) -> str:
-    """A rank's own copy of a teacher, and why it is refused."""
-    path = paths[dist.get_rank()]
-    try:
-        opened(path, backend, **shared(backend, experts_over))
-    except InputError as error:
-        return str(error)
-    return "accepted"
-
-
-@pytest.mark.parametrize(
-    ("backend", "experts_over", "name"),
-    [
-        (TeacherBackend.hf, 1, "model.layers.1.mlp.experts.gate_up_proj"),
-        (TeacherBackend.native, 1, PLACE),
-        (TeacherBackend.native, 2, "model.norm.weight"),  # an expert is on one rank only
-    ],
-)
-def test_ranks_with_different_teachers_all_refuse(
-    backend: TeacherBackend, experts_over: int, name: str, teacher_dir: Path, tmp_path: Path
-) -> None:
-    paths = [teacher_dir, tmp_path / "other"]
-    shutil.copytree(*paths)
-    of_file = PLACE if experts_over == 1 else name
-    changed(paths[1], with_value(of_file, 1e-3))
-    for said in run_on_ranks(2, refusal_on_a_rank, paths, backend, experts_over):
-        assert f"rank 1 holds other values than the ranks before it in 1 weights: {name};" in said
-
-    changed(paths[1], with_value(of_file, float("nan")))
-    for said in run_on_ranks(2, refusal_on_a_rank, paths, backend, experts_over):
-        assert re.search("1 weights under .* hold values that are not finite in float32: ", said)
-        assert f": {name};" in said
-
-    shutil.rmtree(paths[1])
-    shutil.copytree(*paths)
-    (paths[1] / "chat_template.jinja").write_text("{{ messages }}")
-    for said in run_on_ranks(2, refusal_on_a_rank, paths, backend, experts_over):
-        assert "rank 1 read another template than rank 0; give every machine the same" in said
 
 
 @pytest.fixture
@@ -485,11 +397,12 @@ def test_a_teacher_that_answers_otherwise_does_not_resume(
     before = new()
     before.teacher_at(0, [])
     state = json.loads(json.dumps(before.state_at(1)))
-    state["said"]["first"]["teacher"][7] += away
+    state["probe_logprobs"]["first"]["teacher"][7] += away
     later = resumed(new, state)
     if not refused:
         later.teacher_at(1, [])
-        assert later.state_at(1)["said"] == state["said"]  # what is kept does not drift
+        # What is kept does not drift.
+        assert later.state_at(1)["probe_logprobs"] == state["probe_logprobs"]
         return
     with pytest.raises(InputError, match=r"\(teacher: says of plain sentences .* over 0.001 nats"):
         later.teacher_at(1, [])

@@ -8,7 +8,9 @@ from marco_train.config import TrainConfig
 from marco_train.config.data import SourceConfig
 from marco_train.data.conversations import Source
 from marco_train.data.loader import PromptLoader, SFTLoader
-from tests.conftest import World, compose_config, tokenizer_of
+from tests.helpers.configs import compose_config
+from tests.helpers.tokenizers import tokenizer_of
+from tests.helpers.world import World
 
 LOADERS = {"sft": SFTLoader, "opd": PromptLoader}
 

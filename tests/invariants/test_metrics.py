@@ -1,10 +1,15 @@
 """Sums over tokens, in all and by group, over ranks."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
 
+from marco_train.evaluation.signatures import language_signatures
 from marco_train.metrics import MetricSums, check_names
+from marco_train.models import load_model, save_model
+from marco_train.models.weights import random_model
 from marco_train.rollout.base import summarize
 from marco_train.types import (
     FinishReason,
@@ -14,7 +19,8 @@ from marco_train.types import (
     Rollout,
     no_experts,
 )
-from tests.ranks import run_on_ranks
+from tests.helpers.models import architecture
+from tests.helpers.ranks import run_on_ranks
 
 
 def microbatch(groups: tuple[str, ...], ids: list[list[int]]) -> Microbatch:
@@ -101,3 +107,21 @@ def test_responses_are_described_by_category_and_language() -> None:
     check_names(alone)
     for found in run_on_ranks(3, responses):
         assert found == pytest.approx(alone)
+
+
+def texts_of_rank(path: Path) -> dict[str, list[float]]:
+    texts = [("en", list(range(9))), ("de", [5, 6]), ("en", list(range(40))), ("en", [7])]
+    mine = texts[dist.get_rank() :: dist.get_world_size()]
+    found = language_signatures(load_model(path, torch.float32), mine, max_tokens=12)
+    return dict(zip(found.languages, found.loads()[:, 0].tolist(), strict=True))
+
+
+def test_signatures_add_up_over_texts_and_ranks(tmp_path: Path) -> None:
+    save_model(random_model(architecture(), torch.float32, seed=0), tmp_path / "model")
+    (alone,) = run_on_ranks(1, texts_of_rank, tmp_path / "model")
+    top_k = 2  # of `architecture`
+    assert {language: sum(load) for language, load in alone.items()} == {
+        "de": 2 * top_k,
+        "en": 50 * top_k,
+    }
+    assert run_on_ranks(3, texts_of_rank, tmp_path / "model") == [alone] * 3

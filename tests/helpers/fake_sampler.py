@@ -16,8 +16,8 @@ from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.routing import Routing
 from marco_train.models.safetensors_io import read, read_header
 from marco_train.models.weights import random_model, receive_weights
-from tests.conftest import architecture
-from tests.faults.fake_server import FakeServer, stop_all
+from tests.helpers.fake_server import FakeServer, stop_all
+from tests.helpers.models import architecture
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ class FakeSampler(FakeServer):
         version, drawn = self.version, draw(self._shown, prompt, params)
         if "seed" in params:
             self.answered.append((version, prompt))
-        content = [
+        content: list[dict[str, Any]] = [
             {
                 "token_id": token,
                 "logprob": float(logprobs[token]),

@@ -24,9 +24,11 @@ from marco_train.models.weights import random_model
 from marco_train.teachers.build import build_teacher
 from marco_train.teachers.preflight import check_scores, probe_rollouts
 from marco_train.types import Rollout
-from tests.conftest import DENSE, World, architecture, teacher_config, wanted_of
-from tests.ranks import run_on_ranks
-from tests.unit.test_teachers import rollouts
+from tests.helpers.models import DENSE, architecture
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.rollouts import rollouts
+from tests.helpers.teachers import teacher_config, wanted_of
+from tests.helpers.world import World
 
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
@@ -42,12 +44,13 @@ SHAPES = {"dense": DENSE, "mixture": {}}
 
 
 @pytest.fixture(scope="module")
-def teachers(world: World) -> str:
+def teachers(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models whose heads are as wide as vLLM's kernels for CPUs need them."""
+    found = tmp_path_factory.mktemp("teachers")
     for seed, (name, changes) in enumerate(SHAPES.items()):
         model = random_model(architecture(head_dim=32, **changes), torch.float32, seed)
-        save_model(model, Path(world.path("vllm", name)), world.path("data", "tokenizer"))
-    return world.path("vllm")
+        save_model(model, found / name, world.path("data", "tokenizer"))
+    return found
 
 
 def scores_of(backend: TeacherBackend, path: str, stop_id: int | None) -> list[list[Tensor]]:
@@ -72,7 +75,7 @@ def ended() -> Rollout:
 
 @pytest.mark.parametrize(("name", "stop_id"), [("dense", 0), ("mixture", None)])
 def test_the_scores_are_those_of_transformers(
-    name: str, stop_id: int | None, teachers: str
+    name: str, stop_id: int | None, teachers: Path
 ) -> None:
     path = f"{teachers}/{name}"
     ours = run_on_ranks(1, scores_of, TeacherBackend.vllm, path, stop_id)[0]
@@ -83,6 +86,12 @@ def test_the_scores_are_those_of_transformers(
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+def numpy_state() -> list[int]:
+    """The words of numpy's generator."""
+    state: list[int] = np.random.get_state(legacy=False)["state"]["key"].tolist()
+    return state
+
+
 def leave_no_trace(path: str) -> list[str]:
     """What building, using and closing engines changes of the process."""
     os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size())
@@ -91,7 +100,7 @@ def leave_no_trace(path: str) -> list[str]:
     torch.manual_seed(3)
     threads = torch.get_num_threads()
     environment = dict(os.environ)
-    states = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state()
+    states = random.getstate(), numpy_state(), torch.get_rng_state()
     for kind in KINDS[:2]:
         teacher = build_teacher(teacher_config(path, TeacherBackend.vllm), wanted_of(*kind))
         teacher.score(rollouts()[: dist.get_rank() + 1])  # ranks need not do the same
@@ -99,7 +108,7 @@ def leave_no_trace(path: str) -> list[str]:
     changed = []
     if dict(os.environ) != environment:
         changed.append("environment")
-    if random.getstate() != states[0] or np.random.get_state()[1].tolist() != states[1]:
+    if random.getstate() != states[0] or numpy_state() != states[1]:
         changed.append("generators")
     if not torch.equal(torch.get_rng_state(), states[2]):
         changed.append("torch's generator")
@@ -113,7 +122,7 @@ def leave_no_trace(path: str) -> list[str]:
     return changed
 
 
-def test_the_trainer_is_left_alone_on_two_ranks(teachers: str) -> None:
+def test_the_trainer_is_left_alone_on_two_ranks(teachers: Path) -> None:
     assert run_on_ranks(2, leave_no_trace, f"{teachers}/dense") == [[], []]
 
 
@@ -140,7 +149,7 @@ def use_one_after_another_closed(path: str) -> list[float]:
     ]
 
 
-def test_closing_an_engine_leaves_the_others_at_work(teachers: str) -> None:
+def test_closing_an_engine_leaves_the_others_at_work(teachers: Path) -> None:
     for differences in run_on_ranks(2, use_one_after_another_closed, f"{teachers}/dense"):
         assert max(differences) < 1e-5
 

@@ -21,6 +21,19 @@ from torch import Tensor
 
 VOCAB = 320
 HANG_SECONDS = 3.0
+# What a question says of sampling, so that no default of a server is left to it.
+NEUTRAL = {
+    "n": 1,
+    "max_tokens": 1,
+    "min_tokens": 0,
+    "temperature": 1.0,
+    "top_p": 1.0,
+    "top_k": 0,
+    "min_p": 0.0,
+    "presence_penalty": 0.0,
+    "frequency_penalty": 0.0,
+    "repetition_penalty": 1.0,
+}
 
 
 def distribution(prefix: list[int], weights: int = 0) -> Tensor:
