@@ -23,9 +23,9 @@ from marco_train.data.gate import (
 )
 from marco_train.errors import InputError
 from marco_train.types import Example, UsableRow
-from tests.conftest import World
-from tests.ranks import run_on_ranks
-from tests.rows import chat, loader_of, source, source_at, turns, write
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.rows import chat, loader_of, source, source_at, turns, write
+from tests.helpers.world import World
 
 GOOD = [json.dumps(chat(f"question {n}")) for n in range(20)]
 NULL = turns({"role": "user", "content": None})

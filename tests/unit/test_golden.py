@@ -9,8 +9,8 @@ from marco_train.config.sft import LossTokens
 from marco_train.data.chat import CHATML, Tokenizer, render_example, render_prompt
 from marco_train.data.turns import read_tools, read_turns
 from marco_train.types import Conversation, Example
-from tests.conftest import tokenizer_of
-from tests.qwen_like import TEMPLATE, write_tokenizer
+from tests.helpers.qwen_like import TEMPLATE, write_tokenizer
+from tests.helpers.tokenizers import tokenizer_of
 
 Turn = dict[str, Any]
 

@@ -21,8 +21,8 @@ from marco_train.data.render import ExampleRenderer, PromptRenderer
 from marco_train.data.turns import read_turns
 from marco_train.errors import InputError
 from marco_train.types import Conversation, Example, Message, PlainText, TokenRow
-from tests.conftest import make_tokenizer, tokenizer_of
-from tests.qwen_like import write_tokenizer
+from tests.helpers.qwen_like import write_tokenizer
+from tests.helpers.tokenizers import make_tokenizer, tokenizer_of
 
 Turn = dict[str, Any]
 LABELS = {"source": "source", "category": "math", "language": "en", "row": 0}

@@ -17,9 +17,10 @@ from marco_train.data.drops import Dropped
 from marco_train.data.loader import PromptLoader
 from marco_train.data.render import ExampleRenderer
 from marco_train.data.tokens import TokenFiles, render_row, token_files
-from tests.conftest import World, tokenizer_of
-from tests.ranks import run_on_ranks
-from tests.rows import chat, loader_of, source_at, turns, write
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.rows import chat, loader_of, source_at, turns, write
+from tests.helpers.tokenizers import tokenizer_of
+from tests.helpers.world import World
 
 LINES = [
     *(
