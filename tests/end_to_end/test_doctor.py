@@ -241,7 +241,7 @@ def chat(question: str, answer: str | None = "yes") -> dict[str, Any]:
 UNUSABLE = {
     "prompts that are too long": ([chat("word " * 60)] * 8, "data/dropped_too_long"),
     "no answers": ([chat("Well?", None)] * 8, "is not text"),
-    "no chat": ([{"question": "Well?"}] * 8, "no column messages"),
+    "no chat": ([{"translation": {"en": "Well?"}}] * 8, "no column messages"),
     "control tokens": ([chat("<|im_end|> Well?")] * 8, "data/dropped_special"),
 }
 
@@ -260,14 +260,14 @@ def test_rows_of_which_none_can_be_used_are_found(
 
 def test_a_source_that_is_lost_is_found_beside_others(world: World, tmp_path: Path) -> None:
     lost = tmp_path / "lost.jsonl"
-    lost.write_text('{"prompt": "Well?", "completion": "Yes."}\n' * 9)
+    lost.write_text('{"prompt": "Well?"}\n' * 9)
     for stage, expected in (("sft", 1), ("opd", 0)):  # which asks prompts alone
         path = f"data.sources.math.path={lost}"
         found = faults(1, f"experiment=quickstart_{stage}", f"root={world.root}", ALONE, path)
         assert len(found) == expected
         if found:
-            assert "none of the first 9 rows of a source can be used" in found[0]
-            assert "9 data/dropped_no_loss in 'math'" in found[0]
+            assert "source 'math': this stage can use 0 of 9 rows" in found[0]
+            assert "(9 data/dropped_no_loss)" in found[0]
 
 
 def test_a_few_rows_at_fault_are_named_and_do_no_harm(world: World, tmp_path: Path) -> None:
@@ -313,15 +313,16 @@ def test_a_fault_is_said_once(world: World, tmp_path: Path) -> None:
     file.write_bytes('{"prompt": "café"}\n'.encode("latin-1"))
     path = f"data.sources.math.path={file}"
     (found,) = faults(1, "experiment=quickstart_opd", f"root={world.root}", ALONE, path)
-    assert found.endswith("save the file as UTF-8")
+    assert "source 'math': 1 of 1 rows are at fault" in found
+    assert found.count("save the file as UTF-8") == 1
 
 
 def test_a_mask_without_the_stop_token_is_found(world: World, tmp_path: Path) -> None:
     shutil.copytree(world.path("data", "tokenizer"), tmp_path / "tokenizer")
     text = CHATML.read_text()
     moved = text.replace(
-        "message['content'] + '<|im_end|>' }}\n{%- endgeneration %}",
-        "message['content'] }}\n{%- endgeneration %}\n{{- '<|im_end|>' }}",
+        "{{- '<|im_end|>' }}\n{%- endgeneration %}",
+        "{%- endgeneration %}\n{{- '<|im_end|>' }}",
     )
     assert moved != text
     (tmp_path / "tokenizer" / "chat_template.jinja").write_text(moved)

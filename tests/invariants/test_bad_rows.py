@@ -38,6 +38,7 @@ def config(stage: str, world: World, tmp_path: Path, name: str, num_ranks: int) 
         "data=quickstart_text",
         f"data.sources.text.path={rows(tmp_path)}",
         "data.max_tokens_per_microbatch=128",
+        "data.max_lost_rows=0.75",
         "stage.global_batch_size=2",
     ]
     if stage == "sft":

@@ -19,8 +19,8 @@ from tests.helpers.world import World
 GOOD = [json.dumps(chat(f"question {n}")) for n in range(3)]
 
 
-def call(**keys: Any) -> str:
-    """A line in which an answer calls a tool."""
+def answer(**keys: Any) -> str:
+    """A line with an answer of these keys."""
     asked = {"role": "user", "content": "x"}
     return turns(asked, {"role": "assistant", "content": None, **keys})
 
@@ -36,9 +36,9 @@ BAD = {
     ),
     "a column of images": ('{"prompt": "x", "images": ["a.png"]}', "the row has images"),
     "no parts": (turns({"role": "user", "content": []}), "is not text"),
-    "no answer and no call": (call(tool_calls=[]), "is not text"),
-    "a call that names nothing": (call(tool_calls=[{"id": "1"}]), "names no function"),
-    "a call of a number": (call(tool_calls=3), "are no list"),
+    "no answer and no call": (answer(tool_calls=[]), "is not text"),
+    "a call that names nothing": (answer(tool_calls=[{"id": "1"}]), "names no function"),
+    "a call of a number": (answer(tool_calls=3), "are no list"),
     "a nameless tool": (
         json.dumps({"prompt": "x", "tools": [{"description": "weather"}]}),
         "is no function with a name",
@@ -57,7 +57,7 @@ BAD = {
     "a chat that is a number": ('{"messages": 3}', "not a list of turns"),
     "a chat that is an object": ('{"messages": {"role": "user"}}', "not a list of turns"),
     "a weight of a half": (
-        turns({"role": "user", "content": "x"}, {"role": "assistant", "content": "y", "weight": 0.5}),
+        answer(content="y", weight=0.5),
         "a turn is learnt (1) or not (0)",
     ),
     "another column": ('{"translation": {"eng_Latn": "x"}}', "no column messages"),
@@ -66,9 +66,7 @@ BAD = {
         json.dumps(chat("a") | {"conversations": chat("b")["messages"]}), "two shapes, messages"
     ),
     "two system turns that differ": (
-        json.dumps(
-            {"system": "a", "messages": [{"role": "system", "content": "b"}, *chat("x")["messages"]]}
-        ),
+        json.dumps({"system": "a", "messages": [{"role": "system", "content": "b"}]}),
         "the system turn of the chat differ",
     ),
     "several answers": ('{"question": "x", "answer": ["a", "b"]}', "choose one"),

@@ -70,6 +70,8 @@ ANSWERED_ROWS: dict[str, tuple[dict[str, Any], str]] = {
         {"messages": OPENAI, "prompt": [SYSTEM_TURN, OPENAI[0]]},
         "messages",
     ),
+    # What a source keeps beside a whole chat is not asked.
+    "a whole chat beside another question": ({"messages": OPENAI, "prompt": "x"}, "messages"),
     "an empty chat beside a prompt": (
         {"messages": [], "prompt": "two?", "response": "2"},
         "prompt+response",
@@ -191,7 +193,7 @@ def test_plain_text_and_tokens_are_shapes_of_their_own() -> None:
 # A row, the kind of its fault, and what is said of it.
 REFUSED: dict[str, tuple[Any, str, str]] = {
     "two chats": (
-        {"messages": OPENAI, "conversations": [{"from": "human", "value": "three?"}]},
+        {"messages": OPENAI, "conversations": [*SHAREGPT[:1], {"from": "gpt", "value": "3"}]},
         "two shapes",
         "of two shapes, messages and sharegpt, which say different things: choose with "
         "data.sources.<name>.columns",
@@ -305,6 +307,7 @@ IGNORED: dict[str, tuple[dict[str, Any], set[str]]] = {
     "text": ({"instruction": "two?", "output": "2", "text": "two? 2"}, {"text"}),
     "thoughts": ({"question": "two?", "answer": "2", "reasoning": "1 + 1"}, {"reasoning"}),
     "empty ones": ({"messages": OPENAI, "system": "", "tools": [], "response": None}, set()),
+    "another question": ({"messages": OPENAI, "prompt": "x"}, {"prompt"}),
     "tools": ({"messages": OPENAI, "tools": [{"name": "f"}]}, set()),
     "of NeMo-Gym": (
         {"responses_create_params": {"input": "two?"}, "question": "two?", "answer": "2"},

@@ -1,0 +1,382 @@
+"""The rows of a run are judged before its first step, once, and too many at fault end it there."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from marco_train.config.data import DataConfig, SourceConfig
+from marco_train.data import gate
+from marco_train.data.conversations import Source
+from marco_train.data.gate import (
+    Losses,
+    Structure,
+    check_bad_rows,
+    check_lost_rows,
+    describe,
+    judge_structure,
+    judge_tokens,
+    judged_rows,
+)
+from marco_train.errors import InputError
+from marco_train.types import Example, UsableRow
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.rows import chat, loader_of, source, source_at, turns, write
+from tests.helpers.world import World
+
+GOOD = [json.dumps(chat(f"question {n}")) for n in range(20)]
+NULL = turns({"role": "user", "content": None})
+# One line of each kind of fault.
+KINDS = {
+    "unknown columns": "{}",
+    "no object": "[]",
+    "content that is not text": NULL,
+    "empty chat": turns(),
+    "unknown role": turns({"role": "robot", "content": "x"}),
+    "not JSON": "{",
+}
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Nothing is known from another test."""
+    monkeypatch.setenv("MARCO_TRAIN_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def structure(num_rows: int, num_bad: int) -> Structure:
+    bad = [
+        {"source": "s", "row": row, "kind": "k", "reason": "r", "begins": ""}
+        for row in range(num_bad)
+    ]
+    return Structure(num_rows, num_rows, bad=bad)
+
+
+# Rows, rows at fault and data.max_bad_rows, and whether a run starts with them.
+BUDGETS = [
+    (1, 0, 0.01, True),
+    (1, 1, 0.01, False),  # nothing is left
+    (3, 2, 0.01, False),
+    (20, 10, 0.01, True),  # half is left
+    (19, 10, 0.01, False),
+    (40, 11, 0.01, False),
+    (40, 11, 0.3, True),
+    (40, 11, 0.0, False),
+    (40, 10, 0.0, True),
+    (1200, 12, 0.01, True),
+    (1200, 13, 0.01, False),
+    (1200, 700, 0.49, False),
+    (1200, 700, 0.6, True),
+    (40, 40, 1.0, True),
+]
+
+
+@pytest.mark.parametrize(("num_rows", "num_bad", "share", "starts"), BUDGETS)
+def test_ten_rows_or_a_share_may_be_at_fault_and_half_must_be_left(
+    num_rows: int, num_bad: int, share: float, starts: bool
+) -> None:
+    cfg = DataConfig(max_bad_rows=share)
+    if starts:
+        check_bad_rows("s", structure(num_rows, num_bad), cfg)
+        return
+    with pytest.raises(InputError, match=f"'s': {num_bad} of {num_rows} rows are at fault"):
+        check_bad_rows("s", structure(num_rows, num_bad), cfg)
+
+
+@pytest.mark.parametrize("stage", ["sft", "opd"])
+def test_the_five_commonest_faults_end_a_run_before_its_first_step(
+    stage: str, world: World, tmp_path: Path
+) -> None:
+    lines = [line for n, line in enumerate(KINDS.values()) for _ in range(6 - n)]
+    file = write(tmp_path, *GOOD, *lines)
+    quarantine = tmp_path / "quarantine.jsonl"
+    with pytest.raises(InputError) as refusal:
+        loader_of(stage, world, file, quarantine=quarantine)
+    said = str(refusal.value)
+    assert said.startswith(
+        "source 'text': 21 of 41 rows are at fault, more than data.max_bad_rows=0.01 allows ("
+        "6 unknown columns, as row 20 (from 0): no column messages"
+    )
+    assert "; 5 no object, as row 26 (from 0): the row is [], not an object" in said
+    assert "; 4 content that is not text, as row 31 (from 0)" in said
+    assert "; 3 empty chat, as row 35 (from 0)" in said
+    assert "; 2 unknown role, as row 38 (from 0)" in said
+    assert "not JSON" not in said
+    assert said.endswith(
+        "mend the rows, say with data.sources.text.columns and .roles how they are to be read, "
+        "or raise data.max_bad_rows"
+    )
+    # All of them are written down, to be mended.
+    assert len(quarantine.read_text().splitlines()) == 21
+
+
+def test_rows_at_fault_are_written_down(world: World, tmp_path: Path) -> None:
+    long = json.dumps({"prompt": "é" * 500, "images": ["a"]})
+    file = write(tmp_path, GOOD[0], "{}", *GOOD[1:4], long, "{\u2028")
+    quarantine = tmp_path / "run" / "quarantine.jsonl"
+    loader_of("sft", world, file, quarantine=quarantine)
+    rows = [json.loads(line) for line in quarantine.read_text("ascii").splitlines()]
+    assert [(row["source"], row["row"]) for row in rows] == [("text", 1), ("text", 5), ("text", 6)]
+    assert all(row.keys() == {"source", "row", "reason", "begins"} for row in rows)
+    assert rows[0]["begins"] == "{}"
+    assert rows[1]["reason"] == "the row has images, and only text is learnt here"
+    assert rows[1]["begins"] == repr({"prompt": "é" * 500, "images": ["a"]})[:200]
+    assert rows[2]["reason"].startswith(f"{file}, line 7: not JSON (")
+
+    loader_of("sft", world, write(tmp_path, *GOOD), quarantine=quarantine)
+    assert not quarantine.exists()  # of mended rows
+
+
+def found_by_rank(world: World, file: Path, quarantine: Path) -> tuple[Any, ...]:
+    loader = loader_of("opd", world, file, quarantine=quarantine)
+    (found,) = loader._stream._structures.values()
+    return found.as_json(), loader._stream.languages(), quarantine.read_text()
+
+
+def test_ranks_share_the_rows_and_know_all_of_them(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [json.dumps(chat(f"{n}") | {"language": "en" if n % 2 else "de"}) for n in range(15)]
+    file = write(tmp_path, *rows[:7], "{}", *rows[7:], "[]")
+    alone = found_by_rank(world, file, tmp_path / "quarantine.jsonl")
+    assert alone[0]["num_judged"] == 17
+    assert alone[1] == {"en", "de"}
+    for name in ("cache", "other"):  # known, and worked out by two
+        monkeypatch.setenv("MARCO_TRAIN_CACHE", str(tmp_path / name))
+        both = run_on_ranks(2, found_by_rank, world, file, tmp_path / "quarantine.jsonl")
+        assert both == [alone, alone]
+
+
+class Counted(Source):
+    """Counts the rows that are read of it."""
+
+    num_read = 0
+
+    def read(self, index: int) -> Any:
+        self.num_read += 1
+        return super().read(index)
+
+
+def counted(path: Path, **changes: Any) -> Counted:
+    fields = {"path": str(path), "category": "math", "weight": 1.0}
+    return Counted("fixture", SourceConfig(**(fields | changes)))
+
+
+def judged(path: Path, cfg: DataConfig | None = None, **changes: Any) -> tuple[Structure, int]:
+    """What is found of a source, and how many rows were read for it."""
+    found = counted(path, **changes)
+    return judge_structure(found, cfg or DataConfig()), found.num_read
+
+
+def test_what_was_judged_is_known_the_second_time(tmp_path: Path) -> None:
+    rows = [chat("a") | {"topic": "x", "language": "en"}, {}, chat("b") | {"topic": "y"}]
+    file = write(tmp_path, *map(json.dumps, rows))
+    first, num_read = judged(file)
+    assert num_read == 3
+    assert (first.num_rows, first.num_judged) == (3, 3)
+    assert first.shapes == {"messages": 2}
+    assert first.categories == {"math": 2}
+    assert first.languages == {"en": 1, "": 1}
+    assert first.kinds == {"unknown columns": 1}
+    assert judged(file) == (first, 0)
+    # Wherever the file lies, and whatever the source is called.
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(file.read_bytes())
+    assert judged(moved) == (first, 0)
+    other = Counted("other", SourceConfig(path=str(file), category="math", weight=0.5))
+    assert judge_structure(other, DataConfig()).bad == [first.bad[0] | {"source": "other"}]
+    assert other.num_read == 0
+
+
+CHANGES: dict[str, dict[str, Any]] = {
+    "category": {"category": "chat"},
+    "category_column": {"category_column": "topic"},
+    "columns": {"columns": {"messages": "messages"}},
+    "roles": {"roles": {"robot": "user"}},
+    "unique_prompts": {"unique_prompts": True},
+}
+
+
+@pytest.mark.parametrize("changes", CHANGES.values(), ids=CHANGES.keys())
+def test_rows_that_are_read_otherwise_are_judged_anew(
+    changes: dict[str, Any], tmp_path: Path
+) -> None:
+    file = write(tmp_path, *GOOD[:3])
+    assert judged(file)[1] == 3
+    assert judged(file, **changes)[1] == 3
+
+
+def test_other_rows_other_samples_and_other_code_are_judged_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path, *GOOD[:4])
+    assert judged(file)[1] == 4
+    assert judged(file, DataConfig(judge_rows=2))[1] == 2
+    write(tmp_path, *GOOD[1:5])
+    assert judged(file)[1] == 4
+    monkeypatch.setattr(gate, "_code_digest", lambda: "of another version")
+    assert judged(file)[1] == 4
+    few = counted(file)
+    few.keep_first(3)
+    judge_structure(few, DataConfig())
+    assert few.num_read == 3
+
+
+def test_a_cache_that_is_broken_or_cannot_be_made_is_none(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path, *GOOD[:3])
+    first, _ = judged(file)
+    (kept,) = cache.glob("structure-*.json")
+    kept.write_text(kept.read_text()[:-9])
+    assert judged(file) == (first, 3)
+    monkeypatch.setenv("MARCO_TRAIN_CACHE", str(file / "below"))  # a file has nothing below it
+    assert judged(file) == (first, 3)
+
+
+def test_of_many_rows_a_sample_from_all_over_is_judged(tmp_path: Path) -> None:
+    file = write(tmp_path, *GOOD)
+    found = source_at(file)
+    assert list(judged_rows(found, DataConfig(judge_rows=20))) == list(range(20))
+    assert list(judged_rows(found, DataConfig(judge_rows=5))) == [0, 4, 8, 12, 16]
+    many = source(tmp_path, *({"prompt": ""} for _ in range(25_000)))
+    sample = judged_rows(many, DataConfig(judge_rows=20_000))
+    assert len(sample) == len(set(sample)) == 10_000
+    assert (sample[0], sample[-1]) == (0, 24_997)
+
+
+def test_rows_beyond_the_sample_are_dropped_and_counted_where_they_are_drawn(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = list(GOOD)
+    lines[3] = "{}"
+    file = write(tmp_path, *lines)
+    given = ["data.judge_rows=5", "stage.global_batch_size=20"]
+    loader = loader_of("sft", world, file, *given)
+    said = capsys.readouterr().out
+    assert said == "source 'text': 20 rows, of which 5 were judged, shape messages\n"
+    assert not loader._stream.is_all_judged
+    next(loader)
+    assert loader.metrics()["data/dropped_malformed"] == 1
+    assert loader.metrics()["data/num_sequences"] == 19
+    assert "dropped source 'text', row 3 (from 0)" in capsys.readouterr().out
+    lines[0] = lines[4] = lines[8] = "{}"
+    with pytest.raises(InputError, match="3 of 5 rows are at fault"):
+        loader_of("sft", world, write(tmp_path, *lines), *given)
+
+
+def losses(num_lost: int) -> Losses:
+    return Losses(Counter({"data/dropped_too_long": num_lost}))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_lost", "share", "starts"),
+    [
+        (4, 2, 0.5, True),
+        (4, 3, 0.5, False),
+        (1, 1, 0.5, False),
+        (4, 1, 0.0, False),
+        (4, 0, 0.0, True),
+        (4, 4, 1.0, True),
+    ],
+)
+def test_half_of_a_source_may_be_lost_or_the_share_that_is_allowed(
+    num_rows: int, num_lost: int, share: float, starts: bool
+) -> None:
+    cfg = DataConfig(max_lost_rows=share)
+    if starts:
+        check_lost_rows("s", losses(num_lost), num_rows, cfg)
+        return
+    says = rf"can use {num_rows - num_lost} of {num_rows} rows.*{num_lost} data/dropped_too_long"
+    with pytest.raises(InputError, match=says):
+        check_lost_rows("s", losses(num_lost), num_rows, cfg)
+
+
+def rated(question: str) -> dict[str, Any]:
+    return {"prompt": question, "chosen": "good", "rejected": "bad"}
+
+
+# Rows that a stage cannot use, and what is said of them.
+LOST: dict[str, tuple[str, Any, str]] = {
+    "prompts": ("sft", {"prompt": "x"}, r"\(8 data/dropped_no_loss\)"),
+    "empty answers": ("sft", chat("x", ""), r"\(8 data/dropped_empty\)"),
+    "long answers": ("sft", chat("x", "word " * 200), r"\(8 data/dropped_too_long\)"),
+    "long prompts": ("opd", chat("word " * 200), r"\(8 data/dropped_too_long\)"),
+    "control tokens": ("opd", chat("<|im_end|>"), r"\(8 data/dropped_special\)"),
+    "text": ("opd", {"text": "x"}, r"\(8 data/dropped_malformed; .*: the row has no turns"),
+    "rated answers": ("sft", rated("x"), r"\(8 data/dropped_malformed; .*two rated answers"),
+}
+
+
+@pytest.mark.parametrize(("stage", "row", "says"), LOST.values(), ids=LOST.keys())
+def test_a_source_of_which_a_stage_can_use_too_little_is_refused(
+    stage: str, row: Any, says: str, world: World, tmp_path: Path
+) -> None:
+    file = write(tmp_path, *GOOD[:4], *[json.dumps(row)] * 8)
+    with pytest.raises(InputError, match=rf"this stage can use 4 of 12 rows, .*{says}"):
+        loader_of(stage, world, file)
+    loader_of(stage, world, file, "data.max_lost_rows=0.7")
+
+
+def test_what_one_stage_loses_another_uses(world: World, tmp_path: Path) -> None:
+    prompts = [json.dumps({"prompt": f"question {n}"}) for n in range(4)]
+    next(loader_of("opd", world, write(tmp_path, *prompts)))
+    answered = [json.dumps({"prompt": f"{n}", "completion": "a number"}) for n in range(4)]
+    loader = loader_of("sft", world, write(tmp_path, *answered), "stage.global_batch_size=4")
+    next(loader)
+    assert loader.metrics()["data/num_sequences"] == 4
+
+
+def test_what_was_lost_is_said_by_source_at_the_start_and_at_the_end(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [chat("a") | {"chosen": "x", "rejected": "y"}, chat("b", ""), {"prompt": "c"}]
+    lines = [*GOOD[:4], *map(json.dumps, rows), "{}"]
+    loader = loader_of("sft", world, write(tmp_path, *lines), "stage.global_batch_size=8")
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].startswith("source 'text': 8 rows, shape messages (6), prompt (1); at fault: ")
+    assert "; 1 data/dropped_empty" in said[0] and "; 1 data/dropped_no_loss" in said[0]
+    assert said[1:] == [
+        "source 'text': columns that hold something and are not read: chosen (1), rejected (1)"
+    ]
+    next(loader)
+    capsys.readouterr()
+    loader.report()
+    assert capsys.readouterr().out == (
+        "dropped in this run: 1 data/dropped_empty in 'text'; "
+        "1 data/dropped_malformed in 'text'; 1 data/dropped_no_loss in 'text'\n"
+    )
+
+
+def test_a_source_without_a_fault_is_said_in_a_line() -> None:
+    found = Structure(1234, 1234, shapes=Counter({"alpaca": 1234}))
+    assert describe("s", found, Losses()) == ["source 's': 1,234 rows, shape alpaca"]
+
+
+def tokens(counts: list[int]) -> Callable[[UsableRow], Example | str]:
+    def render(row: UsableRow) -> Example | str:
+        counts.append(row.row)
+        return "data/dropped_too_long" if row.row == 1 else Example([row.row], [True])
+
+    return render
+
+
+def test_rows_are_rendered_once_and_their_tokens_kept(tmp_path: Path) -> None:
+    found = source_at(write(tmp_path, *GOOD[:4]))
+    calls: list[int] = []
+    files, lost = judge_tokens(found, DataConfig(), tokens(calls), ["a template"])
+    assert files is not None
+    assert (calls, lost.counts) == ([0, 1, 2, 3], {"data/dropped_too_long": 1})
+    again, lost = judge_tokens(found, DataConfig(), tokens(calls), ["a template"])
+    assert again is not None
+    assert (len(calls), lost.counts) == (4, {"data/dropped_too_long": 1})
+    assert [again[i] for i in range(4)] == [files[i] for i in range(4)]
+    judge_tokens(found, DataConfig(), tokens(calls), ["another template"])
+    assert len(calls) == 8
+    # Of many rows a sample is rendered, and the rest where it is drawn.
+    sampled, lost = judge_tokens(found, DataConfig(judge_rows=2), tokens(calls), ["a template"])
+    assert sampled is None
+    assert (calls[8:], lost.counts) == ([0, 2], {})
