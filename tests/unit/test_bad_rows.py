@@ -111,6 +111,29 @@ def test_a_row_at_fault_is_dropped_counted_and_named(
     assert reason in said
 
 
+SURROGATE = {"function": {"name": "f", "arguments": {"text": "\ud800"}}}
+NAMED_TOOL = {"name": "f", "description": "\ud800"}
+# Rows that end a run.
+ENDING = {
+    "half of a pair in a call": ("sft", answer(tool_calls=[SURROGATE])),
+    "half of a pair in a tool": (
+        "opd", json.dumps({"prompt": "x", "completion": "y", "tools": [NAMED_TOOL]})
+    ),
+    "thinking and no turn": ("opd", turns({"type": "reasoning", "content": "x"})),
+    "nothing but padding": ("opd", '{"input_ids": [1, 2], "attention_mask": [0, 0]}'),
+    "tools that are a number": ("opd", '{"prompt": "x", "tools": 3}'),
+}  # fmt: skip
+
+
+@pytest.mark.xfail(strict=True, reason="an error that nobody catches ends the run")
+@pytest.mark.parametrize(("stage", "line"), ENDING.values(), ids=ENDING.keys())
+def test_a_row_at_fault_ends_no_run(stage: str, line: str, world: World, tmp_path: Path) -> None:
+    file = write(tmp_path, GOOD[0], line, *GOOD[1:])
+    loader = loader_of(stage, world, file, "stage.global_batch_size=4")
+    next(loader)
+    assert loader.metrics()["data/dropped_malformed"] == 1
+
+
 REFUSES_SYSTEM = """\
 {%- for m in messages %}{%- if m.role == 'system' %}{{ raise_exception('no system turns here') }}
 {%- elif m.role == 'tool' %}{{ 'a' + 1 }}{%- endif %}
@@ -151,6 +174,18 @@ def test_a_row_that_the_template_cannot_render_is_one_at_fault(
     assert "TemplateError: no system turns here" in said[0]
     assert "row 4" in said[1]
     assert "TypeError" in said[1]
+
+
+@pytest.mark.xfail(strict=True, reason="only rows of no shape are written down")
+def test_a_row_that_the_template_cannot_render_is_written_down(
+    world: World, tmp_path: Path
+) -> None:
+    file = write(tmp_path, *GOOD, turns({"role": "system", "content": "x"}))
+    tokenizer = with_template(world, tmp_path, REFUSES_SYSTEM)
+    quarantine = tmp_path / "quarantine.jsonl"
+    loader_of("sft", world, file, tokenizer=tokenizer, quarantine=quarantine)
+    (kept,) = map(json.loads, quarantine.read_text().splitlines())
+    assert "no system turns here" in kept["reason"]
 
 
 def test_a_prompt_of_no_tokens_is_at_fault(world: World, tmp_path: Path) -> None:

@@ -1,8 +1,11 @@
 """The rows of a run are judged before its first step, once, and too many at fault end it there."""
 
 import json
+import resource
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -344,10 +347,10 @@ def test_what_was_lost_is_said_by_source_at_the_start_and_at_the_end(
     ]
     next(loader)
     capsys.readouterr()
-    loader.report()
-    assert capsys.readouterr().out == (
-        "dropped in this run: 1 data/dropped_empty in 'text'; "
-        "1 data/dropped_malformed in 'text'; 1 data/dropped_no_loss in 'text'\n"
+    loader.log_end()
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "dropped since the start: 1 data/dropped_empty in 'text'; "
+        "1 data/dropped_malformed in 'text'; 1 data/dropped_no_loss in 'text'"
     )
 
 
@@ -380,3 +383,30 @@ def test_rows_are_rendered_once_and_their_tokens_kept(tmp_path: Path) -> None:
     sampled, lost = judge_tokens(found, DataConfig(judge_rows=2), tokens(calls), ["a template"])
     assert sampled is None
     assert (calls[8:], lost.counts) == ([0, 2], {})
+
+
+@pytest.mark.xfail(strict=True, reason="a cache that cannot be made ends the run")
+def test_a_run_starts_without_a_cache(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write(tmp_path, *GOOD)
+    monkeypatch.setenv("MARCO_TRAIN_CACHE", str(file / "below"))
+    next(loader_of("sft", world, file))
+
+
+def refusal_without_room(world: World, file: Path) -> str:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (256, 256))
+    with redirect_stdout(StringIO()):  # which a test's runner keeps in a file
+        try:
+            loader_of("sft", world, file)
+        except InputError as refusal:
+            return str(refusal)
+    return ""
+
+
+@pytest.mark.xfail(strict=True, reason="losses are counted in the files alone")
+def test_a_source_that_is_lost_is_refused_without_room(world: World, tmp_path: Path) -> None:
+    prompts = [json.dumps({"prompt": f"question {n}"}) for n in range(30)]
+    file = write(tmp_path, *GOOD, *prompts)
+    (said,) = run_on_ranks(1, refusal_without_room, world, file)
+    assert "this stage can use 20 of 50 rows" in said

@@ -456,3 +456,20 @@ def test_a_chat_that_an_answer_begins_is_no_prompt(chatml: Tokenizer) -> None:
     example = renderer(chatml)(row)
     assert isinstance(example, Example)
     assert learnt(chatml, example) == ["Hello.<|im_end|>", "b<|im_end|>"]
+
+
+@pytest.mark.xfail(strict=True, reason="thinking of nothing is taken for none")
+def test_thinking_of_nothing_is_stripped(chatml: Tokenizer) -> None:
+    row = conversation(user("a"), assistant(thought("") + "answer"))
+    assert with_thinking(chatml, row, Thinking.strip).messages[1] == Message("assistant", "answer")
+
+
+@pytest.mark.xfail(strict=True, reason="the spaces are two tokens before such an answer, else one")
+def test_a_prompt_with_two_spaces_at_its_end_is_the_beginning_of_its_example(
+    tmp_path: Path,
+) -> None:
+    tokenizer = tokenizer_of(write_tokenizer(tmp_path / "tokenizer", PLAIN.replace(": ", ":  ")))
+    row = conversation(user("a"), assistant("是"))
+    prompt = render_prompt(tokenizer, row)
+    example = render_example(tokenizer, row, LossTokens.assistant)
+    assert example.input_ids[: len(prompt)] == prompt

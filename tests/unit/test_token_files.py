@@ -17,6 +17,7 @@ from marco_train.data.drops import Dropped
 from marco_train.data.loader import PromptLoader
 from marco_train.data.render import ExampleRenderer
 from marco_train.data.tokens import TokenFiles, render_row, token_files
+from tests.helpers.qwen_like import TEMPLATE, write_tokenizer
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.rows import chat, loader_of, source_at, turns, write
 from tests.helpers.tokenizers import tokenizer_of
@@ -172,3 +173,32 @@ def test_files_that_are_not_whole_are_not_used(
     assert token_files(found, iter(rows), renderer(world), "name") is None
     with pytest.raises(OSError, match="No such file"):
         TokenFiles(cache / "tokens-name", "fixture")
+
+
+@pytest.mark.xfail(strict=True, reason="only files that are missing are seen")
+@pytest.mark.parametrize("name", ["0.ids", "0.mask", "0.ends", "0.codes", "0.rows", "0.labels"])
+def test_files_that_were_cut_off_are_not_used(
+    name: str, world: World, tmp_path: Path, cache: Path
+) -> None:
+    found = source_at(write(tmp_path, *LINES))
+    rows = range(len(found))
+    assert token_files(found, iter(rows), renderer(world), "name") is not None
+    file = cache / "tokens-name" / name
+    content = file.read_bytes()
+    file.write_bytes(content[: len(content) // 16 * 8])
+    assert token_files(found, iter(rows), renderer(world), "name") is None
+
+
+@pytest.mark.xfail(strict=True, reason="only tokenizer.json and the template decide the name")
+def test_another_token_at_the_beginning_is_another_rendering(world: World, tmp_path: Path) -> None:
+    template = "{{ bos_token }}" + TEMPLATE
+    path = write_tokenizer(tmp_path / "tokenizer", template)
+    settings = json.loads((path / "tokenizer_config.json").read_text())
+    file = write(tmp_path, *LINES[:4])
+    begins = []
+    for token in ("<|endoftext|>", "<|im_start|>"):
+        changed = json.dumps(settings | {"bos_token": token})
+        (path / "tokenizer_config.json").write_text(changed)
+        (batch, *_) = next(loader_of("sft", world, file, tokenizer=path))
+        begins.append(int(batch.input_ids[0, 0]))
+    assert begins == [0, 1]
