@@ -102,7 +102,10 @@ class Tokenizer:
     def digests(self) -> dict[str, str]:
         """Digest what decides the ids of a chat: the tokenizer, and the template in use."""
         templates = self.of_transformers.chat_template
-        template = json.dumps([templates, dict(self.template_kwargs)], sort_keys=True)
+        named = {
+            name: str(token) for name, token in self.of_transformers.special_tokens_map.items()
+        }
+        template = json.dumps([templates, named, dict(self.template_kwargs)], sort_keys=True)
         return {
             "tokenizer": tokenizer_digest(self.path, "model.tokenizer"),
             "template": sha256(template.encode()).hexdigest(),
@@ -159,17 +162,18 @@ def with_thinking(
     would learn to give it without a thought.
     """
     messages = conversation.messages
-    if not any(m.role == "assistant" and thought_of(m) for m in messages):
+    if not any(m.role == "assistant" and _shows_thought(m) for m in messages):
         return conversation
     asked_last = max((i for i, m in enumerate(messages) if m.role == "user"), default=-1)
     found = []
     for place, message in enumerate(messages):
-        if message.role != "assistant" or not thought_of(message):
+        if message.role != "assistant" or not _shows_thought(message):
             found.append(message)
         elif thinking is Thinking.strip:
             found.append(_without_thought(message))
         elif thinking is Thinking.last and place < asked_last:
-            found.append(replace(_without_thought(message), is_learnt=False))
+            is_learnt = message.is_learnt and not thought_of(message)
+            found.append(replace(_without_thought(message), is_learnt=is_learnt))
         elif message.reasoning_content and not tokenizer.shows_reasoning:
             thought = message.reasoning_content.strip("\n")
             content = f"<think>\n{thought}\n</think>\n\n{message.content}"
@@ -187,6 +191,11 @@ def thought_of(message: Message) -> str:
         return ""
     found = THINKING.match(message.content)
     return next(filter(None, found.groups()), "").strip() if found else ""
+
+
+def _shows_thought(message: Message) -> bool:
+    """Whether an answer has thinking, be it empty."""
+    return bool(message.reasoning_content or THINKING.match(message.content))
 
 
 def _without_thought(message: Message) -> Message:
@@ -240,13 +249,29 @@ def render_example(
             "conversation does not hold there: the model would be asked otherwise than it learnt",
         )
         cuts.append(len(prompt))
-    ids, starts = tokenizer.encoder.encode(text, cuts)
+    else:
+        prompt = ""
+    ids, starts = _encode_after(tokenizer, prompt, text, cuts)
     exempt = _exempt(tokenizer, rendered, conversation)
     if loss_tokens is LossTokens.all:
         exempted = _mask(starts, sorted(exempt))
         return Example(ids, [not is_exempt for is_exempt in exempted])
     learnt = [answer for answer in rendered.answers if answer not in exempt]
     return Example(ids, _mask(starts, learnt))
+
+
+def _encode_after(
+    tokenizer: Tokenizer, prompt: str, text: str, cuts: Sequence[int]
+) -> tuple[list[int], list[int]]:
+    """Encode a text so that its tokens begin with those of the prompt that it begins with."""
+    ids, starts = tokenizer.encoder.encode(text, cuts)
+    before = tokenizer.encoder.encode(prompt, [cut for cut in cuts if cut < len(prompt)])
+    if ids[: len(before[0])] == before[0]:
+        return ids, starts
+    # What follows a prompt can change how its last characters are split.
+    end = len(prompt)
+    after = tokenizer.encoder.encode(text[end:], [cut - end for cut in cuts if cut > end])
+    return before[0] + after[0], before[1] + [start + end for start in after[1]]
 
 
 def _mask(starts: Sequence[int], stretches: Sequence[tuple[int, int]]) -> list[bool]:

@@ -78,7 +78,7 @@ class Format:
             shapes = wanted or shapes
         if not shapes:
             known = sorted(CONTENT_COLUMNS & row.keys())
-            if known:
+            if known and not any(_holds(row, name) for name in known):
                 raise RowError(
                     "empty chat", f"the chat is empty: there is nothing in {', '.join(known)}"
                 )
@@ -97,15 +97,16 @@ class Format:
         """The row with standard names of columns."""
         if not self.columns:
             return row
-        missing = [own for own in self.columns.values() if own not in row]
-        if missing:
+        absent = [own for own in self.columns.values() if own not in row]
+        deciding = {own for name, own in self.columns.items() if name in KEY_NAMES}
+        if absent and deciding and not deciding & row.keys():
             raise RowError(
                 "unknown columns",
-                f"no column {missing[0]!r} among {sorted(map(str, row))}, which "
+                f"no column {absent[0]!r} among {sorted(map(str, row))}, which "
                 "data.sources.<name>.columns names",
             )
         others = {name: value for name, value in row.items() if name not in self.columns.values()}
-        return others | {name: row[own] for name, own in self.columns.items()}
+        return others | {name: row[own] for name, own in self.columns.items() if own in row}
 
 
 def ignored_columns(row: Mapping[str, Any], used: frozenset[str]) -> set[str]:
@@ -317,6 +318,8 @@ def _read_tokens(row: Mapping[str, Any], _: Mapping[str, str]) -> Reading:
         ids, mask = (
             [v for v, a in zip(values, attended, strict=True) if a] for values in (ids, mask)
         )
+    if not ids:
+        raise RowError("tokens at fault", "input_ids holds no token that is attended to")
     return Reading("input_ids", input_ids=tuple(ids), loss_mask=tuple(mask), used=frozenset(used))
 
 
@@ -344,3 +347,4 @@ KEY_COLUMNS: dict[str, set[str]] = {
     "input_ids": {"input_ids", "labels", *MASKS},
     "text": {"text"},
 }
+KEY_NAMES = set().union(*KEY_COLUMNS.values())

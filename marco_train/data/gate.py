@@ -179,14 +179,16 @@ def judge_tokens(
         The tokens of all rows, where they are kept; and how many rows each metric would count.
     """
     rows = judged_rows(source, cfg)
-    mine = shown_progress(rows[rank() :: world_size()], source.name)
+    mine = rows[rank() :: world_size()]
     if len(rows) == len(source):
         name = digest_of(source.identity, len(source), decided_by)
-        found = token_files(source, mine, render, name)
-        mine_lost = Losses(Counter(found.counts), found.reasons) if found else Losses()
-        return found, gather_objects(mine_lost)[0]  # of all rows, on any rank
+        found = token_files(source, shown_progress(mine, source.name), render, name)
+        counted = Losses(Counter(found.counts), found.reasons) if found is not None else None
+        counted = gather_objects(counted)[0]  # of all rows, on any rank
+        if counted is not None:
+            return found, counted
     lost = Losses()
-    for index in mine:
+    for index in shown_progress(mine, source.name):
         item = render_row(source, index, render)
         if isinstance(item, Dropped):
             lost.counts[item.metric] += 1

@@ -61,10 +61,13 @@ class TokenFiles:
         """Map the files of a directory into memory.
 
         Raises:
-            OSError: Some of them are not here.
+            OSError: Some of them are not here, or not whole.
         """
         self._source = source
         kept = json.loads((directory / "rows.json").read_text())
+        sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
+        if any(sizes.get(name) != size for name, size in kept["sizes"].items()):
+            raise OSError(f"files under {directory} are missing or cut off")
         self.counts: dict[str, int] = kept["counts"]
         self._labels: list[list[tuple[str, str]]] = kept["labels"]  # by part
         self.reasons = {int(index): reason for index, reason in kept["reasons"].items()}
@@ -108,21 +111,27 @@ def token_files(
     Returns:
         None where this machine holds no files: there is no room, or another machine made them.
     """
-    directory = cache_directory() / f"tokens-{name}"
-    if not gather_objects(directory.is_dir())[0]:
-        partial = gather_objects(directory.with_name(f".{uuid4().hex}.partial"))[0]
+    found = _opened(source, name)
+    if not gather_objects(found is not None)[0]:
+        partial = gather_objects(f".{uuid4().hex}.partial")[0]
         try:
-            part = _write_part(source, rows, render, partial)
+            part = _write_part(source, rows, render, cache_directory() / partial)
         except OSError:  # no room, or no right
             part = None
         parts = gather_objects(part)
         if is_main():
-            _publish([each for each in parts if each is not None], partial, directory)
+            _publish([each for each in parts if each is not None], partial, f"tokens-{name}")
         gather_objects(None)  # the others look for it only now
+        found = _opened(source, name)
+    return found
+
+
+def _opened(source: Source, name: str) -> TokenFiles | None:
     try:
+        directory = cache_directory() / f"tokens-{name}"
         found = TokenFiles(directory, source.name)
         directory.touch()  # it was used
-    except (OSError, ValueError):
+    except (OSError, ValueError, KeyError):
         return None
     return found
 
@@ -155,21 +164,28 @@ def _write_part(
             values["ends"] = end
             for name, kind in FILES.items():
                 files[name].write(np.asarray(values[name], kind).tobytes())
-    return {"labels": list(labels), "reasons": reasons, "counts": counts}
+    sizes = {f"{rank()}.{name}": (directory / f"{rank()}.{name}").stat().st_size for name in FILES}
+    return {"labels": list(labels), "reasons": reasons, "counts": counts, "sizes": sizes}
 
 
-def _publish(parts: Sequence[dict[str, Any]], partial: Path, directory: Path) -> None:
+def _publish(parts: Sequence[dict[str, Any]], unfinished: str, name: str) -> None:
     """Give the directory of all parts its name, unless one is missing."""
+    try:
+        partial, directory = cache_directory() / unfinished, cache_directory() / name
+    except OSError:
+        return
     try:
         if len(parts) == world_size():
             kept = {
                 "num_parts": len(parts),
                 "labels": [part["labels"] for part in parts],
                 "reasons": {row: why for part in parts for row, why in part["reasons"].items()},
+                "sizes": {file: size for part in parts for file, size in part["sizes"].items()},
                 "counts": sum((part["counts"] for part in parts), Counter[str]()),
             }
             (partial / "rows.json").write_text(json.dumps(kept))
             _make_room(directory.parent)
+            shutil.rmtree(directory, ignore_errors=True)  # what is there is not whole
             partial.rename(directory)
     except OSError:
         pass  # rows are rendered where they are drawn

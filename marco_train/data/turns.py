@@ -6,6 +6,8 @@ words of OpenAI, of NeMo-Gym or of Dolci, and may say that it is not to be learn
 
 import ast
 import json
+import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -33,7 +35,7 @@ ROLE_NAMES = {
     "function_call": "assistant",
 }
 CALLING_ROLES = {"tool_call", "function_call"}  # their content is a call
-TEXT_PARTS = {"text", "input_text", "output_text", "summary_text", "refusal"}
+TEXT_PARTS = {"text", "input_text", "output_text", "reasoning_text", "summary_text", "refusal"}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # Flags of a turn that exempt it from the loss where they are false or 0.
 LEARNT_FLAGS = ("weight", "train", "trainable", "loss", "loss_mask", "mask", "training")
@@ -72,6 +74,13 @@ def read_turns(turns: Any, roles: Mapping[str, str]) -> tuple[Message, ...]:
     Raises:
         RowError: Says which turn is at fault, and how.
     """
+    try:
+        return _read_turns(turns, roles)
+    except RecursionError as error:
+        raise RowError("nested too deep", "the chat's values are nested too deep") from error
+
+
+def _read_turns(turns: Any, roles: Mapping[str, str]) -> tuple[Message, ...]:
     if isinstance(turns, str):
         turns = parsed_turns(turns) or [{"role": "user", "content": turns}]
     if not isinstance(turns, list):
@@ -88,8 +97,15 @@ def read_turns(turns: Any, roles: Mapping[str, str]) -> tuple[Message, ...]:
             message, thought = replace(message, reasoning_content=thought), ""
         if kind == "function_call" and messages and messages[-1].role == "assistant":
             before = messages.pop()  # what was said and what is called are one turn
-            message = replace(before, tool_calls=before.tool_calls + message.tool_calls)
+            thoughts = filter(None, (before.reasoning_content, message.reasoning_content))
+            message = replace(
+                before,
+                tool_calls=before.tool_calls + message.tool_calls,
+                reasoning_content="\n".join(thoughts),
+            )
         messages.append(message)
+    if not messages:
+        raise RowError("empty chat", "the chat is empty: there is no turn in it")
     return tuple(messages)
 
 
@@ -101,7 +117,7 @@ def tools_in_turns(turns: Any) -> Any:
 
 def parsed_turns(text: str) -> list[Any] | None:
     """Read JSON of a list of turns; None for any other text."""
-    if not text.lstrip().startswith("[{") and not text.lstrip().startswith("[\n"):
+    if not re.match(r"\s*\[\s*\{", text):
         return None
     try:
         found = json.loads(text)
@@ -131,15 +147,18 @@ def read_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
             ) from error
     if isinstance(tools, Mapping):
         tools = [tools]
+    if tools is not None and not isinstance(tools, list):
+        raise RowError("tools at fault", f"tools is {shown(tools)}, not a list of functions")
     found = []
     for item in tools or ():
-        tool = json.loads(item) if isinstance(item, str) and item.startswith("{") else item
+        tool = _parsed(item) if isinstance(item, str) else item
         function = tool.get("function") if isinstance(tool, Mapping) else None
         function = function if isinstance(function, Mapping) else tool
         if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
             raise RowError("tools at fault", f"the tool {shown(tool)} is no function with a name")
         bare = {key: value for key, value in function.items() if key != "type"}
         found.append({"type": "function", "function": without_nulls(bare)})
+    _check_text(found, "tools", "tools at fault")
     return tuple(found)
 
 
@@ -257,13 +276,32 @@ def _is_learnt(turn: Mapping[str, Any]) -> bool:
     return True
 
 
+def _parsed(text: str) -> Any:
+    """What JSON says; None for any other text."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _check_text(value: Any, what: str, kind: str) -> None:
+    """Refuse halves of surrogate pairs in any text of a value.
+
+    Raises:
+        RowError: There is one.
+    """
+    try:
+        json.dumps(value, ensure_ascii=False, default=str).encode()
+    except UnicodeEncodeError as error:
+        raise RowError(kind, f"{what} {shown(value)} holds half of a surrogate pair") from error
+
+
 def _read_calls(turn: Mapping[str, Any]) -> tuple[tuple[Mapping[str, Any], ...], str]:
     """Read the calls of a turn; those of no known spelling come back as text."""
     calls = turn.get("tool_calls") or turn.get("function_call")
-    if not calls:
-        calls = turn.get("function_calls")
-        if not isinstance(calls, str):
-            return tuple(_call(call, turn) for call in calls or ()), ""
+    calls = calls or turn.get("function_calls")
+    if calls is None or calls in ([], {}):
+        return (), ""
     if isinstance(calls, str):
         if not calls.strip():
             return (), ""
@@ -291,15 +329,13 @@ def _call(call: Any, turn: Any) -> dict[str, Any]:
             "arguments": without_nulls({} if arguments is None else arguments),
         },
     }
+    _check_text(found, "the call", "calls at fault")
     call_id = call.get("id", call.get("call_id"))
     return found if call_id is None else found | {"id": call_id}
 
 
 def _calls_in_json(text: str) -> list[Any] | None:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError):
-        return None
+    found = _parsed(text)
     calls = [found] if isinstance(found, Mapping) else found
     is_calls = isinstance(calls, list) and all(
         isinstance(call, Mapping) and ("name" in call or "function" in call) for call in calls
@@ -310,7 +346,10 @@ def _calls_in_json(text: str) -> list[Any] | None:
 def _calls_in_python(text: str) -> list[Any] | None:
     """Read calls like `weather(city="Paris")`, one or more; None for any other text."""
     try:
-        body = ast.parse(text.strip()).body
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", SyntaxWarning)  # of text that is no code of ours
+            warnings.simplefilter("ignore", DeprecationWarning)
+            body = ast.parse(text.strip()).body
         statements = [node.value for node in body if isinstance(node, ast.Expr)]
         nodes = [
             each
@@ -320,12 +359,10 @@ def _calls_in_python(text: str) -> list[Any] | None:
         calls = [
             {
                 "name": ast.unparse(node.func),
-                "arguments": {
-                    str(k.arg): ast.literal_eval(k.value) for k in node.keywords if k.arg
-                },
+                "arguments": {str(k.arg): ast.literal_eval(k.value) for k in node.keywords},
             }
             for node in nodes
-            if isinstance(node, ast.Call) and not node.args
+            if isinstance(node, ast.Call) and not node.args and all(k.arg for k in node.keywords)
         ]
     except (SyntaxError, ValueError, RecursionError, MemoryError, TypeError):
         return None

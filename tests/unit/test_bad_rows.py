@@ -125,7 +125,6 @@ ENDING = {
 }  # fmt: skip
 
 
-@pytest.mark.xfail(strict=True, reason="an error that nobody catches ends the run")
 @pytest.mark.parametrize(("stage", "line"), ENDING.values(), ids=ENDING.keys())
 def test_a_row_at_fault_ends_no_run(stage: str, line: str, world: World, tmp_path: Path) -> None:
     file = write(tmp_path, GOOD[0], line, *GOOD[1:])
@@ -176,7 +175,6 @@ def test_a_row_that_the_template_cannot_render_is_one_at_fault(
     assert "TypeError" in said[1]
 
 
-@pytest.mark.xfail(strict=True, reason="only rows of no shape are written down")
 def test_a_row_that_the_template_cannot_render_is_written_down(
     world: World, tmp_path: Path
 ) -> None:

@@ -366,20 +366,17 @@ def test_a_map_of_roles_adds_to_them_and_goes_before_them() -> None:
         read(row)
 
 
-@pytest.mark.xfail(strict=True, reason="any mapped column has to be there")
 def test_a_mapped_column_that_adds_to_others_may_be_absent() -> None:
     columns = {"system": "persona", "language": "lang"}
     assert read({"messages": OPENAI}, columns).messages == (ASKED, ANSWERED)
 
 
-@pytest.mark.xfail(strict=True, reason="says that there is nothing in the column response")
 def test_columns_that_hold_something_are_not_called_empty() -> None:
     with pytest.raises(RowError) as fault:
         read({"query": "two?", "response": "2"})
     assert "empty" not in str(fault.value)
 
 
-@pytest.mark.xfail(strict=True, reason="is asked as text")
 def test_a_chat_in_json_with_spaces_is_a_chat() -> None:
     spaced = json.dumps(OPENAI[:1]).replace("[{", "[ {")
     assert read({"prompt": spaced}).messages == (ASKED,)

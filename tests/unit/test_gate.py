@@ -385,7 +385,6 @@ def test_rows_are_rendered_once_and_their_tokens_kept(tmp_path: Path) -> None:
     assert (calls[8:], lost.counts) == ([0, 2], {})
 
 
-@pytest.mark.xfail(strict=True, reason="a cache that cannot be made ends the run")
 def test_a_run_starts_without_a_cache(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -404,7 +403,6 @@ def refusal_without_room(world: World, file: Path) -> str:
     return ""
 
 
-@pytest.mark.xfail(strict=True, reason="losses are counted in the files alone")
 def test_a_source_that_is_lost_is_refused_without_room(world: World, tmp_path: Path) -> None:
     prompts = [json.dumps({"prompt": f"question {n}"}) for n in range(30)]
     file = write(tmp_path, *GOOD, *prompts)

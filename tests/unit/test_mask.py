@@ -458,13 +458,11 @@ def test_a_chat_that_an_answer_begins_is_no_prompt(chatml: Tokenizer) -> None:
     assert learnt(chatml, example) == ["Hello.<|im_end|>", "b<|im_end|>"]
 
 
-@pytest.mark.xfail(strict=True, reason="thinking of nothing is taken for none")
 def test_thinking_of_nothing_is_stripped(chatml: Tokenizer) -> None:
     row = conversation(user("a"), assistant(thought("") + "answer"))
     assert with_thinking(chatml, row, Thinking.strip).messages[1] == Message("assistant", "answer")
 
 
-@pytest.mark.xfail(strict=True, reason="the spaces are two tokens before such an answer, else one")
 def test_a_prompt_with_two_spaces_at_its_end_is_the_beginning_of_its_example(
     tmp_path: Path,
 ) -> None:
