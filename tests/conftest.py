@@ -3,7 +3,9 @@
 import os
 import shutil
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 import pytest
 import torch
@@ -11,8 +13,22 @@ import torch
 from tests.helpers.ranks import Rank
 from tests.helpers.world import World, make_wide_world, make_world
 
+# By marker: whether this machine has what such tests need, and what it is.
+NEEDS = {
+    "vllm": (find_spec("vllm") is not None, "vLLM"),
+    "gpu": (torch.cuda.is_available(), "a GPU"),
+    "browser": (which("chromium") is not None, "chromium"),
+    "netns": (os.geteuid() == 0 and which("ip") is not None, "root and iproute2"),
+}
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test that needs what this machine does not have."""
+    for marker, (is_there, what) in NEEDS.items():
+        if not is_there and item.get_closest_marker(marker):
+            pytest.skip(f"needs {what}")
 
 
 @pytest.fixture(scope="session")

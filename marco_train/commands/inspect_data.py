@@ -150,8 +150,6 @@ def inspect(
             split=args.split,
             columns=args.columns,
             roles=args.roles,
-            category="",
-            weight=1.0,
         ),
     )
     report.rows = len(source)
@@ -250,7 +248,7 @@ def _histogram(lengths: list[int], unit: str) -> Iterable[str]:
     yield f"length   {middle:,} {unit} in the middle, {high:,} at 99 %, {ordered[-1]:,} at most"
     width = max(1, -(-(high + 1) // NUM_BARS))
     counts = Counter(min(length // width, NUM_BARS) for length in lengths)
-    for bar in range(max(counts) + 1):
+    for bar in range(min(counts), max(counts) + 1):
         end = f"{(bar + 1) * width - 1:>7,}" if bar < NUM_BARS else "   more"
         filled = "#" * (BAR * counts[bar] // max(counts.values()))
         yield f"{bar * width:>9,} - {end} {filled} {counts[bar]:,}"

@@ -56,8 +56,8 @@ class SourceConfig:
     """Where a standard column (messages, prompt, response, ...) has another name: that name."""
     roles: dict[str, str] = field(default_factory=dict)
     """What roles of other names are: system, user, assistant or tool."""
-    category: str = MISSING
-    """Group of all its rows, in metrics and among teachers."""
+    category: str = ""
+    """Group of all its rows, in metrics and among teachers. Empty: none."""
     category_column: str | None = None
     """Column that names the group of a row instead, where it is not empty."""
     # A number or `auto`; OmegaConf 2.3 fails to merge a union that stands in a dictionary's item.

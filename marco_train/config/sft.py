@@ -23,8 +23,8 @@ class SFTConfig(StageConfig):
     num_steps: int | None = None
     """Updates. None: `num_epochs` says it."""
     num_epochs: float | None = None
-    """Length in epochs, in place of `num_steps`: an epoch is as many samples as the sources have
-    rows together, of which repeated prompts and what is over `data.num_rows` are none."""
+    """Length in epochs, in place of `num_steps`. An epoch is as many samples as the sources have
+    rows together, after `unique_prompts` and `data.num_rows`. None: `num_steps` says it."""
     global_batch_size: int = 64
     """Conversations of one update, over all ranks."""
     max_length: int = 4096

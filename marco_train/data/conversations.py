@@ -9,12 +9,11 @@ from marco_train.config.data import SourceConfig
 from marco_train.data.duplicates import distinct_rows
 from marco_train.data.formats import Format, Reading
 from marco_train.data.sources import open_rows
-from marco_train.data.turns import RowError
+from marco_train.data.turns import MOST_KEPT, RowError
 from marco_train.errors import InputError
 from marco_train.types import Conversation, PlainText, TokenRow, UsableRow
 
 # ISO 639 with what BCP 47 and FLORES add: de, zh-Hans, pt_BR, eng_Latn.
-MOST_KEPT = 200  # characters of a row in the quarantine
 LANGUAGE_CODE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]{2,8})*", re.IGNORECASE)
 
 
@@ -99,8 +98,8 @@ class Source:
                 raise found
             reading = self._format.read(found)
         except RowError as fault:
-            begins = repr(found) if not isinstance(found, RowError) else str(found)
-            return BadRow(self.name, place, fault.kind, str(fault), begins[:MOST_KEPT]), None, found
+            begins = fault.begins or repr(found)[:MOST_KEPT]
+            return BadRow(self.name, place, fault.kind, str(fault), begins), None, found
         language = found.get(self._cfg.columns.get("language", "language"))
         labels: dict[str, Any] = {
             "source": self.name,

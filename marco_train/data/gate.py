@@ -7,7 +7,7 @@ digest. Of a large source a sample is judged, and the rest where it is drawn.
 """
 
 import json
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
@@ -18,9 +18,10 @@ from typing import Any
 from marco_train.config.data import DataConfig
 from marco_train.data.cache import read_json, write_json
 from marco_train.data.conversations import BadRow, Source
-from marco_train.data.drops import Dropped
+from marco_train.data.drops import MALFORMED, Dropped
 from marco_train.data.formats import ignored_columns
 from marco_train.data.tokens import Render, TokenFiles, render_row, token_files
+from marco_train.data.turns import MOST_KEPT
 from marco_train.distributed import gather_objects, is_main, rank, world_size
 from marco_train.errors import InputError
 
@@ -159,8 +160,8 @@ class Losses:
 
     counts: Counter[str] = field(default_factory=Counter)
     """By the metric that counts them."""
-    first_reason: str = ""
-    """What is wrong with the first of them that cannot be rendered."""
+    reasons: dict[int, str] = field(default_factory=dict)
+    """What is wrong with those that cannot be rendered, by index."""
 
 
 def judge_tokens(
@@ -182,18 +183,18 @@ def judge_tokens(
     if len(rows) == len(source):
         name = digest_of(source.identity, len(source), decided_by)
         found = token_files(source, mine, render, name)
-        mine_lost = Losses(Counter(found.counts), found.first_reason) if found else Losses()
+        mine_lost = Losses(Counter(found.counts), found.reasons) if found else Losses()
         return found, gather_objects(mine_lost)[0]  # of all rows, on any rank
     lost = Losses()
     for index in mine:
         item = render_row(source, index, render)
         if isinstance(item, Dropped):
             lost.counts[item.metric] += 1
-            lost.first_reason = lost.first_reason or item.reason
+            if item.reason:
+                lost.reasons[index] = item.reason
     shares = gather_objects(lost)
-    reasons = [share.first_reason for share in shares if share.first_reason]
     total = sum((share.counts for share in shares), Counter[str]())
-    return None, Losses(total, next(iter(reasons), ""))
+    return None, Losses(total, dict(ChainMap(*(share.reasons for share in shares))))
 
 
 def check_lost_rows(name: str, lost: Losses, num_judged: int, cfg: DataConfig) -> None:
@@ -206,7 +207,8 @@ def check_lost_rows(name: str, lost: Losses, num_judged: int, cfg: DataConfig) -
     if num_lost <= cfg.max_lost_rows * num_judged:
         return
     said = ", ".join(f"{count} {metric}" for metric, count in sorted(lost.counts.items()))
-    said += f"; the first that cannot be rendered: {lost.first_reason}" if lost.first_reason else ""
+    if lost.reasons:
+        said += f"; the first of those at fault: {lost.reasons[min(lost.reasons)]}"
     raise InputError(
         f"source {name!r}: this stage can use {num_judged - num_lost} of {num_judged} rows, and "
         f"may lose a share of {cfg.max_lost_rows:g} ({said}): mend the rows, raise the stage's "
@@ -222,10 +224,11 @@ def describe(name: str, found: Structure, lost: Losses) -> list[str]:
     )
     judged = "" if found.is_complete else f", of which {found.num_judged:,} were judged"
     bad = ", ".join(f"{kind} {count:,}" for kind, count in found.kinds.most_common())
+    lost_too = lost.counts - Counter({MALFORMED: len(found.bad)})  # which are counted there as well
     lines = [
         f"source {name!r}: {found.num_rows:,} rows{judged}, shape {shapes or 'none'}"
         + (f"; at fault: {bad}" if bad else "")
-        + "".join(f"; {count:,} {metric}" for metric, count in sorted(lost.counts.items()))
+        + "".join(f"; {count:,} {metric}" for metric, count in sorted(lost_too.items()))
     ]
     if found.ignored:
         named = ", ".join(f"{column} ({n:,})" for column, n in sorted(found.ignored.items()))
@@ -233,9 +236,22 @@ def describe(name: str, found: Structure, lost: Losses) -> list[str]:
     return lines
 
 
-def write_quarantine(file: Path, structures: Sequence[Structure]) -> None:
-    """Write down the rows at fault, one JSON object a line; without any there is no file."""
-    rows = [row for found in structures for row in found.bad]
+def unrendered(source: Source, found: Structure, lost: Losses) -> list[dict[str, Any]]:
+    """Rows that are chats and cannot be rendered, as lines of the quarantine."""
+    known = {row["row"] for row in found.bad}
+    lines = []
+    for index, reason in sorted(lost.reasons.items()):
+        row, _, columns = source.read(index)
+        if row.row not in known:
+            begins = repr(columns)[:MOST_KEPT]
+            lines.append(
+                {"source": source.name, "row": row.row, "reason": reason, "begins": begins}
+            )
+    return lines
+
+
+def write_quarantine(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write down rows at fault, one JSON object a line; without any there is no file."""
     if not rows:
         file.unlink(missing_ok=True)
         return

@@ -23,7 +23,7 @@ import numpy as np
 
 from marco_train.config.data import SourceConfig, SourceKind
 from marco_train.data.cache import digest_of_file
-from marco_train.data.turns import RowError
+from marco_train.data.turns import MOST_KEPT, RowError
 from marco_train.errors import InputError
 
 GZIP, ZSTD, PARQUET, ARROW = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1"
@@ -238,7 +238,8 @@ class _JsonLines:
             kind, why = "not UTF-8", f"{error.reason}, byte {byte:#04x}; save the file as UTF-8"
         except (ValueError, RecursionError) as error:
             kind, why = "not JSON", str(error)
-        raise RowError(kind, f"{self._file}, line {self._numbers[row]}: {kind} ({why})")
+        begins = line[:MOST_KEPT].decode("utf-8", "replace")
+        raise RowError(kind, f"{self._file}, line {self._numbers[row]}: {kind} ({why})", begins)
 
     def walk(self, columns: Collection[str]) -> Iterator[Any]:
         """All rows in order, whole."""

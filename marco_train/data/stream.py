@@ -14,6 +14,7 @@ from marco_train.data.gate import (
     describe,
     judge_structure,
     judge_tokens,
+    unrendered,
     write_quarantine,
 )
 from marco_train.data.mixture import Mixture, exact_weights
@@ -68,8 +69,9 @@ class ConversationStream:
         """
         for name, source in self.sources.items():
             self._structures[name] = judge_structure(source, cfg)
+        at_fault = [row for structure in self._structures.values() for row in structure.bad]
         if quarantine is not None and is_main():
-            write_quarantine(quarantine, list(self._structures.values()))
+            write_quarantine(quarantine, at_fault)
         for name, structure in self._structures.items():
             check_bad_rows(name, structure, cfg)
         for name, source in self.sources.items():
@@ -79,6 +81,9 @@ class ConversationStream:
             if is_main():
                 for line in describe(name, self._structures[name], lost):
                     log_line(line)
+                at_fault += unrendered(source, self._structures[name], lost)
+            if quarantine is not None and is_main():
+                write_quarantine(quarantine, at_fault)
             check_lost_rows(name, lost, self._structures[name].num_judged, cfg)
 
     def tokens(self, index: int, render: Render) -> tuple[Row, Example] | Dropped:

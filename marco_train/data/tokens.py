@@ -67,8 +67,8 @@ class TokenFiles:
         kept = json.loads((directory / "rows.json").read_text())
         self.counts: dict[str, int] = kept["counts"]
         self._labels: list[list[tuple[str, str]]] = kept["labels"]  # by part
-        self._reasons: dict[str, str] = kept["reasons"]
-        self.first_reason = self._reasons[min(self._reasons, key=int)] if self._reasons else ""
+        self.reasons = {int(index): reason for index, reason in kept["reasons"].items()}
+        """What is at fault, of malformed rows by their index."""
         self._parts = [
             {name: _read(directory / f"{part}.{name}", kind) for name, kind in FILES.items()}
             for part in range(kept["num_parts"])
@@ -80,7 +80,7 @@ class TokenFiles:
         part = self._parts[number]
         code, row = int(part["codes"][place]), int(part["rows"][place])
         if code:
-            return Dropped(DROPS[code - 1], self._source, row, self._reasons.get(str(index), ""))
+            return Dropped(DROPS[code - 1], self._source, row, self.reasons.get(index, ""))
         start, end = (int(part["ends"][place - 1]) if place else 0), int(part["ends"][place])
         category, language = self._labels[number][part["labels"][place]]
         example = Example(

@@ -37,16 +37,23 @@ TEXT_PARTS = {"text", "input_text", "output_text", "summary_text", "refusal"}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # Flags of a turn that exempt it from the loss where they are false or 0.
 LEARNT_FLAGS = ("weight", "train", "trainable", "loss", "loss_mask", "mask", "training")
+MOST_KEPT = 200  # characters of a row in the quarantine
 # Characters of a row that a message shows.
 MOST_SHOWN = 200
 
 
 class RowError(ValueError):
-    """Why a row cannot be read: the kind of fault, and a sentence about this row."""
+    """Why a row cannot be read.
 
-    def __init__(self, kind: str, reason: str) -> None:
+    Args:
+        kind: Of the fault, in a few words.
+        reason: A sentence about this row.
+        begins: What a row that cannot be parsed begins with.
+    """
+
+    def __init__(self, kind: str, reason: str, begins: str = "") -> None:
         super().__init__(reason)
-        self.kind = kind
+        self.kind, self.begins = kind, begins
 
 
 def shown(value: Any) -> str:

@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.processes import REPOSITORY
+
+pytestmark = pytest.mark.slow
 
 
 def bench(*arguments: str, script: str = "bench_model.py") -> subprocess.CompletedProcess[str]:

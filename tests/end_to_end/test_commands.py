@@ -20,6 +20,8 @@ from tests.helpers.teachers import teacher_config
 from tests.helpers.tokenizers import TEMPLATE
 from tests.helpers.world import World
 
+pytestmark = pytest.mark.slow
+
 
 def test_the_command_line_upcycles(tmp_path: Path) -> None:
     dense = tmp_path / "dense"

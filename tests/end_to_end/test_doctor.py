@@ -25,6 +25,8 @@ from tests.helpers.processes import REPOSITORY
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.world import World
 
+pytestmark = pytest.mark.slow
+
 P = ParamSpec("P")
 T = TypeVar("T")
 

@@ -96,6 +96,7 @@ def single_process_weights(clone: Path, out: Path) -> list[bytes]:
     return weights
 
 
+@pytest.mark.slow
 def test_the_main_job_runs_in_a_fresh_clone(clone: Path) -> None:
     out = clone / "outputs" / "trial"
     command, tests = commands_of_the_readme()

@@ -1,6 +1,5 @@
 """The quickstart's distillation with vLLM as sampler and as both teachers, cut short."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,7 @@ from safetensors.torch import load_file
 from tests.helpers.vllm_runs import IN_PROCESS, distil
 from tests.helpers.world import World
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
-)
+pytestmark = pytest.mark.vllm
 
 
 TEACHERS = [

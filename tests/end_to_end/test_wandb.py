@@ -15,6 +15,8 @@ from marco_train.config.run import LoggingBackend, LoggingConfig, WandbMode
 from marco_train.tracking import Tracker, _lost_after
 from tests.helpers.processes import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 
 def test_wandb_works_offline_without_an_account(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -21,6 +21,8 @@ from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import distil, learnt, num_steps_of, saved_steps
 from tests.helpers.world import World
 
+pytestmark = pytest.mark.slow
+
 NUM_STEPS = 6
 
 

@@ -1,6 +1,5 @@
 """`scripts/serve_sampler.sh`, with a stand-in for vLLM's server and with the real one."""
 
-import importlib.util
 import json
 import os
 import shutil
@@ -39,9 +38,7 @@ from tests.helpers.vllm_runs import IN_PROCESS, distil
 from tests.helpers.world import World
 
 SCRIPT = REPOSITORY / "scripts" / "serve_sampler.sh"
-needs_vllm = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
-)
+pytestmark = pytest.mark.slow
 
 
 def members(group: int) -> list[int]:
@@ -234,7 +231,7 @@ def sampled_in_process() -> list[Rollout]:
     return in_order(sampler.sample(prompts(), 4))
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_a_real_server_samples_what_an_engine_in_process_does(served: Served) -> None:
     sampler = served.sampler()
     for version in (1, 2):
@@ -251,7 +248,7 @@ def test_a_real_server_samples_what_an_engine_in_process_does(served: Served) ->
     sampler.close()
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_other_weights_in_a_real_server_are_caught(served: Served) -> None:
     sampler, policy = served.sampler(), spread(2)
     sync(spread(1), sampler)
@@ -262,7 +259,7 @@ def test_other_weights_in_a_real_server_are_caught(served: Served) -> None:
     sampler.close()
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_a_run_learns_the_same_from_a_server(
     served: Served, wide_world: World, tmp_path: Path
 ) -> None:
@@ -283,7 +280,7 @@ def test_a_run_learns_the_same_from_a_server(
     assert alone[0]["kl/reverse"] == pytest.approx(ahead[0]["kl/reverse"], rel=1e-4)
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_a_killed_engine_loses_no_prompt_and_comes_back_with_the_weights(served: Served) -> None:
     policy, sampler = spread(3), served.sampler()
     sync(policy, sampler, 3)
@@ -300,7 +297,7 @@ def test_a_killed_engine_loses_no_prompt_and_comes_back_with_the_weights(served:
     sampler.close()
 
 
-@needs_vllm
+@pytest.mark.vllm
 def test_nothing_outlives_a_script_that_was_killed(served: Served) -> None:
     group = served.group
     assert len(members(group)) >= 3

@@ -36,6 +36,8 @@ from tests.helpers.runs import distil, learnt, num_steps_of, saved_steps
 from tests.helpers.samplers import Stream, with_one_twice, without_one
 from tests.helpers.world import World
 
+pytestmark = pytest.mark.slow
+
 STOP_IDS = [2, *range(100, 140)]
 LIMIT = 8
 TOP_K = 3

@@ -1,6 +1,5 @@
 """The real server of vLLM as a teacher."""
 
-import importlib.util
 import json
 import os
 import signal
@@ -29,9 +28,7 @@ from tests.helpers.rollouts import rollouts
 from tests.helpers.teachers import hf_teacher, teacher_config, wanted_of
 from tests.helpers.world import World
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
-)
+pytestmark = pytest.mark.vllm
 
 SERVE = REPOSITORY / "recipes" / "serve_teacher.sh"
 START_SECONDS = 240

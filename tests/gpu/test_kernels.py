@@ -14,10 +14,7 @@ from marco_train.config.parallel import Dispatch
 from marco_train.losses.logprobs import token_logprobs
 from marco_train.models.moe import SparseMLP
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
-]
+pytestmark = pytest.mark.gpu
 TOKENS, WIDTH, EXPERT_WIDTH, EXPERTS, TOP_K = 512, 256, 128, 16, 4
 
 

@@ -3,6 +3,7 @@
 As they come: hardly any has a language, some have a category of their own, Arrow pads with nulls.
 """
 
+import json
 from typing import Any
 
 Row = dict[str, Any]
@@ -25,6 +26,28 @@ def dolci(n: int, word: str) -> Row:
         "messages": _chat(f"Name a {word}.", f"A {word}.", **calls),
         "source_dataset": "made",
         "domain": "chat",
+    }
+
+
+def dolci_tools(n: int) -> Row:
+    """The same set: a row that names functions and calls one, in its own spelling."""
+    city = WORDS[n]
+    functions = [{"name": "weather", "parameters": {"city": {"type": "str"}}}]
+    turns = [
+        ("system", "You may call functions.", {"functions": json.dumps(functions)}),
+        ("user", f"Weather in {city}?", {}),
+        ("assistant", None, {"function_calls": f'weather(city="{city}")'}),
+        ("environment", '{"degrees": 20}', {}),
+        ("assistant", "It is 20 degrees.", {}),
+    ]
+    empty = {"function_calls": None, "functions": None}
+    return {
+        "id": f"dolci-tools-{n}",
+        "messages": [
+            {"role": role, "content": said, **empty, **more} for role, said, more in turns
+        ],
+        "source_dataset": "made",
+        "domain": "tool",
     }
 
 

@@ -11,6 +11,8 @@ from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import losses, overrides, run
 from tests.helpers.world import World
 
+pytestmark = pytest.mark.slow
+
 
 def rows(tmp_path: Path) -> Path:
     """Of eight rows two are fit; the others are no chats, or too long."""

@@ -14,6 +14,8 @@ from tests.helpers.configs import compose_config
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.world import World
 
+pytestmark = pytest.mark.slow
+
 NUM_STEPS = 6
 OBJECTIVES = {"sampled": [], "full": [], "topk": ["stage.top_k=8"]}
 

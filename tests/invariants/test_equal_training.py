@@ -17,6 +17,8 @@ from tests.helpers.configs import GRADIENT_DESCENT, compose_config
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.world import World
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 Outcome = tuple[dict[str, torch.Tensor], list[dict[str, float]]]
 

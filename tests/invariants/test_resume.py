@@ -15,6 +15,8 @@ from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import losses, overrides, run
 from tests.helpers.world import World
 
+pytestmark = pytest.mark.slow
+
 BFLOAT16 = ["model.dtype=bfloat16", "stage.rollout.canary_tolerance=0.2"]
 CASES = {
     "sft, one rank": ("sft", 1, []),

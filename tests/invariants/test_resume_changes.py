@@ -18,6 +18,8 @@ from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import losses, overrides, run
 from tests.helpers.world import World
 
+pytestmark = pytest.mark.slow
+
 CONSTANT = ["optim.schedule=constant", "optim.min_learning_rate=4e-3"]
 
 

@@ -30,6 +30,8 @@ from tests.helpers.models import sparse_mlps
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.world import World
 
+pytestmark = pytest.mark.slow
+
 Outcome = tuple[dict[str, Tensor], dict[str, float]]
 NUM_EXPERTS = 8
 

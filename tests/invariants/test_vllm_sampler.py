@@ -1,7 +1,6 @@
 """vLLM as the sampler: the policy's distribution, proved after every sync."""
 
 import functools
-import importlib.util
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -32,9 +31,7 @@ from tests.helpers.samplers import (
     without_one,
 )
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
-)
+pytestmark = pytest.mark.vllm
 
 
 @functools.cache

@@ -1,6 +1,5 @@
 """vLLM in this process as a teacher: numbers as transformers gives them, a trainer left alone."""
 
-import importlib.util
 import os
 import random
 import re
@@ -25,14 +24,12 @@ from marco_train.teachers.build import build_teacher
 from marco_train.teachers.preflight import check_scores, probe_rollouts
 from marco_train.types import Rollout
 from tests.helpers.models import DENSE, architecture
-from tests.helpers.ranks import run_on_ranks
+from tests.helpers.ranks import Rank, run_on_ranks
 from tests.helpers.rollouts import rollouts
 from tests.helpers.teachers import teacher_config, wanted_of
 from tests.helpers.world import World
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"
-)
+pytestmark = pytest.mark.vllm
 
 KINDS = [
     (Objective.sampled, 0, TopKSource.sampler),
@@ -59,9 +56,8 @@ def scores_of(backend: TeacherBackend, path: str, stop_id: int | None) -> list[l
     for kind in KINDS:
         wanted = wanted_of(*kind)
         teacher = build_teacher(teacher_config(path, backend, stop_id=stop_id), wanted)
-        mine = [r for r in rollouts() if r.prompt.index % dist.get_world_size() == dist.get_rank()]
-        mine += [r for r in [ended()] if dist.get_rank() == 0]
-        found += [[v.float() for v in vars(s.scores).values()] for s in teacher.score(mine)]
+        scored = teacher.score([*rollouts(), ended()])
+        found += [[v.float() for v in vars(s.scores).values()] for s in scored]
         check_scores(teacher, probe_rollouts(path, wanted), 320, DType.float32, "teacher")
         teacher.close()
     return found
@@ -75,11 +71,11 @@ def ended() -> Rollout:
 
 @pytest.mark.parametrize(("name", "stop_id"), [("dense", 0), ("mixture", None)])
 def test_the_scores_are_those_of_transformers(
-    name: str, stop_id: int | None, teachers: Path
+    name: str, stop_id: int | None, teachers: Path, rank: Rank
 ) -> None:
     path = f"{teachers}/{name}"
-    ours = run_on_ranks(1, scores_of, TeacherBackend.vllm, path, stop_id)[0]
-    theirs = run_on_ranks(1, scores_of, TeacherBackend.hf, path, stop_id)[0]
+    ours = rank.call(scores_of, TeacherBackend.vllm, path, stop_id)
+    theirs = rank.call(scores_of, TeacherBackend.hf, path, stop_id)
     assert len(ours) == len(theirs) == 4 * 6
     for found, expected in zip(ours, theirs, strict=True):
         for one, other in zip(found, expected, strict=True):
@@ -92,21 +88,46 @@ def numpy_state() -> list[int]:
     return state
 
 
-def leave_no_trace(path: str) -> list[str]:
-    """What building, using and closing engines changes of the process."""
+def environment() -> dict[str, str]:
+    """The variables of this process but those that torch's own compiler sets at its first use."""
+    return {name: value for name, value in os.environ.items() if "TORCHINDUCTOR" not in name}
+
+
+def one_after_another(path: str) -> list[float]:
+    """What a teacher says before and after another engine of this process was closed."""
+    asked, wanted = rollouts(), wanted_of(Objective.sampled)
+    cfg = teacher_config(path, TeacherBackend.vllm)
+    first, second = build_teacher(cfg, wanted_of(*KINDS[1])), build_teacher(cfg, wanted)
+    first.score(asked[: dist.get_rank() + 1])  # ranks need not do the same
+    before = second.score(asked)
+    first.close()
+    after = second.score(asked)
+    third = build_teacher(cfg, wanted)
+    second.close()
+    last = third.score(asked)
+    third.close()
+    fresh = build_teacher(cfg, wanted)
+    newest = fresh.score(asked)
+    fresh.close()
+    return [
+        float((vars(s.scores)["teacher_logprobs"] - vars(o.scores)["teacher_logprobs"]).abs().max())
+        for found in (after, last, newest)
+        for s, o in zip(found, before, strict=True)
+    ]
+
+
+def use_engines(path: str) -> tuple[list[str], list[float]]:
+    """What building, using and closing engines changes of the process, and of what they say."""
     os.environ["LOCAL_WORLD_SIZE"] = str(dist.get_world_size())
     random.seed(1)
     np.random.seed(2)
     torch.manual_seed(3)
     threads = torch.get_num_threads()
-    environment = dict(os.environ)
+    before = environment()
     states = random.getstate(), numpy_state(), torch.get_rng_state()
-    for kind in KINDS[:2]:
-        teacher = build_teacher(teacher_config(path, TeacherBackend.vllm), wanted_of(*kind))
-        teacher.score(rollouts()[: dist.get_rank() + 1])  # ranks need not do the same
-        teacher.close()
+    differences = one_after_another(path)
     changed = []
-    if dict(os.environ) != environment:
+    if environment() != before:
         changed.append("environment")
     if random.getstate() != states[0] or numpy_state() != states[1]:
         changed.append("generators")
@@ -119,38 +140,23 @@ def leave_no_trace(path: str) -> list[str]:
     dist.all_reduce(total)
     if total != dist.get_world_size():
         changed.append("process group")
-    return changed
+    return changed, differences
 
 
-def test_the_trainer_is_left_alone_on_two_ranks(teachers: Path) -> None:
-    assert run_on_ranks(2, leave_no_trace, f"{teachers}/dense") == [[], []]
+@pytest.fixture(scope="module")
+def used(teachers: Path) -> list[tuple[list[str], list[float]]]:
+    """What each of two ranks found after it used engines."""
+    return run_on_ranks(2, use_engines, f"{teachers}/dense")
 
 
-def use_one_after_another_closed(path: str) -> list[float]:
-    """What a teacher says before and after another engine of this process was closed."""
-    asked, wanted = rollouts(), wanted_of(Objective.sampled)
-    first, second = (
-        build_teacher(teacher_config(path, TeacherBackend.vllm), wanted) for _ in range(2)
-    )
-    before = second.score(asked)
-    first.close()
-    after = second.score(asked)
-    third = build_teacher(teacher_config(path, TeacherBackend.vllm), wanted)
-    second.close()
-    last = third.score(asked)
-    third.close()
-    fresh = build_teacher(teacher_config(path, TeacherBackend.vllm), wanted)
-    newest = fresh.score(asked)
-    fresh.close()
-    return [
-        float((vars(s.scores)["teacher_logprobs"] - vars(o.scores)["teacher_logprobs"]).abs().max())
-        for found in (after, last, newest)
-        for s, o in zip(found, before, strict=True)
-    ]
+def test_the_trainer_is_left_alone_on_two_ranks(used: list[tuple[list[str], list[float]]]) -> None:
+    assert [changed for changed, _ in used] == [[], []]
 
 
-def test_closing_an_engine_leaves_the_others_at_work(teachers: Path) -> None:
-    for differences in run_on_ranks(2, use_one_after_another_closed, f"{teachers}/dense"):
+def test_closing_an_engine_leaves_the_others_at_work(
+    used: list[tuple[list[str], list[float]]],
+) -> None:
+    for _, differences in used:
         assert max(differences) < 1e-5
 
 
@@ -173,12 +179,17 @@ def refusal(path: str, kind: tuple[Any, ...]) -> str:
 @pytest.mark.parametrize("kind", [KINDS[0], KINDS[3]], ids=["sampled", "full"])
 @pytest.mark.parametrize(("shape", "absent", "names"), ABSENT.values(), ids=ABSENT.keys())
 def test_a_model_that_did_not_arrive_whole_is_refused(
-    shape: dict[str, Any], absent: str, names: str, kind: tuple[Any, ...], tmp_path: Path
+    shape: dict[str, Any],
+    absent: str,
+    names: str,
+    kind: tuple[Any, ...],
+    tmp_path: Path,
+    rank: Rank,
 ) -> None:
     model = random_model(architecture(head_dim=32, **shape), torch.float32, seed=0)
     save_model(model, tmp_path / "teacher")
     file = tmp_path / "teacher" / "model.safetensors"
     kept = {name: w for name, w in load_file(file).items() if absent not in name}
     save_file(kept, file, metadata={"format": "pt"})
-    (said,) = run_on_ranks(1, refusal, str(tmp_path / "teacher"), kind)
+    said = rank.call(refusal, str(tmp_path / "teacher"), kind)
     assert re.search(names, said), said

@@ -114,6 +114,7 @@ LOADERS = {"sft": SFTLoader, "opd": PromptLoader}
 def labelled(directory: Path) -> dict[str, SourceConfig]:
     """One source of two languages and categories, a second whose every other row is at fault."""
     given = sources(directory, a=(4, 0.5), b=(2, 0.5))
+    given["a"].category_column = "category"
     rows = [
         *({"category": "m/n", "language": "de"}, {"language": "de"}, {"language": "fr"}, {}),
         *({"language": "fr"}, {"messages": 7}),

@@ -1,0 +1,95 @@
+"""What a person runs first with rows of their own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.processes import REPOSITORY
+
+ASKED = {"role": "user", "content": "one?"}
+ANSWERED = {"role": "assistant", "content": "yes"}
+GOOD = {"messages": [ASKED, ANSWERED], "note": "kept", "answer": "a label"}
+
+
+def inspected(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "scripts" / "inspect_data.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def write(tmp_path: Path, *rows: Any) -> str:
+    file = tmp_path / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def test_a_report_is_one_line_of_json(tmp_path: Path) -> None:
+    empty = {"messages": [ASKED, {"role": "assistant", "content": " "}]}
+    file = write(tmp_path, *[GOOD] * 5, {"messages": [{"role": "user", "content": None}]}, empty)
+    done = inspected(file, "--json", "--samples", "1")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {
+        "shape": "messages",
+        "rows": 7,
+        "kept": 5,
+        "quarantined": {"content that is not text": 1, "empty answer": 1},
+        "ignored_columns": ["answer"],
+        "samples": [
+            {
+                "row": 0,
+                "text": "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n",
+                "learnt": ["yes<|im_end|>"],
+            }
+        ],
+    }
+    assert done.stdout.count("\n") == 1
+
+
+def test_a_report_for_a_person_shows_lengths_and_marks_what_is_learnt(tmp_path: Path) -> None:
+    done = inspected(write(tmp_path, *[GOOD] * 3))
+    assert done.returncode == 0, done.stderr
+    for part in ("shape    messages", "rows     3", "28 bytes", "»yes<|im_end|>«", "answer"):
+        assert part in done.stdout, done.stdout
+
+
+def test_names_of_columns_and_roles_are_given(tmp_path: Path) -> None:
+    chat = [{"role": "asker", "content": "one?"}, {"role": "bot", "content": "yes"}]
+    file = write(tmp_path, {"chat": chat})
+    done = inspected(file, "--json")
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["quarantined"] == {"unknown columns": 1}
+    assert done.stderr.splitlines()[-1].startswith("error: source 'rows.jsonl': 1 of 1 rows are at")
+    done = inspected(file, "--json", "--columns", "messages=chat", "--roles", "asker=user")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["samples"][0]["learnt"] == ["yes<|im_end|>"]
+
+
+def test_prompts_are_shown_for_distillation(tmp_path: Path) -> None:
+    file = write(tmp_path, {"prompt": "one?"})
+    assert inspected(file).returncode == 1  # nothing to learn from
+    done = inspected(file, "--stage", "opd", "--json")
+    assert done.returncode == 0, done.stderr
+    (sample,) = json.loads(done.stdout)["samples"]
+    assert sample["text"] == "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["nowhere.jsonl"], "there is no file 'nowhere.jsonl'"),
+        (["{file}", "--tokenizer", "nowhere"], "no tokenizer.json in 'nowhere'"),
+        (["{file}", "--columns", "messages"], "is no list like name=value"),
+        (["{file}", "--roles", "env=robot"], "must map it to one of system, user, assistant"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_a_sentence(
+    arguments: list[str], says: str, tmp_path: Path
+) -> None:
+    file = write(tmp_path, GOOD)
+    done = inspected(*(argument.format(file=file) for argument in arguments))
+    assert done.returncode != 0
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
