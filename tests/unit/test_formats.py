@@ -190,6 +190,32 @@ def test_plain_text_and_tokens_are_shapes_of_their_own() -> None:
     assert (padded.input_ids, padded.loss_mask) == ((5, 6), (False, True))
 
 
+TOOL = {"name": "weather", "parameters": {"type": "object"}}
+TOOL_ROWS: dict[str, dict[str, Any]] = {
+    "tools": {"messages": OPENAI, "tools": [TOOL]},
+    "tools in JSON": {"conversations": SHAREGPT, "tools": json.dumps([TOOL])},
+    "functions": {"prompt": "two?", "completion": "2", "functions": [TOOL]},
+    "of NeMo-Gym": {
+        "responses_create_params": {"input": OPENAI, "tools": [{"type": "function", **TOOL}]}
+    },
+    # Dolci's stand in a turn.
+    "in a turn": {
+        "messages": [
+            {**OPENAI[0], "functions": json.dumps([TOOL]), "function_calls": None},
+            {**OPENAI[1], "functions": None, "function_calls": None},
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("row", TOOL_ROWS.values(), ids=TOOL_ROWS.keys())
+def test_tools_are_found_wherever_they_stand(row: dict[str, Any]) -> None:
+    reading = read(row)
+    assert reading.messages == (ASKED, ANSWERED)
+    assert reading.tools == ({"type": "function", "function": TOOL},)
+    assert not ignored_columns(row, reading.used)
+
+
 # A row, the kind of its fault, and what is said of it.
 REFUSED: dict[str, tuple[Any, str, str]] = {
     "two chats": (

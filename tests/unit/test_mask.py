@@ -170,6 +170,22 @@ def test_an_argument_of_the_template_that_closes_thinking_is_part_of_the_prompt(
     assert example.input_ids[: len(prompt)] == prompt
 
 
+OPENS_THINKING = PLAIN.replace("'assistant: '", "'assistant: <think>\\n'").replace(
+    "{%- generation %}{{- m.content", "{%- generation %}{{- '<think>\\n' + m.content"
+)
+
+
+@pytest.mark.parametrize("answer", ["a\n</think>\n\nb", "\n\n</think>b", "\n", " a"])
+def test_a_prompt_may_open_the_thinking_of_its_answer(answer: str, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(write_tokenizer(tmp_path / "tokenizer", OPENS_THINKING))
+    row = conversation(user("a"), assistant(answer))
+    prompt = render_prompt(tokenizer, row)
+    assert tokenizer.decode(prompt) == "user: a<|im_end|>\nassistant: <think>\n"
+    example = render_example(tokenizer, row, LossTokens.assistant)
+    assert example.input_ids[: len(prompt)] == prompt
+    assert tokenizer.decode(example.input_ids[len(prompt) :]) == f"{answer}<|im_end|>\n"
+
+
 # A template that asks otherwise than the example goes on.
 ASKS_OTHERWISE = PLAIN.replace("'assistant: '", "'Assistant: '")
 GIVES_SYSTEM = "{%- if add_generation_prompt %}{{- 'Think.\\n' }}{% endif %}" + PLAIN
