@@ -1,6 +1,6 @@
 """Our MoE block, training step and log-probabilities beside those of others, in one run.
 
-    python scripts/bench_model.py --device cpu --json bench.json
+    python scripts/bench/model.py --device cpu --json bench.json
 
 The others are transformers (eager and grouped_mm experts), DeepSpeed AutoEP and plain autograd.
 All sides of a case share their weights and inputs, are first compared by numbers, and are then

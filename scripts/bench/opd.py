@@ -1,8 +1,8 @@
 """Steps of on-policy distillation: objectives, the teacher's share, and TRL's trainer beside ours.
 
-    python scripts/bench_opd.py --json opd.json --shapes quickstart,medium
-    python scripts/bench_opd.py --json share.json --only teacher_share --run outputs/quickstart/opd
-    python scripts/bench_opd.py --json trl.json --only trl --trl-python venv-trl/bin/python
+    python scripts/bench/opd.py --json opd.json --shapes quickstart,medium
+    python scripts/bench/opd.py --json share.json --only teacher_share --run outputs/quickstart/opd
+    python scripts/bench/opd.py --json trl.json --only trl --trl-python venv-trl/bin/python
 
 All on a CPU, in float32, with the numbers of experiment=quickstart_opd on one rank. Weights and
 prompts are random and every response has its full length; those of --student end where it ends
@@ -30,7 +30,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from bench_model import (
+from hydra import compose, initialize_config_dir
+from model import (
     MEDIUM,
     MIB,
     MINI,
@@ -45,7 +46,6 @@ from bench_model import (
     span,
     write,
 )
-from hydra import compose, initialize_config_dir
 from torch import Tensor
 
 from marco_train import distributed
@@ -95,7 +95,7 @@ SAMPLERS = {
 SYNC_PARTS = ("sync", "copy", "canary")
 STEP_PARTS = ("sync", "sample", "score", "train")
 TOLERANCE = 1e-4
-THEIR_SCRIPT = Path(__file__).with_name("bench_trl.py")
+THEIR_SCRIPT = Path(__file__).with_name("trl_side.py")
 THEIR_SIDES: dict[str, dict[str, Any]] = {
     "TRL": {"experts": "grouped_mm", "microbatches": 1, "recompute": False},
     "TRL's defaults in float32": {"experts": None, "microbatches": 8, "recompute": True},
@@ -451,7 +451,7 @@ def sampler_job(directory: str, repeats: int) -> dict[str, Any]:
 
 
 def our_job(directory: str, steps: int, warm_ups: int, check: bool) -> dict[str, Any]:
-    """Job: our side of `trl`; `bench_trl.py` is the other."""
+    """Job: our side of `trl`; `trl_side.py` is the other."""
     loop = Distillation(Path(directory), *OBJECTIVES[Objective.full], *MOVING)
     if check:
         given = json.loads((Path(directory) / "check.json").read_text())

@@ -1,6 +1,6 @@
-"""TRL's side of `bench_opd.py`; runs in an environment of its own, which has no marco_train.
+"""TRL's side of `opd.py`; runs in an environment of its own, which has no marco_train.
 
-    PYTHON scripts/bench_trl.py TASK.json OUT.json
+    PYTHON scripts/bench/trl_side.py TASK.json OUT.json
 
 The trainer is TRL's `DistillationTrainer`: reverse KL over the whole vocabulary on the student's
 own samples, which TRL recommends over `GKDTrainer` for such runs. It has no number of responses a
