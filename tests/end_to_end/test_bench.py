@@ -50,7 +50,7 @@ def test_objectives_take_the_same_steps_and_the_share_of_a_run_is_read(tmp_path:
     lines = [json.dumps(times | {"cascade/phase": phase}) for phase in (0, 0, 0, 1, 1)]
     (run / "metrics.jsonl").write_text("\n".join(lines))
     done = bench(
-        *("--shapes", "quickstart", "--tokens", "16", "--repeats", "1"),
+        *("--shapes", "quickstart", "--tokens", "16", "--repeats", "1", "--steps", "1"),
         *("--run", str(run), "--json", str(file)),
         script="opd.py",
     )
@@ -85,3 +85,9 @@ def test_a_comparison_without_its_interpreter_is_refused(tmp_path: Path) -> None
     done = bench("--only", "trl", "--json", str(tmp_path / "b.json"), script="opd.py")
     assert done.returncode == 2
     assert "--trl-python" in done.stderr.splitlines()[-1]
+
+
+def test_a_mistyped_shape_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    done = bench("--device", "cpu", "--shapes", "minni", "--json", str(tmp_path / "b.json"))
+    assert done.returncode == 2
+    assert "minni is none of quickstart, medium, mini" in done.stderr.splitlines()[-1]
