@@ -12,8 +12,8 @@ from tests.helpers.processes import REPOSITORY
 pytestmark = pytest.mark.slow
 
 
-def bench(*arguments: str, script: str = "bench_model.py") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "scripts" / script), *arguments]
+def bench(*arguments: str, script: str = "model.py") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "scripts" / "bench" / script), *arguments]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -54,9 +54,9 @@ def test_objectives_take_the_same_steps_and_the_share_of_a_run_is_read(tmp_path:
     lines = [json.dumps(times | {"cascade/phase": phase}) for phase in (0, 0, 0, 1, 1)]
     (run / "metrics.jsonl").write_text("\n".join(lines))
     done = bench(
-        *("--shapes", "quickstart", "--tokens", "16", "--repeats", "1"),
+        *("--shapes", "quickstart", "--tokens", "16", "--repeats", "1", "--steps", "1"),
         *("--run", str(run), "--json", str(file)),
-        script="bench_opd.py",
+        script="opd.py",
     )
     assert done.returncode == 0, done.stderr
     parts = json.loads(file.read_text())["parts"]
@@ -77,7 +77,7 @@ def test_the_wait_for_servers_is_read_and_a_phase_of_one_step_is_left_out(tmp_pa
     (run / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)))
     done = bench(
         *("--only", "teacher_share", "--run", str(run), "--json", str(file)),
-        script="bench_opd.py",
+        script="opd.py",
     )
     assert done.returncode == 0, done.stderr
     behind_servers, short = json.loads(file.read_text())["parts"]["teacher_share"]
@@ -86,6 +86,12 @@ def test_the_wait_for_servers_is_read_and_a_phase_of_one_step_is_left_out(tmp_pa
 
 
 def test_a_comparison_without_its_interpreter_is_refused(tmp_path: Path) -> None:
-    done = bench("--only", "trl", "--json", str(tmp_path / "b.json"), script="bench_opd.py")
+    done = bench("--only", "trl", "--json", str(tmp_path / "b.json"), script="opd.py")
     assert done.returncode == 2
     assert "--trl-python" in done.stderr.splitlines()[-1]
+
+
+def test_a_mistyped_shape_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    done = bench("--device", "cpu", "--shapes", "minni", "--json", str(tmp_path / "b.json"))
+    assert done.returncode == 2
+    assert "minni is none of quickstart, medium, mini" in done.stderr.splitlines()[-1]
