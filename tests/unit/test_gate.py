@@ -164,7 +164,7 @@ class Counted(Source):
 
 
 def counted(path: Path, **changes: Any) -> Counted:
-    fields = {"path": str(path), "category": "math", "weight": 1.0}
+    fields: dict[str, Any] = {"path": str(path), "category": "math", "weight": 1.0}
     return Counted("fixture", SourceConfig(**(fields | changes)))
 
 
