@@ -176,7 +176,6 @@ def test_a_row_that_the_template_cannot_render_is_one_at_fault(
     assert "TypeError" in said[1]
 
 
-@pytest.mark.xfail(strict=True, reason="only rows of no shape are written down")
 def test_a_row_that_the_template_cannot_render_is_written_down(
     world: World, tmp_path: Path
 ) -> None:

@@ -145,7 +145,10 @@ def test_a_packed_file_that_is_cut_off_is_refused(kind: str, tmp_path: Path) -> 
             source_at(tmp_path / "rows.jsonl")
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", gzip.compress(b""), zstd(b"")])
+EMPTY = {"nothing": b"", "breaks": b"\n\n", "gzip": gzip.compress(b""), "zstd": zstd(b"")}
+
+
+@pytest.mark.parametrize("content", EMPTY.values(), ids=EMPTY.keys())
 def test_a_file_of_no_rows_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(content)
     with pytest.raises(InputError, match=r"source 'fixture' .* has no rows"):
