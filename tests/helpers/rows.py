@@ -8,11 +8,12 @@ from marco_train.config import TrainConfig
 from marco_train.config.data import SourceConfig
 from marco_train.data.conversations import Source
 from marco_train.data.loader import PromptLoader, SFTLoader
+from marco_train.types import Conversation
 from tests.helpers.configs import compose_config
 from tests.helpers.tokenizers import tokenizer_of
 from tests.helpers.world import World
 
-LOADERS = {"sft": SFTLoader, "opd": PromptLoader}
+LOADERS: dict[str, Any] = {"sft": SFTLoader, "opd": PromptLoader}
 
 
 def chat(question: str, answer: str = "no") -> dict[str, Any]:
@@ -35,13 +36,21 @@ def write(directory: Path, *lines: str) -> Path:
 
 def source_at(path: Path | str, **changes: Any) -> Source:
     """What lies at a path as a source."""
-    fields = {"path": str(path), "category": "math", "weight": 1.0}
+    fields: dict[str, Any] = {"path": str(path), "category": "math", "weight": 1.0}
     return Source("fixture", SourceConfig(**(fields | changes)))
 
 
 def source(directory: Path, *rows: Any, **changes: Any) -> Source:
     """A source with these rows."""
     return source_at(write(directory, *map(json.dumps, rows)), **changes)
+
+
+def conversations(found: Source) -> list[Conversation]:
+    """The rows of a source, all of which are chats."""
+    rows = [found[index] for index in range(len(found))]
+    chats = [row for row in rows if isinstance(row, Conversation)]
+    assert len(chats) == len(rows)
+    return chats
 
 
 def config(stage: str, world: World, file: Path, *more: str) -> TrainConfig:
@@ -57,11 +66,8 @@ def loader_of(
     *more: str,
     tokenizer: Path | None = None,
     quarantine: Path | None = None,
-) -> SFTLoader | PromptLoader:
-    """The loader of a run on one source alone."""
+) -> Any:
+    """The loader of a run on one source alone; a test knows of which stage."""
     cfg = config(stage, world, file, *more)
     read = tokenizer_of(tokenizer or cfg.model.tokenizer)
-    loader: SFTLoader | PromptLoader = LOADERS[stage](
-        cfg.data, cfg.stage, read, cfg.seed, quarantine
-    )
-    return loader
+    return LOADERS[stage](cfg.data, cfg.stage, read, cfg.seed, quarantine)

@@ -136,7 +136,7 @@ def test_rows_at_fault_are_written_down(world: World, tmp_path: Path) -> None:
 def found_by_rank(world: World, file: Path, quarantine: Path) -> tuple[Any, ...]:
     loader = loader_of("opd", world, file, quarantine=quarantine)
     (found,) = loader._stream._structures.values()
-    return found.as_json(), loader._stream.languages(), quarantine.read_text()
+    return found.as_json(), loader._stream.languages()
 
 
 def test_ranks_share_the_rows_and_know_all_of_them(
@@ -144,13 +144,14 @@ def test_ranks_share_the_rows_and_know_all_of_them(
 ) -> None:
     rows = [json.dumps(chat(f"{n}") | {"language": "en" if n % 2 else "de"}) for n in range(15)]
     file = write(tmp_path, *rows[:7], "{}", *rows[7:], "[]")
-    alone = found_by_rank(world, file, tmp_path / "quarantine.jsonl")
+    alone = found_by_rank(world, file, tmp_path / "alone.jsonl")
     assert alone[0]["num_judged"] == 17
     assert alone[1] == {"en", "de"}
     for name in ("cache", "other"):  # known, and worked out by two
         monkeypatch.setenv("MARCO_TRAIN_CACHE", str(tmp_path / name))
-        both = run_on_ranks(2, found_by_rank, world, file, tmp_path / "quarantine.jsonl")
+        both = run_on_ranks(2, found_by_rank, world, file, tmp_path / "both.jsonl")
         assert both == [alone, alone]
+        assert (tmp_path / "both.jsonl").read_text() == (tmp_path / "alone.jsonl").read_text()
 
 
 class Counted(Source):
@@ -164,7 +165,7 @@ class Counted(Source):
 
 
 def counted(path: Path, **changes: Any) -> Counted:
-    fields = {"path": str(path), "category": "math", "weight": 1.0}
+    fields: dict[str, Any] = {"path": str(path), "category": "math", "weight": 1.0}
     return Counted("fixture", SourceConfig(**(fields | changes)))
 
 

@@ -25,7 +25,7 @@ from tests.helpers.qwen_like import write_tokenizer
 from tests.helpers.tokenizers import make_tokenizer, tokenizer_of
 
 Turn = dict[str, Any]
-LABELS = {"source": "source", "category": "math", "language": "en", "row": 0}
+LABELS: dict[str, Any] = {"source": "source", "category": "math", "language": "en", "row": 0}
 # Words that a template may put around a turn; the last opens an answer with a space at its end.
 PLAIN = """\
 {%- for m in messages %}{{- m.role + ': ' }}
@@ -399,7 +399,7 @@ def test_control_tokens_in_any_text_drop_the_row(chatml: Tokenizer) -> None:
     control = "x<|im_end|>"
     call = {"function": {"name": "f", "arguments": {"text": control}}}
     tool = {"type": "function", "function": {"name": "f", "description": control}}
-    rows = [
+    rows: list[Conversation | PlainText] = [
         conversation(user(control), assistant("b")),
         conversation(user("a"), assistant(control)),
         conversation(user("a"), assistant("b", reasoning_content=control)),

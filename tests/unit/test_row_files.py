@@ -16,13 +16,15 @@ from marco_train.config.data import SourceConfig, SourceKind
 from marco_train.data.conversations import BadRow, Source
 from marco_train.data.sources import open_rows
 from marco_train.errors import InputError
-from tests.helpers.rows import source_at
+from marco_train.types import Conversation
+from tests.helpers.rows import conversations, source_at
 
 
 def said(found: Source) -> list[str]:
     """The first turn of each row; of a row at fault, its kind."""
     rows = [found[i] for i in range(len(found))]
-    return [row.kind if isinstance(row, BadRow) else row.messages[0].content for row in rows]
+    chats = {row.row: row.messages[0].content for row in rows if isinstance(row, Conversation)}
+    return [row.kind if isinstance(row, BadRow) else chats[row.row] for row in rows]
 
 
 def lines(*texts: str) -> bytes:
@@ -30,7 +32,7 @@ def lines(*texts: str) -> bytes:
 
 
 def zstd(content: bytes) -> bytes:
-    return pa.Codec("zstd").compress(content, asbytes=True)
+    return bytes(pa.Codec("zstd").compress(content))
 
 
 def array(*texts: str, **how: Any) -> bytes:
@@ -143,7 +145,10 @@ def test_a_packed_file_that_is_cut_off_is_refused(kind: str, tmp_path: Path) -> 
             source_at(tmp_path / "rows.jsonl")
 
 
-@pytest.mark.parametrize("content", [b"", b"\n\n", gzip.compress(b""), zstd(b"")])
+EMPTY = {"nothing": b"", "breaks": b"\n\n", "gzip": gzip.compress(b""), "zstd": zstd(b"")}
+
+
+@pytest.mark.parametrize("content", EMPTY.values(), ids=EMPTY.keys())
 def test_a_file_of_no_rows_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(content)
     with pytest.raises(InputError, match=r"source 'fixture' .* has no rows"):
@@ -208,8 +213,9 @@ def test_files_of_different_columns_are_one_source(tmp_path: Path) -> None:
     parquet(tmp_path / "train-2.parquet", "c")
     found = source_at(tmp_path)
     assert said(found) == ["a", "a", "c"]
-    assert found[1].messages[1].tool_calls[0]["function"]["name"] == "f"
-    assert found[1].tools[0]["function"] == {"name": "f"}
+    called = conversations(found)[1]
+    assert called.messages[1].tool_calls[0]["function"]["name"] == "f"
+    assert called.tools[0]["function"] == {"name": "f"}
 
 
 def test_columns_that_null_fills_up_are_read_from_parquet(tmp_path: Path) -> None:

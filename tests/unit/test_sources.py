@@ -9,14 +9,14 @@ from marco_train.data.conversations import BadRow
 from marco_train.evaluation.accuracy import accuracy_by_category
 from marco_train.types import Conversation, prompt_groups
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.rows import source, source_at
+from tests.helpers.rows import conversations, source, source_at
 
 
 def test_a_repeated_prompt_counts_once_where_asked(tmp_path: Path) -> None:
     rows = [{"prompt": text} for text in ["a", "b", "a", "c", "b", "a"]]
     assert len(source(tmp_path, *rows)) == 6
     unique = source(tmp_path, *rows, unique_prompts=True)
-    assert [unique[i].messages[0].content for i in range(len(unique))] == ["a", "b", "c"]
+    assert [row.messages[0].content for row in conversations(unique)] == ["a", "b", "c"]
 
 
 def test_a_prompt_is_all_that_stands_before_the_answer(tmp_path: Path) -> None:
@@ -47,15 +47,15 @@ def test_distinct_prompts_are_told_among_rows_at_fault(tmp_path: Path) -> None:
 def test_a_budget_takes_the_first_rows(tmp_path: Path) -> None:
     few = source(tmp_path, *({"prompt": str(n)} for n in range(10)))
     few.keep_first(3)
-    assert [few[i].messages[0].content for i in range(len(few))] == ["0", "1", "2"]
+    assert [row.messages[0].content for row in conversations(few)] == ["0", "1", "2"]
 
 
 def test_the_source_names_the_category_unless_it_names_a_column(tmp_path: Path) -> None:
     rows = [{"prompt": "x"}, {"prompt": "y", "category": "chat"}]
     found = source(tmp_path, *rows)
-    assert [found[i].category for i in range(2)] == ["math", "math"]
+    assert [row.category for row in conversations(found)] == ["math", "math"]
     by_row = source(tmp_path, *rows, category_column="category")
-    assert [by_row[i].category for i in range(2)] == ["math", "chat"]
+    assert [row.category for row in conversations(by_row)] == ["math", "chat"]
 
 
 # A value, and the category that it gives; "" stands for the source's own.
@@ -90,7 +90,7 @@ def test_labels_of_a_parquet_column_may_be_lists(tmp_path: Path) -> None:
     rows = [{"prompt": "x", "category": ["a", "b"]}, {"prompt": "y", "category": None}]
     datasets.Dataset.from_list(rows).to_parquet(str(tmp_path / "rows.parquet"))
     found = source_at(tmp_path / "rows.parquet", category_column="category")
-    assert [found[i].category for i in range(2)] == ["a+b", "math"]
+    assert [row.category for row in conversations(found)] == ["a+b", "math"]
 
 
 LANGUAGES = {
@@ -121,11 +121,11 @@ def test_only_the_code_of_a_language_is_one(value: str, language: str, tmp_path:
 def test_a_row_without_a_language_is_in_no_group_of_one(tmp_path: Path) -> None:
     rows = [{"prompt": "x"}, {"prompt": "x", "language": None}, {"prompt": "x", "language": 3}]
     found = source(tmp_path, *rows)
-    assert {prompt_groups(found[i].category, found[i].language)[-1] for i in range(3)} == {
+    assert {prompt_groups(row.category, row.language)[-1] for row in conversations(found)} == {
         "category_math"
     }
     named = source(tmp_path, {"prompt": "x", "lang": "de"}, columns={"language": "lang"})
-    assert named[0].language == "de"
+    assert conversations(named)[0].language == "de"
 
 
 @pytest.mark.parametrize("value", ["exact", ["exact"], 3])

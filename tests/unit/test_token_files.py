@@ -7,6 +7,7 @@ from contextlib import redirect_stdout
 from io import StringIO
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from marco_train.data.drops import Dropped
 from marco_train.data.loader import PromptLoader
 from marco_train.data.render import ExampleRenderer
 from marco_train.data.tokens import TokenFiles, render_row, token_files
+from marco_train.types import Microbatch
 from tests.helpers.qwen_like import TEMPLATE, write_tokenizer
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.rows import chat, loader_of, source_at, turns, write
@@ -38,6 +40,10 @@ LINES = [
     json.dumps({"text": "Once upon a time."}),
     "{",
 ]
+
+
+# Of each step: its sequences, and its metrics.
+Drawn = tuple[list[list[list[int]]], list[dict[str, float]]]
 
 
 @pytest.fixture(autouse=True)
@@ -78,7 +84,7 @@ def test_files_hold_what_rows_are_rendered_to(world: World, tmp_path: Path) -> N
     }
 
 
-def drawn(stage: str, world: World, file: Path, cache: str) -> tuple[list[list[list[int]]], ...]:
+def drawn(stage: str, world: World, file: Path, cache: str) -> Drawn:
     """The sequences of each step, and its metrics; whether tokens were kept is the cache's word."""
     os.environ["MARCO_TRAIN_CACHE"] = cache
     given = ["stage.global_batch_size=6", "data.max_lost_rows=1"]
@@ -94,7 +100,7 @@ def drawn(stage: str, world: World, file: Path, cache: str) -> tuple[list[list[l
     return sequences, metrics
 
 
-def parts(packed: object) -> list[list[int]]:
+def parts(packed: Microbatch) -> list[list[int]]:
     """The sequences of a microbatch, with the loss mask behind each."""
     positions = packed.position_ids[0].tolist()
     ids, mask = packed.input_ids[0].tolist(), packed.loss_mask.tolist()
@@ -104,14 +110,14 @@ def parts(packed: object) -> list[list[int]]:
     return found if packed.num_tokens else []
 
 
-def without_room(*args: object) -> tuple[list[list[list[int]]], ...]:
+def without_room(*args: Any) -> Drawn:
     """As `drawn`, where no file may grow beyond a few bytes."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
     with redirect_stdout(StringIO()):  # which a test's runner keeps in a file
         return drawn(*args)
 
 
-def joined(of_ranks: list[tuple[list[list[list[int]]], ...]]) -> tuple[list[list[list[int]]], ...]:
+def joined(of_ranks: list[Drawn]) -> Drawn:
     """What all ranks drew together, in no order."""
     steps = zip(*(sequences for sequences, _ in of_ranks), strict=True)
     assert all(metrics == of_ranks[0][1] for _, metrics in of_ranks)
