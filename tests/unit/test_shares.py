@@ -8,7 +8,8 @@ import pytest
 
 from marco_train.config.data import DataConfig, SourceConfig, SourceKind
 from marco_train.config.sft import num_sft_steps
-from marco_train.data.loader import ConversationStream, PromptLoader, SFTLoader
+from marco_train.data.loader import PromptLoader, SFTLoader
+from marco_train.data.stream import ConversationStream
 from marco_train.errors import InputError
 from marco_train.metrics import Metrics, check_names
 from marco_train.types import Conversation
@@ -59,7 +60,8 @@ def test_a_budget_is_shared_by_all_rows_and_then_cut(tmp_path: Path) -> None:
         "c": 4,
     }
     assert drawn(stream, 5000) == {"a": 3000, "b": 1000, "c": 1000}
-    found = {stream[index].messages[0].content for index in range(1000)}
+    rows = [stream[index] for index in range(1000)]
+    found = {row.messages[0].content for row in rows if isinstance(row, Conversation)}
     assert {text for text in found if text[0] == "b"} == {"b 0", "b 1", "b 2", "b 3"}
 
 
@@ -115,12 +117,12 @@ def labelled(directory: Path) -> dict[str, SourceConfig]:
     """One source of two languages and categories, a second whose every other row is at fault."""
     given = sources(directory, a=(4, 0.5), b=(2, 0.5))
     given["a"].category_column = "category"
-    rows = [
+    rows: list[dict[str, object]] = [
         *({"category": "m/n", "language": "de"}, {"language": "de"}, {"language": "fr"}, {}),
         *({"language": "fr"}, {"messages": 7}),
     ]
     said = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
-    lines = [json.dumps({"messages": said} | row) + "\n" for row in rows]
+    lines = [json.dumps({"messages": said, **row}) + "\n" for row in rows]
     Path(given["a"].path).write_text("".join(lines[:4]))
     Path(given["b"].path).write_text("".join(lines[4:]))
     return given
