@@ -8,7 +8,8 @@ import os
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
+
+from marco_train.files import replaces
 
 
 def cache_directory() -> Path:
@@ -30,10 +31,8 @@ def read_json(name: str) -> Any:
 def write_json(name: str, content: Any) -> None:
     """Keep something under a name, where there is room and right to."""
     try:
-        file = cache_directory() / f"{name}.json"
-        partial = file.with_name(f".{uuid4().hex}.partial")
-        partial.write_text(json.dumps(content))
-        partial.rename(file)
+        with replaces(cache_directory() / f"{name}.json") as partial:
+            partial.write_text(json.dumps(content))
     except OSError:
         return  # it is worked out again
 

@@ -15,6 +15,9 @@ from marco_train.types import Conversation, PlainText, TokenRow, UsableRow
 
 # ISO 639 with what BCP 47 and FLORES add: de, zh-Hans, pt_BR, eng_Latn.
 LANGUAGE_CODE = re.compile(r"[a-z]{2,3}([-_][A-Za-z0-9]{2,8})*", re.IGNORECASE)
+# What sets of programs have in a column `language`, of the length of a code and none.
+PROGRAMS = {"asm", "awk", "cpp", "css", "go", "js", "lua", "md", "php", "py", "rb", "sed", "sql"}
+PROGRAMS |= {"tex", "vb", "xml", "zig"}
 
 
 @dataclass(frozen=True)
@@ -148,4 +151,5 @@ def read_label(value: Any) -> str:
 def read_language(value: Any) -> str:
     """Read a language's code; what is none, as the language of a program, is no language."""
     label = read_label(value).strip()
-    return label if LANGUAGE_CODE.fullmatch(label) else ""
+    is_code = LANGUAGE_CODE.fullmatch(label) and label.lower() not in PROGRAMS
+    return label if is_code else ""

@@ -24,6 +24,7 @@ from marco_train.data.tokens import Render, TokenFiles, render_row, token_files
 from marco_train.data.turns import MOST_KEPT
 from marco_train.distributed import gather_objects, is_main, rank, world_size
 from marco_train.errors import InputError
+from marco_train.files import replaces
 
 # Rows of a source that are judged first where it has more than `data.judge_rows`.
 NUM_SAMPLED = 10_000
@@ -258,7 +259,7 @@ def write_quarantine(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         file.unlink(missing_ok=True)
         return
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("w", encoding="utf-8") as lines:
+    with replaces(file) as partial, partial.open("w", encoding="utf-8") as lines:
         for row in rows:
             kept = {key: row[key] for key in ("source", "row", "reason", "begins")}
             lines.write(json.dumps(kept, ensure_ascii=True) + "\n")

@@ -224,13 +224,13 @@ class _JsonLines:
         self._digest_packed = sha256(self._bytes).hexdigest() if self._is_packed else ""
         if re.match(rb"(\xef\xbb\xbf)?\s*\[", self._bytes[:4096]):
             self._bytes = _lines_of_array(self._bytes)
-        self._starts, self._ends, self._numbers = _lines(self._bytes)
+        self._starts, self._numbers = _lines(self._bytes)
 
     def __len__(self) -> int:
-        return len(self._starts)
+        return len(self._starts) - 1
 
     def __getitem__(self, row: int) -> Any:
-        line = self._bytes[self._starts[row] : self._ends[row]]
+        line = self._bytes[self._starts[row] : self._starts[row + 1]]
         try:
             return json.loads(line.decode("utf-8-sig"), object_pairs_hook=_object)
         except UnicodeDecodeError as error:
@@ -304,7 +304,7 @@ def _lines_of_array(content: Any) -> Any:
         rows = json.loads(bytes(content).decode("utf-8-sig"), object_pairs_hook=_object)
     except (ValueError, RecursionError):
         return content
-    if not isinstance(rows, list) or not rows:
+    if not isinstance(rows, list):
         return content
     with tempfile.TemporaryFile() as lines:
         lines.writelines(json.dumps(row).encode() + b"\n" for row in rows)
@@ -312,20 +312,25 @@ def _lines_of_array(content: Any) -> Any:
         return _mapped(lines)
 
 
-def _lines(content: Any) -> tuple[np.ndarray, np.ndarray, Sequence[int]]:
-    """Where each line that is not blank begins and ends, and its number from 1."""
+def _lines(content: Any) -> tuple[np.ndarray, Sequence[int] | np.ndarray]:
+    """Where each line that is not blank begins, with the end of all, and its number from 1."""
     view = np.frombuffer(content, np.uint8)
-    breaks = [
-        np.flatnonzero(view[at : at + CHUNK] == ord("\n")) + at for at in range(0, len(view), CHUNK)
-    ]
-    ends = np.concatenate([*breaks, [len(view)]]).astype(np.int64)
-    starts = np.concatenate([[0], ends[:-1] + 1]).astype(np.int64)
+    places = range(0, len(view), CHUNK)
+    counts = [int(np.count_nonzero(view[at : at + CHUNK] == ord("\n"))) for at in places]
+    starts = np.zeros(sum(counts) + 2, np.int64)
+    filled = 1
+    for at, count in zip(places, counts, strict=True):
+        starts[filled : filled + count] = np.flatnonzero(view[at : at + CHUNK] == ord("\n"))
+        starts[filled : filled + count] += at + 1
+        filled += count
+    starts[-1] = len(view)
+    if starts[-2] == len(view):  # nothing stands behind the last line's end
+        starts = starts[:-1]
     # Only what begins with white space can be blank.
-    first = view[np.minimum(starts, len(view) - 1)] if len(view) else np.zeros(1, np.uint8)
-    doubtful = np.flatnonzero((starts >= ends) | (first <= ord(" ")))
-    blank = [i for i in doubtful.tolist() if not content[starts[i] : ends[i]].strip()]
+    doubtful = np.flatnonzero(view[starts[:-1]] <= ord(" ")).tolist() if len(view) else []
+    blank = [i for i in doubtful if not content[starts[i] : starts[i + 1]].strip()]
     if not blank:
-        return starts, ends, range(1, len(starts) + 1)
+        return starts, range(1, len(starts))
     kept = np.ones(len(starts), bool)
     kept[blank] = False
-    return starts[kept], ends[kept], (np.flatnonzero(kept) + 1).tolist()
+    return starts[kept], np.flatnonzero(kept[:-1]) + 1

@@ -5,9 +5,10 @@ Legend: N rows, T tokens of all of them.
 
 import json
 import shutil
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -24,6 +25,7 @@ from marco_train.types import Example, Row, UsableRow
 Render = Callable[[UsableRow], Example | str]
 """Gives the metric that counts the row instead, where it is to be dropped."""
 
+DAY = 24 * 60 * 60  # seconds
 MAX_BYTES = 50 * 2**30  # of all token files; the ones that were not used for longest go
 # ids, mask: [T]; of each row: where its tokens end, 0 or which of DROPS it is, its category and
 # language, its place in the dataset.
@@ -122,8 +124,14 @@ def token_files(
         if is_main():
             _publish([each for each in parts if each is not None], partial, f"tokens-{name}")
         gather_objects(None)  # the others look for it only now
+        _remove(partial)  # where the main rank's files are not at hand
         found = _opened(source, name)
     return found
+
+
+def _remove(unfinished: str) -> None:
+    with suppress(OSError):  # there is no cache
+        shutil.rmtree(cache_directory() / unfinished, ignore_errors=True)
 
 
 def _opened(source: Source, name: str) -> TokenFiles | None:
@@ -194,6 +202,9 @@ def _publish(parts: Sequence[dict[str, Any]], unfinished: str, name: str) -> Non
 
 def _make_room(directory: Path) -> None:
     """Remove the files that were not used for longest, where all of them take too much."""
+    for left in directory.glob(".*.partial"):  # of a launch that was killed
+        if time.time() - left.stat().st_mtime > DAY:
+            shutil.rmtree(left, ignore_errors=True)
     kept = sorted(directory.glob("tokens-*"), key=lambda path: path.stat().st_mtime, reverse=True)
     total = 0
     for path in kept:

@@ -222,7 +222,7 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
         {"messages": OPENAI, "conversations": [*SHAREGPT[:1], {"from": "gpt", "value": "3"}]},
         "two shapes",
         "of two shapes, messages and sharegpt, which say different things: choose with "
-        "data.sources.<name>.columns",
+        "+data.sources.<name>.columns.<standard name>=<own name>",
     ),
     "prompt and question": (
         {"prompt": "two?", "question": "three?"},
@@ -237,7 +237,8 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
     "translation": (
         {"translation": {"eng_Latn": "Hello."}, "laser_score": 1.2},
         "unknown columns",
-        "among ['laser_score', 'translation']; data.sources.<name>.columns maps others",
+        "among ['laser_score', 'translation']; "
+        "+data.sources.<name>.columns.messages=<own name> maps others",
     ),
     "nothing in it": (
         {"messages": None, "prompt": "", "id": 3},
@@ -388,7 +389,9 @@ def test_roles_go_by_many_names(name: str, role: str, keys: tuple[str, str]) -> 
 def test_a_map_of_roles_adds_to_them_and_goes_before_them() -> None:
     row = {"messages": [{"role": "Speaker_1", "content": "x"}, {"role": "model", "content": "y"}]}
     assert said(read(row, speaker_1="user", model="tool")) == [("user", "x"), ("tool", "y")]
-    with pytest.raises(RowError, match=r"has no role among .*data.sources.<name>.roles maps"):
+    with pytest.raises(
+        RowError, match=r"has no role among .*data.sources.<name>.roles.<own name>=user maps"
+    ):
         read(row)
 
 

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,7 +118,7 @@ def labelled(directory: Path) -> dict[str, SourceConfig]:
     """One source of two languages and categories, a second whose every other row is at fault."""
     given = sources(directory, a=(4, 0.5), b=(2, 0.5))
     given["a"].category_column = "category"
-    rows: list[dict[str, object]] = [
+    rows: list[Any] = [
         *({"category": "m/n", "language": "de"}, {"language": "de"}, {"language": "fr"}, {}),
         *({"language": "fr"}, {"messages": 7}),
     ]
