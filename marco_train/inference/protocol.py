@@ -1,6 +1,9 @@
 """What servers of vLLM are asked, and how their answers are read.
 
-Written after vLLM 0.32. Whatever is not as it has to be is an answer that cannot be used.
+Written after vLLM 0.32. Readers take the fields that they need as they should be: what is raised
+where one is missing or of another type says that the answer cannot be used, as the pool knows.
+
+Legend: R tokens of a response, K likeliest tokens.
 """
 
 import base64
@@ -13,66 +16,43 @@ import torch
 from torch import Tensor
 
 from marco_train.errors import UnusableAnswerError, require
+from marco_train.inference.engine import Generation, neutral_sampling
 
-COMPLETIONS = "/v1/completions"
-GENERATE = "/inference/v1/generate"
-MODELS = "/v1/models"
-# Of servers whose weights change; they have to be started with VLLM_SERVER_DEV_MODE=1.
-CALL_WORKERS = "/collective_rpc"
-RESET_PREFIX_CACHE = "/reset_prefix_cache"
-WEIGHT_INFO = "/weight_info"
-UPDATE_WEIGHT_VERSION = "/update_weight_version"
 # What JSON has no sign for: vLLM writes minus infinity as this.
 NO_NUMBER = -9999.0
 # By which a log-probability may lie above 0.
 ROUNDING = 1e-3
 
 
-def check_served(url: str, answer: Any, needed: int) -> str:
-    """Name the model that a server says it serves.
+def generation(ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Path and body of a request for what follows ids: one token unless `sampling` says more."""
+    params = neutral_sampling(max_tokens=1) | sampling
+    body = {"token_ids": ids, "sampling_params": params, "return_token_ids": True}
+    return "/inference/v1/generate", body
 
-    Args:
-        url: Of the server.
-        answer: To `MODELS`.
-        needed: Tokens of the longest sequence.
+
+def served_model(url: str, answer: Any, needed: int) -> str:
+    """Name the model that a server lists at /v1/models.
 
     Raises:
-        InputError: Its sequences are too short.
-        UnusableAnswerError: There is no model.
+        InputError: Its longest sequence is shorter than `needed` tokens.
     """
-    try:
-        served = answer["data"][0]
-        model, window = str(served["id"]), served.get("max_model_len")
-    except (AttributeError, KeyError, IndexError, TypeError) as error:
-        raise UnusableAnswerError(f"{url}{MODELS} lists no model") from error
+    model = answer["data"][0]
+    window = model.get("max_model_len")
     require(
         window is None or window >= needed,
         f"{url} takes sequences of {window} tokens, and the longest prompt with its "
         f"response and one token needs {needed}: start it with --max-model-len {needed}",
     )
-    return model
-
-
-def only_choice(answer: Any) -> Any:
-    """The one choice of an answer."""
-    try:
-        return answer["choices"][0]
-    except (KeyError, IndexError, TypeError) as error:
-        raise UnusableAnswerError("an answer without choices") from error
+    return str(model["id"])
 
 
 def read_places(holder: Any, ids: list[int], first: int) -> list[dict[int, float]]:
     """What a server says of each place from `first` on: log-probabilities by token id."""
-    echoed, places = holder.get("prompt_token_ids"), holder.get("prompt_logprobs")
-    if echoed != ids:
+    places = holder["prompt_logprobs"]
+    if holder["prompt_token_ids"] != ids or len(places) != len(ids):
         raise UnusableAnswerError(f"scores of other tokens than the {len(ids)} that were sent")
-    if not isinstance(places, list) or len(places) != len(ids):
-        count = len(places) if isinstance(places, list) else "no"
-        raise UnusableAnswerError(f"{count} places with log-probabilities for {len(ids)} tokens")
-    try:
-        return [{int(i): read_number(x["logprob"]) for i, x in p.items()} for p in places[first:]]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UnusableAnswerError(f"log-probabilities in another form: {error}") from error
+    return [{int(i): read_number(x["logprob"]) for i, x in p.items()} for p in places[first:]]
 
 
 def read_number(value: Any) -> float:
@@ -87,10 +67,35 @@ def read_tokens(holder: Any, ids: list[int], first: int) -> Tensor:
     return torch.tensor([p.get(i, math.nan) for i, p in zip(ids[first:], places, strict=True)])
 
 
+def read_likeliest(holder: Any, ids: list[int], first: int, top_k: int) -> tuple[Tensor, Tensor]:
+    """The K likeliest tokens from `first` on and their log-probabilities, [R, K] each."""
+    named, logprobs = [], []
+    for place in read_places(holder, ids, first):
+        # The token that stands there comes as well, whether it is among them or not.
+        best = sorted(place, key=lambda i: -place[i] if place[i] < ROUNDING else math.inf)[:top_k]
+        gaps = top_k - len(best)
+        named.append(best + [0] * gaps)
+        logprobs.append([place[i] for i in best] + [math.nan] * gaps)
+    return torch.tensor(named), torch.tensor(logprobs)
+
+
+def read_response(answer: Any, num_topk: int = 0, with_experts: bool = False) -> Generation:
+    """A sampled response, with all that was asked for; experts may be missing."""
+    choice = answer["choices"][0]
+    ids, places = [int(token) for token in choice["token_ids"]], choice["logprobs"]["content"]
+    logprobs = [read_number(place["logprob"]) for place in places]
+    scored_ids = [place["token_id"] for place in places]
+    if not ids or scored_ids != ids or not all(math.isfinite(each) for each in logprobs):
+        raise UnusableAnswerError(f"{len(places)} log-probabilities of {len(ids)} tokens")
+    ranked = [sorted(place["top_logprobs"], key=lambda t: t["rank"]) for place in places]
+    topk_ids = [[int(token["token_id"]) for token in place[:num_topk]] for place in ranked]
+    if any(len(named) != num_topk for named in topk_ids):
+        raise UnusableAnswerError(f"not the {num_topk} likeliest tokens of every place")
+    named_experts = with_experts and choice.get("routed_experts") is not None
+    experts = read_array(choice, "routed_experts") if named_experts else None
+    return Generation(ids, logprobs, topk_ids, experts)
+
+
 def read_array(holder: Any, name: str) -> Any:
     """An array that a server writes as base64 of numpy's format."""
-    try:
-        content = base64.b64decode(holder[name])
-        return np.load(io.BytesIO(content), allow_pickle=False)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UnusableAnswerError(f"no {name} that can be read: {error}") from error
+    return np.load(io.BytesIO(base64.b64decode(holder[name])), allow_pickle=False)

@@ -26,15 +26,8 @@ class Receiver:
     model_runner: Any  # the worker's, as are all attributes
     vllm_config: Any
 
-    def load_checkpoint(self, path: str, num_weights: str) -> int:
-        """Replace all weights by those of a safetensors file.
-
-        Args:
-            path: The file, with exactly the weights of the model under checkpoint names.
-            num_weights: How many it has to hold.
-
-        Returns:
-            How many it held.
+    def load_checkpoint(self, path: str, num_weights: str) -> None:
+        """Replace all weights by those of a safetensors file, `num_weights` of checkpoint names.
 
         Raises:
             InputError: The file is cut short or another; nothing was touched.
@@ -51,7 +44,6 @@ class Receiver:
             with_tied_head(weights, stored),
             self.vllm_config.model_config,
         )
-        return len(stored)
 
 
 def end_with_owner() -> None:

@@ -60,6 +60,8 @@ class SamplerSpec:
     max_response_length: int
     num_topk: int
     """Likeliest tokens to name in each place."""
+    replay_routing: bool
+    """Whether rollouts have the experts that their tokens took."""
     seed: int
 
 

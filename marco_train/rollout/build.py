@@ -58,6 +58,7 @@ def build_sampler(
         longest_sequence(cfg) + 1,
         cfg.max_response_length,
         cfg.num_sampler_topk,
+        cfg.rollout.replay_routing,
         seed,
     )
     match cfg.rollout:

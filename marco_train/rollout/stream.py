@@ -35,39 +35,30 @@ class RolloutStream:
         first_prompts: Sequence[Prompt] = (),
         held_out: Sequence[Prompt] = (),
     ) -> None:
-        """Sample what prompts ask.
+        """Sample what `prompts` asks, with the weights that the sampler has when it is asked.
 
-        Args:
-            cfg: The stage.
-            sampler: Has the weights of a step when its rollouts are asked for.
-            prompts: To train on.
-            first_prompts: This rank's share of those that new teachers are checked with.
-            held_out: This rank's share of those that convergence is measured on.
+        `first_prompts` and `held_out` are this rank's shares, for `answers` and `held_out`.
         """
-        self._num_responses = cfg.responses_per_prompt
-        self._max_staleness = cfg.max_staleness
+        self._cfg = cfg
         self._sampler = sampler
         self._prompts = prompts
         self._first_prompts = first_prompts
         self._held_out = held_out
-        self._ahead: Iterator[Rollout] | None = None  # of the coming step
+        self._ahead: tuple[Iterator[Rollout], Metrics] | None = None  # of the coming step
         self._metrics: Metrics = {}
-        self._metrics_ahead: Metrics = {}
 
     def rollouts(self, step: int, until: int) -> Iterator[Rollout]:
         """Yield the rollouts of a step as each ends; those of the next are asked for first, if any.
 
-        Args:
-            step: The step.
-            until: Steps of the run; none is asked for beyond.
+        A run has steps `until` there, and none is asked for beyond.
 
         Raises:
             StaleRolloutError: One is of other weights.
         """
         staleness = 0 if self._ahead is None else 1
-        current = self._ask() if self._ahead is None else self._ahead
-        self._metrics = self._metrics_ahead | {"rollout/staleness": staleness}
-        self._ahead = self._ask() if self._max_staleness > 0 and step + 1 < until else None
+        current, described = self._ahead or self._ask()
+        self._metrics = described | {"rollout/staleness": staleness}
+        self._ahead = self._ask() if self._cfg.max_staleness > 0 and step + 1 < until else None
         for rollout in current:
             if rollout.weight_version != step - staleness:
                 raise StaleRolloutError(
@@ -76,11 +67,10 @@ class RolloutStream:
                 )
             yield rollout
 
-    def _ask(self) -> Iterator[Rollout]:
-        """Ask for the rollouts of the coming prompts, and keep what is to be said of these."""
-        prompts = next(self._prompts)
-        self._metrics_ahead = self._prompts.metrics()
-        return self._sampler.sample(prompts, self._num_responses)
+    def _ask(self) -> tuple[Iterator[Rollout], Metrics]:
+        """Ask for the rollouts of the coming prompts, and describe these."""
+        asked = self._sampler.sample(next(self._prompts), self._cfg.responses_per_prompt)
+        return asked, self._prompts.metrics()
 
     def answers(self) -> list[Rollout]:
         """Sample one response to each of the run's first prompts, to check a new teacher with."""

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.rollout import VLLMRolloutConfig
-from marco_train.inference.engine import VLLMEngine, with_tied_head
+from marco_train.inference.engine import Generation, VLLMEngine, with_tied_head
 from marco_train.models.hf_io import hf_config
 from marco_train.models.weights import accounted, meta_model, torch_dtype, weight_shapes
 from marco_train.rollout.base import NO_WEIGHTS, Sampler, SamplerSpec, response_seed
@@ -29,7 +29,6 @@ class VLLMSampler(Sampler):
     def __init__(self, cfg: VLLMRolloutConfig, sampling: SamplerSpec) -> None:
         """Build the engine of a model of this shape."""
         self._sampling = sampling
-        self._replay_routing = cfg.replay_routing
         self._shapes = weight_shapes(meta_model(sampling.architecture))
         self._weight_version: int | None = None
         with tempfile.TemporaryDirectory() as directory:
@@ -43,7 +42,7 @@ class VLLMSampler(Sampler):
                 kv_cache_bytes=int(cfg.kv_cache_gib * 2**30),
                 max_sequences=cfg.batch_size,
                 with_weights=False,
-                with_experts=cfg.replay_routing,
+                with_experts=sampling.replay_routing,
             )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
@@ -94,23 +93,7 @@ class VLLMSampler(Sampler):
         )
         for number, generation in generations:
             prompt, sample_index = asked[number]
-            stopped = generation.token_ids[-1] in self._sampling.stop_ids
-            experts = no_experts()
-            if self._replay_routing:
-                num_inputs = len(prompt.input_ids) + len(generation.token_ids) - 1
-                experts = check_experts(
-                    generation.routed_experts, num_inputs, self._sampling.architecture
-                )
-            yield Rollout(
-                prompt=prompt,
-                sample_index=sample_index,
-                response_ids=generation.token_ids,
-                sampler_logprobs=generation.logprobs,
-                topk_ids=generation.topk_ids,
-                finish_reason=FinishReason.stop if stopped else FinishReason.length,
-                weight_version=version,
-                routed_experts=experts,
-            )
+            yield rollout_of(prompt, sample_index, generation, version, self._sampling)
 
     def sleep(self) -> None:
         """Give up weights and memory until the next sync; nothing happens on a CPU."""
@@ -120,6 +103,31 @@ class VLLMSampler(Sampler):
     def close(self) -> None:
         """Free the engine's memory."""
         self._engine.close()
+
+
+def rollout_of(
+    prompt: Prompt, sample_index: int, generation: Generation, version: int, spec: SamplerSpec
+) -> Rollout:
+    """Make a rollout of a response of vLLM.
+
+    Raises:
+        RuntimeError: Routing is to be replayed, and the experts are not there or cannot be.
+    """
+    stopped = generation.token_ids[-1] in spec.stop_ids
+    experts = no_experts()
+    if spec.replay_routing:
+        num_inputs = len(prompt.input_ids) + len(generation.token_ids) - 1
+        experts = check_experts(generation.routed_experts, num_inputs, spec.architecture)
+    return Rollout(
+        prompt=prompt,
+        sample_index=sample_index,
+        response_ids=generation.token_ids,
+        sampler_logprobs=generation.logprobs,
+        topk_ids=generation.topk_ids,
+        finish_reason=FinishReason.stop if stopped else FinishReason.length,
+        weight_version=version,
+        routed_experts=experts,
+    )
 
 
 def check_experts(found: Any, num_inputs: int, architecture: ArchitectureConfig) -> Tensor:

@@ -122,7 +122,7 @@ def give_up_on(cfg: TrainConfig, server: FakeServer) -> tuple[str, float, int, i
     with pytest.raises(ServersUnavailable) as ended:
         run_opd(cfg)
     seconds = time.monotonic() - start
-    left = [t for t in set(threading.enumerate()) - before if t.name.endswith("(_work)")]
+    left = [t for t in set(threading.enumerate()) - before if t.name == "asks teacher"]
     return str(ended.value), seconds, len(left), connections([server])
 
 

@@ -18,6 +18,7 @@ from marco_train.config.opd import Objective, TopKSource
 from marco_train.config.servers import TeacherServersConfig
 from marco_train.config.teacher import TeacherBackend
 from marco_train.errors import InputError, ServersUnavailable
+from marco_train.inference.pool import nothing_to_save
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
 from marco_train.teachers.preflight import check_scores, probe_rollouts
@@ -107,7 +108,7 @@ def open_teacher(
         max_rejected=0.0,
     )
     cfg = teacher_config(str(model), TeacherBackend.vllm_server, servers=servers)
-    return ServerTeacher(cfg, wanted_of(*kind))  # type: ignore[arg-type]
+    return ServerTeacher(cfg, wanted_of(*kind), nothing_to_save)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

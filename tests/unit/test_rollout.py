@@ -140,10 +140,9 @@ def test_experts_come_from_vllm_with_the_rollout_where_they_are_asked_for(
     replay_routing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rollout_vllm, "VLLMEngine", FakeEngine)
-    cfg = VLLMRolloutConfig(replay_routing=replay_routing, batch_size=64, kv_cache_gib=1.0)
     shape = architecture(vocab_size=16)
-    sampling = SamplerSpec(shape, DType.float32, STOP_IDS, 64, LIMIT, num_topk=0, seed=7)
-    target = VLLMSampler(cfg, sampling)
+    sampling = SamplerSpec(shape, DType.float32, STOP_IDS, 64, LIMIT, 0, replay_routing, seed=7)
+    target = VLLMSampler(VLLMRolloutConfig(batch_size=64, kv_cache_gib=1.0), sampling)
     target.load_weights(named_weights(spread_model()), version=1)
     rollouts = in_order(target.sample(prompts(), 2))
     for number, r in enumerate(rollouts):
