@@ -5,7 +5,7 @@ from enum import Enum
 from fractions import Fraction
 from typing import Any
 
-from omegaconf import MISSING
+from omegaconf import MISSING, DictConfig
 
 from marco_train.errors import require, require_positive
 
@@ -38,6 +38,11 @@ class SourceKind(Enum):
     hub = "hub"
 
 
+def open_names() -> Any:
+    """Names to which the command line adds others without `+`."""
+    return DictConfig({}, key_type=str, element_type=str, flags={"struct": False})
+
+
 @dataclass(kw_only=True)
 class SourceConfig:
     """One dataset of a mixture."""
@@ -52,9 +57,9 @@ class SourceConfig:
     """Split of a hub dataset."""
     revision: str | None = None
     """Commit, tag or branch of a hub dataset. None: the newest."""
-    columns: dict[str, str] = field(default_factory=dict)
+    columns: dict[str, str] = field(default_factory=open_names)
     """Where a standard column (messages, prompt, response, ...) has another name: that name."""
-    roles: dict[str, str] = field(default_factory=dict)
+    roles: dict[str, str] = field(default_factory=open_names)
     """What roles of other names are: system, user, assistant or tool."""
     category: str = ""
     """Group of all its rows, in metrics and among teachers. Empty: none."""

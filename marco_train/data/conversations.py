@@ -51,7 +51,9 @@ class Source:
         self.name = name
         self._cfg = cfg
         self._rows = open_rows(name, cfg)
-        self._format = Format(cfg.columns, {own.lower(): role for own, role in cfg.roles.items()})
+        self._format = Format(
+            dict(cfg.columns), {own.lower(): role for own, role in cfg.roles.items()}
+        )
         self._kept: Sequence[int] = range(len(self._rows))
         if cfg.unique_prompts or cfg.near_duplicates is not None:
             self._kept = distinct_rows(self._rows, self._format, cfg.near_duplicates)

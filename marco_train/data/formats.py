@@ -86,7 +86,7 @@ class Format:
                 "unknown columns",
                 f"no column messages, prompt, instruction, question, text or another that is "
                 f"known among {sorted(map(str, row))}; "
-                "+data.sources.<name>.columns.messages=<own name> maps others",
+                "data.sources.<name>.columns.messages=<own name> maps others",
             )
         first, *others = (READERS[shape](named, self.roles) for shape in shapes[:2])
         for other in others:
@@ -158,7 +158,7 @@ def _one_of(first: Reading, second: Reading) -> Reading:
     raise RowError(
         "two shapes",
         f"the row is of two shapes, {first.shape} and {second.shape}, which say different things: "
-        "choose with +data.sources.<name>.columns.<standard name>=<own name>",
+        "choose with data.sources.<name>.columns.<standard name>=<own name>",
     )
 
 

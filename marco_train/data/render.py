@@ -17,7 +17,7 @@ from marco_train.types import Conversation, Example, Message, TokenRow, UsableRo
 
 PREFERENCE = (
     "the row holds two rated answers, chosen and rejected, and SFT would learn one as if it were "
-    "right: choose it with +data.sources.<name>.columns.messages=chosen, or with .response=chosen "
+    "right: choose it with data.sources.<name>.columns.messages=chosen, or with .response=chosen "
     "beside a prompt"
 )
 

@@ -189,7 +189,7 @@ def _read_turn(turn: Any, roles: Mapping[str, str]) -> Message:
         raise RowError(
             "unknown role",
             f"the turn {shown(turn)} has no role among {sorted(known)}; "
-            "+data.sources.<name>.roles.<own name>=user maps others",
+            "data.sources.<name>.roles.<own name>=user maps others",
         )
     content = _either(turn, "content", "value")
     calls: tuple[Mapping[str, Any], ...] = ()

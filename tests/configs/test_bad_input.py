@@ -238,7 +238,6 @@ def test_a_teacher_with_fewer_output_rows_is_refused(world: World, tmp_path: Pat
         prepare_opd(cfg, Checks())
 
 
-@pytest.mark.xfail(strict=True, reason="asks for a + before it, as the keys are new")
 def test_columns_and_roles_are_given_as_refusals_say() -> None:
     given = ["data.sources.math.columns={messages: chosen}", "data.sources.math.roles={bot: user}"]
     math = compose_config("quickstart_sft", *given).data.sources["math"]

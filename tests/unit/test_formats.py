@@ -222,7 +222,7 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
         {"messages": OPENAI, "conversations": [*SHAREGPT[:1], {"from": "gpt", "value": "3"}]},
         "two shapes",
         "of two shapes, messages and sharegpt, which say different things: choose with "
-        "+data.sources.<name>.columns.<standard name>=<own name>",
+        "data.sources.<name>.columns.<standard name>=<own name>",
     ),
     "prompt and question": (
         {"prompt": "two?", "question": "three?"},
@@ -238,7 +238,7 @@ REFUSED: dict[str, tuple[Any, str, str]] = {
         {"translation": {"eng_Latn": "Hello."}, "laser_score": 1.2},
         "unknown columns",
         "among ['laser_score', 'translation']; "
-        "+data.sources.<name>.columns.messages=<own name> maps others",
+        "data.sources.<name>.columns.messages=<own name> maps others",
     ),
     "nothing in it": (
         {"messages": None, "prompt": "", "id": 3},

@@ -189,6 +189,36 @@ def test_a_resumption_names_what_changed_of_the_data(
     assert "on_resume.allow=[data]" in str(refusal.value)
 
 
+def test_a_run_goes_on_with_mended_rows_where_it_may(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, *GOOD, turns({"role": "user", "content": None}))
+
+    def opened(*more: str) -> Any:
+        return loader_of("opd", world, file, "data.on_change=continue", *more)
+
+    state = json.loads(json.dumps(opened().state_at(0))) | {"cursor": 4}
+    write(tmp_path, *GOOD, turns({"role": "user", "content": "mended"}))
+    mended = opened()
+    capsys.readouterr()
+    mended.resume(2, state)
+    assert mended.state_at(2)["cursor"] == 4
+    said = capsys.readouterr().out
+    assert "the data changed since the checkpoint was saved (rows.text: " in said
+    assert "as data.on_change=continue allows" in said
+    write(tmp_path, *GOOD)  # the row at fault is removed
+    removed = opened()
+    removed.resume(2, state)
+    assert "mixture.text.rows: 4 -> 3" in capsys.readouterr().out
+    # What is asked of the rows may not change by this, and without it nothing may.
+    second = ["+source@data.sources.more=files", f"data.sources.more.path={file}"]
+    other = opened(*second, "data.sources.text.weight=0.5")
+    with pytest.raises(InputError, match=r"mixture.text.weight: 1.0 -> 0.5"):
+        other.resume(2, state)
+    with pytest.raises(InputError, match=r"with mended rows .* data.on_change=continue"):
+        loader_of("opd", world, file).resume(2, state)
+
+
 def test_a_tokenizer_in_another_spelling_is_no_change_of_the_data(
     world: World, tmp_path: Path
 ) -> None:
