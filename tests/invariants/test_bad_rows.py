@@ -6,9 +6,12 @@ from pathlib import Path
 import pytest
 
 from marco_train.config import TrainConfig
+from marco_train.config.data import SourceConfig
+from marco_train.data.loader import held_out_questions
 from tests.helpers.configs import compose_config
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import losses, overrides, run
+from tests.helpers.tokenizers import tokenizer_of
 from tests.helpers.world import World
 
 pytestmark = pytest.mark.slow
@@ -72,3 +75,11 @@ def test_rows_at_fault_end_no_run(stage: str, world: World, tmp_path: Path) -> N
         for found in (whole, two)
     ]
     assert of_data[0] == of_data[1]
+
+
+def test_ranks_ask_the_same_questions(world: World, tmp_path: Path) -> None:
+    tokenizer = tokenizer_of(world.path("data", "tokenizer"))
+    source = {"held_out": SourceConfig(path=str(rows(tmp_path)))}
+    found = held_out_questions(source, 16, 64, tokenizer)
+    assert len(found) == 4
+    assert run_on_ranks(2, held_out_questions, source, 16, 64, tokenizer) == [found, found]

@@ -88,3 +88,10 @@ def test_only_helpers_are_imported_from_the_tests(file: Path) -> None:
             imported += [f"{node.module}.{alias.name}" for alias in node.names]
     of_tests = [name for name in imported if name.partition(".")[0] in {"tests", "conftest"}]
     assert [name for name in of_tests if not name.startswith("tests.helpers.")] == []
+
+
+@pytest.mark.parametrize("file", sorted((TESTS / "unit").glob("test_*.py")), ids=lambda f: f.stem)
+def test_a_unit_test_is_one_process(file: Path) -> None:
+    names = re.findall(r"^(?:from|import) ([\w.]+)", file.read_text(), re.MULTILINE)
+    others = {"subprocess", "multiprocessing", "tests.helpers.ranks", "tests.helpers.processes"}
+    assert not others & set(names)

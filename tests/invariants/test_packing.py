@@ -2,8 +2,11 @@
 
 import torch
 
+from marco_train.data.packing import pack_examples
 from marco_train.models.weights import random_model
+from marco_train.types import Example
 from tests.helpers.models import architecture
+from tests.helpers.ranks import run_on_ranks
 
 LENGTHS = (3, 64, 65, 1, 200, 17)
 
@@ -34,3 +37,17 @@ def test_a_token_does_not_see_its_neighbour_sequence() -> None:
     other = model(torch.tensor([[50, 60, 70, 8, 9]]), positions)
     torch.testing.assert_close(one[3:], other[3:], rtol=1e-6, atol=1e-6)
     assert (one[:3] - other[:3]).abs().max() > 0.1
+
+
+def pack_uneven() -> list[tuple[list[list[int]], int]]:
+    import torch.distributed as dist
+
+    count = [3, 0][dist.get_rank()]
+    batches = pack_examples([Example([1, 2, 3], [True] * 3)] * count, max_tokens=2)
+    return [(batch.input_ids.tolist(), batch.num_loss_tokens) for batch in batches]
+
+
+def test_every_rank_gets_as_many_microbatches_the_empty_ones_without_loss() -> None:
+    full, empty = run_on_ranks(2, pack_uneven)
+    assert full == [([[1, 2]], 2)] * 3
+    assert empty == [([[0]], 0)] * 3

@@ -90,7 +90,8 @@ def test_a_run_of_epochs_is_the_run_of_their_steps(
     capfd.readouterr()
     launch(longer)
     # 42 samples, a tenth of them of 12 rows.
-    plan, made = (line for line in capfd.readouterr().out.splitlines() if "'math'" in line)
+    judged, plan, made = (line for line in capfd.readouterr().out.splitlines() if "'math'" in line)
+    assert judged == "source 'math': 12 rows, shape messages"
     assert plan == "source 'math': 12 rows, weight 0.1, 0.35 epochs in 7 steps"
     assert made == "source 'math': 12 rows, weight 0.1, 0.35 epochs made in 7 steps"
     assert is_finished(longer)
@@ -202,8 +203,9 @@ def test_a_run_goes_on_with_mended_data_once_it_is_allowed_to(
     launch(sft(own_world, out), crash_at=4)
     file = Path(own_world.path("data", "train", "math.jsonl"))
     file.write_text("\n".join(file.read_text().splitlines()[1:]) + "\n")  # without its first row
-    assert "go on with the new data from the same sample with on_resume.allow=[data]" in refusal(
-        sft(own_world, out)
+    assert (
+        "from the same sample with data.on_change=continue (with any others: on_resume.allow=[data])"
+        in refusal(sft(own_world, out))
     )
     capfd.readouterr()
     launch(sft(own_world, out, "on_resume.allow=[data]"), crash_at=4)

@@ -20,7 +20,6 @@ from marco_train.types import (
     TopKMicrobatch,
     TopKScores,
 )
-from tests.helpers.ranks import run_on_ranks
 
 
 def test_two_examples_are_joined_and_shifted_within_themselves() -> None:
@@ -44,20 +43,6 @@ def test_the_budget_bounds_each_microbatch_and_loses_nothing() -> None:
     assert all(batch.input_ids.shape[1] <= 10 for batch in batches)
     assert sum(batch.num_loss_tokens for batch in batches) == sum(n - 1 for n in lengths)
     assert len(batches) == 4  # 35 inputs, ten at a time
-
-
-def pack_uneven() -> list[tuple[list[list[int]], int]]:
-    import torch.distributed as dist
-
-    count = [3, 0][dist.get_rank()]
-    batches = pack_examples([Example([1, 2, 3], [True] * 3)] * count, max_tokens=2)
-    return [(batch.input_ids.tolist(), batch.num_loss_tokens) for batch in batches]
-
-
-def test_every_rank_gets_as_many_microbatches_the_empty_ones_without_loss() -> None:
-    full, empty = run_on_ranks(2, pack_uneven)
-    assert full == [([[1, 2]], 2)] * 3
-    assert empty == [([[0]], 0)] * 3
 
 
 def rollout(prompt: list[int], response: list[int], logprobs: list[float]) -> Rollout:

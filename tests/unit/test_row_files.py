@@ -4,8 +4,6 @@ import gzip
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -294,39 +292,3 @@ def test_a_dataset_that_is_a_program_is_refused(tmp_path: Path) -> None:
     (tmp_path / "rows" / "rows.py").write_text("raise SystemExit('never run')\n")
     with pytest.raises(InputError, match="it is a program that makes rows, which is not run"):
         source_at(tmp_path / "rows")
-
-
-OPENS = """\
-import resource, sys
-from marco_train.config.data import SourceConfig
-from marco_train.data.sources import open_rows
-import marco_train.data.sources, numpy
-def peak():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-cfg = SourceConfig(path=sys.argv[1], category="c", weight=1.0)
-before = peak()
-rows = open_rows("fixture", cfg)
-rows.digest
-for row in rows.walk(["prompt"]):
-    pass
-print(len(rows), peak() - before)
-"""
-
-
-def test_a_large_file_costs_little_more_memory_than_its_bytes(tmp_path: Path) -> None:
-    # A Python text of such characters would take four bytes for each of them, and JSON's escapes
-    # three times as many bytes.
-    row = json.dumps({"prompt": "🙂" * 2500}, ensure_ascii=False).encode() + b"\n"
-    file = tmp_path / "rows.jsonl"
-    file.write_bytes(row * (320 * 2**20 // len(row)))
-    env = {**os.environ, "MARCO_TRAIN_CACHE": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", OPENS, str(file)],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=env,
-    )
-    num_rows, cost = map(int, done.stdout.split())
-    assert num_rows == 320 * 2**20 // len(row)
-    assert cost <= 1.3 * file.stat().st_size

@@ -6,9 +6,7 @@ from typing import Any
 import pytest
 
 from marco_train.data.conversations import BadRow
-from marco_train.evaluation.accuracy import accuracy_by_category
 from marco_train.types import Conversation, prompt_groups
-from tests.helpers.ranks import run_on_ranks
 from tests.helpers.rows import conversations, source, source_at
 
 
@@ -133,15 +131,3 @@ def test_a_verifier_that_is_no_object_is_a_name(value: Any, tmp_path: Path) -> N
     found = source(tmp_path, {"prompt": "x", "verifier": value})[0]
     assert isinstance(found, Conversation)
     assert found.verifier == {"name": "3" if value == 3 else "exact"}
-
-
-def grades_of_rank() -> dict[str, float]:
-    import torch.distributed as dist
-
-    mine = [[("a", True), ("a", True), ("b", False)], [("a", False)]][dist.get_rank()]
-    return accuracy_by_category(mine)
-
-
-def test_accuracy_weighs_every_answer_of_every_rank_alike() -> None:
-    expected = {"a": pytest.approx(100 * 2 / 3), "all": pytest.approx(50.0), "b": 0.0}
-    assert run_on_ranks(2, grades_of_rank) == [expected, expected]
