@@ -3,6 +3,7 @@
 Imports no tensor library, as a launch asks for it first.
 """
 
+import glob
 import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,8 @@ None where it was not made. JSON."""
 
 # Of a model's directory: what decides its numbers and tokens.
 WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".gguf"}
+# Of a directory of rows, packed or not.
+ROWS = {".jsonl", ".json", ".ndjson", ".parquet", ".arrow"}
 TEXTS = {
     "config.json",
     "generation_config.json",
@@ -33,8 +36,8 @@ TEXTS = {
 
 
 def look(path: str | Path) -> dict[str, list[int]]:
-    """Note size and time of a file, or of the files of a model's directory; reads none of them."""
-    stats = {file.name: file.stat() for file in _files(Path(path))}
+    """Note size and time of a file, or of a directory's of a model or of rows; reads none."""
+    stats = {_name(file, path): file.stat() for file in _files(Path(path))}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
 
 
@@ -50,7 +53,7 @@ def digest(path: str | Path) -> str | None:
         digests = list(pool.map(digest_file, files))
     if Path(path).is_file():
         return digests[0]
-    named = [f"{file.name}/{found}" for file, found in zip(files, digests, strict=True)]
+    named = [f"{_name(file, path)}/{found}" for file, found in zip(files, digests, strict=True)]
     return sha256("\n".join(named).encode()).hexdigest()
 
 
@@ -90,8 +93,22 @@ def with_digests(noted: Mapping[str, Content], paths: Mapping[str, str]) -> dict
     return found
 
 
+def _name(file: Path, path: str | Path) -> str:
+    """A file's name below a directory."""
+    return (
+        str(file.relative_to(path))
+        if file.is_relative_to(path) and file != Path(path)
+        else file.name
+    )
+
+
 def _files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
-    found = path.iterdir() if path.is_dir() else ()
-    return sorted(f for f in found if f.is_file() and (f.suffix in WEIGHTS or f.name in TEXTS))
+    if glob.has_magic(str(path)):
+        return sorted(f for f in map(Path, glob.glob(str(path), recursive=True)) if f.is_file())
+    if not path.is_dir():
+        return []
+    of_model = [f for f in path.iterdir() if f.suffix in WEIGHTS or f.name in TEXTS]
+    found = of_model or [f for f in path.rglob("*") if ROWS & set(f.suffixes)]
+    return sorted(f for f in found if f.is_file())

@@ -53,6 +53,8 @@ class Examination(Checks):
     A part that could not be made is absent, and what needs it is left out.
     """
 
+    writes_files = False
+
     def __init__(self) -> None:
         self.faults: list[str] = []
         self.can_resume = False

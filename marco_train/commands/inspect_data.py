@@ -8,12 +8,12 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from marco_train.config.data import DataConfig, SourceConfig
 from marco_train.config.model import ChatTemplate, ModelConfig
-from marco_train.config.opd import OPDConfig
 from marco_train.config.sft import LossTokens, SFTConfig
 from marco_train.data.chat import CHATML, Tokenizer, check_marks, load_tokenizer, stretches
 from marco_train.data.conversations import Source
@@ -29,7 +29,7 @@ from marco_train.data.gate import (
 from marco_train.data.render import ExampleRenderer, PromptRenderer
 from marco_train.data.tokens import render_row
 from marco_train.errors import InputError
-from marco_train.types import Conversation
+from marco_train.types import Conversation, Example
 
 NUM_BARS = 8  # of the histogram
 BAR = 40  # characters of the longest
@@ -62,12 +62,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = _parser().parse_args(arguments)
     report = Report()
     lengths: list[int] = []
+    marked: list[str] = []
     found: Structure | None = None
     with ExitStack() as opened:
         opened.enter_context(redirect_stdout(sys.stderr))
         try:
             tokenizer = _tokenizer(args, opened)
-            found = inspect(report, args, tokenizer, lengths)
+            found = inspect(report, args, tokenizer, lengths, marked)
             refusal = None
         except InputError as error:
             refusal = " ".join(str(error).split())
@@ -75,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(json.dumps(vars(report), ensure_ascii=False))
     else:
         unit = "bytes" if args.tokenizer is None else "tokens"
-        print("\n".join(_as_text(report, found, lengths, unit)))
+        print("\n".join(_as_text(report, found, lengths, marked, unit)))
     if refusal is not None:
         sys.exit(f"error: {refusal}")
 
@@ -134,7 +135,11 @@ def _write_byte_tokenizer(path: Path) -> None:
 
 
 def inspect(
-    report: Report, args: argparse.Namespace, tokenizer: Tokenizer, lengths: list[int]
+    report: Report,
+    args: argparse.Namespace,
+    tokenizer: Tokenizer,
+    lengths: list[int],
+    marked: list[str],
 ) -> Structure:
     """Judge a data set as a run would, and fill in what is found on the way.
 
@@ -164,7 +169,7 @@ def inspect(
     rows = judged_rows(source, cfg)
     if args.stage == "sft":
         check_marks(tokenizer, _first_conversations(source, rows))
-    _show_samples(report, source, render, rows, args.samples)
+    _show_samples(report, marked, source, render, rows, args.samples)
     files, lost = judge_tokens(source, cfg, render, render.identity())
     is_bad = Counter({"data/dropped_malformed": len(found.bad)})
     report.quarantined |= {LOST[name]: n for name, n in (lost.counts - is_bad).items()}
@@ -173,8 +178,18 @@ def inspect(
         item = files[index] if files is not None else render_row(source, index, render)
         if not isinstance(item, Dropped):
             lengths.append(len(item[1].input_ids))
-    check_lost_rows(source.name, lost, len(rows), cfg)
+    scale(report, found)
+    check_lost_rows(source.name, found, lost, cfg)
     return found
+
+
+def scale(report: Report, found: Structure) -> None:
+    """Reckon from the rows that were judged to all of them."""
+    if found.is_complete:
+        return
+    share = found.num_rows / found.num_judged
+    report.quarantined = {why: round(n * share) for why, n in report.quarantined.items()}
+    report.kept = report.rows - sum(report.quarantined.values())
 
 
 def _renderer(
@@ -185,8 +200,7 @@ def _renderer(
     if args.stage == "sft":
         limit = SFTConfig.max_length if bounded else NO_LIMIT
         return ExampleRenderer.of(tokenizer, cfg, LossTokens.assistant, limit)
-    limit = OPDConfig.max_prompt_length if bounded else NO_LIMIT
-    return PromptRenderer(tokenizer, limit, cfg.thinking)
+    return PromptRenderer(tokenizer, NO_LIMIT, cfg.thinking)  # a distillation has to name its own
 
 
 def _first_conversations(source: Source, rows: Sequence[int]) -> list[Conversation]:
@@ -196,6 +210,7 @@ def _first_conversations(source: Source, rows: Sequence[int]) -> list[Conversati
 
 def _show_samples(
     report: Report,
+    marked: list[str],
     source: Source,
     render: ExampleRenderer | PromptRenderer,
     rows: Sequence[int],
@@ -214,10 +229,11 @@ def _show_samples(
         learnt = [tokenizer.decode(ids) for ids in stretches(example)]
         text = tokenizer.decode(example.input_ids)
         report.samples.append({"row": row.row, "text": text, "learnt": learnt})
+        marked.append(_marked(tokenizer, example)[:MOST_SHOWN])
 
 
 def _as_text(
-    report: Report, found: Structure | None, lengths: list[int], unit: str
+    report: Report, found: Structure | None, lengths: list[int], marked: list[str], unit: str
 ) -> Iterable[str]:
     """The report for a person."""
     yield f"shape    {report.shape or 'none that is known'}"
@@ -235,9 +251,9 @@ def _as_text(
     if report.ignored_columns:
         yield f"not read {', '.join(report.ignored_columns)}: columns that hold something"
     yield from _histogram(lengths, unit)
-    for sample in report.samples:
+    for sample, text in zip(report.samples, marked, strict=True):
         yield f"--- row {sample['row']}, what is learnt between » and «"
-        yield _marked(sample["text"], sample["learnt"])[:MOST_SHOWN]
+        yield text
 
 
 def _histogram(lengths: list[int], unit: str) -> Iterable[str]:
@@ -254,10 +270,11 @@ def _histogram(lengths: list[int], unit: str) -> Iterable[str]:
         yield f"{bar * width:>9,} - {end} {filled} {counts[bar]:,}"
 
 
-def _marked(text: str, learnt: list[str]) -> str:
-    """Put marks around what is learnt, which stands in the text in this order."""
-    found, rest = "", text
-    for stretch in learnt:
-        before, _, rest = rest.partition(stretch)
-        found += f"{before}»{stretch}«"
-    return found + rest
+def _marked(tokenizer: Tokenizer, example: Example) -> str:
+    """The text with marks around what is learnt."""
+    pairs = zip(example.input_ids, example.loss_mask, strict=True)
+    texts = []
+    for is_learnt, group in groupby(pairs, key=lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _ in group])
+        texts.append(f"»{text}«" if is_learnt else text)
+    return "".join(texts)

@@ -1,15 +1,21 @@
-"""What a launch would otherwise work out again: digests of files, and what the gate found.
+"""Kept from launch to launch: digests of files, distinct rows, and what the gate found.
 
 It lies under $MARCO_TRAIN_CACHE, else ~/.cache/marco_train, and can be deleted at any time.
 """
 
 import json
 import os
+from functools import cache
 from hashlib import file_digest, sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from marco_train.files import replaces
+
+# What decides tokens beside the modules of this folder.
+DECIDING_MODELS = ("chat_template", "tokenizer_files", "hf_io")
+DECIDING_LIBRARIES = ("jinja2", "tokenizers", "transformers")
 
 
 def cache_directory() -> Path:
@@ -53,3 +59,20 @@ def digest_of_file(file: Path) -> str:
         found = file_digest(content, "sha256").hexdigest()
     write_json(name, found)
     return found
+
+
+def digest_of(*parts: Any) -> str:
+    """Digest what something is a function of, beside the code of this package."""
+    said = json.dumps([_code_digest(), *parts], sort_keys=True, default=str)
+    return sha256(said.encode()).hexdigest()
+
+
+@cache
+def _code_digest() -> str:
+    """Of the modules that decide what is kept: what another version kept is of no use."""
+    package = Path(__file__).parents[1]
+    models = (package / "models" / f"{name}.py" for name in DECIDING_MODELS)
+    files = [*sorted(package.glob("data/*.py")), package / "types.py", *models]
+    versions = [f"{name} {version(name)}" for name in DECIDING_LIBRARIES]
+    code = b"".join(file.read_bytes() for file in files)
+    return sha256(code + " ".join(versions).encode()).hexdigest()

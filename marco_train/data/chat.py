@@ -3,6 +3,7 @@
 import json
 import re
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -25,12 +26,13 @@ from marco_train.models.tokenizer_files import (
 from marco_train.types import Conversation, Example, Message, PlainText, TokenRow
 
 CHATML = Path(__file__).with_name("chat_template.jinja")
-# Thinking in the text of an answer; where a prompt opened it, only its end stands there.
+# Thinking in the text of an answer; where a prompt opened it, only its end stands there, on a line
+# of its own, as words about it do not.
 THINKING = re.compile(
     r"\s*<think>(?P<whole>.*?)</think>\s*"
-    r"|(?P<ended>(?:(?!<think>).)*?)</think>\s*"
+    r"|(?P<ended>(?:(?!<think>).)*?)^[ \t]*</think>[ \t]*$\s*"
     r"|\s*<think>(?P<open>.*)",
-    re.DOTALL,
+    re.DOTALL | re.MULTILINE,
 )
 
 
@@ -148,9 +150,9 @@ def _texts(row: Conversation | PlainText) -> Iterator[str]:
         yield message.content
         yield message.reasoning_content
         if message.tool_calls or message.name:
-            yield json.dumps([message.tool_calls, message.name], ensure_ascii=False)
+            yield json.dumps([message.tool_calls, message.name], ensure_ascii=False, default=str)
     if row.tools:
-        yield json.dumps(row.tools, ensure_ascii=False)
+        yield json.dumps(row.tools, ensure_ascii=False, default=str)
 
 
 def with_thinking(
@@ -239,7 +241,7 @@ def render_example(
     """
     rendered = tokenizer.render(conversation.messages, conversation.tools)
     text, asked = rendered.text, conversation.asked
-    _check_tools(text, conversation)
+    _check_shown(rendered, conversation.messages, conversation.tools)
     cuts = [place for answer in rendered.answers for place in answer]
     if asked and len(asked) < len(conversation.messages):
         prompt = tokenizer.render(asked, conversation.tools, open_answer=True).text
@@ -308,21 +310,33 @@ def _exempt(
     return {stretch[place] for place in exempt}
 
 
-def _check_tools(text: str, conversation: Conversation) -> None:
-    """Refuse a template that leaves out the tools, or the calls that are to be learnt.
+def _check_shown(rendered: Rendered, messages: Sequence[Message], tools: Sequence[Any]) -> None:
+    """Refuse a template that leaves out a turn, a tool, or a call that is to be learnt.
 
     Raises:
-        InputError: Names the first function that is missing.
+        InputError: Names what is missing.
     """
-    calls = (call for message in conversation.messages for call in message.tool_calls)
-    for what, functions in (("calls of tools", calls), ("tools", conversation.tools)):
-        for each in functions:
-            name = each["function"]["name"]
+    fix = "take one that renders them, as with model.chat_template=chatml"
+    for tool in tools:
+        name = tool["function"]["name"]
+        require(name in rendered.text, f"the chat template leaves out tools ({name!r}): {fix}")
+    answers = [message for message in messages if message.role == "assistant"]
+    stretches = [rendered.text[slice(*answer)] for answer in rendered.answers]
+    if len(stretches) != len(answers):  # it cannot be told which is whose
+        stretches = [rendered.text] * len(answers)
+    for message, stretch in zip(answers, stretches, strict=True):
+        called = Counter(call["function"]["name"] for call in message.tool_calls)
+        for name, count in called.items():
             require(
-                name in text,
-                f"the chat template leaves out {what} ({name!r}): take one that renders them, as "
-                "with model.chat_template=chatml",
+                stretch.count(name) >= count,
+                f"the chat template leaves out calls of tools ({name!r}): {fix}",
             )
+    for message in messages:
+        require(
+            message.role == "assistant" or message.content.strip() in rendered.text,
+            f"the chat template leaves out a {message.role} turn ({message.content[:40]!r}), or "
+            f"writes it otherwise: {fix}",
+        )
 
 
 def render_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]:
@@ -332,7 +346,7 @@ def render_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
         InputError: The template cannot render it, or gives no token.
     """
     rendered = tokenizer.render(conversation.asked, conversation.tools, open_answer=True)
-    _check_tools(rendered.text, replace(conversation, messages=conversation.asked))
+    _check_shown(rendered, conversation.asked, conversation.tools)
     cuts = [place for answer in rendered.answers for place in answer]
     ids, _ = tokenizer.encoder.encode(rendered.text, cuts)
     require(len(ids) > 0, "the chat template renders nothing of it")

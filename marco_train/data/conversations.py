@@ -1,16 +1,18 @@
 """The rows of one dataset as conversations."""
 
 import re
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from marco_train.config.data import SourceConfig
+from marco_train.data.cache import digest_of, read_json, write_json
 from marco_train.data.duplicates import distinct_rows
-from marco_train.data.formats import Format, Reading
+from marco_train.data.formats import STANDARD_COLUMNS, Format, Reading
 from marco_train.data.sources import open_rows
-from marco_train.data.turns import MOST_KEPT, RowError
-from marco_train.errors import InputError
+from marco_train.data.turns import MOST_SHOWN, RowError
+from marco_train.errors import InputError, require
 from marco_train.types import Conversation, PlainText, TokenRow, UsableRow
 
 # ISO 639 with what BCP 47 and FLORES add: de, zh-Hans, pt_BR, eng_Latn.
@@ -50,15 +52,32 @@ class Source:
         """
         self.name = name
         self._cfg = cfg
+        unknown = sorted(cfg.columns.keys() - STANDARD_COLUMNS)
+        require(
+            not unknown,
+            f"data.sources.{name}.columns names {', '.join(unknown)}; it maps one of "
+            f"{', '.join(sorted(STANDARD_COLUMNS))}",
+        )
         self._rows = open_rows(name, cfg)
         self._format = Format(
             dict(cfg.columns), {own.lower(): role for own, role in cfg.roles.items()}
         )
         self._kept: Sequence[int] = range(len(self._rows))
         if cfg.unique_prompts or cfg.near_duplicates is not None:
-            self._kept = distinct_rows(self._rows, self._format, cfg.near_duplicates)
+            self._kept = self._distinct()
         if not len(self._kept):
             raise InputError(f"source {name!r} ({cfg.path}) has no rows")
+
+    def _distinct(self) -> Sequence[int]:
+        """Rows of distinct prompts, worked out once."""
+        cfg = self._cfg
+        read_by = [dict(cfg.columns), dict(cfg.roles), cfg.near_duplicates]
+        name = f"distinct-{digest_of(self._rows.digest, read_by)}"
+        kept = read_json(name)
+        if kept is None:
+            kept = list(distinct_rows(self._rows, self._format, self._cfg.near_duplicates))
+            write_json(name, kept)
+        return array("q", kept)
 
     def keep_first(self, num_rows: int) -> None:
         """Leave out all rows but the first."""
@@ -83,6 +102,13 @@ class Source:
         unique = (cfg.unique_prompts, cfg.near_duplicates)
         return [self.fingerprint, list(unique), dict(cfg.columns), dict(cfg.roles), labels]
 
+    def begins(self, row: int) -> str:
+        """What a row begins with, by its place in the dataset."""
+        try:
+            return repr(self._rows[row])[:MOST_SHOWN]
+        except RowError as fault:
+            return fault.begins
+
     def raw(self, index: int) -> Any:
         """What a row holds, or the RowError that says why nothing can be read of it."""
         try:
@@ -103,7 +129,7 @@ class Source:
                 raise found
             reading = self._format.read(found)
         except RowError as fault:
-            begins = fault.begins or repr(found)[:MOST_KEPT]
+            begins = fault.begins or repr(found)[:MOST_SHOWN]
             return BadRow(self.name, place, fault.kind, str(fault), begins), None, found
         language = found.get(self._cfg.columns.get("language", "language"))
         labels: dict[str, Any] = {

@@ -21,7 +21,7 @@ from marco_train.types import Message
 
 CHATS = ("messages", "conversations", "conversation", "dialogue", "dialog")
 SYSTEM_COLUMNS = ("system", "system_prompt")
-MASKS = ("loss_mask", "assistant_masks", "completion_mask")
+MASKS = ("loss_mask", "assistant_masks", "assistant_mask", "completion_mask")
 MEDIA = ("images", "image", "videos", "video", "audio", "audios")
 NO_LOSS = -100  # of a label
 # Columns that look like content; where a shape does not use one, the user hears of it.
@@ -30,9 +30,15 @@ CONTENT_COLUMNS = {
     *SYSTEM_COLUMNS,
     *("prompt", "completion", "response", "responses", "output", "answer", "chosen", "rejected"),
     *("instruction", "input", "context", "question", "text", "input_ids", "labels"),
-    *("tools", "functions", "reasoning_content", "reasoning", "thinking", "solution"),
+    *("tools", "functions", "reasoning_content", "reasoning", "thinking", "solution", "problem"),
+    *("query", "answers", "history", "choices", "options", "documents", "chat_template_kwargs"),
+    *("label", *MASKS),
     "responses_create_params",
 }
+
+
+STANDARD_COLUMNS = CONTENT_COLUMNS | {"language", "verifier", "attention_mask"}
+"""Names that `SourceConfig.columns` gives to columns of other names."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,12 @@ class Format:
         Raises:
             RowError: It is of no shape, of two that differ, or its content is at fault.
         """
+        try:
+            return self._read(row)
+        except RecursionError as error:
+            raise RowError("nested too deep", "the row's values are nested too deep") from error
+
+    def _read(self, row: Any) -> Reading:
         if not isinstance(row, Mapping):
             raise RowError("no object", f"the row is {shown(row)}, not an object with columns")
         named = self._named(row)
@@ -88,9 +100,11 @@ class Format:
                 f"known among {sorted(map(str, row))}; "
                 "data.sources.<name>.columns.messages=<own name> maps others",
             )
-        first, *others = (READERS[shape](named, self.roles) for shape in shapes[:2])
+        first, *others = (READERS[shape](named, self.roles) for shape in shapes)
         for other in others:
             first = _one_of(first, other)
+        if isinstance(named.get("label"), bool):  # rated alone, neither to be learnt as it stands
+            first = Reading(**{**vars(first), "shape": "preference"})
         used = {self.columns.get(name, name) for name in first.used}
         return Reading(**{**vars(first), "used": frozenset(used)})
 
@@ -128,7 +142,7 @@ def _shapes_of(row: Mapping[str, Any]) -> list[str]:
         return [*found, "responses_create_params"]
     if _holds(row, "chosen") and _holds(row, "rejected"):
         return found or ["preference"]
-    for name in ("prompt", "instruction", "question"):
+    for name in ("prompt", "instruction", "question", "query", "problem"):
         if _holds(row, name):
             found.append(name)
     if found:
@@ -250,10 +264,14 @@ def _read_answered(
                 more = Message(last.role, f"{last.content}\n\n{added.content}")
                 messages = (*messages[:-1], more)
                 used.add(name)
-        answer = next((name for name in answers if row.get(name) is not None), None)
+        if _holds(row, "history"):
+            messages = (*_read_history(row["history"], roles), *messages)
+            used.add("history")
+        given = [name for name in answers if row.get(name) is not None]
+        answer = next((name for name in given if row[name] != ""), next(iter(given), None))
         if answer is not None:
             used.add(answer)
-            messages += _read_answer(row[answer], roles)
+            messages += _read_answer(answer, row[answer], roles)
         messages = _with_system(row, messages, used)
         tools = _tools_of(row, None, used)
         name = shape if shape == "alpaca" or answer is None else f"{question}+{answer}"
@@ -262,7 +280,23 @@ def _read_answered(
     return read
 
 
-def _read_answer(answer: Any, roles: Mapping[str, str]) -> tuple[Message, ...]:
+def _read_history(history: Any, roles: Mapping[str, str]) -> tuple[Message, ...]:
+    """Read what was said before: pairs of a question and its answer, or turns."""
+    turns: list[Any] = []
+    for each in history if isinstance(history, list) else [history]:
+        if isinstance(each, list) and len(each) == 2:
+            turns += [
+                {"role": "user", "content": each[0]},
+                {"role": "assistant", "content": each[1]},
+            ]
+        else:
+            turns.append(each)
+    return read_turns(turns, roles)
+
+
+def _read_answer(column: str, answer: Any, roles: Mapping[str, str]) -> tuple[Message, ...]:
+    if not isinstance(answer, str | list):
+        raise RowError("content that is not text", f"{column} is {shown(answer)}, not text")
     if isinstance(answer, list) and answer and isinstance(answer[0], str):
         raise RowError(
             "several answers", f"the answer {shown(answer)} is a list of texts: choose one"
@@ -274,17 +308,27 @@ def _read_answer(answer: Any, roles: Mapping[str, str]) -> tuple[Message, ...]:
 
 def _read_preference(row: Mapping[str, Any], roles: Mapping[str, str]) -> Reading:
     """Read the question of two rated answers; neither is what a model should learn by itself."""
-    if _holds(row, "prompt"):
-        messages = read_turns(row["prompt"], roles)
+    asked = [name for name in ("prompt", "question", "instruction") if _holds(row, name)]
+    used = {"chosen", "rejected", *asked[:1]}
+    if asked:
+        messages = read_turns(row[asked[0]], roles)
+    elif isinstance(row["chosen"], str) and parsed_turns(row["chosen"]) is None:
+        raise RowError(
+            "no question", "chosen is text without a question: no column prompt stands beside it"
+        )
     else:
         chosen = read_turns(row["chosen"], roles)
         messages = chosen[:-1] if len(chosen) > 1 else chosen
-    used = {"prompt", "chosen", "rejected"}
     messages = _with_system(row, messages, used)
     return Reading("preference", messages, _tools_of(row, None, used), used=frozenset(used))
 
 
 def _read_text(row: Mapping[str, Any], _: Mapping[str, str]) -> Reading:
+    if isinstance(row.get("role"), str):
+        raise RowError(
+            "one turn of a chat",
+            "text and role are one turn of a conversation: join its turns first",
+        )
     if not isinstance(row["text"], str):
         raise RowError("content that is not text", f"text is {shown(row['text'])}, not text")
     (said,) = read_turns([{"role": "user", "content": row["text"]}], {})
@@ -313,6 +357,8 @@ def _read_tokens(row: Mapping[str, Any], _: Mapping[str, str]) -> Reading:
         used.add(given)
         if not isinstance(row[given], list) or len(row[given]) != len(ids):
             raise RowError("tokens at fault", f"{given} and input_ids differ in length")
+        if not all(flag in (0, 1) for flag in row[given]):
+            raise RowError("tokens at fault", f"{given} holds other values than 0 and 1")
         mask = [bool(flag) for flag in row[given]]
     attended = row.get("attention_mask")
     if isinstance(attended, list) and len(attended) == len(ids):  # padding is no token
@@ -331,9 +377,16 @@ READERS: dict[str, Reader] = {
     "preference": _read_preference,
     "prompt": _read_answered("prompt", ("completion", "response"), "prompt"),
     "instruction": _read_answered(
-        "instruction", ("output", "response", "completion"), "alpaca", ("input", "context")
+        "instruction",
+        ("output", "response", "completion", "answer"),
+        "alpaca",
+        ("input", "context"),
     ),
-    "question": _read_answered("question", ("answer", "response", "output"), "question"),
+    "question": _read_answered(
+        "question", ("answer", "response", "output"), "question", extra=("context",)
+    ),
+    "query": _read_answered("query", ("response", "answer"), "query"),
+    "problem": _read_answered("problem", ("solution",), "problem"),
     "input_ids": _read_tokens,
     "text": _read_text,
 }
@@ -345,6 +398,8 @@ KEY_COLUMNS: dict[str, set[str]] = {
     "prompt": {"prompt", "completion", "response"},
     "instruction": {"instruction", "output", "input"},
     "question": {"question", "answer"},
+    "query": {"query"},
+    "problem": {"problem", "solution"},
     "input_ids": {"input_ids", "labels", *MASKS},
     "text": {"text"},
 }

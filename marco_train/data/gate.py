@@ -1,7 +1,7 @@
 """The gate: the rows of a run are judged before its first step.
 
 Two passes over the rows of a source, shared by the ranks. *Structure*: is each row a chat, of which
-shape, and which columns does nobody read. *Tokens*: what the template and the stage's limits make
+shape, and which columns are not read. *Tokens*: what the template and the stage's limits make
 of it; the token ids are kept, so that nothing is tokenised twice. Both are kept under the source's
 digest. Of a large source a sample is judged, and the rest where it is drawn.
 """
@@ -10,18 +10,16 @@ import json
 from collections import ChainMap, Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from marco_train.config.data import DataConfig
-from marco_train.data.cache import read_json, write_json
+from marco_train.data.cache import digest_of, read_json, write_json
 from marco_train.data.conversations import BadRow, Source
 from marco_train.data.drops import MALFORMED, Dropped
 from marco_train.data.formats import ignored_columns
-from marco_train.data.tokens import Render, TokenFiles, render_row, token_files
-from marco_train.data.turns import MOST_KEPT
+from marco_train.data.tokens import LostRows, Render, TokenFiles, render_row, token_files
+from marco_train.data.turns import MOST_SHOWN
 from marco_train.distributed import gather_objects, is_main, rank, world_size
 from marco_train.errors import InputError
 from marco_train.files import replaces
@@ -155,19 +153,9 @@ def check_bad_rows(name: str, found: Structure, cfg: DataConfig) -> None:
     )
 
 
-@dataclass
-class Losses:
-    """Which rows of a source a stage cannot use."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    """By the metric that counts them."""
-    reasons: dict[int, str] = field(default_factory=dict)
-    """What is wrong with those that cannot be rendered, by index."""
-
-
 def judge_tokens(
     source: Source, cfg: DataConfig, render: Render, decided_by: Sequence[Any]
-) -> tuple[TokenFiles | None, Losses]:
+) -> tuple[TokenFiles | None, LostRows]:
     """Judge what the template and the stage make of a source's rows; every rank takes part.
 
     Args:
@@ -183,12 +171,10 @@ def judge_tokens(
     mine = rows[rank() :: world_size()]
     if len(rows) == len(source):
         name = digest_of(source.identity, len(source), decided_by)
-        found = token_files(source, shown_progress(mine, source.name), render, name)
-        counted = Losses(Counter(found.counts), found.reasons) if found is not None else None
-        counted = gather_objects(counted)[0]  # of all rows, on any rank
+        found, counted = token_files(source, shown_progress(mine, source.name), render, name)
         if counted is not None:
             return found, counted
-    lost = Losses()
+    lost = LostRows()
     for index in shown_progress(mine, source.name):
         item = render_row(source, index, render)
         if isinstance(item, Dropped):
@@ -197,29 +183,32 @@ def judge_tokens(
                 lost.reasons[index] = item.reason
     shares = gather_objects(lost)
     total = sum((share.counts for share in shares), Counter[str]())
-    return None, Losses(total, dict(ChainMap(*(share.reasons for share in shares))))
+    return None, LostRows(total, dict(ChainMap(*(share.reasons for share in shares))))
 
 
-def check_lost_rows(name: str, lost: Losses, num_judged: int, cfg: DataConfig) -> None:
+def check_lost_rows(name: str, found: Structure, lost: LostRows, cfg: DataConfig) -> None:
     """Refuse a source of which the stage cannot use enough.
 
     Raises:
         InputError: Says how many rows which metric would count.
     """
-    num_lost = sum(lost.counts.values())
+    num_lost, num_judged = sum(lost.counts.values()), found.num_judged
     if num_lost <= cfg.max_lost_rows * num_judged:
         return
     said = ", ".join(f"{count} {metric}" for metric, count in sorted(lost.counts.items()))
     if lost.reasons:
         said += f"; the first of those at fault: {lost.reasons[min(lost.reasons)]}"
+    if found.ignored:
+        said += f"; columns that are not read: {', '.join(sorted(found.ignored))}"
     raise InputError(
         f"source {name!r}: this stage can use {num_judged - num_lost} of {num_judged} rows, and "
-        f"may lose a share of {cfg.max_lost_rows:g} ({said}): mend the rows, raise the stage's "
-        "limit on their length, or raise data.max_lost_rows"
+        f"may lose a share of {cfg.max_lost_rows:g} ({said}): mend the rows, name the "
+        f"column of the answer with data.sources.{name}.columns.response, raise the stage's limit "
+        "on their length, or raise data.max_lost_rows"
     )
 
 
-def describe(name: str, found: Structure, lost: Losses) -> list[str]:
+def describe(name: str, found: Structure, lost: LostRows) -> list[str]:
     """Say what was found of a source, in a line or two."""
     shapes = ", ".join(
         shape if count == found.num_judged - len(found.bad) else f"{shape} ({count:,})"
@@ -239,14 +228,14 @@ def describe(name: str, found: Structure, lost: Losses) -> list[str]:
     return lines
 
 
-def unrendered(source: Source, found: Structure, lost: Losses) -> list[dict[str, Any]]:
+def unrendered(source: Source, found: Structure, lost: LostRows) -> list[dict[str, Any]]:
     """Rows that are chats and cannot be rendered, as lines of the quarantine."""
     known = {row["row"] for row in found.bad}
     lines = []
     for index, reason in sorted(lost.reasons.items()):
         row, _, columns = source.read(index)
         if row.row not in known:
-            begins = repr(columns)[:MOST_KEPT]
+            begins = repr(columns)[:MOST_SHOWN]
             lines.append(
                 {"source": source.name, "row": row.row, "reason": reason, "begins": begins}
             )
@@ -265,15 +254,8 @@ def write_quarantine(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
             lines.write(json.dumps(kept, ensure_ascii=True) + "\n")
 
 
-def digest_of(*parts: Any) -> str:
-    """Digest what something is a function of, beside the code of this package."""
-    said = json.dumps([_code_digest(), *parts], sort_keys=True, default=str)
-    return sha256(said.encode()).hexdigest()
-
-
-@cache
-def _code_digest() -> str:
-    """Of the modules that decide what is kept: what another version kept is of no use."""
-    package = Path(__file__).parents[1]
-    files = [*sorted(package.glob("data/*.py")), package / "models" / "chat_template.py"]
-    return sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+def add_to_quarantine(file: Path, source: Source, drop: Dropped) -> None:
+    """Write down a row that was found at fault after the first step, once a rank and epoch."""
+    line = {"source": drop.source, "row": drop.row, "reason": drop.reason}
+    with file.open("a", encoding="utf-8") as lines:
+        lines.write(json.dumps(line | {"begins": source.begins(drop.row)}) + "\n")

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from marco_train.config.data import DataConfig, OnChange, SourceConfig
+from marco_train.config.data import DataConfig, OnChange, SourceConfig, Thinking
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resume import ResumeChange
 from marco_train.config.resumption import field_difference
@@ -15,8 +15,7 @@ from marco_train.config.sft import LossTokens, SFTConfig, num_sft_steps
 from marco_train.data.chat import (
     Tokenizer,
     check_marks,
-    holds_control_tokens,
-    render_prompt,
+    with_thinking,
 )
 from marco_train.data.drops import DROPS, Dropped, Tally
 from marco_train.data.packing import pack_examples
@@ -305,6 +304,11 @@ class PromptLoader(_Loader):
     def __next__(self) -> list[Prompt]:
         return [make_prompt(index, row, example) for index, row, example in self._next_share()]
 
+    @property
+    def knows_all_groups(self) -> bool:
+        """Whether `groups` are those of all rows, and not of a sample of a large source."""
+        return self._stream.is_all_judged
+
     def groups(self) -> set[str]:
         """Names of the groups of rollouts that these prompts give, as `category_math`."""
         by_category = (prompt_groups(name, "") for name in self._stream.categories())
@@ -341,11 +345,10 @@ class PromptLoader(_Loader):
         Those that are dropped are left out.
         """
         for index in range(NUM_FIRST):
-            found = self._stream[index]
-            if not isinstance(found, Conversation) or not is_wanted(found):
+            found, item = self._stream[index], self._stream.tokens(index, self._render)
+            if isinstance(item, Dropped) or not isinstance(found, Conversation):
                 continue
-            item = self._stream.tokens(index, self._render)
-            if not isinstance(item, Dropped):
+            if is_wanted(found):  # asked of those alone that are used
                 yield self._prompts.prepared(found), make_prompt(index, *item)
 
     def held_out(self, count: int) -> list[Prompt]:
@@ -406,27 +409,28 @@ class Question:
 
 
 def held_out_questions(
-    sources: dict[str, SourceConfig], count: int, max_prompt_length: int, tokenizer: Tokenizer
+    sources: dict[str, SourceConfig],
+    count: int,
+    max_prompt_length: int,
+    tokenizer: Tokenizer,
+    thinking: Thinking = Thinking.keep,
 ) -> list[Question]:
     """Render the same questions on every rank; rows at fault are dropped. All ranks take part.
 
     Raises:
         InputError: None of them can be used, or the template reads not all of its arguments.
     """
+    prompts = PromptRenderer(tokenizer, max_prompt_length, thinking)
 
-    def render(index: int, conversation: UsableRow) -> Question | str:
-        if not isinstance(conversation, Conversation):
-            raise InputError("the row has no turns, so nothing can be asked")
-        asked, answers = conversation.asked, conversation.messages[len(conversation.asked) :]
-        if not asked or not answers:
+    def render(index: int, row: UsableRow) -> Question | str:
+        if not isinstance(row, Conversation) or not row.asked or row.asked == row.messages:
             raise InputError("the row is no question with its answer")
-        if holds_control_tokens(tokenizer, conversation):
-            return "data/dropped_special"
-        input_ids = render_prompt(tokenizer, conversation)
-        if len(input_ids) > max_prompt_length:
-            return "data/dropped_too_long"
-        prompt = make_prompt(index, conversation, Example(input_ids, []))
-        return Question(prompt, asked[-1].content, answers[-1].content, conversation.verifier)
+        tokens = prompts(row)
+        if isinstance(tokens, str):
+            return tokens
+        answer = with_thinking(tokenizer, row, Thinking.strip).messages[-1]
+        prompt = make_prompt(index, row, tokens)
+        return Question(prompt, row.asked[-1].content, answer.content, row.verifier)
 
     check_template_kwargs([tokenizer.chat_template], tokenizer.template_kwargs)
     shares = gather_objects(held_out_share(sources, count, render))

@@ -16,7 +16,7 @@ from marco_train.errors import InputError
 from marco_train.types import Conversation, Example, Message, TokenRow, UsableRow
 
 PREFERENCE = (
-    "the row holds two rated answers, chosen and rejected, and SFT would learn one as if it were "
+    "the row holds answers that are rated, and SFT would learn a rejected one as if it were "
     "right: choose it with data.sources.<name>.columns.messages=chosen, or with .response=chosen "
     "beside a prompt"
 )

@@ -1,7 +1,8 @@
 """Rows of datasets where they lie: JSON lines, JSON arrays, Parquet and Arrow files, and the hub.
 
 Files stay on disk: JSON lines are mapped into memory and parsed row by row, others become Arrow
-tables that are mapped as well. So a source costs memory by its number of rows, not by its size.
+tables that are mapped as well. So a source costs memory by its number of rows, not by its size; a
+JSON array is read whole once, and then lies on disk as lines.
 """
 
 import glob
@@ -13,6 +14,7 @@ import tempfile
 import zlib
 from bisect import bisect_right
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from functools import cached_property
 from hashlib import sha256
 from itertools import accumulate
@@ -22,16 +24,24 @@ from typing import IO, Any, Protocol
 import numpy as np
 
 from marco_train.config.data import SourceConfig, SourceKind
-from marco_train.data.cache import digest_of_file
-from marco_train.data.turns import MOST_KEPT, RowError
+from marco_train.data.cache import digest_of_file, read_json, write_json
+from marco_train.data.turns import MOST_SHOWN, RowError
 from marco_train.errors import InputError
 
 GZIP, ZSTD, PARQUET, ARROW = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1"
+NO_ROWS = {
+    b"PK\x03\x04": "a zip file: unpack it",
+    b"\xff\xfe": "UTF-16: save it as UTF-8",
+    b"\xfe\xff": "UTF-16: save it as UTF-8",
+}
+SPLITS = ("train", "validation", "valid", "test", "dev", "eval")
 SUFFIXES = (".jsonl", ".json", ".ndjson", ".parquet", ".arrow")
-PACKED = (".gz", ".zst", "")
+PACKED = (".gz", ".zst")
+OF_DATASETS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 # Rows that are digested together; to change it changes every digest.
 ROWS_TOGETHER = 1000
 CHUNK = 2**24  # bytes that are searched for ends of lines together
+BEFORE_ITEM, END_OF_ARRAY = re.compile(r"[\s,]*"), re.compile(r"[\s,]*(\]|\Z)")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
@@ -61,9 +71,16 @@ def open_rows(name: str, cfg: SourceConfig) -> Rows:
     Raises:
         InputError: There is nothing, or it cannot be read.
     """
+    try:
+        return _open_rows(name, cfg)
+    except OSError as error:
+        raise InputError(f"source {name!r}: {cfg.path!r} cannot be read: {error}") from error
+
+
+def _open_rows(name: str, cfg: SourceConfig) -> Rows:
     if cfg.kind is SourceKind.hub:
         return _open_hub(name, cfg)
-    files = _files(cfg.path)
+    files = _files(cfg.path, cfg.split)
     if files:
         opened = [_open_file(name, file, cfg.kind) for file in files]
         return opened[0] if len(opened) == 1 else _Shards(opened)
@@ -77,33 +94,59 @@ def open_rows(name: str, cfg: SourceConfig) -> Rows:
     )
 
 
-def _files(path: str) -> list[Path]:
-    """The files of a path, of a directory and those below it, or of a pattern; in order."""
+def _files(path: str, split: str) -> list[Path]:
+    """The files of a path, of a directory and those below it, or of a pattern; in order.
+
+    Of a directory whose files name several splits, those of one.
+    """
     if Path(path).is_file():
         return [Path(path)]
-    if Path(path).is_dir():
-        if (Path(path) / "state.json").is_file():  # of datasets' save_to_disk
-            return sorted(Path(path).glob("*.arrow"))
-        found = Path(path).rglob("*")
+    root = Path(path)
+    if root.is_dir():
+        found = [file for file in root.rglob("*") if _may_hold_rows(file, file.relative_to(root))]
     elif glob.has_magic(path):
-        return sorted(
-            Path(file) for file in glob.glob(path, recursive=True) if Path(file).is_file()
-        )
+        found = [Path(file) for file in glob.glob(path, recursive=True) if Path(file).is_file()]
+        of_rows = [file for file in found if _may_hold_rows(file, Path(file.name))]
+        return sorted(of_rows or found)
     else:
         return []
-    endings = tuple(suffix + packed for suffix in SUFFIXES for packed in PACKED)
+    split_of = {file: _split_of(file.relative_to(root)) for file in found}
+    splits = set(split_of.values()) - {""}
+    if len(splits) > 1:
+        if split not in splits:
+            raise InputError(f"{path} has the splits {sorted(splits)}, and none called {split!r}")
+        found = [file for file in found if split_of[file] in ("", split)]
+    unpacked = set(found)  # of what lies there packed as well, one file counts
     return sorted(
-        file
-        for file in found
-        if file.name.endswith(endings) and file.is_file() and not file.name.startswith((".", "_"))
-        if file.name not in ("dataset_info.json", "dataset_infos.json", "state.json")
+        file for file in found if file.suffix not in PACKED or file.with_suffix("") not in unpacked
     )
+
+
+def _may_hold_rows(file: Path, below: Path) -> bool:
+    """Whether a file below a directory is one of rows, by its name."""
+    endings = tuple(suffix + packed for suffix in SUFFIXES for packed in ("", *PACKED))
+    return (
+        file.name.endswith(endings)
+        and file.is_file()
+        and not any(part.startswith((".", "_")) for part in below.parts)
+        and not (file.suffix == ".arrow" and file.name.startswith("cache-"))
+        and file.name not in OF_DATASETS
+    )
+
+
+def _split_of(below: Path) -> str:
+    """The split that a path names, as data/train-00000-of-00002.parquet does; else none."""
+    words = re.split(r"[^a-z]+", str(below).lower())
+    return next((word for word in words if word in SPLITS), "")
 
 
 def _open_file(name: str, file: Path, kind: SourceKind) -> Rows:
     """Open a file by what it holds, whatever it is called."""
     with file.open("rb") as content:
         begins = content.read(8)
+    for sign, what in NO_ROWS.items():
+        if begins.startswith(sign):
+            raise InputError(f"source {name!r}: {str(file)!r} is {what}")
     if begins.startswith((PARQUET, ARROW)) or file.suffix == ".arrow":
         return _open_table(name, file, "parquet" if begins.startswith(PARQUET) else "arrow")
     if kind is SourceKind.parquet:
@@ -118,7 +161,7 @@ def _open_table(name: str, file: Path, builder: str) -> Rows:
     try:
         # `datasets` knows a file by its path and time; the name makes it read other bytes anew.
         found = datasets.load_dataset(
-            builder, f"rows-{digest}", data_files=str(file), split="train"
+            builder, f"rows-{digest}", data_files=glob.escape(str(file)), split="train"
         )
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"source {name!r}: {file} cannot be read: {_why(error)}") from error
@@ -152,13 +195,14 @@ class _Table:
 
     def __init__(self, table: Any, digest: str) -> None:
         self._table = table
+        self._arrow = table.with_format("arrow")  # which decodes no images and no sound
         self._digest = digest
 
     def __len__(self) -> int:
         return len(self._table)
 
     def __getitem__(self, row: int) -> Any:
-        return self._table[row]
+        return self._arrow[row : row + 1].to_pylist()[0]
 
     def walk(self, columns: Collection[str]) -> Iterator[Any]:
         """All rows in order, with some of their columns."""
@@ -170,8 +214,14 @@ class _Table:
     @cached_property
     def digest(self) -> str:
         """Of the file; else of what the rows say, however the files of the hub are cut."""
-        if self._digest:
-            return self._digest
+        if not self._digest:
+            # Of the library's own making: a function of files, times and revision.
+            known = f"hub-{sha256(self._table._fingerprint.encode()).hexdigest()}"
+            self._digest = read_json(known) or self._digest_of_rows()
+            write_json(known, self._digest)
+        return self._digest
+
+    def _digest_of_rows(self) -> str:
         import pyarrow as pa
 
         digest = sha256()
@@ -238,7 +288,7 @@ class _JsonLines:
             kind, why = "not UTF-8", f"{error.reason}, byte {byte:#04x}; save the file as UTF-8"
         except (ValueError, RecursionError) as error:
             kind, why = "not JSON", str(error)
-        begins = line[:MOST_KEPT].decode("utf-8", "replace")
+        begins = line[:MOST_SHOWN].decode("utf-8", "replace")
         raise RowError(kind, f"{self._file}, line {self._numbers[row]}: {kind} ({why})", begins)
 
     def walk(self, columns: Collection[str]) -> Iterator[Any]:
@@ -280,6 +330,8 @@ def _unpacked(file: Path, *, is_gzip: bool) -> Any:
             with _opened(file, kind) as content:
                 _copy(content, unpacked)
         except (OSError, EOFError, zlib.error) as error:
+            if isinstance(error, OSError) and error.errno is not None:  # as a disk that is full
+                raise
             raise InputError(f"{file} is no whole {kind} file ({error}); fetch it again") from error
         return _mapped(unpacked)
 
@@ -299,15 +351,32 @@ def _copy(content: Any, target: IO[bytes]) -> None:
 
 
 def _lines_of_array(content: Any) -> Any:
-    """Write each row of a JSON array as a line; what is no such array stays as it is."""
-    try:
-        rows = json.loads(bytes(content).decode("utf-8-sig"), object_pairs_hook=_object)
-    except (ValueError, RecursionError):
-        return content
-    if not isinstance(rows, list):
-        return content
+    """Write each row of a JSON array as a line; lines of which the first is an array stay.
+
+    From where it is no JSON on, the rest of an array is one line at fault. Bytes that are not UTF-8
+    become halves of surrogate pairs, of which the row is told.
+    """
+    text = bytes(content).decode("utf-8-sig", "surrogateescape")
+    first_line = text.lstrip().partition("\n")[0]
+    with suppress(ValueError, RecursionError):
+        json.loads(first_line)
+        if len(first_line.strip()) < len(text.strip()):
+            return content
+    decoder, at = json.JSONDecoder(), text.index("[") + 1
     with tempfile.TemporaryFile() as lines:
-        lines.writelines(json.dumps(row).encode() + b"\n" for row in rows)
+        while not (end := END_OF_ARRAY.match(text, at)):
+            before = BEFORE_ITEM.match(text, at)
+            at = before.end() if before else at
+            try:
+                row, at = decoder.raw_decode(text, at)
+            except (ValueError, RecursionError):
+                break
+            lines.write(json.dumps(row).encode() + b"\n")
+        rest = text[at : at + MOST_SHOWN] if end is None else text[end.end() :].strip()[:MOST_SHOWN]
+        if end is not None and end[1] != "]":
+            rest = "the array is cut off"
+        if rest:
+            lines.write(" ".join(rest.split()).encode("utf-8", "replace") + b"\n")
         lines.flush()
         return _mapped(lines)
 

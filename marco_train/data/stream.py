@@ -9,6 +9,7 @@ from marco_train.data.conversations import BadRow, Source
 from marco_train.data.drops import MALFORMED, Dropped
 from marco_train.data.gate import (
     Structure,
+    add_to_quarantine,
     check_bad_rows,
     check_lost_rows,
     describe,
@@ -36,6 +37,7 @@ class ConversationStream:
         self, sources: Mapping[str, SourceConfig], num_rows: int | None, seed: int
     ) -> None:
         self.sources = {name: Source(name, cfg) for name, cfg in sorted(sources.items())}
+        self._given_weights = {name: sources[name].weight for name in self.sources}
         weights = exact_weights(
             {name: sources[name].weight for name in self.sources},
             {name: len(source) for name, source in self.sources.items()},
@@ -46,6 +48,7 @@ class ConversationStream:
         sizes = {name: len(source) for name, source in self.sources.items()}
         self._mixture = Mixture(sizes, weights, seed)
         self._named: set[tuple[str, int]] = set()
+        self._quarantine: Path | None = None
         self._structures: dict[str, Structure] = {}
         self._token_files: dict[str, TokenFiles] = {}
 
@@ -67,6 +70,7 @@ class ConversationStream:
         Raises:
             InputError: Too many rows of a source are at fault, or of no use.
         """
+        self._quarantine = quarantine
         for name, source in self.sources.items():
             self._structures[name] = judge_structure(source, cfg)
         at_fault = [row for structure in self._structures.values() for row in structure.bad]
@@ -84,7 +88,7 @@ class ConversationStream:
                 at_fault += unrendered(source, self._structures[name], lost)
             if quarantine is not None and is_main():
                 write_quarantine(quarantine, at_fault)
-            check_lost_rows(name, lost, self._structures[name].num_judged, cfg)
+            check_lost_rows(name, self._structures[name], lost, cfg)
 
     def tokens(self, index: int, render: Render) -> tuple[Row, Example] | Dropped:
         """The tokens of a sample, unless it is dropped; `render` is what it was judged with."""
@@ -116,7 +120,12 @@ class ConversationStream:
     def name_malformed(self, drop: Dropped) -> None:
         """Say which rows are at fault, each once and the first of them only."""
         place = (drop.source, drop.row)
-        if drop.metric != MALFORMED or place in self._named or len(self._named) == MOST_NAMED:
+        if drop.metric != MALFORMED or place in self._named:
+            return
+        structure = self._structures.get(drop.source)
+        if self._quarantine is not None and structure is not None and not structure.is_complete:
+            add_to_quarantine(self._quarantine, self.sources[drop.source], drop)
+        if len(self._named) == MOST_NAMED:
             return
         self._named.add(place)
         log_line(f"dropped {drop.place}: {drop.reason}")
@@ -154,7 +163,7 @@ class ConversationStream:
         return {
             "rows": {name: source.fingerprint[:16] for name, source in self.sources.items()},
             "mixture": {
-                name: {"rows": len(source), "weight": float(self._mixture.weights[name])}
+                name: {"rows": len(source), "weight": self._given_weights[name]}
                 for name, source in self.sources.items()
             },
         }

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
@@ -18,8 +19,9 @@ import numpy as np
 from marco_train.data.cache import cache_directory
 from marco_train.data.conversations import BadRow, Source
 from marco_train.data.drops import DROPS, MALFORMED, Dropped
-from marco_train.distributed import gather_objects, is_main, rank, world_size
+from marco_train.distributed import gather_objects, is_main, rank
 from marco_train.errors import InputError
+from marco_train.files import replace_directory
 from marco_train.types import Example, Row, UsableRow
 
 Render = Callable[[UsableRow], Example | str]
@@ -56,6 +58,16 @@ def render_row(
     return Dropped(found, row.source, row.row, "") if isinstance(found, str) else (row, found)
 
 
+@dataclass
+class LostRows:
+    """Which rows of a source a stage cannot use."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    """By the metric that counts them."""
+    reasons: dict[int, str] = field(default_factory=dict)
+    """What is wrong with those that cannot be rendered, by index."""
+
+
 class TokenFiles:
     """The rendered rows of a source, dealt out to as many parts as there were ranks."""
 
@@ -72,7 +84,7 @@ class TokenFiles:
             raise OSError(f"files under {directory} are missing or cut off")
         self.counts: dict[str, int] = kept["counts"]
         self._labels: list[list[tuple[str, str]]] = kept["labels"]  # by part
-        self.reasons = {int(index): reason for index, reason in kept["reasons"].items()}
+        self.reasons = _by_index(kept["reasons"])
         """What is at fault, of malformed rows by their index."""
         self._parts = [
             {name: _read(directory / f"{part}.{name}", kind) for name, kind in FILES.items()}
@@ -101,19 +113,20 @@ def _read(file: Path, kind: Any) -> np.ndarray:
 
 def token_files(
     source: Source, rows: Iterator[int], render: Render, name: str
-) -> TokenFiles | None:
+) -> tuple[TokenFiles | None, LostRows | None]:
     """Render all rows of a source, or find them rendered; every rank takes part.
 
     Args:
         source: Its rows.
-        rows: This rank's: those whose index leaves the rank when divided by the number of ranks.
+        rows: This rank's: rank, rank + world_size, and so on.
         render: Makes the tokens of a row.
         name: Of all that the tokens are a function of.
 
     Returns:
-        None where this machine holds no files: there is no room, or another machine made them.
+        The files, or None where this machine holds none: there is no room, or another machine made
+        them; and the rows that are lost, the same on every rank, unless some could not be rendered.
     """
-    found = _opened(source, name)
+    found, lost = _opened(source, name), None
     if not gather_objects(found is not None)[0]:
         partial = gather_objects(f".{uuid4().hex}.partial")[0]
         try:
@@ -121,12 +134,21 @@ def token_files(
         except OSError:  # no room, or no right
             part = None
         parts = gather_objects(part)
-        if is_main():
-            _publish([each for each in parts if each is not None], partial, f"tokens-{name}")
+        if None not in parts:
+            whole = _joined([each for each in parts if each is not None])
+            lost = LostRows(Counter(whole["counts"]), _by_index(whole["reasons"]))
+            if is_main():
+                _publish(whole, partial, f"tokens-{name}")
         gather_objects(None)  # the others look for it only now
-        _remove(partial)  # where the main rank's files are not at hand
+        _remove(partial)  # where it was not given its name
         found = _opened(source, name)
-    return found
+    if found is not None:
+        lost = LostRows(Counter(found.counts), found.reasons)
+    return found, gather_objects(lost)[0]
+
+
+def _by_index(reasons: dict[str, str]) -> dict[int, str]:
+    return {int(index): reason for index, reason in reasons.items()}
 
 
 def _remove(unfinished: str) -> None:
@@ -138,9 +160,10 @@ def _opened(source: Source, name: str) -> TokenFiles | None:
     try:
         directory = cache_directory() / f"tokens-{name}"
         found = TokenFiles(directory, source.name)
-        directory.touch()  # it was used
     except (OSError, ValueError, KeyError):
         return None
+    with suppress(OSError):  # it may be another user's
+        directory.touch()  # it was used
     return found
 
 
@@ -176,28 +199,26 @@ def _write_part(
     return {"labels": list(labels), "reasons": reasons, "counts": counts, "sizes": sizes}
 
 
-def _publish(parts: Sequence[dict[str, Any]], unfinished: str, name: str) -> None:
-    """Give the directory of all parts its name, unless one is missing."""
-    try:
+def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What `rows.json` says of the parts of all ranks."""
+    return {
+        "num_parts": len(parts),
+        "labels": [part["labels"] for part in parts],
+        "reasons": {row: why for part in parts for row, why in part["reasons"].items()},
+        "sizes": {file: size for part in parts for file, size in part["sizes"].items()},
+        "counts": sum((part["counts"] for part in parts), Counter[str]()),
+    }
+
+
+def _publish(whole: dict[str, Any], unfinished: str, name: str) -> None:
+    """Give the directory of all parts its name, if they lie in one directory."""
+    with suppress(OSError):  # rows are rendered where they are drawn
         partial, directory = cache_directory() / unfinished, cache_directory() / name
-    except OSError:
-        return
-    try:
-        if len(parts) == world_size():
-            kept = {
-                "num_parts": len(parts),
-                "labels": [part["labels"] for part in parts],
-                "reasons": {row: why for part in parts for row, why in part["reasons"].items()},
-                "sizes": {file: size for part in parts for file, size in part["sizes"].items()},
-                "counts": sum((part["counts"] for part in parts), Counter[str]()),
-            }
-            (partial / "rows.json").write_text(json.dumps(kept))
-            _make_room(directory.parent)
-            shutil.rmtree(directory, ignore_errors=True)  # what is there is not whole
-            partial.rename(directory)
-    except OSError:
-        pass  # rows are rendered where they are drawn
-    shutil.rmtree(partial, ignore_errors=True)
+        if whole["sizes"].keys() != {file.name for file in partial.iterdir()}:
+            return  # other machines have directories of their own
+        (partial / "rows.json").write_text(json.dumps(whole))
+        _make_room(directory.parent)
+        replace_directory(directory, partial)
 
 
 def _make_room(directory: Path) -> None:

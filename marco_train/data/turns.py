@@ -38,10 +38,21 @@ CALLING_ROLES = {"tool_call", "function_call"}  # their content is a call
 TEXT_PARTS = {"text", "input_text", "output_text", "reasoning_text", "summary_text", "refusal"}
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 # Flags of a turn that exempt it from the loss where they are false or 0.
-LEARNT_FLAGS = ("weight", "train", "trainable", "loss", "loss_mask", "mask", "training")
-MOST_KEPT = 200  # characters of a row in the quarantine
-# Characters of a row that a message shows.
+LEARNT_FLAGS = ("weight", "train", "trainable", "loss", "loss_mask", "training")
+FLAG_WORDS = {
+    "true": 1,
+    "yes": 1,
+    "1": 1,
+    "1.0": 1,
+    "false": 0,
+    "no": 0,
+    "0": 0,
+    "0.0": 0,
+    "": None,
+}
+# Characters of a row that a message or the quarantine shows.
 MOST_SHOWN = 200
+THOUGHT_BEFORE = re.compile(r"\s*<think>\s*(?P<thought>.*?)\s*</think>\s*(?P<call>.*)", re.DOTALL)
 
 
 class RowError(ValueError):
@@ -95,11 +106,12 @@ def _read_turns(turns: Any, roles: Mapping[str, str]) -> tuple[Message, ...]:
         message = _read_item(turn, kind, roles)
         if thought and message.role == "assistant" and not message.reasoning_content:
             message, thought = replace(message, reasoning_content=thought), ""
-        if kind == "function_call" and messages and messages[-1].role == "assistant":
+        if _is_call(turn) and messages and messages[-1].role == "assistant":
             before = messages.pop()  # what was said and what is called are one turn
             thoughts = filter(None, (before.reasoning_content, message.reasoning_content))
             message = replace(
                 before,
+                content="\n".join(filter(None, (before.content, message.content))),
                 tool_calls=before.tool_calls + message.tool_calls,
                 reasoning_content="\n".join(thoughts),
             )
@@ -109,10 +121,19 @@ def _read_turns(turns: Any, roles: Mapping[str, str]) -> tuple[Message, ...]:
     return tuple(messages)
 
 
+def _is_call(turn: Mapping[str, Any]) -> bool:
+    """Whether a turn is nothing but a call, and so part of the turn before it."""
+    role = _either(turn, "role", "from")
+    is_role = isinstance(role, str) and role.strip().lower() in CALLING_ROLES
+    return is_role or turn.get("type") == "function_call"
+
+
 def tools_in_turns(turns: Any) -> Any:
     """Find the functions that a system turn lists in a key of its own, as Dolci's do."""
-    found = [turn.get("functions") for turn in turns if isinstance(turn, Mapping)]
-    return next(filter(None, found), None) if isinstance(turns, list) else None
+    found = (
+        turn.get("functions") or turn.get("tools") for turn in turns if isinstance(turn, Mapping)
+    )
+    return next(filter(None, found), None)
 
 
 def parsed_turns(text: str) -> list[Any] | None:
@@ -196,6 +217,10 @@ def _read_turn(turn: Any, roles: Mapping[str, str]) -> Message:
     verbatim = ""
     if role == "assistant":
         is_call = said in CALLING_ROLES and said not in roles
+        thought = THOUGHT_BEFORE.match(content) if is_call and isinstance(content, str) else None
+        if thought:
+            turn = {**turn, "reasoning_content": thought["thought"]}
+            content = thought["call"]
         calls, verbatim = _read_calls({"function_calls": content} if is_call else turn)
         content = None if is_call else content
     text = "" if content is None and (calls or verbatim) else _text(content, turn)
@@ -260,10 +285,12 @@ def _is_learnt(turn: Mapping[str, Any]) -> bool:
     Raises:
         RowError: A flag is a weight between 0 and 1, which would be lost.
     """
+    if turn.get("train_detail"):
+        raise RowError("a part of a turn is exempt", "a turn is learnt whole here, or not at all")
     for key in LEARNT_FLAGS:
         flag = turn.get(key)
         if isinstance(flag, str):
-            flag = {"true": True, "1": True, "false": False, "0": False}.get(flag.lower())
+            flag = FLAG_WORDS.get(flag.strip().lower(), flag)
         if flag is None or isinstance(flag, list):  # a mask of tokens is of another tokenizer
             continue
         if flag not in (0, 1):
@@ -303,7 +330,7 @@ def _read_calls(turn: Mapping[str, Any]) -> tuple[tuple[Mapping[str, Any], ...],
     if calls is None or calls in ([], {}):
         return (), ""
     if isinstance(calls, str):
-        if not calls.strip():
+        if calls.strip() in ("", "[]", "{}", "null"):
             return (), ""
         found = _calls_in_json(calls) or _calls_in_python(calls)
         if found is None:
@@ -321,7 +348,8 @@ def _call(call: Any, turn: Any) -> dict[str, Any]:
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
         raise RowError("calls at fault", f"a call of {shown(turn)} names no function")
-    arguments = function.get("arguments", function.get("parameters"))
+    arguments = _either(function, "arguments", "parameters", "args", "input")
+    arguments = {} if arguments == "" else arguments
     found: dict[str, Any] = {
         "type": "function",
         "function": {
@@ -364,6 +392,7 @@ def _calls_in_python(text: str) -> list[Any] | None:
             for node in nodes
             if isinstance(node, ast.Call) and not node.args and all(k.arg for k in node.keywords)
         ]
+        json.dumps(calls)  # a set, as in f({1, 2}), is no argument that JSON has
     except (SyntaxError, ValueError, RecursionError, MemoryError, TypeError):
         return None
     return calls if calls and len(calls) == len(nodes) and len(statements) == len(body) else None

@@ -46,7 +46,11 @@ def checked_questions(cfg: TrainConfig, tokenizer: Tokenizer) -> list[Question]:
     if cfg.data.held_out is None:
         raise InputError("an evaluation asks held-out prompts: set data.held_out")
     questions = held_out_questions(
-        cfg.data.held_out, stage.num_prompts, stage.max_prompt_length, tokenizer
+        cfg.data.held_out,
+        stage.num_prompts,
+        stage.max_prompt_length,
+        tokenizer,
+        cfg.data.thinking,
     )
     usable, reasons = [], Counter[str]()
     for question in questions:

@@ -35,8 +35,12 @@ def open_teacher(cfg: TrainConfig, vocab_size: int, name: str) -> Teacher:
         stop_id=stop_token_ids(cfg.model.tokenizer)[0],
     )
     teacher = build_teacher(teacher_cfg, states)
-    probes = probe_rollouts(cfg.model.tokenizer, states)
-    check_scores(teacher, probes, vocab_size, teacher_cfg.dtype, f"{name} ({teacher_cfg.path})")
+    try:
+        probes = probe_rollouts(cfg.model.tokenizer, states)
+        check_scores(teacher, probes, vocab_size, teacher_cfg.dtype, f"{name} ({teacher_cfg.path})")
+    except BaseException:
+        teacher.close()
+        raise
     return teacher
 
 

@@ -13,6 +13,9 @@ class Checks:
     The doctor overrides both methods: it keeps a fault, and leaves out what depends on it.
     """
 
+    writes_files = True
+    """Whether what is found may be written under the run's directory."""
+
     def make(self, what: str, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Make one part from others.
 

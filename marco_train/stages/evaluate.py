@@ -113,7 +113,12 @@ def open_teachers(cfg: TrainConfig, prepared: Prepared, checks: Checks) -> dict[
         InputError: One cannot be trusted.
     """
     checks = checks.after(*prepared.measured)
-    return {
-        name: checks.make(name, open_teacher, cfg, prepared.vocab_size, name)
-        for name in cfg.stage.teachers
-    }
+    opened: dict[str, Teacher] = {}
+    try:
+        for name in cfg.stage.teachers:
+            opened[name] = checks.make(name, open_teacher, cfg, prepared.vocab_size, name)
+    except BaseException:
+        for teacher in opened.values():
+            teacher.close()
+        raise
+    return opened

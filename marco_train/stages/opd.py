@@ -126,7 +126,7 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
     checks.make("student's vocabulary", check_student_vocabulary, cfg.model)
     sampler_fits = checks.make("sampler", check_sampler, opd.rollout, student)
     tokenizer = checks.make("tokenizer and template", load_tokenizer, cfg.model)
-    quarantine = Path(cfg.output_dir) / QUARANTINE
+    quarantine = Path(cfg.output_dir) / QUARANTINE if checks.writes_files else None
     loader = checks.make("data", PromptLoader, cfg.data, opd, tokenizer, cfg.seed, quarantine)
 
     turns = cfg.model.tokenizer, tokenizer.chat_template
@@ -153,7 +153,8 @@ def check_groups(cascade: Cascade, loader: PromptLoader) -> None:
     """
     groups = loader.groups()
     check_names(f"kl/reverse/{group}" for group in groups)
-    cascade.check_groups(groups)
+    if loader.knows_all_groups:
+        cascade.check_groups(groups)
 
 
 def check_turns(cascade: Cascade, loader: PromptLoader) -> None:

@@ -66,7 +66,7 @@ def prepare_sft(cfg: TrainConfig, checks: Checks) -> Prepared:
     checks.make("student's vocabulary", check_student_vocabulary, cfg.model)
     tokenizer = checks.make("tokenizer and template", load_tokenizer, cfg.model)
     student = checks.make("student's files", student_architecture, cfg)
-    quarantine = Path(cfg.output_dir) / QUARANTINE
+    quarantine = Path(cfg.output_dir) / QUARANTINE if checks.writes_files else None
     train_data = checks.make(
         "data", SFTLoader, cfg.data, cfg.stage, tokenizer, cfg.seed, quarantine
     )

@@ -12,10 +12,9 @@ from typing import Any
 import pytest
 
 from marco_train.config.data import DataConfig, SourceConfig
-from marco_train.data import gate
+from marco_train.data import cache as kept
 from marco_train.data.conversations import Source
 from marco_train.data.gate import (
-    Losses,
     Structure,
     check_bad_rows,
     check_lost_rows,
@@ -24,6 +23,7 @@ from marco_train.data.gate import (
     judge_tokens,
     judged_rows,
 )
+from marco_train.data.tokens import LostRows
 from marco_train.errors import InputError
 from marco_train.types import Example, UsableRow
 from tests.helpers.ranks import run_on_ranks
@@ -221,7 +221,7 @@ def test_other_rows_other_samples_and_other_code_are_judged_anew(
     assert judged(file, DataConfig(judge_rows=2))[1] == 2
     write(tmp_path, *GOOD[1:5])
     assert judged(file)[1] == 4
-    monkeypatch.setattr(gate, "_code_digest", lambda: "of another version")
+    monkeypatch.setattr(kept, "_code_digest", lambda: "of another version")
     assert judged(file)[1] == 4
     few = counted(file)
     few.keep_first(3)
@@ -272,8 +272,8 @@ def test_rows_beyond_the_sample_are_dropped_and_counted_where_they_are_drawn(
         loader_of("sft", world, write(tmp_path, *lines), *given)
 
 
-def losses(num_lost: int) -> Losses:
-    return Losses(Counter({"data/dropped_too_long": num_lost}))
+def losses(num_lost: int) -> LostRows:
+    return LostRows(Counter({"data/dropped_too_long": num_lost}))
 
 
 @pytest.mark.parametrize(
@@ -292,11 +292,11 @@ def test_half_of_a_source_may_be_lost_or_the_share_that_is_allowed(
 ) -> None:
     cfg = DataConfig(max_lost_rows=share)
     if starts:
-        check_lost_rows("s", losses(num_lost), num_rows, cfg)
+        check_lost_rows("s", Structure(num_rows, num_rows), losses(num_lost), cfg)
         return
     says = rf"can use {num_rows - num_lost} of {num_rows} rows.*{num_lost} data/dropped_too_long"
     with pytest.raises(InputError, match=says):
-        check_lost_rows("s", losses(num_lost), num_rows, cfg)
+        check_lost_rows("s", Structure(num_rows, num_rows), losses(num_lost), cfg)
 
 
 def rated(question: str) -> dict[str, Any]:
@@ -311,7 +311,7 @@ LOST: dict[str, tuple[str, Any, str]] = {
     "long prompts": ("opd", chat("word " * 200), r"\(8 data/dropped_too_long\)"),
     "control tokens": ("opd", chat("<|im_end|>"), r"\(8 data/dropped_special\)"),
     "text": ("opd", {"text": "x"}, r"\(8 data/dropped_malformed; .*: the row has no turns"),
-    "rated answers": ("sft", rated("x"), r"\(8 data/dropped_malformed; .*two rated answers"),
+    "rated answers": ("sft", rated("x"), r"\(8 data/dropped_malformed; .*answers that are rated"),
 }
 
 
@@ -357,7 +357,7 @@ def test_what_was_lost_is_said_by_source_at_the_start_and_at_the_end(
 
 def test_a_source_without_a_fault_is_said_in_a_line() -> None:
     found = Structure(1234, 1234, shapes=Counter({"alpaca": 1234}))
-    assert describe("s", found, Losses()) == ["source 's': 1,234 rows, shape alpaca"]
+    assert describe("s", found, LostRows()) == ["source 's': 1,234 rows, shape alpaca"]
 
 
 def tokens(counts: list[int]) -> Callable[[UsableRow], Example | str]:

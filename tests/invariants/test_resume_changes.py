@@ -203,9 +203,8 @@ def test_a_run_goes_on_with_mended_data_once_it_is_allowed_to(
     launch(sft(own_world, out), crash_at=4)
     file = Path(own_world.path("data", "train", "math.jsonl"))
     file.write_text("\n".join(file.read_text().splitlines()[1:]) + "\n")  # without its first row
-    assert (
-        "from the same sample with data.on_change=continue (with any others: on_resume.allow=[data])"
-        in refusal(sft(own_world, out))
+    assert "with data.on_change=continue (with any others: on_resume.allow=[data])" in refusal(
+        sft(own_world, out)
     )
     capfd.readouterr()
     launch(sft(own_world, out, "on_resume.allow=[data]"), crash_at=4)

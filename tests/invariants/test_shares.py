@@ -130,12 +130,16 @@ def labelled(directory: Path) -> dict[str, SourceConfig]:
 
 
 def described(
-    stage: str, world: World, directory: Path, until: int, resumed: tuple[int, str] | None = None
+    stage: str,
+    world: World,
+    given: dict[str, SourceConfig],
+    until: int,
+    resumed: tuple[int, str] | None = None,
 ) -> tuple[list[Metrics], str]:
     """Metrics of the steps from the first or a resumed one, and the state before the last."""
-    given = [f"root={world.root}", "stage.global_batch_size=4"]
-    cfg = compose_config(f"quickstart_{stage}", *given)
-    cfg.data.sources = labelled(directory)
+    root = f"root={world.root}"
+    cfg = compose_config(f"quickstart_{stage}", root, "stage.global_batch_size=4")
+    cfg.data.sources = given
     cfg.data.num_rows = None
     tokenizer = tokenizer_of(world.path("data", "tokenizer"))
     loader = LOADERS[stage](cfg.data, cfg.stage, tokenizer, cfg.seed)
@@ -154,7 +158,8 @@ def described(
 def test_shares_are_of_what_was_used_since_the_run_began(
     stage: str, world: World, tmp_path: Path
 ) -> None:
-    found, state = described(stage, world, tmp_path, 250)
+    given = labelled(tmp_path)
+    found, state = described(stage, world, given, 250)
     last = found[-1]
     check_names(last)
     # Of 1,000 samples 500 are of `a`, 125 of each row, and 250 of `b` are used.
@@ -172,7 +177,7 @@ def test_shares_are_of_what_was_used_since_the_run_began(
     assert sum(each["data/num_sequences"] for each in found) == 750
     assert sum(each["data/dropped_malformed"] for each in found) == 250
 
-    _, middle = described(stage, world, tmp_path, 101)
-    again = described(stage, world, tmp_path, 250, (100, middle))
+    _, middle = described(stage, world, given, 101)
+    again = described(stage, world, given, 250, (100, middle))
     assert again == (found[100:], state)
-    assert run_on_ranks(2, described, stage, world, tmp_path, 250) == [(found, state)] * 2
+    assert run_on_ranks(2, described, stage, world, given, 250) == [(found, state)] * 2

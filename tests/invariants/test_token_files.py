@@ -62,7 +62,7 @@ def renderer(world: World) -> ExampleRenderer:
 def test_files_hold_what_rows_are_rendered_to(world: World, tmp_path: Path) -> None:
     found = source_at(write(tmp_path, *LINES), category_column="topic")
     render = renderer(world)
-    files = token_files(found, iter(range(len(found))), render, "name")
+    files, _ = token_files(found, iter(range(len(found))), render, "name")
     assert files is not None
     expected = [render_row(found, i, render) for i in range(len(found))]
     for index, item in enumerate(expected):
@@ -152,7 +152,7 @@ def test_what_is_kept_is_touched_and_the_oldest_goes(
     render = renderer(world)
 
     def keep(name: str) -> None:
-        assert token_files(found, iter(range(len(found))), render, name) is not None
+        assert token_files(found, iter(range(len(found))), render, name)[0] is not None
 
     def kept() -> set[str]:
         return {path.name for path in cache.glob("tokens-*")}
@@ -178,7 +178,7 @@ def test_files_that_are_not_whole_are_made_anew(
 ) -> None:
     found = source_at(write(tmp_path, *LINES))
     rows = range(len(found))
-    before = token_files(found, iter(rows), renderer(world), "name")
+    before, lost = token_files(found, iter(rows), renderer(world), "name")
     assert before is not None
     expected = [before[row] for row in rows]
     file = cache / "tokens-name" / name
@@ -188,9 +188,10 @@ def test_files_that_are_not_whole_are_made_anew(
         file.write_bytes(content[: len(content) // 16 * 8])
     with pytest.raises((OSError, ValueError)):
         TokenFiles(cache / "tokens-name", "fixture")
-    again = token_files(found, iter(rows), renderer(world), "name")
+    again, lost_again = token_files(found, iter(rows), renderer(world), "name")
     assert again is not None
     assert [again[row] for row in rows] == expected
+    assert lost == lost_again
 
 
 def test_another_token_at_the_beginning_is_another_rendering(world: World, tmp_path: Path) -> None:

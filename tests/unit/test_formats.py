@@ -402,7 +402,7 @@ def test_a_mapped_column_that_adds_to_others_may_be_absent() -> None:
 
 def test_columns_that_hold_something_are_not_called_empty() -> None:
     with pytest.raises(RowError) as fault:
-        read({"query": "two?", "response": "2"})
+        read({"riddle": "two?", "response": "2"})
     assert "empty" not in str(fault.value)
 
 

@@ -452,7 +452,7 @@ def test_tokens_of_a_row_stay_as_they_are(chatml: Tokenizer) -> None:
 
 def test_rated_answers_are_refused_in_sft_and_asked_in_distillation(chatml: Tokenizer) -> None:
     row = Conversation(**LABELS, messages=(Message("user", "a"),), is_preference=True)
-    with pytest.raises(InputError, match="holds two rated answers, chosen and rejected"):
+    with pytest.raises(InputError, match="holds answers that are rated, and SFT would"):
         renderer(chatml)(row)
     prompt = PromptRenderer(chatml, 1000, Thinking.keep)(row)
     assert isinstance(prompt, Example)

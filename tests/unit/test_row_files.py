@@ -87,9 +87,8 @@ BROKEN = {
     ),
     "two rows in a line": (lines("a")[:-1] + lines("b"), ["not JSON"]),
     "a comma behind a row": (lines("a")[:-1] + b",\n", ["not JSON"]),
-    "an array cut off": (array("a", "b")[:-1], ["not JSON"]),
+    "an array cut off": (array("a", "b")[:-1], ["a", "b", "not JSON"]),
     "a line that is an array": (b"[1]\n" + lines("b"), ["no object", "b"]),
-    "UTF-16": (lines("a").decode().encode("utf-16"), ["not UTF-8", "not JSON"]),
     "bytes of nothing": (lines("a") + b"\x00\x00\n", ["a", "not JSON"]),
 }
 

@@ -238,7 +238,8 @@ FLAGS: list[tuple[Any, bool]] = [
     ("True", True),
     (None, True),
     ([0, 1], True),  # a mask of tokens, of another tokenizer
-    ("high", True),
+    ("yes", True),
+    ("0.0", False),
 ]
 
 
@@ -248,8 +249,8 @@ def test_a_flag_exempts_a_turn(key: str, flag: Any, is_learnt: bool) -> None:
     assert answer({"role": "assistant", "content": "x", key: flag}).is_learnt is is_learnt
 
 
-@pytest.mark.parametrize("weight", [0.5, 2, -1])
-def test_a_weight_that_would_be_lost_is_at_fault(weight: float) -> None:
+@pytest.mark.parametrize("weight", [0.5, 2, -1, "high", "0.5"])
+def test_a_weight_that_would_be_lost_is_at_fault(weight: float | str) -> None:
     turn = {"role": "assistant", "content": "x", "weight": weight}
     with pytest.raises(RowError, match=rf"is {weight!r}: a turn is learnt \(1\) or not \(0\)"):
         answer(turn)
