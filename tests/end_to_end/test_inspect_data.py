@@ -10,6 +10,8 @@ import pytest
 
 from tests.helpers.processes import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 ASKED = {"role": "user", "content": "one?"}
 ANSWERED = {"role": "assistant", "content": "yes"}
 GOOD = {"messages": [ASKED, ANSWERED], "note": "kept", "answer": "a label"}

@@ -18,6 +18,8 @@ from marco_train.evaluation import verifiers
 from marco_train.evaluation.verifiers import verify
 from tests.helpers.processes import REPOSITORY
 
+pytestmark = pytest.mark.slow
+
 RECIPE = REPOSITORY / "recipes" / "quickstart"
 CATEGORIES = [
     "instruction_following",

@@ -22,6 +22,8 @@ from tests.helpers.rollouts import rollouts
 from tests.helpers.teachers import teacher_config, wanted_of
 from tests.helpers.world import World
 
+pytestmark = pytest.mark.slow
+
 OPENED: list[ServerTeacher] = []
 
 

@@ -15,6 +15,8 @@ from tests.helpers.rows import loader_of
 from tests.helpers.tokenizers import tokenizer_of
 from tests.helpers.world import World
 
+pytestmark = pytest.mark.slow
+
 # The rows of each source of configs/data/marco_{sft,opd}.yaml, by the name of their shape.
 SFT = {
     "general": "dolci",

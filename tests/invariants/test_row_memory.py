@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 OPENS = """\
 import resource, sys
 from marco_train.config.data import SourceConfig

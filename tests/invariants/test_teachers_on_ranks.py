@@ -39,6 +39,8 @@ from tests.helpers.score_cache import cache, rollout
 from tests.helpers.teachers import hf_teacher, opened, teacher_config, wanted_for, wanted_of
 from tests.helpers.world import World
 
+pytestmark = pytest.mark.slow
+
 
 def score_in_our_model(
     path: str, ranks_of_experts: int, max_tokens: int, objective: Objective
