@@ -76,6 +76,8 @@ class SourceConfig:
     characters that they have in common (Jaccard). None: off."""
 
     def __post_init__(self) -> None:
+        # Plain, where this is made in Python.
+        self.columns, self.roles = dict(self.columns), dict(self.roles)
         if self.weight != AUTO:
             require(
                 isinstance(self.weight, float | int) and not isinstance(self.weight, bool),
