@@ -33,12 +33,12 @@ def main() -> None:
 
 def examine(overrides: list[str]) -> list[str]:
     """Make all checks of a run; gives what is wrong, each in a sentence."""
-    made = Examination()
-    cfg = made.make("config", composed, overrides)
-    if made.faults:
-        return made.faults
-    made.make("output directory", check_output, cfg)
-    made.can_resume = not made.faults
+    checks = Examination()
+    cfg = checks.make("config", composed, overrides)
+    if checks.faults:
+        return checks.faults
+    checks.make("output directory", check_output, cfg)
+    checks.can_resume = not checks.faults
     # Heavy libraries are imported from here on.
     from marco_train import distributed
     from marco_train.commands import stage_checks
@@ -46,13 +46,13 @@ def examine(overrides: list[str]) -> list[str]:
     distributed.start()
     match cfg.stage.kind:
         case StageKind.sft:
-            stage_checks.check_sft(cfg, made)
+            stage_checks.check_sft(cfg, checks)
         case StageKind.opd:
-            stage_checks.check_opd(cfg, made)
+            stage_checks.check_opd(cfg, checks)
         case StageKind.evaluate:
-            stage_checks.check_evaluate(cfg, made)
+            stage_checks.check_evaluate(cfg, checks)
     distributed.stop()
-    return made.faults
+    return checks.faults
 
 
 def composed(overrides: list[str]) -> TrainConfig:

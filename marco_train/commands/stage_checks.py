@@ -31,53 +31,53 @@ from marco_train.tracking import log_line
 from marco_train.types import LossFn, Microbatch, Prompt, Rollout
 
 
-def check_sft(cfg: TrainConfig, made: Examination) -> None:
+def check_sft(cfg: TrainConfig, checks: Examination) -> None:
     """Make what the first update needs, and the loss of the first microbatch."""
-    prepared = prepare_sft(cfg, made)
+    prepared = prepare_sft(cfg, checks)
     data = prepared.train_data
-    made.make("samples", data.log_plan, data.num_steps)
-    batch = made.make("first batch", data.__next__)
-    made.after(batch).make("rows of the first batch", say_rows, data)
-    if made.can_resume:
-        made.after(data).make("resumption", check_resumption, cfg, [data], data.epoch_rows)
-    student = made.after(prepared.student).make("weights", untrained, cfg)
-    made.make("first loss", say_loss, student, batch, cross_entropy)
+    checks.make("samples", data.log_plan, data.num_steps)
+    batch = checks.make("first batch", data.__next__)
+    checks.after(batch).make("rows of the first batch", log_rows, data)
+    if checks.can_resume:
+        checks.after(data).make("resumption", check_resumption, cfg, [data], data.epoch_rows)
+    student = checks.after(prepared.student).make("weights", untrained, cfg)
+    checks.make("first loss", log_loss, student, batch, cross_entropy)
 
 
-def check_opd(cfg: TrainConfig, made: Examination) -> None:
+def check_opd(cfg: TrainConfig, checks: Examination) -> None:
     """Make what the first update needs: rollouts, and every teacher's scores of them."""
-    prepared = prepare_opd(cfg, made)
+    prepared = prepare_opd(cfg, checks)
     loader, cascade = prepared.loader, prepared.cascade
-    made.make("samples", loader.log_plan, cascade.num_steps)
-    batch = made.make("first batch", loader.__next__)
-    made.after(batch).make("rows of the first batch", say_rows, loader)
-    if made.can_resume:
-        made.after(loader, cascade).make("resumption", check_resumption, cfg, [loader, cascade])
-    student = made.after(prepared.student).make("weights", untrained, cfg)
+    checks.make("samples", loader.log_plan, cascade.num_steps)
+    batch = checks.make("first batch", loader.__next__)
+    checks.after(batch).make("rows of the first batch", log_rows, loader)
+    if checks.can_resume:
+        checks.after(loader, cascade).make("resumption", check_resumption, cfg, [loader, cascade])
+    student = checks.after(prepared.student).make("weights", untrained, cfg)
     prompts = loader, prepared.first_prompts
-    answers = made.after(batch).make(
+    answers = checks.after(batch).make(
         "student's answers", answers_of, cfg, prepared.student, student, *prompts
     )
     for phase in cascade.phases:
         if phase.first == phase.end:
             continue  # of a checkpoint: it converged before it taught
-        made.make(f"teacher {phase.name!r}", say_kl, cfg, cascade, phase.first, student, answers)
+        checks.make(f"teacher {phase.name!r}", log_kl, cfg, cascade, phase.first, student, answers)
     cascade.close()
 
 
-def check_evaluate(cfg: TrainConfig, made: Examination) -> None:
+def check_evaluate(cfg: TrainConfig, checks: Examination) -> None:
     """Open all that is measured, and measure it on the first question of each rank."""
-    prepared = prepare_evaluate(cfg, made)
-    teachers = open_teachers(cfg, prepared, made)
+    prepared = prepare_evaluate(cfg, checks)
+    teachers = open_teachers(cfg, prepared, checks)
     opened = [teacher for teacher in teachers.values() if not any_absent(teacher)]
     asked = prepared.tokenizer, prepared.questions
     for measured in prepared.measured:
-        made.make(f"{measured.name}'s first answers", measure, cfg, measured, opened, *asked)
+        checks.make(f"{measured.name}'s first answers", measure, cfg, measured, opened, *asked)
     for teacher in opened:
         teacher.close()
 
 
-def say_rows(data: SFTLoader | PromptLoader) -> None:
+def log_rows(data: SFTLoader | PromptLoader) -> None:
     """Say how many rows the first batch has, and how many were dropped and why."""
     metrics = data.metrics()
     drops = {name: count for name, count in metrics.items() if "dropped" in name and count > 0}
@@ -92,7 +92,7 @@ def untrained(cfg: TrainConfig) -> Student:
     return Student(model, model)
 
 
-def say_loss(student: Student, batch: Sequence[Microbatch], loss_fn: LossFn) -> None:
+def log_loss(student: Student, batch: Sequence[Microbatch], loss_fn: LossFn) -> None:
     """Say the loss of the first microbatch of every rank; all ranks take part.
 
     Raises:
@@ -128,7 +128,7 @@ def answers_of(
         sampler.close()
 
 
-def say_kl(
+def log_kl(
     cfg: TrainConfig, cascade: Cascade, step: int, student: Student, answers: list[Rollout]
 ) -> None:
     """Open the teacher of a step as the run does, and say the KL of the student's answers."""
@@ -136,7 +136,7 @@ def say_kl(
     teacher = cascade.teacher_at(step, answers)
     scored = teacher.score(answers)
     packed = pack_rollouts(scored, opd.objective, cfg.data.max_tokens_per_microbatch)
-    say_loss(student, packed, build_reverse_kl(opd, teacher.head))
+    log_loss(student, packed, build_reverse_kl(opd, teacher.head))
 
 
 def measure(
