@@ -186,3 +186,10 @@ def test_images_are_a_fault_of_their_row_and_are_not_opened(tmp_path: Path) -> N
     found = open_rows("fixture", SourceConfig(path=str(tmp_path / "rows.parquet")))
     with pytest.raises(RowError, match="the row has image, and only text"):
         Format({}, {}).read(found[0])
+
+
+def test_a_dataset_that_is_a_program_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "nllb").mkdir()
+    (tmp_path / "nllb" / "nllb.py").write_text("import datasets\n")
+    with pytest.raises(InputError, match="is a program that makes rows, which is not run; fetch"):
+        open_rows("fixture", SourceConfig(path=str(tmp_path / "nllb")))
