@@ -103,7 +103,7 @@ class Format:
         first, *others = (READERS[shape](named, self.roles) for shape in shapes)
         for other in others:
             first = _one_of(first, other)
-        if isinstance(named.get("label"), bool):  # rated alone, neither to be learnt as it stands
+        if first.messages and isinstance(named.get("label"), bool):  # an answer that is rated
             first = Reading(**{**vars(first), "shape": "preference"})
         used = {self.columns.get(name, name) for name in first.used}
         return Reading(**{**vars(first), "used": frozenset(used)})

@@ -26,7 +26,9 @@ import numpy as np
 from marco_train.config.data import SourceConfig, SourceKind
 from marco_train.data.cache import digest_of_file, read_json, write_json
 from marco_train.data.turns import MOST_SHOWN, RowError
+from marco_train.distributed import is_main
 from marco_train.errors import InputError
+from marco_train.tracking import log_line
 
 GZIP, ZSTD, PARQUET, ARROW = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1"
 NO_ROWS = {
@@ -116,6 +118,9 @@ def _files(path: str, split: str) -> list[Path]:
         if split not in splits:
             raise InputError(f"{path} has the splits {sorted(splits)}, and none called {split!r}")
         found = [file for file in found if split_of[file] in ("", split)]
+        if is_main():
+            others = ", ".join(sorted(splits - {split}))
+            log_line(f"{path}: its split {split!r} is read, and not {others}")
     unpacked = set(found)  # of what lies there packed as well, one file counts
     return sorted(
         file for file in found if file.suffix not in PACKED or file.with_suffix("") not in unpacked

@@ -106,7 +106,8 @@ def _read_turns(turns: Any, roles: Mapping[str, str]) -> tuple[Message, ...]:
         message = _read_item(turn, kind, roles)
         if thought and message.role == "assistant" and not message.reasoning_content:
             message, thought = replace(message, reasoning_content=thought), ""
-        if _is_call(turn) and messages and messages[-1].role == "assistant":
+        follows_answer = bool(messages) and messages[-1].role == message.role == "assistant"
+        if _is_call(turn) and follows_answer:
             before = messages.pop()  # what was said and what is called are one turn
             thoughts = filter(None, (before.reasoning_content, message.reasoning_content))
             message = replace(
@@ -114,6 +115,7 @@ def _read_turns(turns: Any, roles: Mapping[str, str]) -> tuple[Message, ...]:
                 content="\n".join(filter(None, (before.content, message.content))),
                 tool_calls=before.tool_calls + message.tool_calls,
                 reasoning_content="\n".join(thoughts),
+                is_learnt=before.is_learnt and message.is_learnt,
             )
         messages.append(message)
     if not messages:

@@ -83,6 +83,22 @@ def test_calls_in_a_row_are_one_turn_with_the_words_before_them() -> None:
     assert found == Message("assistant", "I look.", tool_calls=(CALL, CALL))
 
 
+def test_a_call_is_no_part_of_an_answer_where_its_role_is_another() -> None:
+    said = {"role": "assistant", "content": "I look."}
+    found = read_turns([ASK, said, {"role": "tool_call", "content": "20"}], {"tool_call": "tool"})
+    assert [(m.role, m.content) for m in found[1:]] == [("assistant", "I look."), ("tool", "20")]
+
+
+def test_an_answer_is_not_learnt_where_its_call_is_exempt() -> None:
+    call = {"role": "tool_call", "content": '{"name": "w", "arguments": {}}', "train": False}
+    (_, found) = read_turns([ASK, {"role": "assistant", "content": "I look."}, call], {})
+    assert not found.is_learnt
+
+
+def test_a_label_of_a_text_rates_no_answer() -> None:
+    assert read({"text": "A film.", "label": True})[0] == "text"
+
+
 def test_thinking_before_a_call_is_thinking() -> None:
     call = json.dumps({"name": "w", "arguments": {"city": "Paris"}})
     turn = {"from": "function_call", "value": f"<think>\nplan\n</think>\n\n{call}"}
@@ -130,12 +146,16 @@ def put(file: Path, text: str) -> None:
     file.write_text(json.dumps({"prompt": text}) + "\n")
 
 
-def test_of_a_directory_with_splits_one_is_read(tmp_path: Path) -> None:
+def test_of_a_directory_with_splits_one_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     put(tmp_path / "data" / "train-00000-of-00002.jsonl", "a")
     put(tmp_path / "data" / "train-00001-of-00002.jsonl", "b")
     assert texts(tmp_path, "test") == ["a", "b"]  # there is no other
     put(tmp_path / "data" / "test-00000-of-00001.jsonl", "c")
+    assert capsys.readouterr().out == ""
     assert texts(tmp_path) == ["a", "b"]
+    assert "its split 'train' is read, and not test" in capsys.readouterr().out
     assert texts(tmp_path, "test") == ["c"]
     with pytest.raises(
         InputError, match=r"has the splits \['test', 'train'\], and none called 'dev'"
