@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.processes import REPOSITORY
+from tests.helpers.world import World
 
 pytestmark = pytest.mark.slow
 
@@ -76,6 +77,16 @@ def test_prompts_are_shown_for_distillation(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (sample,) = json.loads(done.stdout)["samples"]
     assert sample["text"] == "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("stage", ["sft", "opd"])
+def test_a_tokenizer_of_ones_own_counts_its_tokens(
+    stage: str, world: World, tmp_path: Path
+) -> None:
+    tokenizer = world.path("data", "tokenizer")
+    done = inspected(write(tmp_path, GOOD), "--stage", stage, "--tokenizer", tokenizer)
+    assert done.returncode == 0, done.stderr
+    assert " tokens in the middle" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -409,3 +409,24 @@ def test_a_source_that_is_lost_is_refused_without_room(world: World, tmp_path: P
     file = write(tmp_path, *GOOD, *prompts)
     (said,) = run_on_ranks(1, refusal_without_room, world, file)
     assert "this stage can use 20 of 50 rows" in said
+
+
+def test_rows_that_are_at_fault_beyond_the_sample_are_written_down_when_drawn(
+    world: World, tmp_path: Path
+) -> None:
+    lines = [json.dumps(chat(f"{n}")) for n in range(40)]
+    lines[7] = "not JSON"  # of 40 rows every fourth is judged
+    quarantine = tmp_path / "run" / "quarantine.jsonl"
+    quarantine.parent.mkdir()
+    loader = loader_of(
+        "sft",
+        world,
+        write(tmp_path, *lines),
+        "data.judge_rows=10",
+        "stage.global_batch_size=40",
+        quarantine=quarantine,
+    )
+    assert not quarantine.exists()
+    next(loader)
+    (kept,) = map(json.loads, quarantine.read_text().splitlines())
+    assert (kept["source"], kept["row"], kept["begins"].strip()) == ("text", 7, "not JSON")

@@ -219,6 +219,20 @@ def test_a_run_goes_on_with_mended_rows_where_it_may(
         loader_of("opd", world, file).resume(2, state)
 
 
+def test_rows_may_be_removed_from_sources_that_weigh_by_their_rows(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.jsonl"
+    file = write(tmp_path, *GOOD)
+    other.write_text("".join(f"{line}\n" for line in GOOD))
+    weights = ["data.sources.text.weight=auto", "data.on_change=continue"]
+    more = ["+source@data.sources.more=files", f"data.sources.more.path={other}", *weights]
+    state = json.loads(json.dumps(loader_of("opd", world, file, *more).state_at(0)))
+    other.write_text(GOOD[0] + "\n")
+    loader_of("opd", world, file, *more).resume(0, state)
+    assert "mixture.more.rows: 3 -> 1" in capsys.readouterr().out
+
+
 def test_a_tokenizer_in_another_spelling_is_no_change_of_the_data(
     world: World, tmp_path: Path
 ) -> None:
