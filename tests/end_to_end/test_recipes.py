@@ -155,7 +155,7 @@ def test_the_main_job_runs_in_a_fresh_clone(clone: Path) -> None:
     weights = single_process_weights(clone, out)
     assert weights[0] == weights[1]
 
-    own = run(clone, tests, "tests/unit/test_mixture.py")
+    own = run(clone, tests, "tests/invariants/test_mixture.py")
     assert own.returncode == 0, own.stdout + own.stderr
     assert "passed" in own.stdout
 
