@@ -359,7 +359,8 @@ def test_a_server_that_loads_slowly_reads_the_file_to_its_end(
     found = sync_weights(policy, sampler, 1, PROBES, tolerance=1e-4)
     seconds = time.perf_counter() - start
     (file,) = tmp_path.iterdir()
-    assert files == [(file.stat().st_ino, file.stat().st_mtime_ns)]
+    # Saved once a wait; a machine that is busy may wait for the canary too.
+    assert set(files) == {(file.stat().st_ino, file.stat().st_mtime_ns)}
     assert len(servers[0].loads) == 1
     # All bytes went, and the wait is part of the time that they took.
     num_gib = sum(weight.nbytes for _, weight in policy.named_weights()) / 2**30
