@@ -1,38 +1,81 @@
-"""Facts of this rank, reductions and groups; correct with one process and no launcher."""
+"""Facts of this rank, reductions and groups; correct with one process and no launcher.
+
+Tensors cross the default group: NCCL on GPUs, gloo on CPUs. What ranks agree on, numbers and small
+objects of the host, crosses a gloo group of its own: a rank may wait there while another asks
+servers or writes files, without a GPU that waits with it.
+"""
 
 import os
 import random
 from collections.abc import Sequence
-from typing import TypeVar
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
-from marco_train.errors import InputError
+from marco_train.config.parallel import TIMEOUT_SECONDS
+from marco_train.errors import InputError, require
 
 T = TypeVar("T")
 
 
-def start() -> None:
-    """Join the process group of torchrun, or form a group of one."""
+class Groups:
+    """Groups of all ranks beside the default one."""
+
+    agreements: dist.ProcessGroup | None = None
+    """Of gloo, after `start`; None is the default group."""
+
+
+def start(timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+    """Join the process group of torchrun, or form a group of one.
+
+    Args:
+        timeout_seconds: Longest that a rank waits for another one, in any group.
+
+    Raises:
+        InputError: This node has fewer GPUs than ranks.
+    """
     if dist.is_initialized():
         return
     os.environ.setdefault("LOCAL_RANK", "0")
-    backend = "nccl" if torch.cuda.is_available() else "gloo"
-    if "WORLD_SIZE" in os.environ:
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group(backend)
-    else:
+    on_gpus = torch.cuda.is_available()
+    if on_gpus:
+        check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    meeting: dict[str, Any] = {}
+    if "WORLD_SIZE" not in os.environ:
         # DeepSpeed reads these even where the group already exists.
         os.environ.update(RANK="0", WORLD_SIZE="1")
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+        meeting = {"store": HashStore(), "rank": 0, "world_size": 1}
+    timeout = timedelta(seconds=timeout_seconds)
+    dist.init_process_group(
+        "nccl" if on_gpus else "gloo",
+        timeout=timeout,
+        device_id=device() if on_gpus else None,
+        **meeting,
+    )
+    Groups.agreements = dist.new_group(backend="gloo", timeout=timeout)
+
+
+def check_gpus(num_ranks: int, num_gpus: int) -> None:
+    """Refuse more ranks on this node than it has GPUs.
+
+    Raises:
+        InputError: Gives both numbers.
+    """
+    require(
+        num_ranks <= num_gpus,
+        f"{num_ranks} ranks were launched on a node where {num_gpus} GPUs are visible: launch "
+        f"NPROC={num_gpus}, or see what CUDA_VISIBLE_DEVICES hides",
+    )
 
 
 def stop() -> None:
-    """Leave the process group."""
+    """Leave the process groups."""
+    Groups.agreements = None
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -62,15 +105,15 @@ def device() -> torch.device:
 def barrier() -> None:
     """Wait for every rank."""
     if world_size() > 1:
-        dist.barrier()
+        dist.barrier(Groups.agreements)
 
 
 def reduce_sums(values: Sequence[float]) -> list[float]:
     """Sum each value over all ranks, in float64, in one call."""
     if world_size() == 1:
         return list(values)
-    total = torch.tensor(values, dtype=torch.float64, device=device())
-    dist.all_reduce(total)
+    total = torch.tensor(values, dtype=torch.float64)
+    dist.all_reduce(total, group=Groups.agreements)
     return [float(value) for value in total.tolist()]
 
 
@@ -86,8 +129,8 @@ def reduce_max(value: int) -> int:
     """Largest value over all ranks."""
     if world_size() == 1:
         return value
-    total = torch.tensor(value, dtype=torch.int64, device=device())
-    dist.all_reduce(total, op=dist.ReduceOp.MAX)
+    total = torch.tensor(value, dtype=torch.int64)
+    dist.all_reduce(total, op=dist.ReduceOp.MAX, group=Groups.agreements)
     return int(total.item())
 
 
@@ -96,7 +139,7 @@ def gather_objects(value: T) -> list[T]:
     if world_size() == 1:
         return [value]
     found: list[T] = [value] * world_size()
-    dist.all_gather_object(found, value)
+    dist.all_gather_object(found, value, group=Groups.agreements)
     return found
 
 

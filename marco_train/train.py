@@ -71,7 +71,7 @@ def run_stage(cfg: TrainConfig) -> None:
     """Join the other ranks and run the stage; heavy libraries are imported from here on."""
     from marco_train import distributed
 
-    distributed.start()
+    distributed.start(cfg.parallel.timeout_seconds)
     match cfg.stage.kind:
         case StageKind.sft:
             from marco_train.stages.sft import run_sft

@@ -43,7 +43,7 @@ def examine(overrides: list[str]) -> list[str]:
     from marco_train import distributed
     from marco_train.commands import stage_checks
 
-    distributed.start()
+    distributed.start(cfg.parallel.timeout_seconds)
     match cfg.stage.kind:
         case StageKind.sft:
             stage_checks.check_sft(cfg, checks)

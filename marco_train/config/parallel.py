@@ -7,6 +7,9 @@ from omegaconf import MISSING
 
 from marco_train.errors import require, require_positive
 
+TIMEOUT_SECONDS = 1800.0
+SHORTEST_TIMEOUT = 20.0
+
 
 class Dispatch(Enum):
     """How tokens cross an expert-parallel group; see `models/dispatch.py`."""
@@ -38,10 +41,19 @@ class ParallelConfig:
     dispatch: Dispatch = Dispatch.deduplicated
     """Without effect where expert_parallel_size is 1."""
     recompute: Recompute = Recompute.none
+    timeout_seconds: float = TIMEOUT_SECONDS
+    """Longest that a rank waits for another one, after which the run ends; it can be resumed.
+
+    Servers that are away are waited for by all ranks together, in turns far shorter than this."""
 
     def __post_init__(self) -> None:
         require_positive("parallel", expert_parallel_size=self.expert_parallel_size)
         require(
             self.zero_stage in {1, 2},
             f"parallel.zero_stage is {self.zero_stage}, and must be 1 or 2",
+        )
+        require(
+            self.timeout_seconds >= SHORTEST_TIMEOUT,
+            f"parallel.timeout_seconds is {self.timeout_seconds:g}, and must be at least "
+            f"{SHORTEST_TIMEOUT:g}: ranks may be that far apart without a fault",
         )

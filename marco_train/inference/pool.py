@@ -35,6 +35,10 @@ FIRST_PAUSE_SECONDS = 0.25
 LONGEST_PAUSE_SECONDS = 20.0
 # Seconds for which a server that failed is passed over while another one is at hand.
 COOL_DOWN_SECONDS = 5.0
+# Ranks agree at least this often, so that none waits for another one's servers for long.
+TURN_SECONDS = 5.0
+# How a rank's requests stand; the worst of all ranks counts.
+DONE, WAITING, AWAY, GIVEN_UP = range(4)
 # Times that a request is made whose answers cannot be used.
 MAX_UNUSABLE = 3
 BUSY = {429, 503}
@@ -142,7 +146,8 @@ class ServerPool:
         """
         waiting, limit = set(futures), self._cfg.save_after_seconds
         while True:
-            while waiting and (left := limit - self._silent_seconds()) > 0:
+            turn_ends = time.monotonic() + TURN_SECONDS
+            while waiting and (left := self._seconds_left(limit, turn_ends)) > 0:
                 with suppress(TimeoutError):  # there may have been an answer since
                     for future in as_completed(waiting, left):
                         waiting.remove(future)
@@ -152,17 +157,21 @@ class ServerPool:
                         if isinstance(error, InputError):
                             raise error
                         yield future
-            silent, limit = self._silent_seconds(), self._cfg.give_up_after_seconds
-            worst = reduce_max(0 if not waiting else 1 if silent < limit else 2)
-            if worst == 0:
+            silent = self._silent_seconds()
+            away = GIVEN_UP if silent >= self._cfg.give_up_after_seconds else AWAY
+            worst = reduce_max(DONE if not waiting else WAITING if silent < limit else away)
+            if worst == DONE:
                 return
+            if worst == WAITING:
+                continue
+            limit = self._cfg.give_up_after_seconds
             saved = self._save_early()
             message = (
                 f"no answer for {silent:.0f} s from the {self._name}'s servers "
                 f"{', '.join(self._cfg.urls)}, {len(waiting)} of {len(futures)} requests of this "
                 f"rank are open; the last error: {self.last_error}"
             )
-            if worst == 2:
+            if worst == GIVEN_UP:
                 self.close()
                 raise ServersUnavailable(message)
             if is_main():
@@ -172,6 +181,10 @@ class ServerPool:
     def _silent_seconds(self) -> float:
         """How long there have been requests and no answer to any."""
         return time.monotonic() - self._silent_since if self._num_waiting else 0.0
+
+    def _seconds_left(self, limit: float, turn_ends: float) -> float:
+        """How long this rank may wait before it agrees with the others."""
+        return min(limit - self._silent_seconds(), turn_ends - time.monotonic())
 
     def close(self) -> None:
         """Cancel open requests, and end connections and thread; again changes nothing."""

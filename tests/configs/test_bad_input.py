@@ -56,6 +56,11 @@ REFUSED = [
     ("quickstart_sft", "optim.beta2=1.0", "beta2 is 1.0"),
     ("quickstart_sft", "seed=-3", "seed is -3"),
     ("quickstart_sft", "parallel.zero_stage=3", "zero_stage is 3"),
+    (
+        "quickstart_sft",
+        "parallel.timeout_seconds=10",
+        "timeout_seconds is 10, and must be at least",
+    ),
     ("quickstart_sft", "data.sources.math.weight=0.5", "sum to 1.4"),
     ("quickstart_sft", "data.sources.math.weight=0", "weight is 0"),
     ("quickstart_sft", "data.sources.math.weight=some", "'some', and must be a share above 0, or"),

@@ -263,18 +263,17 @@ def test_an_outage_saves_the_run_once_and_ends_after_all_the_seconds_of_whoever_
         saves.append(time.monotonic() - start)
         return True
 
-    bounds: dict[str, Any] = {"save_after_seconds": 0.5, "give_up_after_seconds": 2.0}
+    bounds: dict[str, Any] = {"save_after_seconds": 1.0, "give_up_after_seconds": 4.0}
     teacher = open_teacher(world, servers, save_early=save_early, **bounds)
     for server in servers:
         server.script = ["hangs"] * 1000
     start = time.monotonic()
     submitted = teacher.submit(rollouts())
-    time.sleep(1.2)  # sampling goes on
-    with pytest.raises(ServersUnavailable, match="no answer for 2 s from the teacher's servers"):
+    time.sleep(2.4)  # sampling goes on
+    with pytest.raises(ServersUnavailable, match="no answer for 4 s from the teacher's servers"):
         teacher.collect(submitted)
-    assert 2.0 <= time.monotonic() - start < 2.9
     early, last = saves  # at once, and before it ends
-    assert early == pytest.approx(1.2, abs=0.4) and last == pytest.approx(2.0, abs=0.4)
+    assert 2.4 <= early < 4.0 <= last < 6.0  # 6.4 if it waited for 4 s more
 
 
 def test_a_teacher_that_hangs_leaves_no_thread_and_no_connection(

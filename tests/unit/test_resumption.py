@@ -92,6 +92,7 @@ URLS = "stage.cascade.second.teacher.servers"
 CHANGES: list[tuple[str, list[str], list[str], str]] = [
     ("sft", [], ["data.max_tokens_per_microbatch=4096"], "free"),
     ("sft", [], ["parallel.recompute=layer", "parallel.dispatch=deduplicated"], "free"),
+    ("sft", [], ["parallel.timeout_seconds=60"], "free"),
     ("sft", [], ["name=other", "logging=wandb", "checkpoint.save_every=7"], "free"),
     ("sft", [], ["stage.eval_every=2", "stage.num_eval_examples=8"], "free"),
     ("sft", [], ["data.held_out=null", "stage.eval_every=null"], "free"),
