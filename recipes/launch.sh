@@ -1,16 +1,31 @@
 # Sourced by every recipe: `launch <experiment> [overrides]` runs one stage on all processes.
 #
-#   NPROC        processes on this node; default: its GPUs, or 1
+#   NPROC        processes on this node; default: its GPUs that CUDA_VISIBLE_DEVICES leaves, or 1
 #   NNODES       default 1          NODE_RANK    default 0
 #   MASTER_ADDR  needed with more than one node
 #   MASTER_PORT  default 29500; a single node picks a free one
+#   OMP_NUM_THREADS  of each process; default: the cores that each has, 8 at most, and 1 without GPUs
 #   DRY_RUN=1    print the command and do nothing
 
 recipe_home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cd "$recipe_home"
 if [ -x .venv/bin/python ]; then PATH="$recipe_home/.venv/bin:$PATH"; fi
 
-count_gpus() { nvidia-smi --list-gpus 2>/dev/null | wc -l; }
+count_gpus() {
+  local visible=${CUDA_VISIBLE_DEVICES-all}
+  case $visible in
+    all) nvidia-smi --list-gpus 2>/dev/null | wc -l ;;
+    "" | -*) echo 0 ;;
+    *) tr ',' '\n' <<<"$visible" | grep -c . ;;
+  esac
+}
+
+count_threads() { # of each of so many processes
+  # Without GPUs: ranks that share cores would slow each other many times over.
+  if [ "$(count_gpus)" -eq 0 ]; then echo 1; return; fi
+  local threads=$(($(nproc) / $1))
+  echo $((threads < 1 ? 1 : threads > 8 ? 8 : threads))
+}
 
 launch() {
   local experiment=$1; shift
@@ -25,6 +40,5 @@ launch() {
   local command=(torchrun "${rendezvous[@]}" --nproc_per_node "$processes"
     -m marco_train.train "experiment=$experiment" "$@")
   if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "${command[@]}"; echo; return; fi
-  # One thread a rank on a CPU: ranks that share cores would slow each other many times over.
-  OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} "${command[@]}"
+  OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(count_threads "$processes")} "${command[@]}"
 }

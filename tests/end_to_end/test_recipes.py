@@ -202,6 +202,38 @@ def test_two_nodes_meet_at_a_master() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("visible", "cores", "launched", "threads"),
+    [
+        (None, 64, 8, 8),
+        ("0,1,4,5", 12, 4, 3),
+        ("GPU-5a5a5a5a", 4, 1, 4),
+        ("0,1,2,3,4,5,6,7", 4, 8, 1),
+        ("", 64, 1, 1),
+        ("-1", 64, 1, 1),
+    ],
+)
+def test_a_launch_has_the_visible_gpus_and_shares_the_cores(
+    tmp_path: Path, visible: str | None, cores: int, launched: int, threads: int
+) -> None:
+    """On a node of eight GPUs."""
+    programs = {
+        "nvidia-smi": "printf 'GPU %d: H100\\n' 0 1 2 3 4 5 6 7",
+        "nproc": f"echo {cores}",
+        "torchrun": 'echo "$OMP_NUM_THREADS threads: $*"',
+    }
+    for name, line in programs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
+        (tmp_path / name).chmod(0o755)
+    shutil.copytree(REPOSITORY / "recipes", tmp_path / "there" / "recipes")  # away from .venv
+    given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    path = f"{tmp_path}:/usr/bin:/bin"
+    done = run(tmp_path, "there/recipes/marco_mini/sft.sh", PATH=path, **given)
+    assert done.stdout.startswith(
+        f"{threads} threads: --standalone --nproc_per_node {launched} -m marco_train.train "
+    )
+
+
 def test_a_server_is_printed_without_being_started(tmp_path: Path) -> None:
     recipe, python = tmp_path / "recipes" / "serve_teacher.sh", tmp_path / "python"
     recipe.parent.mkdir()
