@@ -5,9 +5,13 @@ objects of the host, crosses a gloo group of its own: a rank may wait there whil
 servers or writes files, without a GPU that waits with it.
 """
 
+import fcntl
 import os
 import random
+import socket
+import struct
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -20,6 +24,9 @@ from marco_train.config.parallel import TIMEOUT_SECONDS
 from marco_train.errors import InputError, require
 
 T = TypeVar("T")
+
+# The request of Linux for an interface's address; see netdevice(7).
+SIOCGIFADDR = 0x8915
 
 
 class Groups:
@@ -46,7 +53,9 @@ def start(timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count())
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     meeting: dict[str, Any] = {}
-    if "WORLD_SIZE" not in os.environ:
+    if "WORLD_SIZE" in os.environ:
+        name_interface()
+    else:
         # DeepSpeed reads these even where the group already exists.
         os.environ.update(RANK="0", WORLD_SIZE="1")
         meeting = {"store": HashStore(), "rank": 0, "world_size": 1}
@@ -58,6 +67,36 @@ def start(timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         **meeting,
     )
     Groups.agreements = dist.new_group(backend="gloo", timeout=timeout)
+
+
+def name_interface() -> None:
+    """With several nodes, have gloo use the interface that reaches the first of them.
+
+    Left to itself gloo takes the address that this host's name stands for, which on many machines
+    is 127.0.0.1, where no other node listens. GLOO_SOCKET_IFNAME overrules this.
+    """
+    environment = os.environ
+    if environment["WORLD_SIZE"] != environment.get("LOCAL_WORLD_SIZE", "1"):
+        found = interface_to(environment["MASTER_ADDR"])
+        if found is not None:
+            environment.setdefault("GLOO_SOCKET_IFNAME", found)
+
+
+def interface_to(host: str) -> str | None:
+    """Name of the network interface from which an IPv4 host is reached; None if there is none."""
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((host, 9))  # sends nothing
+            own = probe.getsockname()[0]
+            for _, name in socket.if_nameindex():
+                asked = struct.pack("256s", name.encode())
+                with suppress(OSError):  # one without an address
+                    answer = fcntl.ioctl(probe, SIOCGIFADDR, asked)
+                    if socket.inet_ntoa(answer[20:24]) == own:
+                        return name
+    except OSError:  # gloo is left to itself
+        pass
+    return None
 
 
 def check_gpus(num_ranks: int, num_gpus: int) -> None:
