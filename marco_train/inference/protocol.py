@@ -31,6 +31,26 @@ def generation(ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str,
     return "/inference/v1/generate", body
 
 
+def scoring(
+    ids: list[int], first: int, given: list[list[int]], num_likeliest: int | None
+) -> tuple[str, dict[str, Any]]:
+    """Path and body of a request for log-probabilities of given tokens, as an array.
+
+    Args:
+        ids: A prompt and its response.
+        first: Where the response begins.
+        given: Token ids that are told of in each place of the response, [R, K].
+        num_likeliest: Likeliest tokens to be named in every place beside them, as JSON; None:
+            nothing but the array.
+    """
+    wanted = {"prompt_logprob_token_ids": given, "prompt_logprob_start": first - 1}
+    if num_likeliest is not None:
+        return generation(ids, wanted | {"prompt_logprobs": num_likeliest})
+    path, body = generation(ids, wanted)
+    # A server refuses rows that are not those of the prompt: it need not say what it scored.
+    return path, body | {"return_token_ids": False}
+
+
 def served_model(url: str, answer: Any, needed: int) -> str:
     """Name the model that a server lists at /v1/models.
 
@@ -77,6 +97,16 @@ def read_likeliest(holder: Any, ids: list[int], first: int, top_k: int) -> tuple
         named.append(best + [0] * gaps)
         logprobs.append([place[i] for i in best] + [math.nan] * gaps)
     return torch.tensor(named), torch.tensor(logprobs)
+
+
+def read_given(answer: Any, num_rows: int, num_ids: int) -> Tensor:
+    """Log-probabilities of given tokens, [R, K] float32; not a number for what cannot be one."""
+    found = torch.from_numpy(read_array(answer, "prompt_token_id_logprobs")).float()
+    if found.shape != (num_rows, num_ids):
+        raise UnusableAnswerError(
+            f"log-probabilities of shape {list(found.shape)} for {[num_rows, num_ids]} given ids"
+        )
+    return torch.where((found > NO_NUMBER) & (found < ROUNDING), found, math.nan)
 
 
 def read_response(answer: Any, num_topk: int = 0, with_experts: bool = False) -> Generation:

@@ -3,7 +3,9 @@
     Rollout -request-> [server, server, ...] -answer, checked-> TokenScores | TopKScores
 
 A rollout is asked for as soon as it is sampled, so that scoring overlaps sampling. Every sampling
-field is sent, since a server fills the others in from the model's generation_config.json.
+field is sent, since a server fills the others in from the model's generation_config.json. A server
+that scores given token ids (vLLM on a GPU) answers with an array of the response's places alone;
+another one with JSON of every place.
 
 Legend: R tokens of a response, K tokens that are told apart.
 """
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from marco_train.config.opd import Objective, TopKSource
 from marco_train.config.teacher import VLLMServerTeacherConfig
-from marco_train.distributed import reduce_sums
+from marco_train.distributed import is_main, reduce_sums
 from marco_train.errors import InputError, RejectedError, UnusableAnswerError, require
 from marco_train.inference import protocol
 from marco_train.inference.engine import neutral_sampling
@@ -66,6 +68,7 @@ class ServerTeacher(Teacher):
         self._spec = spec
         self._model: str | None = None  # the name under which all servers serve it
         self._probe_scores: Tensor | None = None  # what the first server said of the probe
+        self._scores_given: dict[str, bool] = {}  # by server; whether it scores given token ids
         self._pool = ServerPool(cfg.servers, "teacher", self._health_check, save_early)
         try:
             self._pool.check(self._pool.servers)
@@ -140,7 +143,8 @@ class ServerTeacher(Teacher):
             "teacher.servers.urls servers of one model, under one --served-model-name",
         )
         probe = probe_ids(PROBE_LENGTH, self._spec.vocab_size)
-        found = protocol.read_tokens(await self._complete(server, probe, 0), probe, 1)
+        await self._see_whether_it_scores_given(server, probe)
+        found = await self._score_tokens(server, probe, 1)
         if self._probe_scores is None:
             self._probe_scores = found
         difference = float((found - self._probe_scores).abs().max())
@@ -150,17 +154,27 @@ class ServerTeacher(Teacher):
             f"{server.url} scores a probe {difference:.3g} nats away from what the teacher said at "
             f"first (bound {bound}): its weights are others, or broken",
         )
+
+    async def _see_whether_it_scores_given(self, server: Server, probe: list[int]) -> None:
+        """Find out by asking; likeliest tokens of the student cannot be scored otherwise."""
         topk = self._spec.objective is Objective.topk
-        if topk and self._spec.top_k_source is TopKSource.sampler:
-            rows = [list(range(self._spec.top_k))] * (len(probe) - 1)
-            try:
-                await self._score_given(server, probe, 1, rows)
-            except InputError as error:
+        if topk and self._spec.top_k_source is TopKSource.teacher:
+            return
+        num_ids = self._spec.top_k if topk else 1
+        rows = [list(range(num_ids))] * (len(probe) - 1)
+        try:
+            await self._pool.ask(server, *protocol.scoring(probe, 1, rows, None))
+            self._scores_given[server.url] = True
+        except InputError as error:
+            if topk:
                 raise InputError(
                     f"{server.url} does not score given token ids ({error}): vLLM does on a GPU, "
                     "started with --enable-scale-out and --max-logprobs -1; else set "
                     "stage.top_k_source=teacher"
                 ) from error
+            if is_main() and server.url not in self._scores_given:
+                log_line(f"{server.url} does not score given token ids: its answers are JSON")
+            self._scores_given[server.url] = False
 
     async def _score(self, rollout: Rollout, server: Server) -> Scores:
         """Have a server score one rollout; an empty response has nothing to ask for."""
@@ -173,38 +187,33 @@ class ServerTeacher(Teacher):
         swap = partial(ids_for_teacher, spec=self._spec, stop_id=self._cfg.stop_id)
         ids = rollout.prompt.input_ids + swap(rollout.response_ids)
         if objective is Objective.sampled:
-            choice = await self._complete(server, ids, 0)
-            return TokenScores(_refuse_gaps(protocol.read_tokens(choice, ids, first)))
+            return TokenScores(_refuse_gaps(await self._score_tokens(server, ids, first)))
         if self._spec.top_k_source is TopKSource.teacher:
             choice = await self._complete(server, ids, top_k)
             named, logprobs = protocol.read_likeliest(choice, ids, first, top_k)
             named = swap_ids(named, self._spec.stop_id, self._cfg.stop_id)
             return TopKScores(named, _refuse_gaps(logprobs), torch.ones(len(named)))
         given = [swap(row) for row in rollout.topk_ids]
-        answer = await self._score_given(server, ids, first, given)
+        # The likeliest are for the overlap.
+        answer = await self._pool.ask(server, *protocol.scoring(ids, first, given, top_k))
         likeliest, _ = protocol.read_likeliest(answer, ids, first, top_k)
-        found = torch.from_numpy(protocol.read_array(answer, "prompt_token_id_logprobs")).float()
-        if found.shape != likeliest.shape:
-            raise UnusableAnswerError(f"numbers of shape {list(found.shape)} for given ids")
+        found = protocol.read_given(answer, *likeliest.shape)
         overlap = overlap_with(likeliest, torch.tensor(given))
         return TopKScores(torch.tensor(rollout.topk_ids), _refuse_gaps(found), overlap)
+
+    async def _score_tokens(self, server: Server, ids: list[int], first: int) -> Tensor:
+        """Have a server score the tokens from `first` on, [R]; not a number where it has none."""
+        if not self._scores_given.get(server.url, False):
+            return protocol.read_tokens(await self._complete(server, ids, 0), ids, first)
+        rows = [[token] for token in ids[first:]]
+        answer = await self._pool.ask(server, *protocol.scoring(ids, first, rows, None))
+        return protocol.read_given(answer, len(rows), 1)[:, 0]
 
     async def _complete(self, server: Server, ids: list[int], num_topk: int) -> Any:
         """Ask for log-probabilities of ids and of the likeliest tokens in each place."""
         wanted = {"model": self._model, "prompt": ids, "prompt_logprobs": num_topk}
         body = neutral_sampling(max_tokens=1) | wanted | {"return_token_ids": True}
         return (await self._pool.ask(server, "/v1/completions", body))["choices"][0]
-
-    async def _score_given(
-        self, server: Server, ids: list[int], first: int, given: list[list[int]]
-    ) -> Any:
-        """Ask for log-probabilities of given tokens, [R, K], in the places from `first` on."""
-        wanted = {
-            "prompt_logprobs": self._spec.top_k,  # for the overlap
-            "prompt_logprob_token_ids": given,
-            "prompt_logprob_start": first - 1,
-        }
-        return await self._pool.ask(server, *protocol.generation(ids, wanted))
 
 
 def _refuse_gaps(logprobs: Tensor) -> Tensor:

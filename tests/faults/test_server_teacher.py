@@ -36,8 +36,18 @@ def close_teachers() -> Iterator[None]:
 
 @pytest.fixture
 def servers() -> Iterator[list[FakeServer]]:
+    """Two that answer with arrays, as vLLM on a GPU."""
     with fake_servers(2) as found:
         yield found
+
+
+ANSWERS = pytest.mark.parametrize("in_binary", [True, False], ids=["arrays", "json"])
+
+
+def answering(servers: list[FakeServer], in_binary: bool) -> list[FakeServer]:
+    for server in servers:
+        server.scores_given_ids = in_binary
+    return servers
 
 
 def open_teacher(
@@ -84,11 +94,12 @@ def check_tokens(scored: list[ScoredRollout], asked: list[Rollout]) -> None:
         torch.testing.assert_close(s.scores.teacher_logprobs, wanted)
 
 
+@ANSWERS
 def test_the_scores_of_tokens_come_from_both_servers(
-    world: World, servers: list[FakeServer]
+    in_binary: bool, world: World, servers: list[FakeServer]
 ) -> None:
     asked = rollouts()
-    for server in servers:
+    for server in answering(servers, in_binary):
         server.slowness = 0.05
     teacher = open_teacher(world, servers, max_requests=2)
     check_tokens(teacher.score(asked), asked)
@@ -150,33 +161,57 @@ def test_an_empty_response_has_no_scores_and_asks_nobody(
 def test_every_sampling_field_is_sent(world: World, servers: list[FakeServer]) -> None:
     open_teacher(world, servers).score(rollouts()[:1])
     open_teacher(world, servers, Objective.topk, 5).score(rollouts()[:1])
-    (of_tokens, of_ids) = [body for server in servers for body in server.bodies]
-    assert NEUTRAL.items() <= of_tokens.items()
-    assert NEUTRAL.items() <= of_ids["sampling_params"].items()
+    open_teacher(world, answering(servers, in_binary=False)).score(rollouts()[:1])
+    bodies = [body for server in servers for body in server.bodies]
+    in_json = [body for body in bodies if body["path"] == "/v1/completions"]
+    of_ids = [body["sampling_params"] for body in bodies if body not in in_json]
+    assert len(in_json) == 1 and len(of_ids) == 2
+    assert all(NEUTRAL.items() <= given.items() for given in [*in_json, *of_ids])
+
+
+def test_an_array_holds_the_places_of_the_response_alone(
+    world: World, servers: list[FakeServer]
+) -> None:
+    (asked,) = rollouts()[1:2]
+    open_teacher(world, servers).score([asked])
+    (body,) = [body for server in servers for body in server.bodies]
+    assert body["token_ids"] == asked.input_ids
+    assert not body["return_token_ids"]
+    params = body["sampling_params"]
+    assert params["prompt_logprob_start"] == len(asked.prompt.input_ids) - 1
+    assert params["prompt_logprob_token_ids"] == [[token] for token in asked.response_ids]
+    assert "prompt_logprobs" not in params
+
+
+def test_a_server_that_comes_back_without_arrays_answers_with_json(
+    world: World, servers: list[FakeServer]
+) -> None:
+    teacher = open_teacher(world, servers[:1])
+    check_tokens(teacher.score(rollouts()), rollouts())
+    servers[0].stop()
+    answering(servers, in_binary=False)
+    threading.Timer(0.3, servers[0].start).start()
+    check_tokens(teacher.score(rollouts()), rollouts())
+    assert servers[0].bodies[-1]["path"] == "/v1/completions"
+
+
+FAULTS = ["hangs", "429", "500", "503", "dies mid-answer", "no JSON", "one place short", "NaN"]
+FAULTS += ["minus infinity everywhere"]
 
 
 @pytest.mark.parametrize(
-    "fault",
+    ("in_binary", "fault"),
     [
-        "hangs",
-        "429",
-        "500",
-        "503",
-        "dies mid-answer",
-        "one place short",
-        "NaN",
-        "minus infinity everywhere",
-        "without the token",
-        "other ids",
-        "no JSON",
-        "no choices",
+        *((in_binary, fault) for in_binary in (True, False) for fault in FAULTS),
+        *((False, fault) for fault in ("without the token", "other ids", "no choices")),
+        *((True, fault) for fault in ("half of the array", "no array")),
     ],
 )
 def test_a_fault_that_passes_leaves_no_trace(
-    fault: str, world: World, servers: list[FakeServer]
+    in_binary: bool, fault: str, world: World, servers: list[FakeServer]
 ) -> None:
     asked = rollouts()[1:2]  # nine tokens, of which none may be missing
-    teacher = open_teacher(world, servers)
+    teacher = open_teacher(world, answering(servers, in_binary))
     for server in servers:
         server.script = [fault]
     check_tokens(teacher.score(asked), asked)
@@ -189,7 +224,7 @@ def test_an_answer_that_is_never_usable_is_left_out_and_counted(
 ) -> None:
     asked = rollouts()
     teacher = open_teacher(world, servers, max_requests=1, max_rejected=0.2)
-    servers[0].script = servers[1].script = ["other ids"] * 3
+    servers[0].script = servers[1].script = ["no array"] * 3
     servers[1].stop()
     scored = teacher.score(asked)
     check_tokens(scored, asked[1:])
@@ -200,11 +235,12 @@ def test_an_answer_that_is_never_usable_is_left_out_and_counted(
         teacher.score(asked)
 
 
+@ANSWERS
 def test_few_tokens_without_a_number_are_left_out_and_counted(
-    world: World, servers: list[FakeServer]
+    in_binary: bool, world: World, servers: list[FakeServer]
 ) -> None:
     asked = [r for r in rollouts() if len(r.response_ids) == 12]
-    teacher = open_teacher(world, servers)
+    teacher = open_teacher(world, answering(servers, in_binary))
     servers[0].script = servers[1].script = ["NaN"]
     (scored,) = teacher.score(asked)
     assert isinstance(scored.scores, TokenScores)

@@ -181,7 +181,7 @@ class FakeServer:
         if not path.endswith("/generate"):
             return 200, self._completed(body, body["prompt"], fault)
         if self.scores_given_ids:
-            return 200, self._generated(body, body["token_ids"])
+            return 200, self._generated(body, body["token_ids"], fault)
         return 404, {"detail": "Not Found"}
 
     def _completed(self, body: dict[str, Any], ids: list[int], fault: str) -> dict[str, Any]:
@@ -205,7 +205,7 @@ class FakeServer:
             places.append({str(i): {"logprob": float(logprobs[i])} for i in sorted(named)})
         return places
 
-    def _generated(self, body: dict[str, Any], ids: list[int]) -> dict[str, Any]:
+    def _generated(self, body: dict[str, Any], ids: list[int], fault: str) -> dict[str, Any]:
         params = body["sampling_params"]
         start = params["prompt_logprob_start"]
         rows = params["prompt_logprob_token_ids"]
@@ -214,13 +214,25 @@ class FakeServer:
             distribution(ids[: start + 1 + row], self.weights)[given].tolist()
             for row, given in enumerate(rows)
         ]
+        if fault == "one place short":
+            found.pop()
+        if fault == "NaN":
+            found[-1] = [math.nan] * len(found[-1])
+        if fault == "minus infinity everywhere":
+            found = [[-math.inf] * len(row) for row in found]
         content = io.BytesIO()
         np.save(content, np.array(found, dtype=np.float32))
-        return {
-            "prompt_token_ids": ids,
-            "prompt_logprobs": self._places(ids, params["prompt_logprobs"]),
-            "prompt_token_id_logprobs": base64.b64encode(content.getvalue()).decode(),
-        }
+        array = base64.b64encode(content.getvalue()).decode()
+        if fault == "half of the array":
+            array = array[: len(array) // 8 * 4]
+        if fault == "no array":
+            return {"prompt_token_id_logprobs": None}
+        num_likeliest = params.get("prompt_logprobs")
+        asked_for = (
+            {} if num_likeliest is None else {"prompt_logprobs": self._places(ids, num_likeliest)}
+        )
+        echoed = {"prompt_token_ids": ids} if body["return_token_ids"] else {}
+        return {"prompt_token_id_logprobs": array} | asked_for | echoed
 
 
 @contextmanager
