@@ -25,10 +25,13 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do options+=("$1"); shift; done
 if [ -x "$root/.venv/bin/python" ]; then PATH="$root/.venv/bin:$PATH"; fi
 port=${PORT:-8100}
 
+# On a CPU what a seed draws depends on how a prompt was cut; on a GPU on seed and place alone.
+chunks=()
+nvidia-smi --list-gpus 2>/dev/null | grep -q . || chunks=(--no-enable-chunked-prefill)
 # Random weights until the trainer's come. generation_config.json has no say.
 command=(python -m vllm.entrypoints.openai.api_server --model "$model" --served-model-name student
   --host "${HOST:-127.0.0.1}" --load-format dummy --skip-tokenizer-init --generation-config vllm
-  --logprobs-mode raw_logprobs --max-logprobs -1 --enable-scale-out --no-enable-chunked-prefill
+  --logprobs-mode raw_logprobs --max-logprobs -1 --enable-scale-out "${chunks[@]}"
   --no-enable-prefix-caching --disable-uvicorn-access-log --worker-extension-cls marco_train.inference.worker.Receiver "${options[@]}")
 if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "${command[@]}" --port "$port"; echo; exit; fi
 

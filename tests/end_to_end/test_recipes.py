@@ -249,9 +249,25 @@ def test_a_server_is_printed_without_being_started(tmp_path: Path) -> None:
     assert done.stdout.startswith(
         "python -m vllm.entrypoints.openai.api_server --model /models/the\\ teacher "
         "--served-model-name teacher --host 127.0.0.1 --port 8000 "
+        "--max-model-len 10242 --max-num-batched-tokens 32768 "
     )
     assert not (tmp_path / "started").exists()
     started = run(tmp_path, *given, PATH=path)
     assert started.returncode == 0, started.stderr
     assert (tmp_path / "started").read_text() == done.stdout
+    several = run(tmp_path, *given, DRY_RUN="1", PATH=path, API_SERVERS="4")
+    assert several.stdout.startswith(
+        "vllm serve /models/the\\ teacher --api-server-count 4 --served"
+    )
     assert done.stdout.endswith(" --seed 3 \n")
+
+
+@pytest.mark.parametrize(("window", "longest"), [(256, 256), (262144, 10242)])
+def test_a_server_reads_no_longer_sequences_than_are_scored(
+    tmp_path: Path, window: int, longest: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"max_position_embeddings": window}))
+    command = ["recipes/serve_teacher.sh", str(tmp_path)]
+    assert f"--max-model-len {longest} " in run(REPOSITORY, *command, DRY_RUN="1").stdout
+    stated = run(REPOSITORY, *command, DRY_RUN="1", MAX_MODEL_LEN="99").stdout
+    assert "--max-model-len 99 " in stated
