@@ -95,3 +95,12 @@ def test_a_mistyped_shape_is_refused_with_those_there_are(tmp_path: Path) -> Non
     done = bench("--device", "cpu", "--shapes", "minni", "--json", str(tmp_path / "b.json"))
     assert done.returncode == 2
     assert "minni is none of quickstart, medium, mini" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.vllm
+def test_scores_cross_http_as_arrays_and_as_json(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    done = bench("--repeats", "1", "--shapes", "mean", "--json", str(file), script="scores.py")
+    assert done.returncode == 0, done.stderr
+    array, as_json = json.loads(file.read_text())["parts"]["scores"]
+    assert array["bytes a token"] < as_json["bytes a token"]
