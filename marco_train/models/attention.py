@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Tokens for which a cache of keys grows at a time.
+GROWTH = 256
 # Sequences up to this length share one padded group; above it, groups double in length, so that
 # padding costs less than a factor of two in rows and four in scores.
 SHORTEST_GROUP = 64
@@ -79,31 +81,34 @@ class KVCache:
     """Keys and values of a batch that is being sampled.
 
     The first forward pass takes the packed prompts; each later one takes one new token of every
-    sequence.
+    sequence. Room is made as the longest sequence grows, and is not reserved for what may come.
     """
 
-    def __init__(self, num_layers: int, max_new_tokens: int) -> None:
-        self._max_new_tokens = max_new_tokens
+    def __init__(self, num_layers: int) -> None:
         self._prompts: PackedSequences | None = None
         self._keys: list[Tensor | None] = [None] * num_layers  # each [B, G, L, d]
         self._values: list[Tensor | None] = [None] * num_layers
         self.lengths = torch.zeros(0, dtype=torch.int64)  # [B]
+        self._longest = 0
 
     def start(self, position_ids: Tensor) -> None:
         """Announce the packed prompts' positions, [1, T]."""
         self._prompts = PackedSequences(position_ids)
         self.lengths = self._prompts.lengths
+        self._longest = int(self.lengths.max())
 
     def advance(self) -> Tensor:
         """Announce one new token of every sequence and return their positions, [1, B]."""
         self._prompts = None
         positions = self.lengths
         self.lengths = self.lengths + 1
+        self._longest += 1
         return positions[None]
 
     def keep(self, rows: Tensor) -> None:
         """Forget all sequences but these."""
         self.lengths = self.lengths[rows]
+        self._longest = int(self.lengths.max())
         self._keys = [None if k is None else k[rows] for k in self._keys]
         self._values = [None if v is None else v[rows] for v in self._values]
 
@@ -113,31 +118,40 @@ class KVCache:
             self._keys[layer] = self._fill(k)
             self._values[layer] = self._fill(v)
             return self._prompts.attend(layer, q, k, v)
-        keys, values = self._keys[layer], self._values[layer]
-        assert keys is not None and values is not None
+        keys, values = self._with_room(self._keys, layer), self._with_room(self._values, layer)
         rows = torch.arange(q.shape[0], device=q.device)
         keys[rows, :, self.lengths - 1] = k
         values[rows, :, self.lengths - 1] = v
-        longest = int(self.lengths.max())
-        visible = torch.arange(longest, device=q.device)[None] < self.lengths[:, None]  # [B, L]
+        cells = torch.arange(self._longest, device=q.device)
+        visible = cells[None] < self.lengths[:, None]  # [B, L]
+        # The heads that share keys stand as if they were so many queries, which attention kernels
+        # with a mask can take.
+        grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[2])  # [B, G, H / G, d]
         out = F.scaled_dot_product_attention(
-            q[:, :, None],
-            keys[:, :, :longest],
-            values[:, :, :longest],
+            grouped,
+            keys[:, :, : self._longest],
+            values[:, :, : self._longest],
             attn_mask=visible[:, None, None],
-            enable_gqa=q.shape[1] != k.shape[1],
         )
-        return out[:, :, 0]
+        return out.flatten(1, 2)
+
+    def _with_room(self, cells: list[Tensor | None], layer: int) -> Tensor:
+        """Give a layer's cells, [B, G, L, d], with room for the new token of the longest."""
+        found = cells[layer]
+        assert found is not None
+        if found.shape[2] < self._longest:
+            found = F.pad(found, (0, 0, 0, GROWTH))
+            cells[layer] = found
+        return found
 
     def _fill(self, x: Tensor) -> Tensor:
         """Spread packed [T, G, d] over a fresh [B, G, L, d] with room for new tokens."""
         assert self._prompts is not None
-        capacity = int(self.lengths.max()) + self._max_new_tokens
         ends = self.lengths.cumsum(0)
         rows = torch.repeat_interleave(
             torch.arange(len(self.lengths), device=x.device), self.lengths
         )
         columns = torch.arange(x.shape[0], device=x.device) - (ends - self.lengths)[rows]
-        cells = x.new_zeros(len(self.lengths), x.shape[1], capacity, x.shape[2])
+        cells = x.new_zeros(len(self.lengths), x.shape[1], self._longest + GROWTH, x.shape[2])
         cells[rows, :, columns] = x
         return cells

@@ -92,7 +92,7 @@ class NativeSampler(Sampler):
     def _sample_batch(
         self, requests: Sequence[tuple[Prompt, int]], weight_version: int
     ) -> Iterator[Rollout]:
-        cache = KVCache(self._model.architecture.num_hidden_layers, self._max_response_length)
+        cache = KVCache(self._model.architecture.num_hidden_layers)
         uniforms = self._uniforms(requests)  # [B, L]
         response_ids: list[list[int]] = [[] for _ in requests]
         logprobs: list[list[float]] = [[] for _ in requests]
