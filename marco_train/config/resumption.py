@@ -147,6 +147,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "stage.max_advantage",
         "stage.top_k",
         "stage.top_k_source",
+        "stage.drop_repetitive",
         "stage.cascade.*.early_switch.**",
     ),
     "optim": ("optim.**",),

@@ -10,6 +10,7 @@ from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.model import DType
 from marco_train.distributed import gather_objects
 from marco_train.metrics import Metrics
+from marco_train.rollout.loops import ends_in_loop
 from marco_train.types import FinishReason, Prompt, Rollout, rollout_groups
 
 
@@ -89,16 +90,21 @@ def summarize(rollouts: Iterable[Rollout]) -> Metrics:
     for rollout in rollouts:
         length = len(rollout.response_ids)
         stopped = rollout.finish_reason is FinishReason.stop
-        found = [1.0, length, float(not stopped), float(stopped and length <= 1)]
+        found = [1.0, length, not stopped, stopped and length <= 1, ends_in_loop(rollout)]
         for group in ("", *(f"/{name}" for name in rollout_groups(rollout))):
             known = sums.get(group, [0.0] * len(found))
             sums[group] = [a + b for a, b in zip(known, found, strict=True)]
-    totals: dict[str, list[float]] = {"": [0.0] * 4}
+    totals: dict[str, list[float]] = {"": [0.0] * 5}
     for of_rank in gather_objects(sums):
         for group, found in of_rank.items():
             known = totals.get(group, [0.0] * len(found))
             totals[group] = [a + b for a, b in zip(known, found, strict=True)]
-    names = ("rollout/response_length", "rollout/truncated", "rollout/empty")
+    names = (
+        "rollout/response_length",
+        "rollout/truncated",
+        "rollout/empty",
+        "rollout/repetition",
+    )
     return {
         f"{name}{group}": value / max(1.0, count)
         for group, (count, *values) in sorted(totals.items())

@@ -22,6 +22,7 @@ from marco_train.metrics import Metrics, check_names
 from marco_train.models.hf_io import stop_token_ids, student_architecture
 from marco_train.rollout.base import Sampler, summarize
 from marco_train.rollout.build import build_sampler, check_sampler
+from marco_train.rollout.loops import without_loops
 from marco_train.rollout.stream import RolloutStream
 from marco_train.rollout.sync import canaries, sync_weights
 from marco_train.run import Run
@@ -59,10 +60,12 @@ def run_opd(cfg: TrainConfig) -> None:
                 teacher = cascade.teacher_at(step, answers)  # changes only where a phase begins
                 scored = teacher.collect(submitted)
             with run.timer("train"):
+                scored, dropped = without_loops(scored, step, are_dropped=opd.drop_repetitive)
                 batch = pack_rollouts(scored, opd.objective, cfg.data.max_tokens_per_microbatch)
                 metrics |= policy.train_step(batch, build_reverse_kl(opd, teacher.head))
 
-            metrics |= summarize(submitted.rollouts) | prompts.metrics() | cascade.metrics(step)
+            metrics |= dropped | summarize(submitted.rollouts)
+            metrics |= prompts.metrics() | cascade.metrics(step)
             run.log(step, metrics, cascade.phase_at(step).name)
             refuse_mismatch(step, metrics["kl/sampler_mismatch"], opd.max_sampler_mismatch)
             if cascade.ends_at(step):
