@@ -71,6 +71,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "stage.eval_every",
         "stage.num_eval_examples",
         "stage.max_sampler_mismatch",
+        "stage.identify_languages",
         "stage.score_cache.**",
         "stage.rollout.batch_size",
         "stage.rollout.canary_tolerance",
