@@ -38,6 +38,11 @@ NAMES = {
     "rollout/response_length": "mean, tokens",
     "rollout/truncated": "share of responses cut at the limit",
     "rollout/empty": "share of responses that are a stop token alone",
+    "rollout/repetition": "share of responses that end in a loop, see rollout/loops.py",
+    "rollout/lang_match": "share of judged responses that are in the language of their prompt, see "
+    "evaluation/languages.py",
+    "rollout/lang_judged": "share of responses whose language could be told and compared",
+    "rollout/dropped_repetitive": "responses of this step left out of the loss, as they do",
     "loss/balance": "of the routers, mean over layers; 1 is even, see losses/balance.py",
     "loss/router_z": "mean squared logsumexp of the routers' logits, mean over layers",
     "moe/max_violation": "(largest load - mean) / mean of the experts; worst layer, and by layer",

@@ -12,7 +12,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from marco_train.config.data import DataConfig, SourceConfig
+from marco_train.commands.source import add_source_arguments, open_source
+from marco_train.config.data import DataConfig
 from marco_train.config.model import ChatTemplate, ModelConfig
 from marco_train.config.sft import LossTokens, SFTConfig
 from marco_train.data.chat import CHATML, Tokenizer, check_marks, load_tokenizer, stretches
@@ -83,13 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="inspect_data", description=__doc__)
-    parser.add_argument("path", help="file, directory or pattern of files, or hub repository")
-    parser.add_argument("--subset", help="configuration of a hub data set")
-    parser.add_argument("--split", default="train", help="split of a hub data set (train)")
-    parser.add_argument(
-        "--columns", type=_pairs, default={}, help="own names of columns: messages=chat,..."
-    )
-    parser.add_argument("--roles", type=_pairs, default={}, help="what roles are: env=tool,...")
+    add_source_arguments(parser)
     parser.add_argument("--tokenizer", help="directory of one; without, lengths are in bytes")
     parser.add_argument(
         "--chat-template",
@@ -100,13 +95,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--samples", type=int, default=5, help="rows to show (5)")
     parser.add_argument("--json", action="store_true", help="one line of JSON on stdout")
     return parser
-
-
-def _pairs(text: str) -> dict[str, str]:
-    pairs = [pair.partition("=") for pair in text.split(",") if pair.strip()]
-    if not all(name.strip() and value.strip() for name, _, value in pairs):
-        raise argparse.ArgumentTypeError(f"{text!r} is no list like name=value,name=value")
-    return {name.strip(): value.strip() for name, _, value in pairs}
 
 
 def _tokenizer(args: argparse.Namespace, opened: ExitStack) -> Tokenizer:
@@ -147,16 +135,7 @@ def inspect(
         InputError: A run would not start with it.
     """
     cfg = DataConfig()
-    source = Source(
-        Path(args.path).name or args.path,
-        SourceConfig(
-            path=args.path,
-            subset=args.subset,
-            split=args.split,
-            columns=args.columns,
-            roles=args.roles,
-        ),
-    )
+    source = open_source(args)
     report.rows = len(source)
     found = judge_structure(source, cfg)
     report.shape = found.shapes.most_common(1)[0][0] if found.shapes else None

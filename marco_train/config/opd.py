@@ -116,6 +116,13 @@ class OPDConfig(StageConfig):
     """Tokens; longer prompts are dropped and counted."""
     max_response_length: int = MISSING
     """Tokens; a longer response is cut and counted."""
+    drop_repetitive: bool = False
+    """Whether responses that end in a loop have no loss; `rollout/repetition` tells their share. A
+    loop is where the policy went wrong and the teacher can correct it, so it is learnt from unless
+    loops take most of the tokens."""
+    identify_languages: bool = False
+    """Whether `rollout/lang_match` tells which responses are in the language of their prompt; needs
+    `pip install 'marco-train[languages]'`."""
     rollout: RolloutConfig = MISSING
     score_cache: ScoreCacheConfig = field(default_factory=ScoreCacheConfig)
     cascade: dict[str, PhaseConfig] = field(default_factory=dict)

@@ -201,9 +201,13 @@ def _shows_thought(message: Message) -> bool:
 
 
 def _without_thought(message: Message) -> Message:
-    found = THINKING.match(message.content)
-    content = message.content[found.end() :] if found else message.content
-    return replace(message, content=content, reasoning_content="")
+    return replace(message, content=without_thinking(message.content), reasoning_content="")
+
+
+def without_thinking(text: str) -> str:
+    """The text of an answer behind its thinking; empty where that does not end."""
+    found = THINKING.match(text)
+    return text[found.end() :] if found else text
 
 
 def render_row(

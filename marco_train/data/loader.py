@@ -315,6 +315,10 @@ class PromptLoader(_Loader):
         by_language = (prompt_groups("", name) for name in self._stream.languages())
         return set(chain(*by_category, *by_language))
 
+    def languages(self) -> set[str]:
+        """Codes of the languages of the rows that were judged."""
+        return self._stream.languages()
+
     def first(self, count: int) -> list[Prompt]:
         """Render this rank's share of the run's first `count` prompts; rows at fault are left out.
 

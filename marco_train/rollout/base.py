@@ -1,6 +1,6 @@
 """What a sampler is, and the seed of a response."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -10,6 +10,7 @@ from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.model import DType
 from marco_train.distributed import gather_objects
 from marco_train.metrics import Metrics
+from marco_train.rollout.loops import ends_in_loop
 from marco_train.types import FinishReason, Prompt, Rollout, rollout_groups
 
 
@@ -83,24 +84,50 @@ def in_order(rollouts: Iterable[Rollout]) -> list[Rollout]:
     return sorted(rollouts, key=lambda rollout: rollout.order)
 
 
-def summarize(rollouts: Iterable[Rollout]) -> Metrics:
-    """Describe the responses of a step over all ranks, in all and by category and language."""
+InLanguage = Callable[[Rollout], bool | None]
+"""Whether a response is in the language of its prompt; None: it cannot be told."""
+
+
+def summarize(rollouts: Iterable[Rollout], in_language: InLanguage | None = None) -> Metrics:
+    """Describe the responses of a step over all ranks, in all and by category and language.
+
+    Without `in_language` nothing is said of the responses' languages, and no share that match where
+    none could be judged.
+    """
     sums: dict[str, list[float]] = {}  # of a group, "" for all: responses and what is averaged
     for rollout in rollouts:
         length = len(rollout.response_ids)
         stopped = rollout.finish_reason is FinishReason.stop
-        found = [1.0, length, float(not stopped), float(stopped and length <= 1)]
+        matches = in_language(rollout) if in_language is not None else None
+        found = [
+            1.0,
+            length,
+            not stopped,
+            stopped and length <= 1,
+            ends_in_loop(rollout),
+            matches is not None,
+            matches is True,
+        ]
         for group in ("", *(f"/{name}" for name in rollout_groups(rollout))):
             known = sums.get(group, [0.0] * len(found))
             sums[group] = [a + b for a, b in zip(known, found, strict=True)]
-    totals: dict[str, list[float]] = {"": [0.0] * 4}
+    totals: dict[str, list[float]] = {"": [0.0] * 7}
     for of_rank in gather_objects(sums):
         for group, found in of_rank.items():
             known = totals.get(group, [0.0] * len(found))
             totals[group] = [a + b for a, b in zip(known, found, strict=True)]
-    names = ("rollout/response_length", "rollout/truncated", "rollout/empty")
-    return {
-        f"{name}{group}": value / max(1.0, count)
-        for group, (count, *values) in sorted(totals.items())
-        for name, value in zip(names, values, strict=True)
-    }
+    names = (
+        "rollout/response_length",
+        "rollout/truncated",
+        "rollout/empty",
+        "rollout/repetition",
+    )
+    metrics: Metrics = {}
+    for group, (count, *values, num_judged, num_matching) in sorted(totals.items()):
+        for name, value in zip(names, values, strict=True):
+            metrics[f"{name}{group}"] = value / max(1.0, count)
+        if in_language is not None:
+            metrics[f"rollout/lang_judged{group}"] = num_judged / max(1.0, count)
+        if num_judged > 0:
+            metrics[f"rollout/lang_match{group}"] = num_matching / num_judged
+    return metrics

@@ -16,12 +16,14 @@ from marco_train.data.packing import pack_rollouts
 from marco_train.engine.policy import Policy, build_policy
 from marco_train.engine.student import Student
 from marco_train.errors import RolloutMismatchError
+from marco_train.evaluation.languages import LanguageJudge
 from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.losses.distillation import build_reverse_kl
 from marco_train.metrics import Metrics, check_names
 from marco_train.models.hf_io import stop_token_ids, student_architecture
-from marco_train.rollout.base import Sampler, summarize
+from marco_train.rollout.base import InLanguage, Sampler, summarize
 from marco_train.rollout.build import build_sampler, check_sampler
+from marco_train.rollout.loops import without_loops
 from marco_train.rollout.stream import RolloutStream
 from marco_train.rollout.sync import canaries, sync_weights
 from marco_train.run import Run
@@ -39,7 +41,7 @@ def run_opd(cfg: TrainConfig) -> None:
     token, and lowers the reverse KL  E_{x~policy}[log policy(x) - log teacher(x)].
     """
     opd = cfg.stage
-    with open_opd(cfg) as (policy, prompts, sampler, cascade, run):
+    with open_opd(cfg) as (policy, prompts, sampler, cascade, run, in_language):
         for step in run.steps(cascade):
             if cascade.measure_due(step):
                 with run.timer("evaluate"):  # syncs, sleeps and scores on its own
@@ -59,10 +61,12 @@ def run_opd(cfg: TrainConfig) -> None:
                 teacher = cascade.teacher_at(step, answers)  # changes only where a phase begins
                 scored = teacher.collect(submitted)
             with run.timer("train"):
+                scored, dropped = without_loops(scored, step, are_dropped=opd.drop_repetitive)
                 batch = pack_rollouts(scored, opd.objective, cfg.data.max_tokens_per_microbatch)
                 metrics |= policy.train_step(batch, build_reverse_kl(opd, teacher.head))
 
-            metrics |= summarize(submitted.rollouts) | prompts.metrics() | cascade.metrics(step)
+            metrics |= dropped | summarize(submitted.rollouts, in_language)
+            metrics |= prompts.metrics() | cascade.metrics(step)
             run.log(step, metrics, cascade.phase_at(step).name)
             refuse_mismatch(step, metrics["kl/sampler_mismatch"], opd.max_sampler_mismatch)
             if cascade.ends_at(step):
@@ -75,7 +79,7 @@ def run_opd(cfg: TrainConfig) -> None:
 @contextmanager
 def open_opd(
     cfg: TrainConfig,
-) -> Iterator[tuple[Policy, RolloutStream, Sampler, Cascade, Run]]:
+) -> Iterator[tuple[Policy, RolloutStream, Sampler, Cascade, Run, InLanguage | None]]:
     """Build what a run is made of, and close sampler and teachers, however it ends.
 
     Raises:
@@ -97,7 +101,8 @@ def open_opd(
     sampler = open_sampler(cfg, prepared.student, run.save_early)
     prompts = prepared.loader, prepared.first_prompts, prepared.held_out
     with closing(sampler), closing(cascade):
-        yield policy, RolloutStream(cfg.stage, sampler, *prompts), sampler, cascade, run
+        stream = RolloutStream(cfg.stage, sampler, *prompts)
+        yield policy, stream, sampler, cascade, run, prepared.in_language
     prepared.loader.log_end()
 
 
@@ -113,6 +118,8 @@ class Prepared:
     """This rank's share of those that new teachers are checked with."""
     held_out: list[Prompt]
     """This rank's share of those that convergence is measured on."""
+    in_language: InLanguage | None
+    """Judges responses, where the run asks for it."""
 
 
 def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
@@ -142,7 +149,19 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
 
     first = checks.after(sampler_fits).make("first prompts", loader.first, NUM_ANSWERED)
     held_out = checks.make("held-out prompts", loader.held_out, cascade.num_held_out)
-    return Prepared(student, tokenizer, loader, cascade, first, held_out)
+    judge = checks.make("languages of responses", language_judge, opd, tokenizer, loader)
+    return Prepared(student, tokenizer, loader, cascade, first, held_out, judge)
+
+
+def language_judge(
+    opd: OPDConfig, tokenizer: Tokenizer, loader: PromptLoader
+) -> LanguageJudge | None:
+    """Open what tells the languages of responses; None where the run does not ask for it.
+
+    Raises:
+        InputError: It is not installed.
+    """
+    return LanguageJudge(tokenizer, loader.languages()) if opd.identify_languages else None
 
 
 def check_groups(cascade: Cascade, loader: PromptLoader) -> None:

@@ -26,7 +26,17 @@ PLANTED = {
     "torch": ("config/run.py", "A config is read without a tensor library"),
 }
 # What no plain installation brings: the extras, and what tests and checks use.
-EXTRAS = ["vllm", "babel", "jsonschema", "matplotlib", "reasoning_gym", "pytest", "ruff", "mypy"]
+EXTRAS = [
+    "vllm",
+    "babel",
+    "jsonschema",
+    "lingua",
+    "matplotlib",
+    "reasoning_gym",
+    "pytest",
+    "ruff",
+    "mypy",
+]
 IMPORT_ALL = f"""
 import pkgutil, sys
 

@@ -1,0 +1,119 @@
+"""Look for the questions of benchmarks in a data set."""
+
+import argparse
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import redirect_stdout
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from tqdm import tqdm
+
+from marco_train.commands.source import add_source_arguments, open_source
+from marco_train.data.contamination import (
+    CHARACTERS,
+    WORDS,
+    Benchmarks,
+    Hit,
+    read_benchmarks,
+)
+from marco_train.data.conversations import BadRow, Source
+from marco_train.errors import InputError, require
+from marco_train.files import replaces
+from marco_train.types import TokenRow
+
+TO_COME = ("fixture", "card")
+MOST_NAMED = 5  # rows of a benchmark that the table names
+
+
+@dataclass
+class Report:
+    """What was found; `rows` and `hits` are those of the JSON."""
+
+    rows: int = 0
+    hits: list[Hit] = field(default_factory=list)
+    num_at_fault: int = 0
+    num_tokenised: int = 0
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Read the command line, print a table, and write the JSON where one is asked for."""
+    args = _parser().parse_args(arguments)
+    try:
+        if args.json is not None:
+            parent = args.json.parent
+            require(parent.is_dir(), f"--json: there is no directory {str(parent)!r}; make it")
+        with redirect_stdout(sys.stderr):
+            benchmarks = Benchmarks(read_benchmarks(_directory(args.against)))
+            report = look(open_source(args), benchmarks)
+    except InputError as error:
+        sys.exit(f"error: {' '.join(str(error).split())}")
+    print("\n".join(_as_text(report, benchmarks)))
+    if args.json is not None:
+        found = {"rows": report.rows, "hits": [asdict(hit) for hit in report.hits]}
+        with replaces(args.json) as partial:
+            partial.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="decontaminate", description=__doc__)
+    add_source_arguments(parser)
+    parser.add_argument(
+        "--against",
+        required=True,
+        help="directory of .jsonl files whose text columns are questions; a file is a benchmark",
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the hits")
+    return parser
+
+
+def _directory(against: str) -> Path:
+    if against in TO_COME:
+        raise InputError(
+            f"--against {against} is not there yet, as no benchmark comes with this version: give "
+            "a directory of .jsonl files whose text columns are the questions"
+        )
+    return Path(against)
+
+
+def look(source: Source, benchmarks: Benchmarks) -> Report:
+    """Look for the benchmarks in all rows of a data set, one after the other."""
+    report = Report(rows=len(source))
+    for index in tqdm(range(len(source)), f"rows of {source.name}", delay=3):
+        row = source[index]
+        if isinstance(row, BadRow):
+            report.num_at_fault += 1
+        elif isinstance(row, TokenRow):
+            report.num_tokenised += 1
+        else:
+            report.hits += benchmarks.hits(row)
+    return report
+
+
+def _as_text(report: Report, benchmarks: Benchmarks) -> Iterable[str]:
+    """The report for a person."""
+    rows = {hit.row for hit in report.hits}
+    yield f"rows       {report.rows:,}, of which {len(rows):,} hold a text of a benchmark"
+    if report.num_at_fault:
+        yield f"           {report.num_at_fault:,} not looked at: they cannot be read"
+    if report.num_tokenised:
+        yield f"           {report.num_tokenised:,} not looked at: they were tokenised before"
+    yield (
+        f"texts      {benchmarks.num_texts:,} of {len(benchmarks.names)} benchmarks, of which "
+        f"{benchmarks.num_short:,} are too short to be looked for"
+    )
+    yield (
+        f"ngram      {WORDS.run} words in a row, or {CHARACTERS.run} characters of a script "
+        f"without spaces; all of a text from {WORDS.whole} or {CHARACTERS.whole}"
+    )
+    yield f"hash       a whole turn, from {WORDS.equal} words or {CHARACTERS.equal} characters"
+    width = max(9, *(len(name) for name in benchmarks.names))
+    yield f"{'benchmark':{width}} {'hash':>8} {'ngram':>8}  rows, from 0"
+    for name in sorted(benchmarks.names):
+        hits = [hit for hit in report.hits if hit.benchmark == name]
+        kinds = Counter(hit.kind for hit in hits)
+        named = ", ".join(str(hit.row) for hit in hits[:MOST_NAMED])
+        more = ", ..." if len(hits) > MOST_NAMED else ""
+        yield f"{name:{width}} {kinds['hash']:>8,} {kinds['ngram']:>8,}  {named}{more}".rstrip()
