@@ -1,12 +1,12 @@
 """The rollouts of each step, of its own weights or, by choice, of those of the step before."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
 
 from marco_train.config.opd import OPDConfig
 from marco_train.errors import StaleRolloutError
 from marco_train.metrics import Metrics
-from marco_train.rollout.base import Sampler
+from marco_train.rollout.base import InLanguage, Sampler, summarize
 from marco_train.types import Prompt, Rollout
 
 
@@ -34,16 +34,19 @@ class RolloutStream:
         prompts: PromptSource,
         first_prompts: Sequence[Prompt] = (),
         held_out: Sequence[Prompt] = (),
+        in_language: InLanguage | None = None,
     ) -> None:
         """Sample what `prompts` asks, with the weights that the sampler has when it is asked.
 
-        `first_prompts` and `held_out` are this rank's shares, for `answers` and `held_out`.
+        `first_prompts` and `held_out` are this rank's shares, for `answers` and `held_out`;
+        `in_language` judges responses for `metrics`.
         """
         self._cfg = cfg
         self._sampler = sampler
         self._prompts = prompts
         self._first_prompts = first_prompts
         self._held_out = held_out
+        self._in_language = in_language
         self._ahead: tuple[Iterator[Rollout], Metrics] | None = None  # of the coming step
         self._metrics: Metrics = {}
 
@@ -80,6 +83,6 @@ class RolloutStream:
         """Sample one response to each held-out prompt."""
         return list(self._sampler.sample(self._held_out, 1))
 
-    def metrics(self) -> Metrics:
-        """Describe the prompts of the last rollouts, and how stale these were."""
-        return self._metrics
+    def metrics(self, rollouts: Iterable[Rollout]) -> Metrics:
+        """Describe the last rollouts, their prompts, and how stale they were, over all ranks."""
+        return summarize(rollouts, self._in_language) | self._metrics

@@ -21,7 +21,7 @@ from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.losses.distillation import build_reverse_kl
 from marco_train.metrics import Metrics, check_names
 from marco_train.models.hf_io import stop_token_ids, student_architecture
-from marco_train.rollout.base import InLanguage, Sampler, summarize
+from marco_train.rollout.base import InLanguage, Sampler
 from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.loops import without_loops
 from marco_train.rollout.stream import RolloutStream
@@ -41,7 +41,7 @@ def run_opd(cfg: TrainConfig) -> None:
     token, and lowers the reverse KL  E_{x~policy}[log policy(x) - log teacher(x)].
     """
     opd = cfg.stage
-    with open_opd(cfg) as (policy, prompts, sampler, cascade, run, in_language):
+    with open_opd(cfg) as (policy, prompts, sampler, cascade, run):
         for step in run.steps(cascade):
             if cascade.measure_due(step):
                 with run.timer("evaluate"):  # syncs, sleeps and scores on its own
@@ -65,8 +65,7 @@ def run_opd(cfg: TrainConfig) -> None:
                 batch = pack_rollouts(scored, opd.objective, cfg.data.max_tokens_per_microbatch)
                 metrics |= policy.train_step(batch, build_reverse_kl(opd, teacher.head))
 
-            metrics |= dropped | summarize(submitted.rollouts, in_language)
-            metrics |= prompts.metrics() | cascade.metrics(step)
+            metrics |= dropped | prompts.metrics(submitted.rollouts) | cascade.metrics(step)
             run.log(step, metrics, cascade.phase_at(step).name)
             refuse_mismatch(step, metrics["kl/sampler_mismatch"], opd.max_sampler_mismatch)
             if cascade.ends_at(step):
@@ -79,7 +78,7 @@ def run_opd(cfg: TrainConfig) -> None:
 @contextmanager
 def open_opd(
     cfg: TrainConfig,
-) -> Iterator[tuple[Policy, RolloutStream, Sampler, Cascade, Run, InLanguage | None]]:
+) -> Iterator[tuple[Policy, RolloutStream, Sampler, Cascade, Run]]:
     """Build what a run is made of, and close sampler and teachers, however it ends.
 
     Raises:
@@ -99,10 +98,9 @@ def open_opd(
     prepared.loader.log_plan(cascade.num_steps)
     cascade.save_early = run.save_early
     sampler = open_sampler(cfg, prepared.student, run.save_early)
-    prompts = prepared.loader, prepared.first_prompts, prepared.held_out
+    prompts = prepared.loader, prepared.first_prompts, prepared.held_out, prepared.in_language
     with closing(sampler), closing(cascade):
-        stream = RolloutStream(cfg.stage, sampler, *prompts)
-        yield policy, stream, sampler, cascade, run, prepared.in_language
+        yield policy, RolloutStream(cfg.stage, sampler, *prompts), sampler, cascade, run
     prepared.loader.log_end()
 
 
