@@ -168,7 +168,9 @@ def inspect(
     render = _renderer(args, tokenizer, cfg)
     rows = judged_rows(source, cfg)
     if args.stage == "sft":
-        check_marks(tokenizer, _first_conversations(source, rows))
+        said = check_marks(tokenizer, _first_conversations(source, rows))
+        if said:
+            print(said)
     _show_samples(report, marked, source, render, rows, args.samples)
     files, lost = judge_tokens(source, cfg, render, render.identity())
     is_bad = Counter({"data/dropped_malformed": len(found.bad)})

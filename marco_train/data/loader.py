@@ -279,7 +279,9 @@ class SFTLoader(_Loader):
         if self._stage.loss_tokens is LossTokens.assistant:
             first = map(self._stream.__getitem__, range(NUM_MARKED))
             found = [row for row in first if isinstance(row, Conversation)]
-            check_marks(self._tokenizer, found)
+            said = check_marks(self._tokenizer, found)
+            if said and is_main():
+                log_line(said)
 
 
 class PromptLoader(_Loader):

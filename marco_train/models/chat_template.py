@@ -20,6 +20,8 @@ from marco_train.types import Message
 # What a template can raise on the turns of a row, beside its own refusals: it adds text to numbers,
 # asks for an item that is not there, or divides; and what a tokenizer raises on its text.
 FAULTS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+# Opens a stretch that is the assistant's.
+MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -27,8 +29,9 @@ class Rendered:
     """The text of a chat."""
 
     text: str
-    answers: tuple[tuple[int, int], ...]
-    """First character and end of each stretch that the template marks as the assistant's."""
+    answers: tuple[tuple[int, int], ...] | None
+    """First character and end of each stretch that is the assistant's. None: the template marks
+    none, as it has no {% generation %}."""
 
 
 def render_turns(
@@ -56,11 +59,13 @@ def render_turns(
     require(bool(messages), "there is no turn before the answer")
     given = [dict(tool) for tool in tools] or None
     try:
+        template = tokenizer.get_chat_template(None, given)
+        is_marked = MARK.search(template) is not None
         (text,), answers = render_jinja_template(
             conversations=[[message.as_turn() for message in messages]],
             tools=given,
-            chat_template=tokenizer.get_chat_template(None, given),
-            return_assistant_tokens_mask=True,
+            chat_template=template,
+            return_assistant_tokens_mask=is_marked,
             add_generation_prompt=open_answer,
             **{**tokenizer.special_tokens_map, **template_kwargs},
         )
@@ -69,7 +74,7 @@ def render_turns(
         raise InputError(
             f"the chat template cannot render it ({type(error).__name__}: {said[0]})"
         ) from error
-    return Rendered(text, tuple(answers[0]) if answers else ())
+    return Rendered(text, tuple(answers[0]) if is_marked else None)
 
 
 class Encoder:

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 
+from marco_train.config.data import Thinking
 from marco_train.config.sft import LossTokens
-from marco_train.data.chat import CHATML, Tokenizer, render_example, render_prompt
+from marco_train.data.chat import CHATML, Tokenizer, render_example, render_prompt, with_thinking
 from marco_train.data.turns import read_tools, read_turns
 from marco_train.types import Conversation, Example
-from tests.helpers.qwen_like import TEMPLATE, write_tokenizer
+from tests.helpers.qwen_like import TEMPLATE, UNMARKED, write_tokenizer
 from tests.helpers.tokenizers import tokenizer_of
 
 Turn = dict[str, Any]
@@ -182,3 +183,33 @@ def test_every_prompt_has_the_ids_of_transformers(name: str, tokenizer: Tokenize
         asked, tools=tools or None, add_generation_prompt=True, return_dict=False
     )
     assert render_prompt(tokenizer, found) == made
+
+
+@pytest.fixture(scope="module")
+def unmarked(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Qwen3's as it is published: its template does not mark answers."""
+    return tokenizer_of(write_tokenizer(tmp_path_factory.mktemp("unmarked"), UNMARKED))
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return tokenizer_of(write_tokenizer(tmp_path_factory.mktemp("marked"), TEMPLATE))
+
+
+# A prompt for the second of two answers shows the first with the thinking of a last turn.
+NO_PROMPT = {"two answers in a row"}
+
+
+@pytest.mark.parametrize("thinking", Thinking)
+@pytest.mark.parametrize("name", sorted(CHATS.keys() - NO_PROMPT))
+def test_answers_without_marks_are_learnt_as_with_them(
+    name: str, thinking: Thinking, unmarked: Tokenizer, marked: Tokenizer
+) -> None:
+    found = conversation(*CHATS[name])
+    expected, example = (
+        render_example(tokenizer, with_thinking(tokenizer, found, thinking), LossTokens.assistant)
+        for tokenizer in (marked, unmarked)
+    )
+    assert any(expected.loss_mask)
+    assert example == expected
+    assert render_prompt(unmarked, found) == render_prompt(marked, found)

@@ -1,6 +1,7 @@
 """What is learnt of a chat: whole tokens of its answers, behind a prompt that sampling can ask."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from marco_train.data.render import ExampleRenderer, PromptRenderer
 from marco_train.data.turns import read_turns
 from marco_train.errors import InputError
 from marco_train.types import Conversation, Example, Message, PlainText, TokenRow
-from tests.helpers.qwen_like import write_tokenizer
+from tests.helpers.qwen_like import UNMARKED, write_tokenizer
 from tests.helpers.tokenizers import make_tokenizer, tokenizer_of
 
 Turn = dict[str, Any]
@@ -44,6 +45,7 @@ TOKENIZERS: dict[str, Callable[[Path], Any]] = {
     "chatml": lambda path: write_tokenizer(path, CHATML.read_text()),
     "chatml, trimmed": lambda path: write_tokenizer(path, CHATML.read_text(), trim_offsets=True),
     "qwen3": write_tokenizer,
+    "qwen3 without marks": lambda path: write_tokenizer(path, UNMARKED),
     "qwen3, trimmed": lambda path: write_tokenizer(path, trim_offsets=True),
     "a space before the answer": lambda path: write_tokenizer(path, PLAIN),
     "a space, trimmed": lambda path: write_tokenizer(path, PLAIN, trim_offsets=True),
@@ -283,6 +285,9 @@ LEARNT = {
 }
 
 
+LEARNT |= {("qwen3 without marks", thinking): LEARNT["qwen3", thinking] for thinking in Thinking}
+
+
 @pytest.mark.parametrize("turns", [TWO_THOUGHTS, TWO_FIELDS], ids=["in the text", "in a field"])
 @pytest.mark.parametrize(("name", "thinking"), LEARNT)
 def test_thinking_is_learnt_where_it_is_wanted_and_shown(
@@ -487,3 +492,66 @@ def test_a_prompt_with_two_spaces_at_its_end_is_the_beginning_of_its_example(
     prompt = render_prompt(tokenizer, row)
     example = render_example(tokenizer, row, LossTokens.assistant)
     assert example.input_ids[: len(prompt)] == prompt
+
+
+def test_an_answer_whose_prompt_is_otherwise_in_history_is_not_learnt_without_marks(
+    tokenizers: dict[str, Tokenizer],
+) -> None:
+    """The thinking beside a call is gone once a question follows, and sampling would see it."""
+    call = {"function": {"name": "f", "arguments": {}}}
+    row = conversation(
+        user("a"),
+        assistant("", reasoning_content="one", tool_calls=[call]),
+        {"role": "tool", "content": "20"},
+        assistant("It is 20."),
+        user("b"),
+        assistant("c"),
+    )
+    tokenizer = tokenizers["qwen3 without marks"]
+    example = render_example(tokenizer, row, LossTokens.assistant)
+    assert learnt(tokenizer, example) == [thought("") + "c<|im_end|>"]
+    # Nor is an answer with which a chat begins, as nobody asks for it.
+    first = conversation(assistant("Hello."), user("a"), assistant("b"))
+    example = render_example(tokenizer, first, LossTokens.assistant)
+    assert learnt(tokenizer, example) == [thought("") + "b<|im_end|>"]
+    exempt = conversation(assistant("Hello.", weight=0), user("a"), assistant("b"))
+    with pytest.raises(InputError, match="not to be learnt cannot be told apart"):
+        render_example(tokenizer, exempt, LossTokens.all)
+
+
+def test_a_prompt_that_closes_thinking_is_no_part_of_an_answer_without_marks(
+    tmp_path: Path,
+) -> None:
+    path = write_tokenizer(tmp_path / "tokenizer", UNMARKED)
+    tokenizer = tokenizer_of(path, enable_thinking=False)
+    row = conversation(user("a"), assistant("b"), user("c"), assistant("d"))
+    # In history the first answer stands without what its prompt had, so it is not learnt.
+    example = render_example(tokenizer, row, LossTokens.assistant)
+    assert learnt(tokenizer, example) == ["d<|im_end|>"]
+
+
+BARE = re.sub(r"\{%-? ?(end)?generation ?%\}", "", PLAIN)
+# What a template writes otherwise of an answer once others follow it.
+OTHERWISE = {
+    "its header": (
+        "{{- m.role + ': ' }}",
+        "{{- ('Assistant:' if m.role == 'assistant' and not loop.last else m.role + ':') + ' ' }}",
+    ),
+    "its words": ("{{- m.content +", "{{- (m.content if loop.last else m.content | upper) +"),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), OTHERWISE.values(), ids=OTHERWISE.keys())
+def test_an_answer_that_is_rewritten_in_history_is_not_learnt_without_marks(
+    old: str, new: str, tmp_path: Path
+) -> None:
+    assert old in BARE
+    row = conversation(user("a"), assistant("b"), {"role": "tool", "content": "C"}, assistant("d"))
+    same, otherwise = (
+        tokenizer_of(write_tokenizer(tmp_path / name, template))
+        for name, template in (("same", BARE), ("otherwise", BARE.replace(old, new, 1)))
+    )
+    example = render_example(same, row, LossTokens.assistant)
+    assert learnt(same, example) == ["b<|im_end|>", "d<|im_end|>"]
+    example = render_example(otherwise, row, LossTokens.assistant)
+    assert learnt(otherwise, example) == ["d<|im_end|>"]
