@@ -11,7 +11,7 @@ from marco_train.config.data import DataConfig, OnChange, SourceConfig, Thinking
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resume import ResumeChange
 from marco_train.config.resumption import field_difference
-from marco_train.config.sft import LossTokens, SFTConfig, num_sft_steps
+from marco_train.config.sft import LossTokens, SFTConfig, num_sft_samples, num_sft_steps
 from marco_train.data.chat import (
     Tokenizer,
     check_marks,
@@ -90,6 +90,7 @@ class _Loader:
         self._positions = {0: Position(0, Counter())}  # by step; of the last few
         self._metrics: Metrics = {}
         self._dropped = Tally()  # of this rank, since it started
+        self._num_samples: int | None = None  # of a run whose length is given in epochs
 
     def _next_share(self) -> list[tuple[int, Row, Example]]:
         """Draw this rank's slots of the coming batch; rows at fault are dropped and counted.
@@ -107,8 +108,8 @@ class _Loader:
         while not counts[""]:  # on every rank alike
             if end - first >= max(self._batch_size, self._stream.num_samples_of_all):
                 raise dropped.gathered_refusal(f"none of {end - first} samples in a row")
-            share = range(end + rank(), end + self._batch_size, world_size())
-            end += self._batch_size
+            start, end = end, self._end_of_batch(end)
+            share = range(start + rank(), end, world_size())
             kept = []
             used: Counter[str] = Counter()
             for index in share:
@@ -137,14 +138,21 @@ class _Loader:
         }
         return kept
 
+    def _end_of_batch(self, begin: int) -> int:
+        end, last = begin + self._batch_size, self._num_samples
+        # Behind its last sample a run draws whole batches, as where one was dropped as a whole.
+        return last if last is not None and begin < last < end else end
+
     def metrics(self) -> Metrics:
         """Describe the last batch, over all ranks."""
         return self._metrics
 
     def log_plan(self, num_steps: int) -> None:
         """Say how often a run of so many steps, those behind it included, goes through sources."""
-        samples_left = (num_steps - self._step) * self._batch_size
-        self._log_sources(self._positions[self._step].cursor + samples_left, f"in {num_steps}")
+        end = self._positions[self._step].cursor
+        for _ in range(self._step, num_steps):
+            end = self._end_of_batch(end)
+        self._log_sources(end, f"in {num_steps}")
 
     def log_end(self) -> None:
         """Say how often the steps up to here went through each source, and what was dropped.
@@ -249,6 +257,8 @@ class SFTLoader(_Loader):
         render = ExampleRenderer.of(tokenizer, data, stage.loss_tokens, stage.max_length)
         super().__init__(data, stage.global_batch_size, tokenizer, render, seed, quarantine)
         self.epoch_rows = self._stream.num_rows
+        if stage.num_epochs is not None:
+            self._num_samples = num_sft_samples(stage.num_epochs, self.epoch_rows)
         self.num_steps = stage.capped(
             num_sft_steps(
                 stage.num_steps, stage.num_epochs, stage.global_batch_size, self.epoch_rows
