@@ -202,7 +202,8 @@ def _renderer(
     if args.stage == "sft":
         limit = SFTConfig.max_length if bounded else NO_LIMIT
         return ExampleRenderer.of(tokenizer, cfg, LossTokens.assistant, limit)
-    return PromptRenderer(tokenizer, NO_LIMIT, cfg.thinking)  # a distillation has to name its own
+    # A distillation has to name its own limit.
+    return PromptRenderer(tokenizer, NO_LIMIT, cfg.thinking, cfg.overlong)
 
 
 def _first_conversations(source: Source, rows: Sequence[int]) -> list[Conversation]:

@@ -29,7 +29,7 @@ class SFTConfig(StageConfig):
     global_batch_size: int = 64
     """Conversations of one update, over all ranks."""
     max_length: int = 4096
-    """Tokens of one conversation; longer ones are dropped and counted."""
+    """Tokens of one conversation; `data.overlong` says what becomes of longer ones."""
     loss_tokens: LossTokens = LossTokens.assistant
     eval_every: int | None = None
     """Steps between two measures of the held-out loss. None: off."""

@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from marco_train.config.data import DataConfig, OnChange, SourceConfig, Thinking
+from marco_train.config.data import DataConfig, OnChange, Overlong, SourceConfig, Thinking
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resume import ResumeChange
 from marco_train.config.resumption import field_difference
@@ -17,7 +17,7 @@ from marco_train.data.chat import (
     check_marks,
     with_thinking,
 )
-from marco_train.data.drops import DROPS, Dropped, Tally
+from marco_train.data.drops import DROPS, TRUNCATED, Dropped, Tally
 from marco_train.data.packing import pack_examples
 from marco_train.data.render import ExampleRenderer, PromptRenderer
 from marco_train.data.stream import ConversationStream
@@ -39,6 +39,7 @@ from marco_train.types import (
 
 T = TypeVar("T")
 
+NOT_WHOLE = (*DROPS, TRUNCATED)
 QUARANTINE = "quarantine.jsonl"
 """Rows at fault of a run, under its output directory."""
 # Samples at the start of a run whose loss mask is looked at before the first step.
@@ -119,11 +120,13 @@ class _Loader:
                     self._stream.name_malformed(found)
                 else:
                     kept.append((index, *found))
+                    if found[1].is_truncated:
+                        dropped.add_truncated(found[0])
                     used.update(["", *groups_of(found[0])])
-            mine = used | Counter({name: dropped.count(name) for name in DROPS})
+            mine = used | Counter({name: dropped.count(name) for name in NOT_WHOLE})
             counts = sum(gather_objects(mine), Counter())
         self._dropped.update(dropped)
-        drops = {name: float(counts.pop(name, 0)) for name in DROPS}
+        drops = {name: float(counts.pop(name, 0)) for name in NOT_WHOLE}
         position = Position(end, begin.used + counts)
         self._step += 1
         self._positions[self._step] = position
@@ -162,7 +165,7 @@ class _Loader:
         self._log_sources(self._positions[self._step].cursor, f"made in {self._step}")
         dropped = self._dropped.gathered().said()
         if dropped and is_main():
-            log_line(f"dropped since the start: {'; '.join(dropped)}")
+            log_line(f"dropped or cut since the start: {'; '.join(dropped)}")
 
     def _log_sources(self, num_samples: int, when: str) -> None:
         if is_main():
@@ -306,7 +309,9 @@ class PromptLoader(_Loader):
         quarantine: Path | None = None,
     ) -> None:
         """Open the sources and judge their rows; see `SFTLoader`."""
-        self._prompts = PromptRenderer(tokenizer, stage.max_prompt_length, data.thinking)
+        self._prompts = PromptRenderer(
+            tokenizer, stage.max_prompt_length, data.thinking, data.overlong
+        )
         size = stage.global_batch_size
         super().__init__(data, size, tokenizer, self._prompts, seed, quarantine)
 
@@ -432,7 +437,8 @@ def held_out_questions(
     Raises:
         InputError: None of them can be used, or the template reads not all of its arguments.
     """
-    prompts = PromptRenderer(tokenizer, max_prompt_length, thinking)
+    # Who is asked without what was said before answers another question.
+    prompts = PromptRenderer(tokenizer, max_prompt_length, thinking, Overlong.drop)
 
     def render(index: int, row: UsableRow) -> Question | str:
         if not isinstance(row, Conversation) or not row.asked or row.asked == row.messages:

@@ -350,7 +350,7 @@ def test_what_was_lost_is_said_by_source_at_the_start_and_at_the_end(
     capsys.readouterr()
     loader.log_end()
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "dropped since the start: 1 data/dropped_empty in 'text'; "
+        "dropped or cut since the start: 1 data/dropped_empty in 'text'; "
         "1 data/dropped_malformed in 'text'; 1 data/dropped_no_loss in 'text'"
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from marco_train.config.data import DataConfig, Thinking
+from marco_train.config.data import DataConfig, Overlong, Thinking
 from marco_train.config.sft import LossTokens
 from marco_train.data.chat import (
     CHATML,
@@ -255,6 +255,12 @@ def renderer(
     return ExampleRenderer.of(tokenizer, data, LossTokens.assistant, 1000)
 
 
+def prompts(
+    tokenizer: Tokenizer, max_length: int, thinking: Thinking = Thinking.keep
+) -> PromptRenderer:
+    return PromptRenderer(tokenizer, max_length, thinking, Overlong.drop)
+
+
 def thought(text: str) -> str:
     return f"<think>\n{text}\n</think>\n\n"
 
@@ -298,7 +304,7 @@ def test_thinking_is_learnt_where_it_is_wanted_and_shown(
     example = renderer(tokenizer, thinking)(conversation(*turns))
     assert isinstance(example, Example)
     assert learnt(tokenizer, example) == words
-    prompt = PromptRenderer(tokenizer, 1000, thinking)(conversation(*turns))
+    prompt = prompts(tokenizer, 1000, thinking)(conversation(*turns))
     assert isinstance(prompt, Example)
     assert example.input_ids[: len(prompt.input_ids)] == prompt.input_ids
     assert tokenizer.decode(prompt.input_ids) == (
@@ -397,7 +403,7 @@ def test_a_template_that_leaves_out_a_call_or_its_tools_is_no_use(tmp_path: Path
     tool = {"type": "function", "function": {"name": "clock"}}
     row = Conversation(**LABELS, messages=row.messages[:1], tools=(tool,))
     with pytest.raises(InputError, match=r"leaves out tools \('clock'\)"):
-        PromptRenderer(tokenizer, 1000, Thinking.keep)(row)
+        prompts(tokenizer, 1000)(row)
 
 
 def test_control_tokens_in_any_text_drop_the_row(chatml: Tokenizer) -> None:
@@ -452,14 +458,14 @@ def test_tokens_of_a_row_stay_as_they_are(chatml: Tokenizer) -> None:
     with pytest.raises(InputError, match=r"the token id 100000, .* tokenised for another model"):
         renderer(chatml)(beyond)
     with pytest.raises(InputError, match="the row has no turns, so nothing can be asked"):
-        PromptRenderer(chatml, 1000, Thinking.keep)(row)
+        prompts(chatml, 1000)(row)
 
 
 def test_rated_answers_are_refused_in_sft_and_asked_in_distillation(chatml: Tokenizer) -> None:
     row = Conversation(**LABELS, messages=(Message("user", "a"),), is_preference=True)
     with pytest.raises(InputError, match="holds answers that are rated, and SFT would"):
         renderer(chatml)(row)
-    prompt = PromptRenderer(chatml, 1000, Thinking.keep)(row)
+    prompt = prompts(chatml, 1000)(row)
     assert isinstance(prompt, Example)
     assert chatml.decode(prompt.input_ids).endswith("a<|im_end|>\n<|im_start|>assistant\n")
 
@@ -473,7 +479,7 @@ def test_a_row_over_the_limit_is_dropped(num_tokens: int, chatml: Tokenizer) -> 
 
 def test_a_chat_that_an_answer_begins_is_no_prompt(chatml: Tokenizer) -> None:
     row = conversation(assistant("Hello."), user("a"), assistant("b"))
-    assert PromptRenderer(chatml, 1000, Thinking.keep)(row) == "data/dropped_no_loss"
+    assert prompts(chatml, 1000)(row) == "data/dropped_no_loss"
     example = renderer(chatml)(row)
     assert isinstance(example, Example)
     assert learnt(chatml, example) == ["Hello.<|im_end|>", "b<|im_end|>"]
