@@ -85,13 +85,6 @@ def read_turns(turns: Any, roles: Mapping[str, str]) -> tuple[Message, ...]:
     Raises:
         RowError: Says which turn is at fault, and how.
     """
-    try:
-        return _read_turns(turns, roles)
-    except RecursionError as error:
-        raise RowError("nested too deep", "the chat's values are nested too deep") from error
-
-
-def _read_turns(turns: Any, roles: Mapping[str, str]) -> tuple[Message, ...]:
     if isinstance(turns, str):
         turns = parsed_turns(turns) or [{"role": "user", "content": turns}]
     if not isinstance(turns, list):
