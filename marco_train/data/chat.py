@@ -16,6 +16,7 @@ from marco_train.config.data import Thinking
 from marco_train.config.model import ChatTemplate, ModelConfig
 from marco_train.config.sft import LossTokens
 from marco_train.data.answers import NOT_FOUND, Render, find_answers, said_last
+from marco_train.data.turns import split_thinking
 from marco_train.errors import InputError, require
 from marco_train.models.chat_template import MARK, Encoder, Rendered, render_turns
 from marco_train.models.hf_io import stop_token_ids
@@ -27,14 +28,6 @@ from marco_train.models.tokenizer_files import (
 from marco_train.types import Conversation, Example, Message, PlainText, TokenRow
 
 CHATML = Path(__file__).with_name("chat_template.jinja")
-# Thinking in the text of an answer; where a prompt opened it, only its end stands there, on a line
-# of its own, as words about it do not.
-THINKING = re.compile(
-    r"\s*<think>(?P<whole>.*?)</think>\s*"
-    r"|(?P<ended>(?:(?!<think>).)*?)^[ \t]*</think>[ \t]*$\s*"
-    r"|\s*<think>(?P<open>.*)",
-    re.DOTALL | re.MULTILINE,
-)
 
 
 @dataclass(frozen=True)
@@ -196,20 +189,18 @@ def thought_of(message: Message) -> str:
     """The thinking of an answer, without white space around it; empty without any."""
     if message.reasoning_content:
         return message.reasoning_content.strip()
-    if "<think>" not in message.content and "</think>" not in message.content:
-        return ""
-    found = THINKING.match(message.content)
-    return next(filter(None, found.groups()), "").strip() if found else ""
+    split = split_thinking(message.content)
+    return split[0] if split is not None else ""
 
 
 def _shows_thought(message: Message) -> bool:
     """Whether an answer has thinking, be it empty."""
-    return bool(message.reasoning_content or THINKING.match(message.content))
+    return bool(message.reasoning_content) or split_thinking(message.content) is not None
 
 
 def _without_thought(message: Message) -> Message:
-    found = THINKING.match(message.content)
-    content = message.content[found.end() :] if found else message.content
+    split = split_thinking(message.content)
+    content = split[1] if split is not None else message.content
     return replace(message, content=content, reasoning_content="")
 
 
