@@ -1,6 +1,7 @@
 """Chats become the token ids that `apply_chat_template` of transformers makes of them."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -213,3 +214,45 @@ def test_answers_without_marks_are_learnt_as_with_them(
     assert any(expected.loss_mask)
     assert example == expected
     assert render_prompt(unmarked, found) == render_prompt(marked, found)
+
+
+# How templates write the arguments of a call, beside those that take both objects and text.
+TAKES_OBJECTS = {
+    "quotes text once more": "{{- (given | tojson) + '}\\n</tool_call>' }}",
+    "goes through objects": (
+        "{{- '{' }}{%- for k, v in given.items() %}{{- (k | tojson) + ': ' + (v | tojson) }}"
+        "{%- endfor %}{{- '}}\\n</tool_call>' }}"
+    ),
+}
+TAKES_BOTH = "{{- (given if given is string else given | tojson) + '}\\n</tool_call>' }}"
+
+
+@pytest.mark.parametrize("writes", TAKES_OBJECTS.values(), ids=TAKES_OBJECTS.keys())
+def test_arguments_that_are_text_are_read_for_a_template_that_takes_objects(
+    writes: str, tmp_path: Path
+) -> None:
+    assert TAKES_BOTH in TEMPLATE
+    template = TEMPLATE.replace(TAKES_BOTH, writes)
+    tokenizer = tokenizer_of(write_tokenizer(tmp_path / "tokenizer", template))
+
+    def turns(arguments: Any) -> list[Turn]:
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        result = {"role": "tool", "content": "20"}
+        return [user("a"), assistant("", tool_calls=[call]), result, assistant("It is 20.")]
+
+    expected = of_transformers(tokenizer, turns({"city": "São Paulo"}), [WEATHER])
+    for written in ('{"city":   "São Paulo"}', '{"city": "S\\u00e3o Paulo"}'):
+        row = conversation(turns(written), [WEATHER])
+        assert render_example(tokenizer, row, LossTokens.assistant) == expected
+    text = tokenizer.decode(expected.input_ids)
+    assert '"arguments": {"city": "São Paulo"}}' in text
+
+
+def test_arguments_that_are_no_json_stay_text(tmp_path: Path) -> None:
+    writes = TAKES_OBJECTS["quotes text once more"]
+    template = TEMPLATE.replace(TAKES_BOTH, writes)
+    tokenizer = tokenizer_of(write_tokenizer(tmp_path / "tokenizer", template))
+    call = {"type": "function", "function": {"name": "weather", "arguments": "Paris"}}
+    turns = [user("a"), assistant("", tool_calls=[call])]
+    example = render_example(tokenizer, conversation(turns), LossTokens.assistant)
+    assert example == of_transformers(tokenizer, turns)
