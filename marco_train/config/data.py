@@ -127,7 +127,8 @@ class DataConfig:
     `truncate`: SFT learns its first tokens; a prompt loses its oldest turns, behind the system
     turn, and is dropped where the last question is too long by itself."""
     max_bad_rows: float = 0.01
-    """Share of a source's rows that may be at fault, beyond the first 10."""
+    """Share of a source's rows that may be at fault, beyond the first 10: of those that are judged
+    before the first step, and of these with those that are drawn later."""
     max_lost_rows: float = 0.5
     """Share of a source's rows that the stage may be unable to use. 1: any."""
     judge_rows: int = 200_000

@@ -153,6 +153,33 @@ def check_bad_rows(name: str, found: Structure, cfg: DataConfig) -> None:
     )
 
 
+def check_drawn_rows(
+    name: str, found: Structure, num_drawn: int, num_bad: int, cfg: DataConfig
+) -> None:
+    """Refuse a source of which a sample was judged and too many of all rows seen are at fault.
+
+    Args:
+        name: Of the source.
+        found: What the sample was.
+        num_drawn: Rows that were drawn since the start.
+        num_bad: How many of them are at fault.
+        cfg: Says how many may be.
+
+    Raises:
+        InputError: They are more.
+    """
+    # The sample counts as well: of few rows the share is known too badly to end a run by it.
+    num_rows, num_bad = found.num_judged + num_drawn, len(found.bad) + num_bad
+    if num_bad <= max(NUM_FORGIVEN, cfg.max_bad_rows * num_rows):
+        return
+    raise InputError(
+        f"source {name!r}: {num_bad} of {num_rows} rows are at fault, of {found.num_judged} that "
+        f"were judged before the first step and {num_drawn} that were drawn since the start, more "
+        f"than data.max_bad_rows={cfg.max_bad_rows:g} allows: mend the rows that are named above "
+        "and go on with data.on_change=continue, or raise data.max_bad_rows"
+    )
+
+
 def judge_tokens(
     source: Source, cfg: DataConfig, render: Render, decided_by: Sequence[Any]
 ) -> tuple[TokenFiles | None, LostRows]:

@@ -17,7 +17,7 @@ from marco_train.data.chat import (
     check_marks,
     with_thinking,
 )
-from marco_train.data.drops import DROPS, TRUNCATED, Dropped, Tally
+from marco_train.data.drops import DROPS, MALFORMED, TRUNCATED, Dropped, Tally
 from marco_train.data.packing import pack_examples
 from marco_train.data.render import ExampleRenderer, PromptRenderer
 from marco_train.data.stream import ConversationStream
@@ -100,7 +100,7 @@ class _Loader:
             Index, row and tokens of each sample that is used.
 
         Raises:
-            InputError: None of all rows can be used.
+            InputError: None of all rows can be used, or too many of a source are at fault.
         """
         begin = self._positions[self._step]
         first = end = begin.cursor
@@ -113,8 +113,11 @@ class _Loader:
             share = range(start + rank(), end, world_size())
             kept = []
             used: Counter[str] = Counter()
+            drawn: Counter[tuple[str, bool]] = Counter()
             for index in share:
                 found = self._stream.tokens(index, self._render)
+                is_malformed = isinstance(found, Dropped) and found.metric == MALFORMED
+                drawn.update(filter(None, [self._stream.fault_of(index, is_malformed)]))
                 if isinstance(found, Dropped):
                     dropped.add(found)
                     self._stream.name_malformed(found)
@@ -124,7 +127,9 @@ class _Loader:
                         dropped.add_truncated(found[0])
                     used.update(["", *groups_of(found[0])])
             mine = used | Counter({name: dropped.count(name) for name in NOT_WHOLE})
-            counts = sum(gather_objects(mine), Counter())
+            of_ranks = gather_objects((mine, drawn))
+            counts = sum((count for count, _ in of_ranks), Counter())
+            self._stream.check_drawn(sum((each for _, each in of_ranks), Counter()), self._data)
         self._dropped.update(dropped)
         drops = {name: float(counts.pop(name, 0)) for name in NOT_WHOLE}
         position = Position(end, begin.used + counts)
