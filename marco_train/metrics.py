@@ -60,6 +60,7 @@ NAMES = {
     "data/dropped_special": "rows whose text holds control tokens, of this step",
     "data/dropped_empty": "rows with an answer that says nothing, of this step",
     "data/dropped_malformed": "rows that are no chat, or none for the template, of this step",
+    "data/truncated": "rows that were cut to the length limit and used, of this step",
     "data/epoch": "of the source that has been repeated most",
     "data/share": "of the sequences used since the run began, by source, category and language",
     "perf/tokens_per_second": "tokens trained on, all ranks, over the whole step",

@@ -107,6 +107,8 @@ class Example:
 
     input_ids: list[int]
     loss_mask: list[bool]
+    is_truncated: bool = False
+    """Whether a part of the conversation is left out, as all of it is too long."""
 
 
 @dataclass(frozen=True)

@@ -147,7 +147,9 @@ def inspect(
     render = _renderer(args, tokenizer, cfg)
     rows = judged_rows(source, cfg)
     if args.stage == "sft":
-        check_marks(tokenizer, _first_conversations(source, rows))
+        said = check_marks(tokenizer, _first_conversations(source, rows))
+        if said:
+            print(said)
     _show_samples(report, marked, source, render, rows, args.samples)
     files, lost = judge_tokens(source, cfg, render, render.identity())
     is_bad = Counter({"data/dropped_malformed": len(found.bad)})
@@ -179,7 +181,8 @@ def _renderer(
     if args.stage == "sft":
         limit = SFTConfig.max_length if bounded else NO_LIMIT
         return ExampleRenderer.of(tokenizer, cfg, LossTokens.assistant, limit)
-    return PromptRenderer(tokenizer, NO_LIMIT, cfg.thinking)  # a distillation has to name its own
+    # A distillation has to name its own limit.
+    return PromptRenderer(tokenizer, NO_LIMIT, cfg.thinking, cfg.overlong)
 
 
 def _first_conversations(source: Source, rows: Sequence[int]) -> list[Conversation]:

@@ -24,6 +24,13 @@ class Thinking(Enum):
     last = "last"
 
 
+class Overlong(Enum):
+    """What becomes of a row that is over the stage's limit of tokens."""
+
+    drop = "drop"
+    truncate = "truncate"
+
+
 # `continue` is a word of Python, which only this way of writing an Enum takes for a name.
 OnChange = Enum("OnChange", ["refuse", "continue"])
 """What a resumption does where rows are others than before."""
@@ -115,8 +122,13 @@ class DataConfig:
     after the last question. An answer whose thinking is left out for that is not learnt."""
     keep_empty_answers: bool = False
     """Whether an answer without a word is learnt; else its row is dropped and counted."""
+    overlong: Overlong = Overlong.drop
+    """What becomes of a row over the stage's limit of tokens. `drop`: it is dropped and counted.
+    `truncate`: SFT learns its first tokens; a prompt loses its oldest turns, behind the system
+    turn, and is dropped where the last question is too long by itself."""
     max_bad_rows: float = 0.01
-    """Share of a source's rows that may be at fault, beyond the first 10."""
+    """Share of a source's rows that may be at fault, beyond the first 10: of those that are judged
+    before the first step, and of these with those that are drawn later."""
     max_lost_rows: float = 0.5
     """Share of a source's rows that the stage may be unable to use. 1: any."""
     judge_rows: int = 200_000

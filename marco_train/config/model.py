@@ -33,8 +33,9 @@ class ModelConfig:
     tokenizer: str = II("model.path")
     """Hugging Face directory of the tokenizer and its chat template."""
     chat_template: ChatTemplate = ChatTemplate.tokenizer
-    """tokenizer: the tokenizer's own, which has to mark the assistant's tokens; chatml: ours, for
-    tokenizers that do not (`data/chat_template.jinja`). Exports carry the one in use."""
+    """tokenizer: the tokenizer's own. Where it does not mark the assistant's tokens with
+    {% generation %}, SFT learns the answers whose prompts the whole conversation holds as sampling
+    would ask them. chatml: ours (`data/chat_template.jinja`). Exports carry the one in use."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Arguments of the template, of the student's and of the teachers' alike, by the names it
     reads, as `enable_thinking: false`."""

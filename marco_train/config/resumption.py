@@ -131,6 +131,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "data.num_rows",
         "data.thinking",
         "data.keep_empty_answers",
+        "data.overlong",
         "stage.global_batch_size",
         "stage.max_length",
         "stage.responses_per_prompt",

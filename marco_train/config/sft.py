@@ -24,11 +24,12 @@ class SFTConfig(StageConfig):
     """Updates. None: `num_epochs` says it."""
     num_epochs: float | None = None
     """Length in epochs, in place of `num_steps`. An epoch is as many samples as the sources have
-    rows together, after `unique_prompts` and `data.num_rows`. None: `num_steps` says it."""
+    rows together, after `unique_prompts` and `data.num_rows`; the last update takes those that are
+    left. None: `num_steps` says it."""
     global_batch_size: int = 64
     """Conversations of one update, over all ranks."""
     max_length: int = 4096
-    """Tokens of one conversation; longer ones are dropped and counted."""
+    """Tokens of one conversation; `data.overlong` says what becomes of longer ones."""
     loss_tokens: LossTokens = LossTokens.assistant
     eval_every: int | None = None
     """Steps between two measures of the held-out loss. None: off."""
@@ -60,13 +61,22 @@ def num_sft_steps(
 
     Args:
         num_steps: Updates that were asked for, or None.
-        num_epochs: Epochs that were asked for where updates were not; the last batch goes over
-            the end.
+        num_epochs: Epochs that were asked for where updates were not.
         batch_size: Samples of an update.
         epoch_rows: Samples of an epoch; not needed where updates were asked for.
     """
     if num_steps is not None:
         return num_steps
-    assert epoch_rows is not None
+    assert num_epochs is not None and epoch_rows is not None
+    return math.ceil(Fraction(num_sft_samples(num_epochs, epoch_rows), batch_size))
+
+
+def num_sft_samples(num_epochs: float, epoch_rows: int) -> int:
+    """Count the samples of so many epochs.
+
+    Args:
+        num_epochs: As it was written.
+        epoch_rows: Samples of an epoch.
+    """
     # The decimal that was written: in floats, 1.1 epochs of 3000 rows are a little over 3300.
-    return math.ceil(Fraction(str(num_epochs)) * epoch_rows / batch_size)
+    return math.ceil(Fraction(str(num_epochs)) * epoch_rows)

@@ -6,17 +6,19 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from hashlib import sha256
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
 from marco_train.config.data import Thinking
 from marco_train.config.model import ChatTemplate, ModelConfig
 from marco_train.config.sft import LossTokens
+from marco_train.data.answers import NOT_FOUND, Render, find_answers, said_last
+from marco_train.data.turns import split_thinking
 from marco_train.errors import InputError, require
-from marco_train.models.chat_template import Encoder, Rendered, render_turns
+from marco_train.models.chat_template import MARK, Encoder, Rendered, render_turns
 from marco_train.models.hf_io import stop_token_ids
 from marco_train.models.tokenizer_files import (
     load_fast_tokenizer,
@@ -26,14 +28,6 @@ from marco_train.models.tokenizer_files import (
 from marco_train.types import Conversation, Example, Message, PlainText, TokenRow
 
 CHATML = Path(__file__).with_name("chat_template.jinja")
-# Thinking in the text of an answer; where a prompt opened it, only its end stands there, on a line
-# of its own, as words about it do not.
-THINKING = re.compile(
-    r"\s*<think>(?P<whole>.*?)</think>\s*"
-    r"|(?P<ended>(?:(?!<think>).)*?)^[ \t]*</think>[ \t]*$\s*"
-    r"|\s*<think>(?P<open>.*)",
-    re.DOTALL | re.MULTILINE,
-)
 
 
 @dataclass(frozen=True)
@@ -76,6 +70,12 @@ class Tokenizer:
     def stop_id(self) -> int:
         """The token that ends a text."""
         return int(stop_token_ids(self.path)[0])
+
+    @cached_property
+    def stops(self) -> re.Pattern[str]:
+        """Finds a token that ends a turn or a text."""
+        texts = (self.decode([token]) for token in stop_token_ids(self.path))
+        return re.compile("|".join(map(re.escape, texts)))
 
     @cached_property
     def control_tokens(self) -> list[str]:
@@ -189,15 +189,13 @@ def thought_of(message: Message) -> str:
     """The thinking of an answer, without white space around it; empty without any."""
     if message.reasoning_content:
         return message.reasoning_content.strip()
-    if "<think>" not in message.content and "</think>" not in message.content:
-        return ""
-    found = THINKING.match(message.content)
-    return next(filter(None, found.groups()), "").strip() if found else ""
+    split = split_thinking(message.content)
+    return split[0] if split is not None else ""
 
 
 def _shows_thought(message: Message) -> bool:
     """Whether an answer has thinking, be it empty."""
-    return bool(message.reasoning_content or THINKING.match(message.content))
+    return bool(message.reasoning_content) or split_thinking(message.content) is not None
 
 
 def _without_thought(message: Message) -> Message:
@@ -206,8 +204,8 @@ def _without_thought(message: Message) -> Message:
 
 def without_thinking(text: str) -> str:
     """The text of an answer behind its thinking; empty where that does not end."""
-    found = THINKING.match(text)
-    return text[found.end() :] if found else text
+    split = split_thinking(text)
+    return text if split is None else split[1]
 
 
 def render_row(
@@ -238,17 +236,20 @@ def render_example(
 ) -> Example:
     """Render a whole conversation; the mask covers the assistant's words and its stop token.
 
-    Its tokens begin with those of the prompt that sampling would use.
+    Its tokens begin with those of the prompt that sampling would use. An answer to which the text
+    does not lead as sampling would is not learnt, where the template does not mark answers.
 
     Raises:
-        InputError: The template cannot render it, or not all of it.
+        InputError: The template cannot render it, or not all of it, or no answer of it is found.
     """
-    rendered = tokenizer.render(conversation.messages, conversation.tools)
-    text, asked = rendered.text, conversation.asked
-    _check_shown(rendered, conversation.messages, conversation.tools)
-    cuts = [place for answer in rendered.answers for place in answer]
-    if asked and len(asked) < len(conversation.messages):
-        prompt = tokenizer.render(asked, conversation.tools, open_answer=True).text
+    messages, asked = conversation.messages, conversation.asked
+    render = _renderings(tokenizer, conversation)
+    rendered = render(len(messages), False)
+    text, answers = rendered.text, _answers(tokenizer, render, rendered, messages)
+    _check_shown(text, answers, messages, conversation.tools)
+    cuts = [place for answer in answers for place in answer]
+    if asked and len(asked) < len(messages):
+        prompt = render(len(asked), True).text
         require(
             text.startswith(prompt),
             f"the chat template writes the prompt as {prompt[-40:]!r} at its end, which the whole "
@@ -258,12 +259,42 @@ def render_example(
     else:
         prompt = ""
     ids, starts = _encode_after(tokenizer, prompt, text, cuts)
-    exempt = _exempt(tokenizer, rendered, conversation)
+    exempt = _exempt(tokenizer, render, text, answers, messages)
     if loss_tokens is LossTokens.all:
+        require(
+            NOT_FOUND not in exempt,
+            "an answer that is not to be learnt cannot be told apart: the chat template does not "
+            "mark answers, and the text does not lead to this one as sampling would",
+        )
         exempted = _mask(starts, sorted(exempt))
         return Example(ids, [not is_exempt for is_exempt in exempted])
-    learnt = [answer for answer in rendered.answers if answer not in exempt]
+    require(
+        not answers or any(answer != NOT_FOUND for answer in answers),
+        "the chat template does not mark answers, and of this conversation none is found between "
+        f"a prompt that sampling would use and a stop token ({tokenizer.stops.pattern})",
+    )
+    learnt = [answer for answer in answers if answer not in exempt]
     return Example(ids, _mask(starts, learnt))
+
+
+def _renderings(tokenizer: Tokenizer, conversation: Conversation) -> Render:
+    """Render the first turns of a conversation, each number of them once."""
+
+    @cache
+    def render(count: int, open_answer: bool) -> Rendered:
+        turns = conversation.messages[:count]
+        return tokenizer.render(turns, conversation.tools, open_answer=open_answer)
+
+    return render
+
+
+def _answers(
+    tokenizer: Tokenizer, render: Render, rendered: Rendered, messages: Sequence[Message]
+) -> Sequence[tuple[int, int]]:
+    """Where the answers of rendered turns stand: as the template marks them, or as found."""
+    if rendered.answers is not None:
+        return rendered.answers
+    return find_answers(render, tokenizer.stops, rendered.text, messages)
 
 
 def _encode_after(
@@ -290,31 +321,46 @@ def _mask(starts: Sequence[int], stretches: Sequence[tuple[int, int]]) -> list[b
 
 
 def _exempt(
-    tokenizer: Tokenizer, rendered: Rendered, conversation: Conversation
+    tokenizer: Tokenizer,
+    render: Render,
+    text: str,
+    answers: Sequence[tuple[int, int]],
+    messages: Sequence[Message],
 ) -> set[tuple[int, int]]:
     """Stretches of answers that are not learnt: by the row's word, or as their thinking is gone."""
-    messages = conversation.messages
     places = [place for place, message in enumerate(messages) if message.role == "assistant"]
     exempt = [place for place in places if not messages[place].is_learnt]
     thinking = [place for place in places[:-1] if thought_of(messages[place])]
     if not exempt and not thinking:
         return set()
     require(
-        len(rendered.answers) == len(places),
-        f"the chat template marks {len(rendered.answers)} stretches for {len(places)} answers, so "
+        len(answers) == len(places),
+        f"the chat template marks {len(answers)} stretches for {len(places)} answers, so "
         "it cannot be told which of them are not to be learnt",
     )
-    stretch = dict(zip(places, rendered.answers, strict=True))
+    stretch = dict(zip(places, answers, strict=True))
     for place in thinking:
         # As the last turn it stands there as the model would say it.
-        alone = tokenizer.render(messages[: place + 1], conversation.tools)
-        first, end = alone.answers[-1] if alone.answers else (0, 0)
-        if alone.text[first:end] != rendered.text[slice(*stretch[place])]:
+        said = _said_last(tokenizer, render, place)
+        if said != text[slice(*stretch[place])]:
             exempt.append(place)
     return {stretch[place] for place in exempt}
 
 
-def _check_shown(rendered: Rendered, messages: Sequence[Message], tools: Sequence[Any]) -> None:
+def _said_last(tokenizer: Tokenizer, render: Render, place: int) -> str:
+    """What a model would say in a turn if no other followed."""
+    alone = render(place + 1, False)
+    if alone.answers is None:
+        return said_last(render, tokenizer.stops, place)[1]
+    return alone.text[slice(*alone.answers[-1])] if alone.answers else ""
+
+
+def _check_shown(
+    text: str,
+    answers: Sequence[tuple[int, int]],
+    messages: Sequence[Message],
+    tools: Sequence[Any],
+) -> None:
     """Refuse a template that leaves out a turn, a tool, or a call that is to be learnt.
 
     Raises:
@@ -323,12 +369,12 @@ def _check_shown(rendered: Rendered, messages: Sequence[Message], tools: Sequenc
     fix = "take one that renders them, as with model.chat_template=chatml"
     for tool in tools:
         name = tool["function"]["name"]
-        require(name in rendered.text, f"the chat template leaves out tools ({name!r}): {fix}")
-    answers = [message for message in messages if message.role == "assistant"]
-    stretches = [rendered.text[slice(*answer)] for answer in rendered.answers]
-    if len(stretches) != len(answers):  # it cannot be told which is whose
-        stretches = [rendered.text] * len(answers)
-    for message, stretch in zip(answers, stretches, strict=True):
+        require(name in text, f"the chat template leaves out tools ({name!r}): {fix}")
+    spoken = [message for message in messages if message.role == "assistant"]
+    stretches = [text if answer == NOT_FOUND else text[slice(*answer)] for answer in answers]
+    if len(stretches) != len(spoken):  # it cannot be told which is whose
+        stretches = [text] * len(spoken)
+    for message, stretch in zip(spoken, stretches, strict=True):
         called = Counter(call["function"]["name"] for call in message.tool_calls)
         for name, count in called.items():
             require(
@@ -337,7 +383,7 @@ def _check_shown(rendered: Rendered, messages: Sequence[Message], tools: Sequenc
             )
     for message in messages:
         require(
-            message.role == "assistant" or message.content.strip() in rendered.text,
+            message.role == "assistant" or message.content.strip() in text,
             f"the chat template leaves out a {message.role} turn ({message.content[:40]!r}), or "
             f"writes it otherwise: {fix}",
         )
@@ -349,9 +395,11 @@ def render_prompt(tokenizer: Tokenizer, conversation: Conversation) -> list[int]
     Raises:
         InputError: The template cannot render it, or gives no token.
     """
-    rendered = tokenizer.render(conversation.asked, conversation.tools, open_answer=True)
-    _check_shown(rendered, conversation.asked, conversation.tools)
-    cuts = [place for answer in rendered.answers for place in answer]
+    asked, render = conversation.asked, _renderings(tokenizer, conversation)
+    rendered = render(len(asked), True)
+    answers = _answers(tokenizer, render, rendered, asked)
+    _check_shown(rendered.text, answers, asked, conversation.tools)
+    cuts = [place for answer in answers for place in answer]
     ids, _ = tokenizer.encoder.encode(rendered.text, cuts)
     require(len(ids) > 0, "the chat template renders nothing of it")
     return ids
@@ -366,22 +414,27 @@ PROBE = Conversation(
 )
 
 
-def check_marks(tokenizer: Tokenizer, conversations: Iterable[Conversation]) -> None:
+FIX = "set model.chat_template=chatml, or mend the template"
+
+
+def check_marks(tokenizer: Tokenizer, conversations: Iterable[Conversation]) -> str:
     """Refuse a template by which the loss mask would leave out answers, or where they end.
 
     Args:
         tokenizer: The run's.
         conversations: The first of the run's data; what the run would drop is passed over.
 
+    Returns:
+        How many answers are found, of a template that does not mark them; else nothing.
+
     Raises:
-        InputError: The template marks nothing, or a stretch that does not end with a stop token.
+        InputError: No answer is marked or found, or what is marked does not end with a stop token.
     """
-    fix = "set model.chat_template=chatml, or mend the template"
     stops = stop_token_ids(tokenizer.path)
-    if not _marked(tokenizer, PROBE, stops):
+    if not _num_marked(tokenizer, PROBE, stops):
         raise InputError(
-            f"the chat template of {tokenizer.path!r} does not mark the assistant's tokens with "
-            "{% generation %}, so the loss mask would be empty; " + fix
+            f"the chat template of {tokenizer.path!r} does not mark a plain answer with the "
+            "{% generation %} that it has, so the loss mask would be empty; " + FIX
         )
     answered = [
         conversation
@@ -389,22 +442,30 @@ def check_marks(tokenizer: Tokenizer, conversations: Iterable[Conversation]) -> 
         if any(message.role == "assistant" for message in conversation.messages)
         and not holds_control_tokens(tokenizer, conversation)
     ]
-    marked = [_marked(tokenizer, conversation, stops) for conversation in answered]
+    num_marked = sum(_num_marked(tokenizer, each, stops) for each in answered)
     require(
-        not answered or any(marked),
+        not answered or num_marked > 0,
         f"the chat template of {tokenizer.path!r} marks no token of the assistant in any of the "
-        f"first {len(answered)} conversations with an answer; {fix}",
+        f"first {len(answered)} conversations with an answer; {FIX}",
+    )
+    if not answered or MARK.search(tokenizer.chat_template):
+        return ""
+    turns = chain.from_iterable(conversation.messages for conversation in answered)
+    num_answers = sum(turn.role == "assistant" and turn.is_learnt for turn in turns)
+    return (
+        "the chat template does not mark answers, so they are told by the prompts before them: "
+        f"{num_marked} of {num_answers} in the first {len(answered)} conversations are learnt"
     )
 
 
-def _marked(tokenizer: Tokenizer, conversation: Conversation, stops: Sequence[int]) -> bool:
-    """Whether any token is marked; refuses a marked stretch that does not end a turn."""
+def _num_marked(tokenizer: Tokenizer, conversation: Conversation, stops: Sequence[int]) -> int:
+    """Count the stretches with loss; refuses one that does not end a turn."""
     try:
         example = render_example(tokenizer, conversation, LossTokens.assistant)
     except InputError as error:
         if conversation is PROBE:
-            raise InputError(f"the chat template of {tokenizer.path!r}: {error}") from error
-        return False  # a row that the run drops
+            raise InputError(f"the chat template of {tokenizer.path!r}: {error}; {FIX}") from error
+        return 0  # a row that the run drops
     marked = list(stretches(example))
     for ids in marked:
         require(
@@ -415,7 +476,7 @@ def _marked(tokenizer: Tokenizer, conversation: Conversation, stops: Sequence[in
             "model would not learn to stop. Move {% endgeneration %} right behind the stop token, "
             "or set model.chat_template=chatml",
         )
-    return bool(marked)
+    return len(marked)
 
 
 def stretches(example: Example) -> Iterator[list[int]]:

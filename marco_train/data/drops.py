@@ -1,12 +1,15 @@
 """Rows that are not used: what counts them, and what is said of them."""
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from marco_train.distributed import gather_objects
 from marco_train.errors import InputError
+from marco_train.types import Row
 
 MALFORMED = "data/dropped_malformed"
+TRUNCATED = "data/truncated"
 DROPS = (
     "data/dropped_too_long",
     "data/dropped_no_loss",
@@ -26,6 +29,7 @@ class Dropped:
     row: int
     reason: str
     """What is at fault, of a malformed row."""
+    language: str = ""
 
     @property
     def place(self) -> str:
@@ -33,22 +37,34 @@ class Dropped:
         return f"source {self.source!r}, row {self.row} (from 0)"
 
 
+def by_language(counts: Mapping[str, int]) -> str:
+    """Say how many rows of each language there are, in brackets; nothing where none has one."""
+    if not any(counts):
+        return ""
+    named = (f"{name or 'none'} {n:,}" for name, n in sorted(counts.items()))
+    return f" ({', '.join(named)})"
+
+
 class Tally:
-    """Counts the rows that are dropped, by reason and source."""
+    """Counts the rows that are dropped or cut, by reason, source and language."""
 
     def __init__(self) -> None:
-        self._counts: Counter[tuple[str, str]] = Counter()  # metric, source
+        self._counts: Counter[tuple[str, str, str]] = Counter()  # metric, source, language
         self._first: dict[str, str] = {}  # source -> what is wrong with its first row at fault
 
     def add(self, drop: Dropped) -> None:
         """Count a row."""
-        self._counts[drop.metric, drop.source] += 1
+        self._counts[drop.metric, drop.source, drop.language] += 1
         if drop.metric == MALFORMED:
             self._first.setdefault(drop.source, f"{drop.place}: {drop.reason}")
 
+    def add_truncated(self, row: Row) -> None:
+        """Count a row that is used, but for a part of it."""
+        self._counts[TRUNCATED, row.source, row.language] += 1
+
     def count(self, metric: str) -> int:
         """How many rows a metric counts."""
-        return sum(count for (name, _), count in self._counts.items() if name == metric)
+        return sum(count for (name, *_), count in self._counts.items() if name == metric)
 
     def update(self, other: "Tally") -> None:
         """Add what another one counted."""
@@ -63,9 +79,13 @@ class Tally:
         return total
 
     def said(self) -> list[str]:
-        """Say how many rows were dropped, by reason and source."""
+        """Say how many rows were dropped or cut, by reason, source and language."""
+        found: dict[tuple[str, str], Counter[str]] = {}
+        for (metric, source, language), n in sorted(self._counts.items()):
+            found.setdefault((metric, source), Counter())[language] = n
         return [
-            f"{n} {metric} in {source!r}" for (metric, source), n in sorted(self._counts.items())
+            f"{languages.total()} {metric} in {source!r}{by_language(languages)}"
+            for (metric, source), languages in found.items()
         ]
 
     def gathered_refusal(self, what: str) -> InputError:

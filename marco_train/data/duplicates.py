@@ -7,6 +7,7 @@ from hashlib import blake2b
 from marco_train.data.formats import CONTENT_COLUMNS, Format, Reading
 from marco_train.data.sources import Rows
 from marco_train.data.turns import RowError
+from marco_train.distributed import is_main
 from marco_train.errors import InputError
 
 SHINGLE = 5  # characters that are compared together, in any language
@@ -30,7 +31,8 @@ def distinct_rows(rows: Rows, form: Format, near: float | None) -> Sequence[int]
     is_new = None if near is None else _Similar(near)
     seen: set[bytes] = set()
     kept = array("q")
-    for row, found in enumerate(tqdm(rows.walk(columns), "prompts", len(rows), delay=3)):
+    shown = tqdm(rows.walk(columns), "prompts", len(rows), delay=3, disable=not is_main())
+    for row, found in enumerate(shown):
         if isinstance(found, RowError):
             kept.append(row)
             continue

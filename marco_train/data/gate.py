@@ -7,7 +7,7 @@ digest. Of a large source a sample is judged, and the rest where it is drawn.
 """
 
 import json
-from collections import ChainMap, Counter
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +16,7 @@ from typing import Any
 from marco_train.config.data import DataConfig
 from marco_train.data.cache import digest_of, read_json, write_json
 from marco_train.data.conversations import BadRow, Source
-from marco_train.data.drops import MALFORMED, Dropped
+from marco_train.data.drops import MALFORMED, TRUNCATED, Dropped, by_language
 from marco_train.data.formats import ignored_columns
 from marco_train.data.tokens import LostRows, Render, TokenFiles, render_row, token_files
 from marco_train.data.turns import MOST_SHOWN
@@ -153,6 +153,33 @@ def check_bad_rows(name: str, found: Structure, cfg: DataConfig) -> None:
     )
 
 
+def check_drawn_rows(
+    name: str, found: Structure, num_drawn: int, num_bad: int, cfg: DataConfig
+) -> None:
+    """Refuse a source of which a sample was judged and too many of all rows seen are at fault.
+
+    Args:
+        name: Of the source.
+        found: What the sample was.
+        num_drawn: Rows that were drawn since the start.
+        num_bad: How many of them are at fault.
+        cfg: Says how many may be.
+
+    Raises:
+        InputError: They are more.
+    """
+    # The sample counts as well: of few rows the share is known too badly to end a run by it.
+    num_rows, num_bad = found.num_judged + num_drawn, len(found.bad) + num_bad
+    if num_bad <= max(NUM_FORGIVEN, cfg.max_bad_rows * num_rows):
+        return
+    raise InputError(
+        f"source {name!r}: {num_bad} of {num_rows} rows are at fault, of {found.num_judged} that "
+        f"were judged before the first step and {num_drawn} that were drawn since the start, more "
+        f"than data.max_bad_rows={cfg.max_bad_rows:g} allows: mend the rows that are named above "
+        "and go on with data.on_change=continue, or raise data.max_bad_rows"
+    )
+
+
 def judge_tokens(
     source: Source, cfg: DataConfig, render: Render, decided_by: Sequence[Any]
 ) -> tuple[TokenFiles | None, LostRows]:
@@ -176,14 +203,11 @@ def judge_tokens(
             return found, counted
     lost = LostRows()
     for index in shown_progress(mine, source.name):
-        item = render_row(source, index, render)
-        if isinstance(item, Dropped):
-            lost.counts[item.metric] += 1
-            if item.reason:
-                lost.reasons[index] = item.reason
-    shares = gather_objects(lost)
-    total = sum((share.counts for share in shares), Counter[str]())
-    return None, LostRows(total, dict(ChainMap(*(share.reasons for share in shares))))
+        lost.add(index, render_row(source, index, render))
+    total = LostRows()
+    for share in gather_objects(lost):
+        total.update(share)
+    return None, total
 
 
 def check_lost_rows(name: str, found: Structure, lost: LostRows, cfg: DataConfig) -> None:
@@ -195,7 +219,10 @@ def check_lost_rows(name: str, found: Structure, lost: LostRows, cfg: DataConfig
     num_lost, num_judged = sum(lost.counts.values()), found.num_judged
     if num_lost <= cfg.max_lost_rows * num_judged:
         return
-    said = ", ".join(f"{count} {metric}" for metric, count in sorted(lost.counts.items()))
+    said = ", ".join(
+        f"{count} {metric}{by_language(lost.languages.get(metric, {}))}"
+        for metric, count in sorted(lost.counts.items())
+    )
     if lost.reasons:
         said += f"; the first of those at fault: {lost.reasons[min(lost.reasons)]}"
     if found.ignored:
@@ -210,17 +237,23 @@ def check_lost_rows(name: str, found: Structure, lost: LostRows, cfg: DataConfig
 
 def describe(name: str, found: Structure, lost: LostRows) -> list[str]:
     """Say what was found of a source, in a line or two."""
+
+    def languages(metric: str) -> str:
+        return by_language(lost.languages.get(metric, {}))
+
     shapes = ", ".join(
         shape if count == found.num_judged - len(found.bad) else f"{shape} ({count:,})"
         for shape, count in found.shapes.most_common()
     )
     judged = "" if found.is_complete else f", of which {found.num_judged:,} were judged"
     bad = ", ".join(f"{kind} {count:,}" for kind, count in found.kinds.most_common())
+    cut = lost.languages.get(TRUNCATED, Counter())
     lost_too = lost.counts - Counter({MALFORMED: len(found.bad)})  # which are counted there as well
     lines = [
         f"source {name!r}: {found.num_rows:,} rows{judged}, shape {shapes or 'none'}"
         + (f"; at fault: {bad}" if bad else "")
-        + "".join(f"; {count:,} {metric}" for metric, count in sorted(lost_too.items()))
+        + "".join(f"; {n:,} {metric}{languages(metric)}" for metric, n in sorted(lost_too.items()))
+        + (f"; {cut.total():,} {TRUNCATED}{languages(TRUNCATED)}" if cut else "")
     ]
     if found.ignored:
         named = ", ".join(f"{column} ({n:,})" for column, n in sorted(found.ignored.items()))

@@ -7,17 +7,17 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from marco_train.config.data import DataConfig, OnChange, SourceConfig, Thinking
+from marco_train.config.data import DataConfig, OnChange, Overlong, SourceConfig, Thinking
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resume import ResumeChange
 from marco_train.config.resumption import field_difference
-from marco_train.config.sft import LossTokens, SFTConfig, num_sft_steps
+from marco_train.config.sft import LossTokens, SFTConfig, num_sft_samples, num_sft_steps
 from marco_train.data.chat import (
     Tokenizer,
     check_marks,
     with_thinking,
 )
-from marco_train.data.drops import DROPS, Dropped, Tally
+from marco_train.data.drops import DROPS, MALFORMED, TRUNCATED, Dropped, Tally
 from marco_train.data.packing import pack_examples
 from marco_train.data.render import ExampleRenderer, PromptRenderer
 from marco_train.data.stream import ConversationStream
@@ -39,6 +39,7 @@ from marco_train.types import (
 
 T = TypeVar("T")
 
+NOT_WHOLE = (*DROPS, TRUNCATED)
 QUARANTINE = "quarantine.jsonl"
 """Rows at fault of a run, under its output directory."""
 # Samples at the start of a run whose loss mask is looked at before the first step.
@@ -90,6 +91,7 @@ class _Loader:
         self._positions = {0: Position(0, Counter())}  # by step; of the last few
         self._metrics: Metrics = {}
         self._dropped = Tally()  # of this rank, since it started
+        self._num_samples: int | None = None  # of a run whose length is given in epochs
 
     def _next_share(self) -> list[tuple[int, Row, Example]]:
         """Draw this rank's slots of the coming batch; rows at fault are dropped and counted.
@@ -98,7 +100,7 @@ class _Loader:
             Index, row and tokens of each sample that is used.
 
         Raises:
-            InputError: None of all rows can be used.
+            InputError: None of all rows can be used, or too many of a source are at fault.
         """
         begin = self._positions[self._step]
         first = end = begin.cursor
@@ -107,22 +109,29 @@ class _Loader:
         while not counts[""]:  # on every rank alike
             if end - first >= max(self._batch_size, self._stream.num_samples_of_all):
                 raise dropped.gathered_refusal(f"none of {end - first} samples in a row")
-            share = range(end + rank(), end + self._batch_size, world_size())
-            end += self._batch_size
+            start, end = end, self._end_of_batch(end)
+            share = range(start + rank(), end, world_size())
             kept = []
             used: Counter[str] = Counter()
+            drawn: Counter[tuple[str, bool]] = Counter()
             for index in share:
                 found = self._stream.tokens(index, self._render)
+                is_malformed = isinstance(found, Dropped) and found.metric == MALFORMED
+                drawn.update(filter(None, [self._stream.fault_of(index, is_malformed)]))
                 if isinstance(found, Dropped):
                     dropped.add(found)
                     self._stream.name_malformed(found)
                 else:
                     kept.append((index, *found))
+                    if found[1].is_truncated:
+                        dropped.add_truncated(found[0])
                     used.update(["", *groups_of(found[0])])
-            mine = used | Counter({name: dropped.count(name) for name in DROPS})
-            counts = sum(gather_objects(mine), Counter())
+            mine = used | Counter({name: dropped.count(name) for name in NOT_WHOLE})
+            of_ranks = gather_objects((mine, drawn))
+            counts = sum((count for count, _ in of_ranks), Counter())
+            self._stream.check_drawn(sum((each for _, each in of_ranks), Counter()), self._data)
         self._dropped.update(dropped)
-        drops = {name: float(counts.pop(name, 0)) for name in DROPS}
+        drops = {name: float(counts.pop(name, 0)) for name in NOT_WHOLE}
         position = Position(end, begin.used + counts)
         self._step += 1
         self._positions[self._step] = position
@@ -137,14 +146,21 @@ class _Loader:
         }
         return kept
 
+    def _end_of_batch(self, begin: int) -> int:
+        end, last = begin + self._batch_size, self._num_samples
+        # Behind its last sample a run draws whole batches, as where one was dropped as a whole.
+        return last if last is not None and begin < last < end else end
+
     def metrics(self) -> Metrics:
         """Describe the last batch, over all ranks."""
         return self._metrics
 
     def log_plan(self, num_steps: int) -> None:
         """Say how often a run of so many steps, those behind it included, goes through sources."""
-        samples_left = (num_steps - self._step) * self._batch_size
-        self._log_sources(self._positions[self._step].cursor + samples_left, f"in {num_steps}")
+        end = self._positions[self._step].cursor
+        for _ in range(self._step, num_steps):
+            end = self._end_of_batch(end)
+        self._log_sources(end, f"in {num_steps}")
 
     def log_end(self) -> None:
         """Say how often the steps up to here went through each source, and what was dropped.
@@ -154,7 +170,7 @@ class _Loader:
         self._log_sources(self._positions[self._step].cursor, f"made in {self._step}")
         dropped = self._dropped.gathered().said()
         if dropped and is_main():
-            log_line(f"dropped since the start: {'; '.join(dropped)}")
+            log_line(f"dropped or cut since the start: {'; '.join(dropped)}")
 
     def _log_sources(self, num_samples: int, when: str) -> None:
         if is_main():
@@ -249,6 +265,8 @@ class SFTLoader(_Loader):
         render = ExampleRenderer.of(tokenizer, data, stage.loss_tokens, stage.max_length)
         super().__init__(data, stage.global_batch_size, tokenizer, render, seed, quarantine)
         self.epoch_rows = self._stream.num_rows
+        if stage.num_epochs is not None:
+            self._num_samples = num_sft_samples(stage.num_epochs, self.epoch_rows)
         self.num_steps = stage.capped(
             num_sft_steps(
                 stage.num_steps, stage.num_epochs, stage.global_batch_size, self.epoch_rows
@@ -279,7 +297,9 @@ class SFTLoader(_Loader):
         if self._stage.loss_tokens is LossTokens.assistant:
             first = map(self._stream.__getitem__, range(NUM_MARKED))
             found = [row for row in first if isinstance(row, Conversation)]
-            check_marks(self._tokenizer, found)
+            said = check_marks(self._tokenizer, found)
+            if said and is_main():
+                log_line(said)
 
 
 class PromptLoader(_Loader):
@@ -294,7 +314,9 @@ class PromptLoader(_Loader):
         quarantine: Path | None = None,
     ) -> None:
         """Open the sources and judge their rows; see `SFTLoader`."""
-        self._prompts = PromptRenderer(tokenizer, stage.max_prompt_length, data.thinking)
+        self._prompts = PromptRenderer(
+            tokenizer, stage.max_prompt_length, data.thinking, data.overlong
+        )
         size = stage.global_batch_size
         super().__init__(data, size, tokenizer, self._prompts, seed, quarantine)
 
@@ -424,7 +446,8 @@ def held_out_questions(
     Raises:
         InputError: None of them can be used, or the template reads not all of its arguments.
     """
-    prompts = PromptRenderer(tokenizer, max_prompt_length, thinking)
+    # Who is asked without what was said before answers another question.
+    prompts = PromptRenderer(tokenizer, max_prompt_length, thinking, Overlong.drop)
 
     def render(index: int, row: UsableRow) -> Question | str:
         if not isinstance(row, Conversation) or not row.asked or row.asked == row.messages:

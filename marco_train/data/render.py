@@ -1,9 +1,10 @@
 """What a stage makes of a row: its tokens, or the metric that counts it as dropped."""
 
-from dataclasses import dataclass
+from bisect import bisect_left
+from dataclasses import dataclass, replace
 from typing import Any
 
-from marco_train.config.data import DataConfig, Thinking
+from marco_train.config.data import DataConfig, Overlong, Thinking
 from marco_train.config.sft import LossTokens
 from marco_train.data.chat import (
     Tokenizer,
@@ -31,6 +32,7 @@ class ExampleRenderer:
     max_length: int
     thinking: Thinking
     keep_empty_answers: bool
+    overlong: Overlong
 
     @staticmethod
     def of(
@@ -38,13 +40,19 @@ class ExampleRenderer:
     ) -> "ExampleRenderer":
         """Take what a run's config says of its data."""
         return ExampleRenderer(
-            tokenizer, loss_tokens, max_length, data.thinking, data.keep_empty_answers
+            tokenizer,
+            loss_tokens,
+            max_length,
+            data.thinking,
+            data.keep_empty_answers,
+            data.overlong,
         )
 
     def identity(self) -> list[Any]:
         """All that the tokens are a function of beside the row, as JSON."""
-        options = [self.loss_tokens.value, self.max_length, self.thinking.value]
-        return ["sft", self.tokenizer.digests(), *options, self.keep_empty_answers]
+        options: list[Any] = [self.loss_tokens.value, self.max_length, self.thinking.value]
+        options += [self.keep_empty_answers, self.overlong.value]
+        return ["sft", self.tokenizer.digests(), *options]
 
     def __call__(self, row: UsableRow) -> Example | str:
         """Make the tokens of a row; names the metric that counts it, where it is dropped.
@@ -62,7 +70,10 @@ class ExampleRenderer:
             return "data/dropped_special"
         example = render_row(self.tokenizer, row, self.loss_tokens)
         if len(example.input_ids) > self.max_length:
-            return "data/dropped_too_long"
+            ids, mask = example.input_ids[: self.max_length], example.loss_mask[: self.max_length]
+            if self.overlong is Overlong.drop or not any(mask[1:]):
+                return "data/dropped_too_long"
+            return Example(ids, mask, is_truncated=True)
         if not any(example.loss_mask[1:]):
             return "data/dropped_no_loss"
         return example
@@ -75,10 +86,12 @@ class PromptRenderer:
     tokenizer: Tokenizer
     max_length: int
     thinking: Thinking
+    overlong: Overlong
 
     def identity(self) -> list[Any]:
         """All that the tokens are a function of beside the row, as JSON."""
-        return ["prompt", self.tokenizer.digests(), self.max_length, self.thinking.value]
+        options = [self.max_length, self.thinking.value, self.overlong.value]
+        return ["prompt", self.tokenizer.digests(), *options]
 
     def __call__(self, row: UsableRow) -> Example | str:
         """Make the tokens of a prompt; names the metric that counts it, where it is dropped.
@@ -86,25 +99,58 @@ class PromptRenderer:
         Raises:
             InputError: The row is at fault.
         """
-        conversation = self.prepared(row)
+        conversation = self._thought(row)
         if holds_control_tokens(self.tokenizer, conversation):
             return "data/dropped_special"
         if conversation.messages[0].role == "assistant":
             return "data/dropped_no_loss"
-        input_ids = render_prompt(self.tokenizer, conversation)
+        shown, input_ids = self._fitted(conversation)
         if len(input_ids) > self.max_length:
             return "data/dropped_too_long"
-        return Example(input_ids, [False] * len(input_ids))
+        return Example(input_ids, [False] * len(input_ids), shown is not conversation)
 
     def prepared(self, row: UsableRow) -> Conversation:
-        """The conversation with the thinking that its prompt shows.
+        """The conversation with the turns and the thinking that its prompt shows.
 
         Raises:
             InputError: The row is none.
         """
+        return self._fitted(self._thought(row))[0]
+
+    def _fitted(self, conversation: Conversation) -> tuple[Conversation, list[int]]:
+        """Leave out as few of the oldest turns as the limit takes, up to the last question."""
+        input_ids = render_prompt(self.tokenizer, conversation)
+        if self.overlong is Overlong.drop or len(input_ids) <= self.max_length:
+            return conversation, input_ids
+        shorter = shortened(conversation)
+        if not shorter:
+            return conversation, input_ids
+
+        def fits(candidate: Conversation) -> bool:
+            return len(render_prompt(self.tokenizer, candidate)) <= self.max_length
+
+        found = shorter[bisect_left(shorter[:-1], True, key=fits)]
+        return found, render_prompt(self.tokenizer, found)
+
+    def _thought(self, row: UsableRow) -> Conversation:
         if not isinstance(row, Conversation):
             raise InputError("the row has no turns, so nothing can be asked")
         return with_thinking(self.tokenizer, row, self.thinking)
+
+
+def shortened(conversation: Conversation) -> list[Conversation]:
+    """The conversation without its oldest turns, from each later question on, the longest first.
+
+    The system turn and all that follows the last question stay, so that what is left is a chat.
+    """
+    messages, asked = conversation.messages, conversation.asked
+    num_kept = 1 if messages[0].role == "system" else 0
+    questions = [place for place, message in enumerate(asked) if message.role == "user"]
+    return [
+        replace(conversation, messages=messages[:num_kept] + messages[place:])
+        for place in questions
+        if place > num_kept
+    ]
 
 
 def is_empty(message: Message) -> bool:

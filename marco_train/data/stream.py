@@ -1,5 +1,6 @@
 """A mixture of sources as one stream of samples, each a function of the seed and its index."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -11,6 +12,7 @@ from marco_train.data.gate import (
     Structure,
     add_to_quarantine,
     check_bad_rows,
+    check_drawn_rows,
     check_lost_rows,
     describe,
     judge_structure,
@@ -51,6 +53,7 @@ class ConversationStream:
         self._quarantine: Path | None = None
         self._structures: dict[str, Structure] = {}
         self._token_files: dict[str, TokenFiles] = {}
+        self._drawn: Counter[tuple[str, bool]] = Counter()  # of all ranks, as `fault_of` says
 
     def __getitem__(self, index: int) -> UsableRow | BadRow:
         source, row = self._mixture.sample(index)
@@ -131,6 +134,32 @@ class ConversationStream:
         log_line(f"dropped {drop.place}: {drop.reason}")
         if len(self._named) == MOST_NAMED:
             log_line(f"further rows at fault are not named; {MALFORMED} counts them")
+
+    def fault_of(self, index: int, is_malformed: bool) -> tuple[str, bool] | None:
+        """Say of which source a sample is, and whether its row is no chat.
+
+        None where all rows of the source were judged before.
+        """
+        source, row = self._mixture.sample(index)
+        if self._structures[source].is_complete:
+            return None
+        # A chat that the template refuses is of no use, and not at fault.
+        return source, is_malformed and isinstance(self.sources[source][row], BadRow)
+
+    def check_drawn(self, drawn: Counter[tuple[str, bool]], cfg: DataConfig) -> None:
+        """Refuse a source of which too many rows are at fault, by those that were drawn.
+
+        Args:
+            drawn: What `fault_of` says of the samples of all ranks, beside those before.
+            cfg: Says how many may be.
+
+        Raises:
+            InputError: They are more.
+        """
+        self._drawn += drawn
+        for name in sorted({name for name, _ in drawn}):
+            num_bad, num_good = self._drawn[name, True], self._drawn[name, False]
+            check_drawn_rows(name, self._structures[name], num_bad + num_good, num_bad, cfg)
 
     def categories(self) -> set[str]:
         """Categories of the rows that were judged."""

@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +18,7 @@ import numpy as np
 
 from marco_train.data.cache import cache_directory
 from marco_train.data.conversations import BadRow, Source
-from marco_train.data.drops import DROPS, MALFORMED, Dropped
+from marco_train.data.drops import DROPS, MALFORMED, TRUNCATED, Dropped
 from marco_train.distributed import gather_objects, is_main, rank
 from marco_train.errors import InputError
 from marco_train.files import replace_directory
@@ -29,8 +29,8 @@ Render = Callable[[UsableRow], Example | str]
 
 DAY = 24 * 60 * 60  # seconds
 MAX_BYTES = 50 * 2**30  # of all token files; the ones that were not used for longest go
-# ids, mask: [T]; of each row: where its tokens end, 0 or which of DROPS it is, its category and
-# language, its place in the dataset.
+# ids, mask: [T]; of each row: where its tokens end, 0 or which of DROPS it is or CUT, its category
+# and language, its place in the dataset.
 FILES = {
     "ids": np.int32,
     "mask": np.uint8,
@@ -39,6 +39,7 @@ FILES = {
     "labels": np.int32,
     "rows": np.int64,
 }
+CUT = -1  # the code of a row that was cut to the limit
 
 
 T = TypeVar("T")
@@ -54,8 +55,10 @@ def render_row(
     try:
         found = render(row)
     except InputError as error:
-        return Dropped(MALFORMED, row.source, row.row, str(error))
-    return Dropped(found, row.source, row.row, "") if isinstance(found, str) else (row, found)
+        return Dropped(MALFORMED, row.source, row.row, str(error), row.language)
+    if isinstance(found, str):
+        return Dropped(found, row.source, row.row, "", row.language)
+    return row, found
 
 
 @dataclass
@@ -66,6 +69,37 @@ class LostRows:
     """By the metric that counts them."""
     reasons: dict[int, str] = field(default_factory=dict)
     """What is wrong with those that cannot be rendered, by index."""
+    languages: dict[str, Counter[str]] = field(default_factory=dict)
+    """By the metric and the language; also of rows that are cut and used."""
+
+    def add(self, index: int, found: tuple[Row, Example] | Dropped) -> None:
+        """Count a row, where it is lost or cut."""
+        if isinstance(found, Dropped):
+            self.counts[found.metric] += 1
+            self._languages_of(found.metric)[found.language] += 1
+            if found.reason:
+                self.reasons[index] = found.reason
+        elif found[1].is_truncated:
+            self._languages_of(TRUNCATED)[found[0].language] += 1
+
+    def update(self, other: "LostRows") -> None:
+        """Add what another rank counted."""
+        self.counts.update(other.counts)
+        self.reasons |= other.reasons
+        for metric, languages in other.languages.items():
+            self._languages_of(metric).update(languages)
+
+    def _languages_of(self, metric: str) -> Counter[str]:
+        return self.languages.setdefault(metric, Counter())
+
+    @staticmethod
+    def of_json(kept: Mapping[str, Any]) -> "LostRows":
+        """Read what `vars` gave."""
+        return LostRows(
+            Counter(kept["counts"]),
+            {int(index): reason for index, reason in kept["reasons"].items()},
+            {metric: Counter(languages) for metric, languages in kept["languages"].items()},
+        )
 
 
 class TokenFiles:
@@ -82,10 +116,8 @@ class TokenFiles:
         sizes = {file.name: file.stat().st_size for file in directory.iterdir()}
         if any(sizes.get(name) != size for name, size in kept["sizes"].items()):
             raise OSError(f"files under {directory} are missing or cut off")
-        self.counts: dict[str, int] = kept["counts"]
         self._labels: list[list[tuple[str, str]]] = kept["labels"]  # by part
-        self.reasons = _by_index(kept["reasons"])
-        """What is at fault, of malformed rows by their index."""
+        self.lost = LostRows.of_json(kept["lost"])
         self._parts = [
             {name: _read(directory / f"{part}.{name}", kind) for name, kind in FILES.items()}
             for part in range(kept["num_parts"])
@@ -96,12 +128,15 @@ class TokenFiles:
         place, number = divmod(index, len(self._parts))
         part = self._parts[number]
         code, row = int(part["codes"][place]), int(part["rows"][place])
-        if code:
-            return Dropped(DROPS[code - 1], self._source, row, self.reasons.get(index, ""))
-        start, end = (int(part["ends"][place - 1]) if place else 0), int(part["ends"][place])
         category, language = self._labels[number][part["labels"][place]]
+        if code > 0:
+            reason = self.lost.reasons.get(index, "")
+            return Dropped(DROPS[code - 1], self._source, row, reason, language)
+        start, end = (int(part["ends"][place - 1]) if place else 0), int(part["ends"][place])
         example = Example(
-            part["ids"][start:end].tolist(), part["mask"][start:end].astype(bool).tolist()
+            part["ids"][start:end].tolist(),
+            part["mask"][start:end].astype(bool).tolist(),
+            is_truncated=code == CUT,
         )
         return Row(self._source, category, language, row), example
 
@@ -136,19 +171,15 @@ def token_files(
         parts = gather_objects(part)
         if None not in parts:
             whole = _joined([each for each in parts if each is not None])
-            lost = LostRows(Counter(whole["counts"]), _by_index(whole["reasons"]))
+            lost = whole["lost"]
             if is_main():
                 _publish(whole, partial, f"tokens-{name}")
         gather_objects(None)  # the others look for it only now
         _remove(partial)  # where it was not given its name
         found = _opened(source, name)
     if found is not None:
-        lost = LostRows(Counter(found.counts), found.reasons)
+        lost = found.lost
     return found, gather_objects(lost)[0]
-
-
-def _by_index(reasons: dict[str, str]) -> dict[int, str]:
-    return {int(index): reason for index, reason in reasons.items()}
 
 
 def _remove(unfinished: str) -> None:
@@ -174,39 +205,41 @@ def _write_part(
     directory.mkdir(parents=True, exist_ok=True)
     files = {name: (directory / f"{rank()}.{name}").open("wb") for name in FILES}
     labels: dict[tuple[str, str], int] = {}
-    reasons, counts, end = {}, Counter[str](), 0
+    lost, end = LostRows(), 0
     with ExitStack() as opened:
         for file in files.values():
             opened.enter_context(file)
         for index in rows:
             found = render_row(source, index, render)
+            lost.add(index, found)
             if isinstance(found, Dropped):
-                counts[found.metric] += 1
-                if found.reason:
-                    reasons[str(index)] = found.reason
-                values: dict[str, Any] = {"codes": DROPS.index(found.metric) + 1, "labels": 0}
+                label = labels.setdefault(("", found.language), len(labels))
+                values: dict[str, Any] = {"codes": DROPS.index(found.metric) + 1, "labels": label}
                 values |= {"ids": [], "mask": [], "rows": found.row}
             else:
                 row, example = found
                 label = labels.setdefault((row.category, row.language), len(labels))
-                values = {"codes": 0, "labels": label, "rows": row.row}
+                code = CUT if example.is_truncated else 0
+                values = {"codes": code, "labels": label, "rows": row.row}
                 values |= {"ids": example.input_ids, "mask": example.loss_mask}
             end += len(values["ids"])
             values["ends"] = end
             for name, kind in FILES.items():
                 files[name].write(np.asarray(values[name], kind).tobytes())
     sizes = {f"{rank()}.{name}": (directory / f"{rank()}.{name}").stat().st_size for name in FILES}
-    return {"labels": list(labels), "reasons": reasons, "counts": counts, "sizes": sizes}
+    return {"labels": list(labels), "lost": lost, "sizes": sizes}
 
 
 def _joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """What `rows.json` says of the parts of all ranks."""
+    lost = LostRows()
+    for part in parts:
+        lost.update(part["lost"])
     return {
         "num_parts": len(parts),
         "labels": [part["labels"] for part in parts],
-        "reasons": {row: why for part in parts for row, why in part["reasons"].items()},
         "sizes": {file: size for part in parts for file, size in part["sizes"].items()},
-        "counts": sum((part["counts"] for part in parts), Counter[str]()),
+        "lost": lost,
     }
 
 
@@ -216,7 +249,7 @@ def _publish(whole: dict[str, Any], unfinished: str, name: str) -> None:
         partial, directory = cache_directory() / unfinished, cache_directory() / name
         if whole["sizes"].keys() != {file.name for file in partial.iterdir()}:
             return  # other machines have directories of their own
-        (partial / "rows.json").write_text(json.dumps(whole))
+        (partial / "rows.json").write_text(json.dumps(whole | {"lost": vars(whole["lost"])}))
         _make_room(directory.parent)
         replace_directory(directory, partial)
 

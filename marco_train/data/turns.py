@@ -52,7 +52,14 @@ FLAG_WORDS = {
 }
 # Characters of a row that a message or the quarantine shows.
 MOST_SHOWN = 200
-THOUGHT_BEFORE = re.compile(r"\s*<think>\s*(?P<thought>.*?)\s*</think>\s*(?P<call>.*)", re.DOTALL)
+# Thinking in the text of an answer; where a prompt opened it, only its end stands there, on a line
+# of its own, as words about it do not.
+THINKING = re.compile(
+    r"\s*<think>(?P<whole>.*?)</think>\s*"
+    r"|(?P<ended>(?:(?!<think>).)*?)^[ \t]*</think>[ \t]*$\s*"
+    r"|\s*<think>(?P<open>.*)",
+    re.DOTALL | re.MULTILINE,
+)
 
 
 class RowError(ValueError):
@@ -85,13 +92,6 @@ def read_turns(turns: Any, roles: Mapping[str, str]) -> tuple[Message, ...]:
     Raises:
         RowError: Says which turn is at fault, and how.
     """
-    try:
-        return _read_turns(turns, roles)
-    except RecursionError as error:
-        raise RowError("nested too deep", "the chat's values are nested too deep") from error
-
-
-def _read_turns(turns: Any, roles: Mapping[str, str]) -> tuple[Message, ...]:
     if isinstance(turns, str):
         turns = parsed_turns(turns) or [{"role": "user", "content": turns}]
     if not isinstance(turns, list):
@@ -121,6 +121,19 @@ def _read_turns(turns: Any, roles: Mapping[str, str]) -> tuple[Message, ...]:
     if not messages:
         raise RowError("empty chat", "the chat is empty: there is no turn in it")
     return tuple(messages)
+
+
+def split_thinking(content: str) -> tuple[str, str] | None:
+    """Split an answer into its thinking, without white space around it, and the rest.
+
+    None where there is no thinking, not even an empty one.
+    """
+    if "think>" not in content:  # most have none, and it takes long to find that out
+        return None
+    found = THINKING.match(content)
+    if found is None:
+        return None
+    return next(filter(None, found.groups()), "").strip(), content[found.end() :]
 
 
 def _is_call(turn: Mapping[str, Any]) -> bool:
@@ -219,10 +232,9 @@ def _read_turn(turn: Any, roles: Mapping[str, str]) -> Message:
     verbatim = ""
     if role == "assistant":
         is_call = said in CALLING_ROLES and said not in roles
-        thought = THOUGHT_BEFORE.match(content) if is_call and isinstance(content, str) else None
-        if thought:
-            turn = {**turn, "reasoning_content": thought["thought"]}
-            content = thought["call"]
+        split = split_thinking(content) if is_call and isinstance(content, str) else None
+        if split is not None:
+            turn, content = {**turn, "reasoning_content": split[0]}, split[1]
         calls, verbatim = _read_calls({"function_calls": content} if is_call else turn)
         content = None if is_call else content
     text = "" if content is None and (calls or verbatim) else _text(content, turn)

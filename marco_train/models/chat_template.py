@@ -9,6 +9,7 @@ import json
 import re
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,8 @@ from marco_train.types import Message
 # What a template can raise on the turns of a row, beside its own refusals: it adds text to numbers,
 # asks for an item that is not there, or divides; and what a tokenizer raises on its text.
 FAULTS = (TemplateError, TypeError, ValueError, LookupError, ArithmeticError, AttributeError)
+# Opens a stretch that is the assistant's.
+MARK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -27,8 +30,9 @@ class Rendered:
     """The text of a chat."""
 
     text: str
-    answers: tuple[tuple[int, int], ...]
-    """First character and end of each stretch that the template marks as the assistant's."""
+    answers: tuple[tuple[int, int], ...] | None
+    """First character and end of each stretch that is the assistant's. None: the template marks
+    none, as it has no {% generation %}."""
 
 
 def render_turns(
@@ -41,6 +45,9 @@ def render_turns(
 ) -> Rendered:
     """Render turns with a tokenizer's template.
 
+    Arguments of a call that are JSON text stay as they are written, unless the template takes
+    objects alone: it would quote the text once more, or could not render it.
+
     Args:
         tokenizer: Of transformers, with its template or templates.
         messages: The turns.
@@ -51,16 +58,59 @@ def render_turns(
     Raises:
         InputError: The template refuses these turns, or cannot render them.
     """
+    require(bool(messages), "there is no turn before the answer")
+    turns = [message.as_turn() for message in messages]
+    written = [text for turn in turns for text in _written_arguments(turn)]
+    if not written:
+        return _rendered(tokenizer, turns, template_kwargs, tools, open_answer)
+    parsed = [_with_parsed_arguments(turn) for turn in turns]
+    try:
+        found = _rendered(tokenizer, turns, template_kwargs, tools, open_answer)
+    except InputError:
+        return _rendered(tokenizer, parsed, template_kwargs, tools, open_answer)
+    if any(json.dumps(text, ensure_ascii=False) in found.text for text in written):
+        return _rendered(tokenizer, parsed, template_kwargs, tools, open_answer)
+    return found
+
+
+def _written_arguments(turn: Mapping[str, Any]) -> list[str]:
+    """Arguments of a turn's calls that are text."""
+    calls = (call["function"].get("arguments") for call in turn.get("tool_calls", ()))
+    return [arguments for arguments in calls if isinstance(arguments, str)]
+
+
+def _with_parsed_arguments(turn: Mapping[str, Any]) -> dict[str, Any]:
+    """The turn with objects for arguments that are JSON of one."""
+    if not _written_arguments(turn):
+        return dict(turn)
+    calls = []
+    for call in turn["tool_calls"]:
+        arguments = call["function"].get("arguments")
+        with suppress(ValueError, RecursionError, TypeError):
+            found = json.loads(arguments)
+            arguments = found if isinstance(found, dict) else arguments
+        calls.append({**call, "function": {**call["function"], "arguments": arguments}})
+    return {**turn, "tool_calls": calls}
+
+
+def _rendered(
+    tokenizer: Any,
+    turns: Sequence[Mapping[str, Any]],
+    template_kwargs: Mapping[str, Any],
+    tools: Sequence[Mapping[str, Any]],
+    open_answer: bool,
+) -> Rendered:
     from transformers.utils.chat_template_utils import render_jinja_template
 
-    require(bool(messages), "there is no turn before the answer")
     given = [dict(tool) for tool in tools] or None
     try:
+        template = tokenizer.get_chat_template(None, given)
+        is_marked = MARK.search(template) is not None
         (text,), answers = render_jinja_template(
-            conversations=[[message.as_turn() for message in messages]],
+            conversations=[list(turns)],
             tools=given,
-            chat_template=tokenizer.get_chat_template(None, given),
-            return_assistant_tokens_mask=True,
+            chat_template=template,
+            return_assistant_tokens_mask=is_marked,
             add_generation_prompt=open_answer,
             **{**tokenizer.special_tokens_map, **template_kwargs},
         )
@@ -69,7 +119,7 @@ def render_turns(
         raise InputError(
             f"the chat template cannot render it ({type(error).__name__}: {said[0]})"
         ) from error
-    return Rendered(text, tuple(answers[0]) if answers else ())
+    return Rendered(text, tuple(answers[0]) if is_marked else None)
 
 
 class Encoder:

@@ -249,21 +249,19 @@ def test_columns_and_roles_are_given_as_refusals_say() -> None:
     assert (math.columns, math.roles) == ({"messages": "chosen"}, {"bot": "user"})
 
 
-def test_a_tokenizer_whose_template_marks_nothing_is_refused(world: World, tmp_path: Path) -> None:
+def test_a_template_that_neither_marks_answers_nor_asks_as_it_answers_is_refused(
+    world: World, tmp_path: Path
+) -> None:
     shutil.copytree(world.path("data", "tokenizer"), tmp_path / "tokenizer")
-    template = tmp_path / "tokenizer" / "chat_template.jinja"
-    template.write_text(
-        template.read_text()
-        .replace("{% generation %}", "")
-        .replace("{% endgeneration %}", "")
-        .replace("{%- generation %}", "")
-        .replace("{%- endgeneration %}", "")
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text(
+        "{%- for m in messages %}{{- m.role + ': ' + m.content + '<|im_end|>\\n' }}{% endfor %}"
+        "{%- if add_generation_prompt %}{{- 'Now answer: ' }}{% endif %}"
     )
     cfg = compose_config(
         "quickstart_sft", f"root={world.root}", f"model.tokenizer={tmp_path / 'tokenizer'}"
     )
     tokenizer = load_tokenizer(cfg.model)  # enough to make prompts
-    with pytest.raises(InputError, match=r"does not mark .* set model.chat_template=chatml"):
+    with pytest.raises(InputError, match=r"asked otherwise .*; set model.chat_template=chatml"):
         SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
 
 

@@ -4,6 +4,7 @@ The tokenizer joins line breaks into one token, also those of a turn's header wi
 answer begins with. The template shows thinking only behind the last question.
 """
 
+import re
 from pathlib import Path
 
 from tokenizers import (
@@ -87,6 +88,9 @@ TEMPLATE = """\
 {{- '<think>\\n\\n</think>\\n\\n' }}
 {%- endif %}
 {%- endif %}"""
+
+# As Qwen publishes it: without a mark.
+UNMARKED = re.sub(r"\{%-? (end)?generation %\}\n", "", TEMPLATE)
 
 
 def write_tokenizer(path: Path, template: str = TEMPLATE, *, trim_offsets: bool = False) -> Path:

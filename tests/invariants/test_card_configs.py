@@ -50,6 +50,12 @@ def on_files(cfg: TrainConfig, shapes: dict[str, str], directory: Path) -> Train
     return cfg
 
 
+def common(world: World, directory: Path) -> list[str]:
+    """Overrides of both stages."""
+    run = ["parallel=one_rank", "checkpoint=none", "stage.global_batch_size=20"]
+    return [f"root={world.root}", f"output_dir={directory / 'run'}", *run]
+
+
 def logged(directory: Path) -> list[dict[str, float]]:
     lines = (directory / "run" / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
@@ -59,14 +65,10 @@ def test_fine_tuning_runs_on_the_cards_data(world: World, tmp_path: Path) -> Non
     cfg = compose_config(
         "quickstart_sft",
         "data=marco_sft",
-        f"root={world.root}",
-        f"output_dir={tmp_path / 'run'}",
-        "stage.global_batch_size=20",
+        *common(world, tmp_path),
         "stage.max_length=256",
         "stage.num_steps=6",
         "stage.eval_every=null",
-        "parallel=one_rank",
-        "checkpoint=none",
     )
     run_on_ranks(1, run_sft, on_files(cfg, SFT, tmp_path))
     lines = logged(tmp_path)
@@ -80,17 +82,13 @@ def test_distillation_runs_on_the_cards_data(world: World, tmp_path: Path) -> No
     cfg = compose_config(
         "quickstart_opd",
         "data=marco_opd",
-        f"root={world.root}",
-        f"output_dir={tmp_path / 'run'}",
-        "stage.global_batch_size=20",
+        *common(world, tmp_path),
         "stage.responses_per_prompt=1",
         "stage.max_prompt_length=160",
         "stage.max_response_length=6",
         "stage.cascade.first.num_steps=2",
         "stage.cascade.second.num_steps=2",
-        "parallel=one_rank",
         "optim.warmup_steps=0",
-        "checkpoint=none",
     )
     run_on_ranks(1, run_opd, on_files(cfg, OPD, tmp_path))
     lines = logged(tmp_path)
@@ -131,6 +129,9 @@ SETS = [
     "nemotron_multilingual",
 ]
 
+# The sources beside it.
+OTHERS = ["math", "multilingual", "alignment", "instruction_following", "knowledge_reasoning"]
+
 
 @pytest.mark.parametrize("name", SETS)
 def test_each_set_is_a_source_by_its_name(name: str) -> None:
@@ -139,8 +140,7 @@ def test_each_set_is_a_source_by_its_name(name: str) -> None:
         f"+source@data.sources.mine={name}",
         "data.sources.mine.weight=0.5",
         *(["data.sources.mine.subset=math"] if name == "nemotron_cascade_2" else []),
-        *(f"data.sources.{other}.weight=0.1" for other in ["math", "multilingual", "alignment"]),
-        *(f"data.sources.{o}.weight=0.1" for o in ["instruction_following", "knowledge_reasoning"]),
+        *(f"data.sources.{other}.weight=0.1" for other in OTHERS),
     )
     mine = cfg.data.sources["mine"]
     assert mine.kind.value == "hub"

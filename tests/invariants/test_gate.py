@@ -1,6 +1,7 @@
 """The rows of a run are judged before its first step, once, and too many at fault end it there."""
 
 import json
+import re
 import resource
 from collections import Counter
 from collections.abc import Callable
@@ -350,7 +351,7 @@ def test_what_was_lost_is_said_by_source_at_the_start_and_at_the_end(
     capsys.readouterr()
     loader.log_end()
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "dropped since the start: 1 data/dropped_empty in 'text'; "
+        "dropped or cut since the start: 1 data/dropped_empty in 'text'; "
         "1 data/dropped_malformed in 'text'; 1 data/dropped_no_loss in 'text'"
     )
 
@@ -430,3 +431,39 @@ def test_rows_that_are_at_fault_beyond_the_sample_are_written_down_when_drawn(
     next(loader)
     (kept,) = map(json.loads, quarantine.read_text().splitlines())
     assert (kept["source"], kept["row"], kept["begins"].strip()) == ("text", 7, "not JSON")
+
+
+def steps_until_refused(world: World, file: Path, *more: str) -> tuple[int, str]:
+    """How many steps of 20 rows a run makes of which only a sample was judged, and why no more."""
+    given = ["data.judge_rows=50", "stage.global_batch_size=20", "data.max_lost_rows=1", *more]
+    loader = loader_of("sft", world, file, *given)
+    for step in range(20):
+        try:
+            next(loader)
+        except InputError as error:
+            return step, str(error)
+    return 20, ""
+
+
+def test_a_run_ends_where_too_many_rows_beyond_the_sample_are_at_fault(
+    world: World, tmp_path: Path
+) -> None:
+    # Of 200 rows every fourth is judged; of all, 20 are at fault, and none of the sample.
+    lines = [json.dumps(chat(f"{n}")) for n in range(200)]
+    for n in range(1, 200, 10):
+        lines[n] = "{}"
+    file = write(tmp_path, *lines)
+    step, says = steps_until_refused(world, file)
+    made = 20 * (step + 1)
+    assert 0 < step < 10
+    assert re.match(
+        rf"source 'text': 1\d of {50 + made} rows are at fault, of 50 that were judged before the "
+        rf"first step and {made} that were drawn since the start, more than data.max_bad_rows=0.01",
+        says,
+    )
+    assert run_on_ranks(2, steps_until_refused, world, file) == [(step, says)] * 2
+    assert steps_until_refused(world, file, "data.max_bad_rows=0.2") == (20, "")
+    # What is no fault of the row counts as lost to the stage.
+    other = json.dumps({"input_ids": [100_000]})  # of another tokenizer
+    lost = [other if line == "{}" else line for line in lines]
+    assert steps_until_refused(world, write(tmp_path, *lost)) == (20, "")

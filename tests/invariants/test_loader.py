@@ -1,8 +1,10 @@
 """Which samples a step draws, and what of the data a checkpoint knows."""
 
 import json
+import re
 import shutil
-from itertools import pairwise
+from collections import Counter
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +92,65 @@ def test_prompts_drawn_ahead_do_not_move_the_cursor_of_a_checkpoint(
     again = loader_of("opd", world, file, *SMALL_STEPS)
     again.resume(6, states[6])
     assert [prompt.index for prompt in next(again)] == prompts[6]
+
+
+def epochs_drawn(
+    world: World, file: Path, num_epochs: float, resumed: tuple[int, dict[str, Any]] | None = None
+) -> tuple[list[list[str]], list[float], list[dict[str, Any]]]:
+    """What this rank trains on in each step of so many epochs, its sequences, and the states."""
+    epochs = ["stage.num_steps=null", f"stage.num_epochs={num_epochs}"]
+    loader = loader_of("sft", world, file, *epochs, "stage.global_batch_size=64")
+    first = 0
+    if resumed is not None:
+        first = resumed[0]
+        loader.resume(first, json.loads(json.dumps(resumed[1])))
+    tokenizer = tokenizer_of(world.path("data", "tokenizer"))
+    trained, numbers, states = [], [], [loader.state_at(first)]
+    for step in range(first, loader.num_steps):
+        texts = (tokenizer.decode(batch.input_ids[0].tolist()) for batch in next(loader))
+        trained.append(re.findall(r"question \d+", "".join(texts)))
+        numbers.append(loader.metrics()["data/num_sequences"])
+        states.append(loader.state_at(step + 1))
+    return trained, numbers, states
+
+
+def test_a_run_of_epochs_sees_every_row_as_often_on_any_number_of_ranks(
+    world: World, tmp_path: Path
+) -> None:
+    file = write(tmp_path, *(json.dumps(chat(f"question {n}")) for n in range(40)))
+    trained, numbers, states = epochs_drawn(world, file, 2)
+    assert numbers == [64, 16]
+    assert Counter(chain(*trained)) == Counter({f"question {n}": 2 for n in range(40)})
+    # Half an epoch is not a whole batch, and the last sample of all may be of one rank alone.
+    assert epochs_drawn(world, file, 0.5)[1] == [20]
+    assert epochs_drawn(world, file, 1.61)[1] == [64, 1]
+    assert epochs_drawn(world, file, 3.2)[1] == [64, 64]
+    assert epochs_drawn(world, file, 2, (1, states[1])) == (trained[1:], numbers[1:], states[1:])
+    for num_epochs in (2, 1.61):
+        one = epochs_drawn(world, file, num_epochs)
+        two = run_on_ranks(2, epochs_drawn, world, file, num_epochs)
+        for step, expected in enumerate(one[0]):
+            assert sorted(two[0][0][step] + two[1][0][step]) == sorted(expected)
+        assert [found[1:] for found in two] == [one[1:]] * 2
+
+
+def test_the_plan_of_a_run_of_epochs_is_what_it_makes(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, *(json.dumps(chat(f"question {n}")) for n in range(40)))
+    loader = loader_of(
+        "sft",
+        world,
+        file,
+        *("stage.num_steps=null", "stage.num_epochs=2", "stage.global_batch_size=64"),
+    )
+    loader.log_plan(loader.num_steps)
+    for _ in range(loader.num_steps):
+        next(loader)
+    loader.log_end()
+    said = capsys.readouterr().out
+    for when in ("in 2 steps", "made in 2 steps"):
+        assert f"source 'text': 40 rows, weight 1, 2 epochs {when}" in said
 
 
 ANY_SHARE = ["data.max_bad_rows=1", "data.max_lost_rows=1", "stage.global_batch_size=2"]

@@ -75,7 +75,7 @@ def test_files_hold_what_rows_are_rendered_to(world: World, tmp_path: Path) -> N
             assert kept[1] == example
             labels = (row.source, row.category, row.language, row.row)
             assert (kept[0].source, kept[0].category, kept[0].language, kept[0].row) == labels
-    assert files.counts == {
+    assert files.lost.counts == {
         "data/dropped_too_long": 1,
         "data/dropped_empty": 1,
         "data/dropped_no_loss": 1,

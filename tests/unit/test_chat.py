@@ -188,7 +188,15 @@ MARKS: dict[str, tuple[str, str | None]] = {
         "{% generation %}{{- m.content + '<|im_end|>\\n' }}{% endgeneration %}",
         r"marks 'Fine, thank you.<\|im_end\|>\\n' as .* it ends with '\\n', and",
     ),
-    "not": ("{{- m.content + '<|im_end|>' }}", "does not mark the assistant's tokens"),
+    "not, and answers are found by their prompts": ("{{- m.content + '<|im_end|>' }}", None),
+    "not, and without a stop": (
+        "{{- m.content }}",
+        r"does not mark answers, and .* none is found .*stop token.*; set model.chat_template=chat",
+    ),
+    "in no plain answer": (
+        "{% if '<call>' in m.content %}" + MARKED + "{% else %}{{- m.content }}{% endif %}",
+        "does not mark a plain answer with the {% generation %} that it has",
+    ),
     "not where the rows call a tool": (
         "{% if '<call>' in m.content %}{{- m.content + '<|im_end|>' }}{% else %}"
         + MARKED
@@ -241,6 +249,21 @@ def test_the_marks_of_a_runs_own_rows_are_looked_at(world: World, tmp_path: Path
     cfg = compose_config("quickstart_sft", *data)
     with pytest.raises(InputError, match=r"marks 'one' as the assistant's \(text, row 41\)"):
         SFTLoader(cfg.data, cfg.stage, tokenizer_of(path), cfg.seed)
+
+
+def test_the_answers_that_are_found_without_marks_are_counted_at_the_start(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = with_template(
+        world, tmp_path, PLAIN.replace("ANSWER", "{{- m.content + '<|im_end|>' }}")
+    )
+    first = row(("assistant", "Hello."), ("user", "x"), ("assistant", "y"))
+    file = rows_file(tmp_path, first, row(("user", "x"), ("assistant", "y")))
+    data = [f"root={world.root}", "data=quickstart_text", f"data.sources.text.path={file}"]
+    cfg = compose_config("quickstart_sft", *data)
+    SFTLoader(cfg.data, cfg.stage, tokenizer_of(path), cfg.seed)
+    # The two rows are drawn again and again; an answer that nobody asks for is not learnt.
+    assert "64 of 96 in the first 64 conversations are learnt" in capsys.readouterr().out
 
 
 def test_only_a_loss_mask_needs_marks(world: World, tmp_path: Path) -> None:

@@ -409,3 +409,16 @@ def test_columns_that_hold_something_are_not_called_empty() -> None:
 def test_a_chat_in_json_with_spaces_is_a_chat() -> None:
     spaced = json.dumps(OPENAI[:1]).replace("[{", "[ {")
     assert read({"prompt": spaced}).messages == (ASKED,)
+
+
+DEEP = json.loads("[" * 900 + "]" * 900)
+TOO_DEEP: list[dict[str, Any]] = [
+    {"role": "assistant", "tool_calls": [{"name": "f", "arguments": DEEP}]},
+    {"role": "assistant", "content": "x", "function_call": {"name": "f", "arguments": DEEP}},
+]
+
+
+@pytest.mark.parametrize("turn", TOO_DEEP)
+def test_values_that_are_nested_too_deep_are_at_fault(turn: dict[str, Any]) -> None:
+    with pytest.raises(RowError, match="nested too deep"):
+        Format({}, {}).read({"messages": [{"role": "user", "content": "x"}, turn]})

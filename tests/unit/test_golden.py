@@ -1,15 +1,17 @@
 """Chats become the token ids that `apply_chat_template` of transformers makes of them."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from marco_train.config.data import Thinking
 from marco_train.config.sft import LossTokens
-from marco_train.data.chat import CHATML, Tokenizer, render_example, render_prompt
+from marco_train.data.chat import CHATML, Tokenizer, render_example, render_prompt, with_thinking
 from marco_train.data.turns import read_tools, read_turns
 from marco_train.types import Conversation, Example
-from tests.helpers.qwen_like import TEMPLATE, write_tokenizer
+from tests.helpers.qwen_like import TEMPLATE, UNMARKED, write_tokenizer
 from tests.helpers.tokenizers import tokenizer_of
 
 Turn = dict[str, Any]
@@ -182,3 +184,75 @@ def test_every_prompt_has_the_ids_of_transformers(name: str, tokenizer: Tokenize
         asked, tools=tools or None, add_generation_prompt=True, return_dict=False
     )
     assert render_prompt(tokenizer, found) == made
+
+
+@pytest.fixture(scope="module")
+def unmarked(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """Qwen3's as it is published: its template does not mark answers."""
+    return tokenizer_of(write_tokenizer(tmp_path_factory.mktemp("unmarked"), UNMARKED))
+
+
+@pytest.fixture(scope="module")
+def marked(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return tokenizer_of(write_tokenizer(tmp_path_factory.mktemp("marked"), TEMPLATE))
+
+
+# A prompt for the second of two answers shows the first with the thinking of a last turn.
+NO_PROMPT = {"two answers in a row"}
+
+
+@pytest.mark.parametrize("thinking", Thinking)
+@pytest.mark.parametrize("name", sorted(CHATS.keys() - NO_PROMPT))
+def test_answers_without_marks_are_learnt_as_with_them(
+    name: str, thinking: Thinking, unmarked: Tokenizer, marked: Tokenizer
+) -> None:
+    found = conversation(*CHATS[name])
+    expected, example = (
+        render_example(tokenizer, with_thinking(tokenizer, found, thinking), LossTokens.assistant)
+        for tokenizer in (marked, unmarked)
+    )
+    assert any(expected.loss_mask)
+    assert example == expected
+    assert render_prompt(unmarked, found) == render_prompt(marked, found)
+
+
+# How templates write the arguments of a call, beside those that take both objects and text.
+TAKES_OBJECTS = {
+    "quotes text once more": "{{- (given | tojson) + '}\\n</tool_call>' }}",
+    "goes through objects": (
+        "{{- '{' }}{%- for k, v in given.items() %}{{- (k | tojson) + ': ' + (v | tojson) }}"
+        "{%- endfor %}{{- '}}\\n</tool_call>' }}"
+    ),
+}
+TAKES_BOTH = "{{- (given if given is string else given | tojson) + '}\\n</tool_call>' }}"
+
+
+@pytest.mark.parametrize("writes", TAKES_OBJECTS.values(), ids=TAKES_OBJECTS.keys())
+def test_arguments_that_are_text_are_read_for_a_template_that_takes_objects(
+    writes: str, tmp_path: Path
+) -> None:
+    assert TAKES_BOTH in TEMPLATE
+    template = TEMPLATE.replace(TAKES_BOTH, writes)
+    tokenizer = tokenizer_of(write_tokenizer(tmp_path / "tokenizer", template))
+
+    def turns(arguments: Any) -> list[Turn]:
+        call = {"type": "function", "function": {"name": "weather", "arguments": arguments}}
+        result = {"role": "tool", "content": "20"}
+        return [user("a"), assistant("", tool_calls=[call]), result, assistant("It is 20.")]
+
+    expected = of_transformers(tokenizer, turns({"city": "São Paulo"}), [WEATHER])
+    for written in ('{"city":   "São Paulo"}', '{"city": "S\\u00e3o Paulo"}'):
+        row = conversation(turns(written), [WEATHER])
+        assert render_example(tokenizer, row, LossTokens.assistant) == expected
+    text = tokenizer.decode(expected.input_ids)
+    assert '"arguments": {"city": "São Paulo"}}' in text
+
+
+def test_arguments_that_are_no_json_stay_text(tmp_path: Path) -> None:
+    writes = TAKES_OBJECTS["quotes text once more"]
+    template = TEMPLATE.replace(TAKES_BOTH, writes)
+    tokenizer = tokenizer_of(write_tokenizer(tmp_path / "tokenizer", template))
+    call = {"type": "function", "function": {"name": "weather", "arguments": "Paris"}}
+    turns = [user("a"), assistant("", tool_calls=[call])]
+    example = render_example(tokenizer, conversation(turns), LossTokens.assistant)
+    assert example == of_transformers(tokenizer, turns)

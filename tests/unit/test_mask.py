@@ -1,13 +1,14 @@
 """What is learnt of a chat: whole tokens of its answers, behind a prompt that sampling can ask."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from marco_train.config.data import DataConfig, Thinking
+from marco_train.config.data import DataConfig, Overlong, Thinking
 from marco_train.config.sft import LossTokens
 from marco_train.data.chat import (
     CHATML,
@@ -21,7 +22,7 @@ from marco_train.data.render import ExampleRenderer, PromptRenderer
 from marco_train.data.turns import read_turns
 from marco_train.errors import InputError
 from marco_train.types import Conversation, Example, Message, PlainText, TokenRow
-from tests.helpers.qwen_like import write_tokenizer
+from tests.helpers.qwen_like import UNMARKED, write_tokenizer
 from tests.helpers.tokenizers import make_tokenizer, tokenizer_of
 
 Turn = dict[str, Any]
@@ -44,6 +45,7 @@ TOKENIZERS: dict[str, Callable[[Path], Any]] = {
     "chatml": lambda path: write_tokenizer(path, CHATML.read_text()),
     "chatml, trimmed": lambda path: write_tokenizer(path, CHATML.read_text(), trim_offsets=True),
     "qwen3": write_tokenizer,
+    "qwen3 without marks": lambda path: write_tokenizer(path, UNMARKED),
     "qwen3, trimmed": lambda path: write_tokenizer(path, trim_offsets=True),
     "a space before the answer": lambda path: write_tokenizer(path, PLAIN),
     "a space, trimmed": lambda path: write_tokenizer(path, PLAIN, trim_offsets=True),
@@ -253,6 +255,12 @@ def renderer(
     return ExampleRenderer.of(tokenizer, data, LossTokens.assistant, 1000)
 
 
+def prompts(
+    tokenizer: Tokenizer, max_length: int, thinking: Thinking = Thinking.keep
+) -> PromptRenderer:
+    return PromptRenderer(tokenizer, max_length, thinking, Overlong.drop)
+
+
 def thought(text: str) -> str:
     return f"<think>\n{text}\n</think>\n\n"
 
@@ -283,6 +291,9 @@ LEARNT = {
 }
 
 
+LEARNT |= {("qwen3 without marks", thinking): LEARNT["qwen3", thinking] for thinking in Thinking}
+
+
 @pytest.mark.parametrize("turns", [TWO_THOUGHTS, TWO_FIELDS], ids=["in the text", "in a field"])
 @pytest.mark.parametrize(("name", "thinking"), LEARNT)
 def test_thinking_is_learnt_where_it_is_wanted_and_shown(
@@ -293,7 +304,7 @@ def test_thinking_is_learnt_where_it_is_wanted_and_shown(
     example = renderer(tokenizer, thinking)(conversation(*turns))
     assert isinstance(example, Example)
     assert learnt(tokenizer, example) == words
-    prompt = PromptRenderer(tokenizer, 1000, thinking)(conversation(*turns))
+    prompt = prompts(tokenizer, 1000, thinking)(conversation(*turns))
     assert isinstance(prompt, Example)
     assert example.input_ids[: len(prompt.input_ids)] == prompt.input_ids
     assert tokenizer.decode(prompt.input_ids) == (
@@ -392,7 +403,7 @@ def test_a_template_that_leaves_out_a_call_or_its_tools_is_no_use(tmp_path: Path
     tool = {"type": "function", "function": {"name": "clock"}}
     row = Conversation(**LABELS, messages=row.messages[:1], tools=(tool,))
     with pytest.raises(InputError, match=r"leaves out tools \('clock'\)"):
-        PromptRenderer(tokenizer, 1000, Thinking.keep)(row)
+        prompts(tokenizer, 1000)(row)
 
 
 def test_control_tokens_in_any_text_drop_the_row(chatml: Tokenizer) -> None:
@@ -447,14 +458,14 @@ def test_tokens_of_a_row_stay_as_they_are(chatml: Tokenizer) -> None:
     with pytest.raises(InputError, match=r"the token id 100000, .* tokenised for another model"):
         renderer(chatml)(beyond)
     with pytest.raises(InputError, match="the row has no turns, so nothing can be asked"):
-        PromptRenderer(chatml, 1000, Thinking.keep)(row)
+        prompts(chatml, 1000)(row)
 
 
 def test_rated_answers_are_refused_in_sft_and_asked_in_distillation(chatml: Tokenizer) -> None:
     row = Conversation(**LABELS, messages=(Message("user", "a"),), is_preference=True)
     with pytest.raises(InputError, match="holds answers that are rated, and SFT would"):
         renderer(chatml)(row)
-    prompt = PromptRenderer(chatml, 1000, Thinking.keep)(row)
+    prompt = prompts(chatml, 1000)(row)
     assert isinstance(prompt, Example)
     assert chatml.decode(prompt.input_ids).endswith("a<|im_end|>\n<|im_start|>assistant\n")
 
@@ -468,7 +479,7 @@ def test_a_row_over_the_limit_is_dropped(num_tokens: int, chatml: Tokenizer) -> 
 
 def test_a_chat_that_an_answer_begins_is_no_prompt(chatml: Tokenizer) -> None:
     row = conversation(assistant("Hello."), user("a"), assistant("b"))
-    assert PromptRenderer(chatml, 1000, Thinking.keep)(row) == "data/dropped_no_loss"
+    assert prompts(chatml, 1000)(row) == "data/dropped_no_loss"
     example = renderer(chatml)(row)
     assert isinstance(example, Example)
     assert learnt(chatml, example) == ["Hello.<|im_end|>", "b<|im_end|>"]
@@ -487,3 +498,66 @@ def test_a_prompt_with_two_spaces_at_its_end_is_the_beginning_of_its_example(
     prompt = render_prompt(tokenizer, row)
     example = render_example(tokenizer, row, LossTokens.assistant)
     assert example.input_ids[: len(prompt)] == prompt
+
+
+def test_an_answer_whose_prompt_is_otherwise_in_history_is_not_learnt_without_marks(
+    tokenizers: dict[str, Tokenizer],
+) -> None:
+    """The thinking beside a call is gone once a question follows, and sampling would see it."""
+    call = {"function": {"name": "f", "arguments": {}}}
+    row = conversation(
+        user("a"),
+        assistant("", reasoning_content="one", tool_calls=[call]),
+        {"role": "tool", "content": "20"},
+        assistant("It is 20."),
+        user("b"),
+        assistant("c"),
+    )
+    tokenizer = tokenizers["qwen3 without marks"]
+    example = render_example(tokenizer, row, LossTokens.assistant)
+    assert learnt(tokenizer, example) == [thought("") + "c<|im_end|>"]
+    # Nor is an answer with which a chat begins, as nobody asks for it.
+    first = conversation(assistant("Hello."), user("a"), assistant("b"))
+    example = render_example(tokenizer, first, LossTokens.assistant)
+    assert learnt(tokenizer, example) == [thought("") + "b<|im_end|>"]
+    exempt = conversation(assistant("Hello.", weight=0), user("a"), assistant("b"))
+    with pytest.raises(InputError, match="not to be learnt cannot be told apart"):
+        render_example(tokenizer, exempt, LossTokens.all)
+
+
+def test_a_prompt_that_closes_thinking_is_no_part_of_an_answer_without_marks(
+    tmp_path: Path,
+) -> None:
+    path = write_tokenizer(tmp_path / "tokenizer", UNMARKED)
+    tokenizer = tokenizer_of(path, enable_thinking=False)
+    row = conversation(user("a"), assistant("b"), user("c"), assistant("d"))
+    # In history the first answer stands without what its prompt had, so it is not learnt.
+    example = render_example(tokenizer, row, LossTokens.assistant)
+    assert learnt(tokenizer, example) == ["d<|im_end|>"]
+
+
+BARE = re.sub(r"\{%-? ?(end)?generation ?%\}", "", PLAIN)
+# What a template writes otherwise of an answer once others follow it.
+OTHERWISE = {
+    "its header": (
+        "{{- m.role + ': ' }}",
+        "{{- ('Assistant:' if m.role == 'assistant' and not loop.last else m.role + ':') + ' ' }}",
+    ),
+    "its words": ("{{- m.content +", "{{- (m.content if loop.last else m.content | upper) +"),
+}
+
+
+@pytest.mark.parametrize(("old", "new"), OTHERWISE.values(), ids=OTHERWISE.keys())
+def test_an_answer_that_is_rewritten_in_history_is_not_learnt_without_marks(
+    old: str, new: str, tmp_path: Path
+) -> None:
+    assert old in BARE
+    row = conversation(user("a"), assistant("b"), {"role": "tool", "content": "C"}, assistant("d"))
+    same, otherwise = (
+        tokenizer_of(write_tokenizer(tmp_path / name, template))
+        for name, template in (("same", BARE), ("otherwise", BARE.replace(old, new, 1)))
+    )
+    example = render_example(same, row, LossTokens.assistant)
+    assert learnt(same, example) == ["b<|im_end|>", "d<|im_end|>"]
+    example = render_example(otherwise, row, LossTokens.assistant)
+    assert learnt(otherwise, example) == ["d<|im_end|>"]

@@ -271,17 +271,9 @@ def test_what_is_no_list_of_turns_is_at_fault(turns: Any) -> None:
         read_turns(turns, {})
 
 
-@pytest.mark.parametrize(
-    "turn",
-    [
-        {"role": "assistant", "content": "x", "function_calls": 3},
-        openai({"name": "f", "arguments": json.loads("[" * 900 + "]" * 900)}),
-    ],
-    ids=["a number", "arguments within arguments"],
-)
-def test_calls_of_another_kind_are_at_fault(turn: dict[str, Any]) -> None:
+def test_calls_of_another_kind_are_at_fault() -> None:
     with pytest.raises(RowError):
-        answer(turn)
+        answer({"role": "assistant", "content": "x", "function_calls": 3})
 
 
 @pytest.mark.parametrize("key", ["function_calls", "content"])
