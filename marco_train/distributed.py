@@ -33,6 +33,7 @@ def start() -> None:
 
 def stop() -> None:
     """Leave the process group."""
+    _EXPERT_PARALLEL_GROUPS.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -100,8 +101,11 @@ def gather_objects(value: T) -> list[T]:
     return found
 
 
+_EXPERT_PARALLEL_GROUPS: dict[int, dist.ProcessGroup] = {}
+
+
 def expert_parallel_group(size: int) -> dist.ProcessGroup | None:
-    """Form groups of `size` neighbouring ranks and return this rank's; None for size 1.
+    """Form groups of `size` neighbouring ranks, once, and return this rank's; None for size 1.
 
     Raises:
         InputError: The number of ranks is not a multiple of `size`.
@@ -113,11 +117,13 @@ def expert_parallel_group(size: int) -> dist.ProcessGroup | None:
             f"parallel.expert_parallel_size is {size}, which does not divide the "
             f"{world_size()} ranks of this launch"
         )
-    groups = [
-        dist.new_group(list(range(first, first + size))) for first in range(0, world_size(), size)
-    ]
-    mine: dist.ProcessGroup = groups[rank() // size]
-    return mine
+    if size not in _EXPERT_PARALLEL_GROUPS:
+        groups = [
+            dist.new_group(list(range(first, first + size)))
+            for first in range(0, world_size(), size)
+        ]
+        _EXPERT_PARALLEL_GROUPS[size] = groups[rank() // size]
+    return _EXPERT_PARALLEL_GROUPS[size]
 
 
 def seed_everything(seed: int) -> None:
