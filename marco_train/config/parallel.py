@@ -38,6 +38,10 @@ class ParallelConfig:
     dispatch: Dispatch = Dispatch.deduplicated
     """Without effect where expert_parallel_size is 1."""
     recompute: Recompute = Recompute.none
+    offload_while_sampling: bool = False
+    """Whether the optimizer's float32 state lies in the host's memory except during an update, for
+    12 bytes a parameter of this rank's partition (pinned, on a GPU), and with zero_stage 1 in
+    bfloat16 4 bytes of gradient are freed for each parameter while responses are sampled."""
 
     def __post_init__(self) -> None:
         require_positive("parallel", expert_parallel_size=self.expert_parallel_size)

@@ -68,6 +68,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "data.on_change",
         "parallel.dispatch",
         "parallel.recompute",
+        "parallel.offload_while_sampling",
         "stage.eval_every",
         "stage.num_eval_examples",
         "stage.max_sampler_mismatch",
