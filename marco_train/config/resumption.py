@@ -77,6 +77,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "stage.rollout.canary_tolerance",
         "stage.rollout.max_tokens_per_batch",
         "stage.rollout.kv_cache_gib",
+        "stage.rollout.reserve_gib",
         "stage.rollout.servers.**",
         "stage.rollout.sync_path",
         *(
