@@ -71,6 +71,8 @@ def updates(cfgs: list[TrainConfig]) -> list[Outcome]:
             measured.append(policy.train_step(batches, cross_entropy))
             after = masters(policy)
             added.append({name: after[name] - before[name] for name in after})
+            for name, parameter in policy.model.named_parameters():
+                assert torch.equal(parameter, after[name].to(parameter.dtype)), name
             before = after
         found.append((added, measured, counts))
     return found
@@ -96,9 +98,12 @@ def config(
 
 @pytest.fixture(scope="module")
 def student(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Weights that both types can hold."""
+    """Weights that both types can hold, and every token to every expert.
+
+    Where a token is near the border between two experts, rounding decides which one learns.
+    """
     path = tmp_path_factory.mktemp("bfloat16") / "student"
-    model = random_model(architecture(), torch.bfloat16, seed=3)
+    model = random_model(architecture(num_experts_per_tok=8), torch.bfloat16, seed=3)
     save_model(model, path, Path(world.path("data", "tokenizer")))
     return path
 
@@ -138,13 +143,13 @@ def apart(found: Update, wanted: Update, experts: bool) -> tuple[float, float]:
 
 
 # Bounds on the first and the second update, and in the comments the most that was measured over all
-# variants (CPU, torch 2.13). The second begins with weights rounded to bfloat16, which float32's
-# are not. A factor wrong by one microbatch of four, or by one rank of four, would be 0.25 off.
-DISTANCE_FROM_FLOAT32 = (0.02, 0.06)  # 0.0131, 0.0418
-FACTOR_TO_FLOAT32 = (0.002, 0.04)  # 0.0008, 0.0244
-DISTANCE_FROM_ONE_RANK = (0.006, 0.03)  # 0.0036, 0.0195
-NORM_TO_FLOAT32 = (0.002, 0.04)  # 0.0009, 0.0218
-LOSS_TO_FLOAT32 = (0.002, 0.04)  # 0.0011, 0.0223, in nats
+# variants and two draws of the weights (CPU, torch 2.13). The second begins with weights rounded to
+# bfloat16, which float32's are not. Losing one microbatch of four would be 0.25 off.
+DISTANCE_FROM_FLOAT32 = (0.03, 0.1)  # 0.0135, 0.0438
+FACTOR_TO_FLOAT32 = (0.006, 0.08)  # 0.0026, 0.0354
+DISTANCE_FROM_ONE_RANK = (0.02, 0.07)  # 0.0087, 0.0286
+NORM_TO_FLOAT32 = (0.006, 0.08)  # 0.0024, 0.0351
+LOSS_TO_FLOAT32 = (0.003, 0.03)  # 0.0011, 0.0090, in nats
 
 
 @pytest.mark.parametrize("step", range(STEPS))
