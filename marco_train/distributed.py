@@ -13,7 +13,7 @@ import struct
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,10 +30,14 @@ SIOCGIFADDR = 0x8915
 
 
 class Groups:
-    """Groups of all ranks beside the default one."""
+    """Groups beside the default one."""
 
     agreements: dist.ProcessGroup | None = None
-    """Of gloo, after `start`; None is the default group."""
+    """Of all ranks over gloo, after `start`; None is the default group."""
+    expert_parallel: ClassVar[dict[int, dist.ProcessGroup]] = {}
+    """This rank's, by size."""
+    timeout: timedelta | None = None
+    """Of each; None is torch's."""
 
 
 def start(timeout_seconds: float = TIMEOUT_SECONDS) -> None:
@@ -59,7 +63,7 @@ def start(timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         # DeepSpeed reads these even where the group already exists.
         os.environ.update(RANK="0", WORLD_SIZE="1")
         meeting = {"store": HashStore(), "rank": 0, "world_size": 1}
-    timeout = timedelta(seconds=timeout_seconds)
+    timeout = Groups.timeout = timedelta(seconds=timeout_seconds)
     dist.init_process_group(
         "nccl" if on_gpus else "gloo",
         timeout=timeout,
@@ -115,6 +119,7 @@ def check_gpus(num_ranks: int, num_gpus: int) -> None:
 def stop() -> None:
     """Leave the process groups."""
     Groups.agreements = None
+    Groups.expert_parallel.clear()
     if dist.is_initialized():
         dist.destroy_process_group()
 
@@ -183,7 +188,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def expert_parallel_group(size: int) -> dist.ProcessGroup | None:
-    """Form groups of `size` neighbouring ranks and return this rank's; None for size 1.
+    """Form groups of `size` neighbouring ranks, once, and return this rank's; None for size 1.
 
     Raises:
         InputError: The number of ranks is not a multiple of `size`.
@@ -195,11 +200,13 @@ def expert_parallel_group(size: int) -> dist.ProcessGroup | None:
             f"parallel.expert_parallel_size is {size}, which does not divide the "
             f"{world_size()} ranks of this launch"
         )
-    groups = [
-        dist.new_group(list(range(first, first + size))) for first in range(0, world_size(), size)
-    ]
-    mine: dist.ProcessGroup = groups[rank() // size]
-    return mine
+    if size not in Groups.expert_parallel:
+        groups = [
+            dist.new_group(list(range(first, first + size)), timeout=Groups.timeout)
+            for first in range(0, world_size(), size)
+        ]
+        Groups.expert_parallel[size] = groups[rank() // size]
+    return Groups.expert_parallel[size]
 
 
 def seed_everything(seed: int) -> None:

@@ -64,11 +64,13 @@ NAMES = {
     "data/epoch": "of the source that has been repeated most",
     "data/share": "of the sequences used since the run began, by source, category and language",
     "perf/tokens_per_second": "tokens trained on, all ranks, over the whole step",
+    "perf/offloaded_gib": "of this rank's device, without the optimizer's state and gradients",
     "time/step": "seconds",
     "time/sync": "seconds",
     "time/sample": "seconds",
     "time/score": "seconds",
     "time/train": "seconds",
+    "time/offload": "seconds of time/train; the optimizer's state to the host and back",
     "time/evaluate": "seconds",
     "cascade/phase": "position in the cascade, from 0",
 }

@@ -40,5 +40,8 @@ launch() {
   local command=(torchrun "${rendezvous[@]}" --nproc_per_node "$processes"
     -m marco_train.train "experiment=$experiment" "$@")
   if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "${command[@]}"; echo; return; fi
+  # Microbatches differ in shape, and pieces of freed memory would not fit the next. An engine of vLLM
+  # turns this off for memory of its own that sleeps (0.32.0, device_allocator/cumem.py).
+  export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}}
   OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(count_threads "$processes")} "${command[@]}"
 }

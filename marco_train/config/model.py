@@ -16,6 +16,11 @@ class DType(Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
 
+    @property
+    def num_bytes(self) -> int:
+        """Of one number."""
+        return 4 if self is DType.float32 else 2
+
 
 class ChatTemplate(Enum):
     """Which template renders a conversation."""

@@ -45,6 +45,10 @@ class ParallelConfig:
     """Longest that a rank waits for another one, after which the run ends; it can be resumed.
 
     Servers that are away are waited for by all ranks together, in turns far shorter than this."""
+    offload_while_sampling: bool = False
+    """Whether the optimizer's float32 state lies in the host's memory except during an update, for
+    12 bytes a parameter of this rank's partition (pinned, on a GPU), and with zero_stage 1 in
+    bfloat16 4 bytes of gradient are freed for each parameter while responses are sampled."""
 
     def __post_init__(self) -> None:
         require_positive("parallel", expert_parallel_size=self.expert_parallel_size)

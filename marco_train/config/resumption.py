@@ -69,6 +69,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "parallel.dispatch",
         "parallel.recompute",
         "parallel.timeout_seconds",
+        "parallel.offload_while_sampling",
         "stage.eval_every",
         "stage.num_eval_examples",
         "stage.max_sampler_mismatch",
@@ -78,6 +79,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "stage.rollout.canary_tolerance",
         "stage.rollout.max_tokens_per_batch",
         "stage.rollout.kv_cache_gib",
+        "stage.rollout.reserve_gib",
         "stage.rollout.servers.**",
         "stage.rollout.sync_path",
         *(

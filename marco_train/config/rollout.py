@@ -6,12 +6,16 @@ from enum import Enum
 from omegaconf import MISSING
 
 from marco_train.config.architecture import ArchitectureConfig
+from marco_train.config.model import DType
 from marco_train.config.servers import SamplerServersConfig
 from marco_train.errors import require, require_positive
 
 # At any other the responses are not the policy's own: the sampled-token objective is no unbiased
 # estimate of the reverse KL, and the other objectives are the KL of another distribution.
 TEMPERATURE = 1.0
+AUTO = "auto"
+# Tokens of the largest block that vLLM gives out keys by: 128 on a CPU, 16 on a GPU.
+KV_BLOCK_TOKENS = 128
 
 
 class SamplerBackend(Enum):
@@ -70,8 +74,12 @@ class VLLMRolloutConfig(RolloutConfig):
     """Responses decoded together on one rank."""
     max_tokens_per_batch: int = 16384
     """Tokens of one forward pass on one rank."""
-    kv_cache_gib: float = 4
-    """Memory for keys and values on one rank."""
+    kv_cache_gib: int | float | str = AUTO
+    """Memory for keys and values on one rank. auto: on a GPU what is free beside the trainer, the
+    engine's weights and reserve_gib, but not more than batch_size sequences need; on a CPU 4."""
+    reserve_gib: float = 16
+    """What kv_cache_gib=auto leaves free on a GPU: for CUDA graphs, for workspaces, and for a
+    teacher in this process, which is opened later."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -79,7 +87,13 @@ class VLLMRolloutConfig(RolloutConfig):
             "stage.rollout",
             batch_size=self.batch_size,
             max_tokens_per_batch=self.max_tokens_per_batch,
-            kv_cache_gib=self.kv_cache_gib,
+            reserve_gib=self.reserve_gib,
+        )
+        if not isinstance(self.kv_cache_gib, str):
+            require_positive("stage.rollout", kv_cache_gib=self.kv_cache_gib)
+        require(
+            self.kv_cache_gib == AUTO or not isinstance(self.kv_cache_gib, str),
+            f"stage.rollout.kv_cache_gib is {self.kv_cache_gib!r}, and must be a number or auto",
         )
 
 
@@ -112,3 +126,34 @@ def check_replay(rollout: RolloutConfig, student: ArchitectureConfig) -> None:
         "stage.rollout.replay_routing is true, but the student is dense and has no experts: set it "
         "to false",
     )
+
+
+def kv_cache_bytes(architecture: ArchitectureConfig, dtype: DType, max_length: int) -> int:
+    """Memory for keys and values of one sequence of `max_length` tokens in an engine of vLLM."""
+    # One block more is never given out.
+    blocks = -(-max_length // KV_BLOCK_TOKENS) + 1
+    return blocks * KV_BLOCK_TOKENS * _bytes_a_token(architecture, dtype)
+
+
+def check_kv_cache(
+    cfg: VLLMRolloutConfig, architecture: ArchitectureConfig, dtype: DType, max_length: int
+) -> None:
+    """Refuse memory for keys and values that does not hold one sequence of `max_length` tokens.
+
+    Raises:
+        InputError: Gives both numbers; with kv_cache_gib=auto, what is free decides later.
+    """
+    if isinstance(cfg.kv_cache_gib, str):
+        return
+    needed = kv_cache_bytes(architecture, dtype, max_length)
+    require(
+        cfg.kv_cache_gib * 2**30 >= needed,
+        f"stage.rollout.kv_cache_gib is {cfg.kv_cache_gib}, and one sequence of {max_length} "
+        f"tokens needs {needed / 2**30:.4f}, {_bytes_a_token(architecture, dtype)} bytes a token: "
+        "give as much or more, or lower stage.max_prompt_length + stage.max_response_length",
+    )
+
+
+def _bytes_a_token(architecture: ArchitectureConfig, dtype: DType) -> int:
+    width = architecture.num_key_value_heads * architecture.head_dim
+    return 2 * architecture.num_hidden_layers * width * dtype.num_bytes

@@ -121,6 +121,11 @@ class TrainConfig:
                 "data.sources is empty: choose data=<group>, or name rows with "
                 "+data.sources={<name>: {...}}",
             )
+        require(
+            isinstance(self.stage, OPDConfig) or not self.parallel.offload_while_sampling,
+            "parallel.offload_while_sampling is true, and nothing is sampled for an update: set it "
+            "to false",
+        )
         architecture = self.model.architecture
         longest = longest_sequence(self.stage)
         if architecture is not None:

@@ -11,6 +11,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.utils import groups
 from torch import nn
 
+from marco_train.distributed import expert_parallel_group
 from marco_train.models.moe import SparseMLP
 
 
@@ -22,8 +23,11 @@ class MarkedSparseMLP(SparseMLP, MoE):  # type: ignore[misc]
     expert_group_name: str
 
     def set_deepspeed_parallelism(self, use_data_before_expert_parallel_: bool = False) -> None:
-        """Form DeepSpeed's own groups of ranks, once; called by its engine."""
-        if self.expert_group_name not in groups._get_expert_parallel_group_dict():
+        """Tell DeepSpeed of our groups of ranks and form those that it adds, once; called by it."""
+        known = groups._get_expert_parallel_group_dict()
+        if self.expert_group_name not in known:
+            # A group of its own over the same ranks would have communicators and buffers again.
+            known[self.expert_group_name] = expert_parallel_group(self.ep_size)
             groups._create_expert_and_data_parallel(
                 self.ep_size, use_data_before_expert_parallel_=use_data_before_expert_parallel_
             )

@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import deepspeed
 import torch
-from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
 from marco_train.config.model import ModelConfig
@@ -15,6 +16,7 @@ from marco_train.config.parallel import ParallelConfig
 from marco_train.distributed import device, reduce_sums, world_size
 from marco_train.engine.expert_groups import mark_experts
 from marco_train.engine.optim import LearningRate, build_schedule, parameter_groups
+from marco_train.engine.optimizer_state import OptimizerState
 from marco_train.engine.routing import UpdateRouting
 from marco_train.engine.student import Student, load_student, routing_of
 from marco_train.engine.zero import deepspeed_config
@@ -51,12 +53,15 @@ class Policy(Student):
             lr=optim.learning_rate,
             betas=(optim.beta1, optim.beta2),
             eps=optim.eps,
+            fused=True,  # the default makes a second copy of a moment in each update
         )
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=adamw,
-            config=deepspeed_config(optim, parallel, model_cfg.dtype),
-        )
+        with redirect_stdout(StringIO()):  # stage 1 in bfloat16 prints the memory in use, ten times
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=model,
+                optimizer=adamw,
+                config=deepspeed_config(optim, parallel, model_cfg.dtype),
+            )
+        self._state = OptimizerState(self._optimizer, parallel.offload_while_sampling)
         super().__init__(self._engine.module, self._engine)
 
     @property
@@ -71,9 +76,14 @@ class Policy(Student):
 
         Raises:
             InputError: No token of the global batch is to be learnt.
-            FloatingPointError: The loss is not finite; the weights are left as they were.
+            FloatingPointError: The loss or the gradient is not finite; the weights are left as they
+                were.
+
+        After an error this policy is for no further update: gradients of the failed one may lie in
+        DeepSpeed's buffers, and stage 2 refuses any after a backward pass that did not end.
         """
         self._engine.train()
+        self._state.reload_gradients()
         # Every loss token of the global batch weighs the same, whichever rank or microbatch
         # holds it.
         num_tokens, num_inputs = reduce_sums(
@@ -103,7 +113,7 @@ class Policy(Student):
         metrics |= {"data/num_loss_tokens": num_tokens, "data/num_tokens": num_inputs}
         metrics["optim/lr"] = self.learning_rate
         metrics["optim/grad_norm"] = self._update()
-        return metrics
+        return metrics | self._state.offload()
 
     def _refuse_non_finite(self, metrics: Metrics) -> None:
         # The reduced sums are the same on every rank, and so is this decision.
@@ -118,6 +128,7 @@ class Policy(Student):
         """Clip, step, zero the gradients; returns the global gradient norm before clipping."""
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate
+        self._state.reload()
         self._engine.step()
         grad_norm = float(self._engine.get_global_grad_norm())
         if not math.isfinite(grad_norm):
@@ -132,44 +143,21 @@ class Policy(Student):
         """Write a Hugging Face directory with the tokenizer; all ranks take part."""
         save_model(self.model, path, self._tokenizer_dir, self._chat_template)
 
-    def _masters(self) -> list[Tensor]:
-        """This rank's float32 partition of each parameter group, which the optimizer updates."""
-        # DeepSpeed has a class of its own for bfloat16 weights in stage 1.
-        masters: list[Tensor] = (
-            self._optimizer.fp32_groups_flat_partition
-            if isinstance(self._optimizer, BF16_Optimizer)
-            else self._optimizer.single_partition_of_fp32_groups
-        )
-        return masters
-
     def state_tensors(self) -> dict[str, Tensor]:
         """Everything of this rank that an exact resume needs, except the number of updates.
 
         `weights.*` are this rank's weights, `masters.*` its float32 partition of each parameter
         group, and `adam.*` the moments of that partition.
         """
-        tensors = {f"weights.{name}": p.detach() for name, p in self.model.named_parameters()}
-        for group, master in enumerate(self._masters()):
-            tensors[f"masters.{group}"] = master.detach()
-            for name, value in self._optimizer.optimizer.state[master].items():
-                tensors[f"adam.{group}.{name}"] = value
-        return tensors
+        weights = {f"weights.{name}": p.detach() for name, p in self.model.named_parameters()}
+        return weights | self._state.tensors()
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor], num_updates: int) -> None:
         """Put back what `state_tensors` gave on the same ranks."""
         for name, parameter in self.model.named_parameters():
             parameter.copy_(tensors[f"weights.{name}"])
-        for group, master in enumerate(self._masters()):
-            master.copy_(tensors[f"masters.{group}"])
-            prefix = f"adam.{group}."
-            self._optimizer.optimizer.state[master] = {
-                name.removeprefix(prefix): tensor.to(
-                    "cpu" if name.endswith(".step") else device(), copy=True
-                )
-                for name, tensor in tensors.items()
-                if name.startswith(prefix)
-            }
+        self._state.load(tensors)
         self.num_updates = num_updates
 
 

@@ -32,7 +32,8 @@ def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, dtype: DType)
             "allgather_bucket_size": BUCKET_ELEMENTS,
         },
         "fp16": {"enabled": False},
-        "bf16": {"enabled": bfloat16},
+        # Else stage 1 keeps a bfloat16 gradient of everything beside the float32 one.
+        "bf16": {"enabled": bfloat16, "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "steps_per_print": 2**31,

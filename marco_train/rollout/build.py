@@ -10,9 +10,9 @@ from marco_train.config.model import DType
 from marco_train.config.opd import OPDConfig
 from marco_train.config.rollout import (
     NativeRolloutConfig,
-    RolloutConfig,
     VLLMRolloutConfig,
     VLLMServerRolloutConfig,
+    check_kv_cache,
     check_replay,
 )
 from marco_train.errors import require
@@ -22,14 +22,16 @@ from marco_train.models.weights import empty_model, torch_dtype
 from marco_train.rollout.base import Sampler, SamplerSpec
 
 
-def check_sampler(cfg: RolloutConfig, student: ArchitectureConfig) -> None:
+def check_sampler(stage: OPDConfig, student: ArchitectureConfig, dtype: DType) -> None:
     """Refuse a sampler that cannot be built here, before anything is loaded.
 
     Raises:
         InputError: Says what to install or to change.
     """
+    cfg = stage.rollout
     check_replay(cfg, student)
     if isinstance(cfg, VLLMRolloutConfig):
+        check_kv_cache(cfg, student, dtype, longest_sequence(stage) + 1)
         require_vllm()
         require(
             not cfg.replay_routing or torch.cuda.is_available(),

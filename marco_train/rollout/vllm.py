@@ -5,6 +5,7 @@ depend on what else is sampled beside it, when or where: it has a request and a 
 """
 
 import json
+import math
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,12 +16,16 @@ import torch
 from torch import Tensor
 
 from marco_train.config.architecture import ArchitectureConfig
-from marco_train.config.rollout import VLLMRolloutConfig
+from marco_train.config.rollout import VLLMRolloutConfig, kv_cache_bytes
+from marco_train.distributed import reduce_max
+from marco_train.errors import require
 from marco_train.inference.engine import Generation, VLLMEngine, with_tied_head
 from marco_train.models.hf_io import hf_config
 from marco_train.models.weights import accounted, meta_model, torch_dtype, weight_shapes
 from marco_train.rollout.base import NO_WEIGHTS, Sampler, SamplerSpec, response_seed
 from marco_train.types import FinishReason, Prompt, Rollout, no_experts
+
+KV_CACHE_BYTES_ON_CPU = 4 * 2**30
 
 
 class VLLMSampler(Sampler):
@@ -39,7 +44,7 @@ class VLLMSampler(Sampler):
                 sampling.dtype.value,
                 max_length=sampling.max_length,
                 max_tokens_per_batch=cfg.max_tokens_per_batch,
-                kv_cache_bytes=int(cfg.kv_cache_gib * 2**30),
+                kv_cache_bytes=_kv_cache_bytes(cfg, sampling, self._shapes.values()),
                 max_sequences=cfg.batch_size,
                 with_weights=False,
                 with_experts=sampling.replay_routing,
@@ -103,6 +108,48 @@ class VLLMSampler(Sampler):
     def close(self) -> None:
         """Free the engine's memory."""
         self._engine.close()
+
+
+def _kv_cache_bytes(
+    cfg: VLLMRolloutConfig, spec: SamplerSpec, shapes: Iterable[tuple[int, ...]]
+) -> int:
+    """Memory for keys and values, the same on every rank."""
+    if not isinstance(cfg.kv_cache_gib, str):
+        return int(cfg.kv_cache_gib * 2**30)
+    if not torch.cuda.is_available():
+        return KV_CACHE_BYTES_ON_CPU
+    torch.cuda.empty_cache()
+    free, _ = torch.cuda.mem_get_info()
+    weights = sum(math.prod(shape) for shape in shapes) * spec.dtype.num_bytes
+    least = -reduce_max(-free)
+    one = kv_cache_bytes(spec.architecture, spec.dtype, spec.max_length)
+    return share_for_keys(least, weights, int(cfg.reserve_gib * 2**30), one, cfg.batch_size)
+
+
+def share_for_keys(free: int, weights: int, reserve: int, one: int, batch_size: int) -> int:
+    """What free memory leaves for keys and values, all in bytes.
+
+    Args:
+        free: Of the device, beside the trainer, on the rank that has the least.
+        weights: Of the engine.
+        reserve: To leave free.
+        one: What one sequence of the longest needs.
+        batch_size: Sequences that are decoded together.
+
+    Raises:
+        InputError: It does not hold one sequence.
+    """
+    found = min(free - weights - reserve, batch_size * one)
+    gib = 2**30
+    require(
+        found >= one,
+        f"{free / gib:.1f} GiB of a GPU are free beside the trainer, of which vLLM's copy of the "
+        f"weights takes {weights / gib:.1f} and stage.rollout.reserve_gib {reserve / gib:.1f}; one "
+        f"sequence of the longest needs {one / gib:.4f} of keys and values: end what else has "
+        "memory there, set parallel.offload_while_sampling=true, give fewer reserve_gib, or choose "
+        "rollout@stage.rollout=vllm_server",
+    )
+    return found
 
 
 def rollout_of(

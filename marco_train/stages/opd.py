@@ -129,7 +129,7 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
     opd: OPDConfig = cfg.stage
     student = checks.make("student's files", student_architecture, cfg)
     checks.make("student's vocabulary", check_student_vocabulary, cfg.model)
-    sampler_fits = checks.make("sampler", check_sampler, opd.rollout, student)
+    sampler_fits = checks.make("sampler", check_sampler, opd, student, cfg.model.dtype)
     tokenizer = checks.make("tokenizer and template", load_tokenizer, cfg.model)
     quarantine = Path(cfg.output_dir) / QUARANTINE if checks.writes_files else None
     loader = checks.make("data", PromptLoader, cfg.data, opd, tokenizer, cfg.seed, quarantine)

@@ -81,6 +81,8 @@ REFUSED = [
     ("marco_nano_sft", "model.architecture.num_experts_per_tok=300", "300, more than the 232"),
     ("quickstart_sft", "parallel.dispatch=broadcast", "broadcast"),
     ("quickstart_sft", "parallel.recompute=everything", "everything"),
+    ("quickstart_sft", "parallel.offload_while_sampling=true", "nothing is sampled for an update"),
+    ("quickstart_evaluate", "parallel.offload_while_sampling=true", "nothing is sampled for"),
     ("quickstart_sft", "optim.balance_coefficient=-0.1", "balance_coefficient is -0.1"),
     ("quickstart_sft", "optim.router_z_coefficient=inf", "router_z_coefficient is inf"),
     (
@@ -98,6 +100,9 @@ REFUSED = [
     ("quickstart_opd", "stage.cascade.first.teacher.backend=vllm", "choose teacher@stage.cascade"),
     ("quickstart_opd", "stage.rollout.backend=vllm", "choose rollout@stage.rollout=vllm"),
     ("quickstart_opd", "stage.rollout.replay_routing=perhaps", "perhaps"),
+    ("marco_mini_opd", "stage.rollout.kv_cache_gib=all", "is 'all', and must be a number or auto"),
+    ("marco_mini_opd", "stage.rollout.kv_cache_gib=0", "kv_cache_gib is 0, and must be greater"),
+    ("marco_mini_opd", "stage.rollout.reserve_gib=-1", "reserve_gib is -1.0, and must be greater"),
     ("quickstart_evaluate", "stage.rollout.replay_routing=true", "an evaluation makes no update"),
     ("quickstart_evaluate", "stage.num_kl_responses=9", "num_kl_responses is 9"),
     ("quickstart_evaluate", "stage.temperature=0.5", "temperature is 0.5"),

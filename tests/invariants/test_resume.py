@@ -23,9 +23,18 @@ CASES = {
     "sft, experts over two ranks": ("sft", 2, []),
     "sft, experts over two ranks, ZeRO 2": ("sft", 2, ["parallel.zero_stage=2"]),
     "sft, experts over two ranks, bfloat16": ("sft", 2, BFLOAT16[:1]),
+    "sft, experts over two ranks, bfloat16, ZeRO 2": (
+        "sft",
+        2,
+        [*BFLOAT16[:1], "parallel.zero_stage=2"],
+    ),
     "opd, one rank": ("opd", 1, []),
     "opd, experts over two ranks": ("opd", 2, []),
-    "opd, experts over two ranks, bfloat16": ("opd", 2, BFLOAT16),
+    "opd, experts over two ranks, bfloat16, offloaded": (
+        "opd",
+        2,
+        [*BFLOAT16, "parallel.offload_while_sampling=true"],
+    ),
     "opd, experts over two ranks, bfloat16, replayed": (
         "opd",
         2,

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from marco_train.config.model import DType
 from marco_train.config.teacher import TeacherConfig
 from marco_train.errors import InputError
 from marco_train.rollout.build import check_sampler
@@ -193,8 +194,8 @@ def test_without_vllm_a_run_that_asks_for_it_is_refused_before_anything_is_loade
     with pytest.raises(InputError, match=needed):
         check_teacher(cfg.stage, owner, second, cfg.model.tokenizer, TEMPLATE, None)
     with pytest.raises(InputError, match=needed):
-        check_sampler(cfg.stage.rollout, architecture())
-    check_sampler(compose_config("quickstart_opd").stage.rollout, architecture())
+        check_sampler(cfg.stage, architecture(), DType.float32)
+    check_sampler(compose_config("quickstart_opd").stage, architecture(), DType.float32)
 
 
 def test_without_a_gpu_vllm_cannot_replay_routing(
@@ -205,10 +206,33 @@ def test_without_a_gpu_vllm_cannot_replay_routing(
     asked = [f"root={world.root}", "stage.rollout.replay_routing=true"]
     cfg = compose_config("quickstart_opd", "rollout@stage.rollout=vllm", *asked)
     with pytest.raises(InputError, match=r"replay_routing is true, and there is no GPU: .*Triton"):
-        check_sampler(cfg.stage.rollout, architecture())
-    check_sampler(compose_config("quickstart_opd", *asked).stage.rollout, architecture())
+        check_sampler(cfg.stage, architecture(), DType.float32)
+    check_sampler(compose_config("quickstart_opd", *asked).stage, architecture(), DType.float32)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    check_sampler(cfg.stage.rollout, architecture())
+    check_sampler(cfg.stage, architecture(), DType.float32)
+
+
+def test_keys_that_hold_no_full_response_are_refused_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: object())
+    # Mini: 28 layers, 8 heads of 128 for keys and as many for values, two bytes a number. 10,241
+    # tokens, 2,048 of a prompt, 8,192 of a response and one to score, lie in 81 blocks of 128, and
+    # vLLM keeps a block back: 82 * 128 * 28 * 2 * 8 * 128 * 2 bytes are 1.12109375 GiB.
+    asked = ["rollout@stage.rollout=vllm", "model.path=anywhere"]
+    for given, fits in (("1.1210", False), ("1.1211", True), ("auto", True)):
+        cfg = compose_config("marco_mini_opd", *asked, f"stage.rollout.kv_cache_gib={given}")
+        shape = cfg.model.architecture
+        assert shape is not None
+        if fits:
+            check_sampler(cfg.stage, shape, cfg.model.dtype)
+            continue
+        with pytest.raises(
+            InputError,
+            match=r"kv_cache_gib is 1.121, and one sequence of 10241 tokens needs 1.1211, 114688 "
+            r"bytes a token",
+        ):
+            check_sampler(cfg.stage, shape, cfg.model.dtype)
 
 
 def test_turns_are_compared_with_every_teachers_before_a_model_is_loaded(

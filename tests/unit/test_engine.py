@@ -92,7 +92,7 @@ def test_the_whole_deepspeed_dictionary() -> None:
             "allgather_bucket_size": 33_554_432,
         },
         "fp16": {"enabled": False},
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": True, "immediate_grad_update": True},
         "data_types": {"grad_accum_dtype": "fp32"},
         "communication_data_type": "fp32",
         "steps_per_print": 2**31,

@@ -1,6 +1,7 @@
 """The sampler samples the model's distribution, by seed, and holds the policy's weights."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from marco_train.config.rollout import (
     NativeRolloutConfig,
     VLLMRolloutConfig,
 )
-from marco_train.errors import WeightSyncError
+from marco_train.errors import InputError, WeightSyncError
 from marco_train.inference.engine import Generation
 from marco_train.losses.logprobs import sequence_logprobs, token_logprobs, topk_logprobs
 from marco_train.models import Qwen3Moe
@@ -23,7 +24,7 @@ from marco_train.rollout import vllm as rollout_vllm
 from marco_train.rollout.base import SamplerSpec, in_order, response_seed, summarize
 from marco_train.rollout.native import NativeSampler, draw_tokens
 from marco_train.rollout.sync import canaries, sync_weights
-from marco_train.rollout.vllm import VLLMSampler, check_experts
+from marco_train.rollout.vllm import VLLMSampler, check_experts, share_for_keys
 from marco_train.types import FinishReason, Prompt, Rollout
 from tests.helpers.models import architecture, sparse_mlps
 
@@ -166,6 +167,47 @@ def test_no_experts_are_recorded_unless_they_are_asked_for(
     rollouts = list(sampler(model).sample(prompts(), 2))
     assert {r.routed_experts.shape for r in rollouts} == {(0, 0, 0)}
     assert not any(observed)
+
+
+def test_an_engine_is_given_memory_for_keys_by_number_or_by_what_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gib = 2**30
+    sampling = SamplerSpec(architecture(), DType.bfloat16, STOP_IDS, 20, LIMIT, TOP_K, False, 7)
+    model = random_model(architecture(), torch.float32, seed=0)
+    num_weights = sum(weight.numel() for _, weight in named_weights(model))
+
+    def given(**fields: Any) -> int:
+        built: dict[str, Any] = {}
+        monkeypatch.setattr(rollout_vllm, "VLLMEngine", lambda *_, **kwargs: built.update(kwargs))
+        VLLMSampler(VLLMRolloutConfig(**fields), sampling)
+        return int(built["kv_cache_bytes"])
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert given(kv_cache_gib=0.5) == gib // 2
+    assert given() == 4 * gib
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (17 * gib, 80 * gib))
+    assert given(kv_cache_gib=0.5) == gib // 2
+    # 20 tokens lie in one block of 128, and one is kept back; two layers of two heads of 8.
+    one = 2 * 128 * 2 * 2 * 2 * 8 * 2
+    assert given(batch_size=3) == 3 * one
+    assert given(batch_size=10**6) == gib - 2 * num_weights
+
+
+def test_keys_get_what_is_free_beside_trainer_weights_and_reserve() -> None:
+    gib = 2**30
+    # 40 free, 20 of weights, 10 kept: 10 remain, or what 5 sequences of 1 can use.
+    assert share_for_keys(40 * gib, 20 * gib, 10 * gib, one=gib, batch_size=256) == 10 * gib
+    assert share_for_keys(40 * gib, 20 * gib, 10 * gib, one=gib, batch_size=5) == 5 * gib
+    assert share_for_keys(31 * gib, 20 * gib, 10 * gib, one=gib, batch_size=256) == gib
+    with pytest.raises(
+        InputError,
+        match=r"30\.9 GiB of a GPU are free .* weights takes 20\.0 and .*reserve_gib 10\.0; one .* "
+        r"needs 1\.0000 of keys .*offload_while_sampling=true",
+    ):
+        share_for_keys(31 * gib - gib // 10, 20 * gib, 10 * gib, one=gib, batch_size=256)
 
 
 def test_a_response_ends_at_its_first_stop_token_or_at_the_limit() -> None:
