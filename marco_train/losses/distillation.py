@@ -239,8 +239,10 @@ class FullReverseKL:
         found = full_reverse_kl(
             output.hidden[mask],
             output.head,
-            # [0, 0] where no rollout told the width.
-            microbatch.teacher_hidden.view(-1, self.teacher_head.shape[1]),
+            # [0] float32 where no rollout told the width and the type.
+            microbatch.teacher_hidden.view(-1, self.teacher_head.shape[1]).to(
+                self.teacher_head.dtype
+            ),
             self.teacher_head,
             microbatch.targets[mask],
         )
