@@ -18,6 +18,7 @@ from marco_train.config.model import DType
 from marco_train.config.opd import Objective, TopKSource
 from marco_train.config.teacher import TeacherBackend
 from marco_train.errors import InputError
+from marco_train.inference.engine import VLLMEngine
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
 from marco_train.teachers.build import build_teacher
@@ -193,3 +194,24 @@ def test_a_model_that_did_not_arrive_whole_is_refused(
     save_file(kept, file, metadata={"format": "pt"})
     said = rank.call(refusal, str(tmp_path / "teacher"), kind)
     assert re.search(names, said), said
+
+
+def largest_rounding(path: str) -> float:
+    """How far differences of neighbouring log-probabilities are from whole eighths, at most."""
+    engine = VLLMEngine(
+        path, "bfloat16", max_length=16, max_tokens_per_batch=64, kv_cache_bytes=2**26
+    )
+    ((_, logprobs),) = engine.token_logprobs([list(range(3, 11))], num_topk=4)
+    engine.close()
+    eighths = 8 * logprobs[:, 1:].diff()
+    return float((eighths - eighths.round()).abs().max())
+
+
+def test_logits_of_a_bfloat16_model_are_not_rounded(
+    world: World, tmp_path: Path, rank: Rank
+) -> None:
+    model = random_model(architecture(head_dim=32, **DENSE), torch.bfloat16, 0)
+    with torch.no_grad():
+        model.head.mul_(512)  # rounded logits above 16 would be whole eighths
+    save_model(model, tmp_path / "model", world.path("data", "tokenizer"))
+    assert rank.call(largest_rounding, str(tmp_path / "model")) > 0.1
