@@ -1,8 +1,8 @@
 """What `gpu_check` measures: the package's own parts on one device, at Mini's width.
 
-Each check takes a `Bench` and gives its figures by name, with their units in the names: ms, gb (of
-1e9 bytes), kb, gb_s, tflops, nats. What has to hold is asserted, and fails the check. Weights and
-tokens are random; a layer has the 32 experts that one of 8 ranks would hold.
+Each check notes its figures as it finds them, with their units in the names: ms, us, gb (of 1e9
+bytes), kb, gb_s, nats. What has to hold is asserted, and fails the check. Weights and tokens are
+random; a layer has the 32 experts that one of 8 ranks would hold.
 
 Legend: T tokens, D width, V vocabulary, H query heads, G key-value heads, d head width.
 """
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
@@ -188,7 +189,7 @@ class Bench:
         return sorted(pack_examples(rows, budget), key=lambda mb: -mb.num_tokens)[:count]
 
 
-def check_tests(_: Bench) -> Figures:
+def check_tests(_: Bench, figures: Figures) -> None:
     """The tests of kernels, of waits for the device and of empty experts."""
     tests = Path(__file__).parents[2] / "tests" / "gpu"
     assert tests.is_dir(), f"{tests} is not there: run this in a checkout of the repository"
@@ -196,42 +197,41 @@ def check_tests(_: Bench) -> Figures:
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, env=_alone(), cwd=tests.parents[1]
     )
+    figures["pytest"] = done.stdout.strip().splitlines()[-1]
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-500:]
-    return {"pytest": done.stdout.strip().splitlines()[-1]}
 
 
-def check_memory(bench: Bench) -> Figures:
+def check_memory(bench: Bench, figures: Figures) -> None:
     """What an update of 20 layers holds and takes, by ZeRO stage and what is recomputed."""
-    figures: Figures = {}
     batch = bench.microbatches(2)
     small = bench.microbatches(1, num_tokens=512)
     for zero_stage in (1, 2):
         with bench.policy(20, zero_stage) as policy:
             policy.train_step(small, cross_entropy)  # makes the optimizer's state
             figures |= _named(f"zero_{zero_stage}", bench.held_gb())
-            for recompute in Recompute:
+            for recompute in reversed(Recompute):  # what needs most memory last
                 policy.model.recompute = recompute
                 name = f"zero_{zero_stage}_{recompute.value}"
-                policy.train_step(batch[:1], cross_entropy)  # compiles, and fills the allocator
-                step = partial(policy.train_step, batch, cross_entropy)
-                start = time.perf_counter()
-                figures |= _named(name, bench.peak_gb(step))
+                try:
+                    policy.train_step(batch[:1], cross_entropy)  # compiles, fills the allocator
+                    start = time.perf_counter()
+                    peak = bench.peak_gb(partial(policy.train_step, batch, cross_entropy))
+                except torch.OutOfMemoryError:
+                    figures[name] = "out of memory"
+                    break
                 figures[f"{name}_ms_a_microbatch"] = 1e3 * (time.perf_counter() - start) / 2
+                figures |= _named(name, peak)
                 if zero_stage == 1:
-                    kb = _saved_bytes(policy, batch[0]) / 1e3
-                    layers = policy.model.architecture.num_hidden_layers
-                    figures[f"{recompute.value}_kb_a_token_layer"] = kb / (
-                        batch[0].num_tokens * layers
-                    )
-    return figures
+                    kb = _saved_kb(policy, batch[0]) / policy.model.architecture.num_hidden_layers
+                    figures[f"{recompute.value}_kb_a_token_layer"] = kb / batch[0].num_tokens
 
 
 def _named(name: str, figures: Figures) -> Figures:
     return {f"{name}_{key}": value for key, value in figures.items()}
 
 
-def _saved_bytes(policy: Any, batch: Microbatch) -> int:
-    """Bytes that a forward pass keeps for backward, but for weights."""
+def _saved_kb(policy: Any, batch: Microbatch) -> float:
+    """What a forward pass keeps for backward, but for weights."""
     sizes = {}
     weights = {p.untyped_storage().data_ptr() for p in policy.model.parameters()}
 
@@ -245,10 +245,10 @@ def _saved_bytes(policy: Any, batch: Microbatch) -> int:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         kept = policy.model(on_device.input_ids, on_device.position_ids)
     del kept
-    return sum(sizes.values())
+    return sum(sizes.values()) / 1e3
 
 
-def check_profile(bench: Bench) -> Figures:
+def check_profile(bench: Bench, figures: Figures) -> None:
     """Which kernels an update of 8 layers spends its time in, and how long the device waits."""
     from torch.profiler import ProfilerActivity, profile
 
@@ -266,15 +266,15 @@ def check_profile(bench: Bench) -> Figures:
     kind = "self_device_time_total" if bench.is_cuda else "self_cpu_time_total"
     totals = {event.key[:60]: getattr(event, kind) / 1e3 for event in events}
     busy_ms = sum(totals.values())
-    figures: Figures = {"update_ms": wall_ms, "busy_ms": busy_ms}
+    figures |= {"update_ms": wall_ms, "busy_ms": busy_ms}
     if bench.is_cuda:
         waits = [e.count for e in seen.key_averages() if e.key == "cudaStreamSynchronize"]
         figures |= {"idle_share": 1 - busy_ms / wall_ms, "stream_synchronize_calls": sum(waits)}
     slowest = sorted(totals, key=lambda name: -totals[name])[:15]
-    return figures | {f"{name}_ms": totals[name] for name in slowest}
+    figures |= {f"{name}_ms": totals[name] for name in slowest}
 
 
-def check_attention(bench: Bench) -> Figures:
+def check_attention(bench: Bench, figures: Figures) -> None:
     """Packed attention against each sequence alone, and against varlen; what SDPA takes."""
     arch = bench.architecture(1)
     heads, kv_heads, width = arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim
@@ -286,7 +286,7 @@ def check_attention(bench: Bench) -> Figures:
     ways = {"packed": partial(packed.attend, 0), "alone": partial(_each_alone, lengths)}
     if bench.is_cuda:
         ways["varlen"] = partial(_varlen, lengths)
-    figures: Figures = {"sequences": len(lengths), "tokens": sum(lengths)}
+    figures |= {"sequences": len(lengths), "tokens": sum(lengths)}
     found: dict[str, list[Tensor]] = {}
     for name, attend in ways.items():
         leaves = [x.detach().clone().requires_grad_() for x in (q, k, v)]
@@ -309,7 +309,6 @@ def check_attention(bench: Bench) -> Figures:
     mask = torch.ones(1, 1, 1, 64, dtype=torch.bool, device=bench.device)
     figures["causal_takes"] = _backend(q, k, v, None)
     figures["mask_takes"] = _backend(q[:, :, :1], k, v, mask)
-    return figures
 
 
 def _each_alone(lengths: list[int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -351,7 +350,7 @@ def _error(found: Tensor, wanted: Tensor) -> float:
     return float((found.float() - wanted.float()).norm() / wanted.float().norm())
 
 
-def check_head(bench: Bench) -> Figures:
+def check_head(bench: Bench, figures: Figures) -> None:
     """Tiles of logits in both passes: time, memory, and the error against float64."""
     arch, num_tokens, num_exact = bench.architecture(1), 256 if bench.tiny else 16_384, 64
     hidden = F.rms_norm(bench.random(num_tokens, arch.hidden_size), (arch.hidden_size,))
@@ -369,7 +368,7 @@ def check_head(bench: Bench) -> Figures:
         return found.detach()
 
     usual = logprobs.TILE_ELEMENTS[bench.device.type]
-    figures: Figures = {"usual_tile_elements": usual}
+    figures["usual_tile_elements"] = usual
     for factor in (1 / 4, 1 / 2, 1, 2, 4):
         tile = int(usual * factor / (2**8 if bench.tiny else 1))
         with mock.patch.dict(logprobs.TILE_ELEMENTS, {bench.device.type: tile}):
@@ -378,11 +377,10 @@ def check_head(bench: Bench) -> Figures:
     errors = (both()[:num_exact].double() - wanted).abs()
     figures |= {"mean_error_nats": float(errors.mean()), "max_error_nats": float(errors.max())}
     assert errors.max() < 0.1, f"log-probabilities are off by {float(errors.max()):.3g} nats"
-    return figures
 
 
 @torch.no_grad()
-def check_noise(bench: Bench) -> Figures:
+def check_noise(bench: Bench, figures: Figures) -> None:
     """How far right implementations differ in bfloat16 over the canary: the floor of any bound."""
     from marco_train.rollout.sync import canaries
 
@@ -411,7 +409,6 @@ def check_noise(bench: Bench) -> Figures:
         "float32": lambda: ours(bench.model(arch, torch.float32)),
         "transformers": lambda: of_logits(_transformers_logits(model, ids, places)),
     }
-    figures: Figures = {}
     for name, call in ways.items():
         gap = (call() - usual).abs()
         marks = torch.quantile(gap, gap.new_tensor([0.5, 0.9, 0.99])).tolist()
@@ -419,7 +416,6 @@ def check_noise(bench: Bench) -> Figures:
         figures |= _named(f"{name}_nats", dict(zip(("p50", "p90", "p99"), marks, strict=True)))
         assert gap.mean() < 0.5, f"{name} differs by {float(gap.mean()):.3g} nats in the mean"
         bench.release()
-    return figures
 
 
 def _transformers_logits(model: Qwen3Moe, ids: Tensor, places: Tensor) -> Tensor:
@@ -436,12 +432,9 @@ def _transformers_logits(model: Qwen3Moe, ids: Tensor, places: Tensor) -> Tensor
     return torch.cat([other(input_ids=part, use_cache=False).logits[0] for part in parts])
 
 
-def check_determinism(bench: Bench) -> Figures:
+def check_determinism(bench: Bench, figures: Figures) -> None:
     """Whether an update repeats bit for bit, and which operations say that they do not."""
-    import warnings
-
     batch = bench.microbatches(1)
-    figures: Figures = {}
     with bench.policy(4) as policy:
         policy.train_step(batch, cross_entropy)
         start = {name: tensor.clone() for name, tensor in policy.state_tensors().items()}
@@ -468,14 +461,12 @@ def check_determinism(bench: Bench) -> Figures:
         said = {text.split(" does not")[0] for text in texts if "determin" in text}
         figures |= {"tensors": len(start), "not_deterministic": ", ".join(sorted(said))}
     assert bench.is_cuda or not figures["as_it_is_tensors_differing"], "a CPU repeats an update"
-    return figures
 
 
-def check_sampler(bench: Bench) -> Figures:
+def check_sampler(bench: Bench, figures: Figures) -> None:
     """The native sampler at 4 layers: a token's time, its memory, and its log-probabilities."""
     arch = bench.architecture(4)
     model = bench.model(arch)
-    figures: Figures = {}
     for length in (8, 64) if bench.tiny else (128, 2048, 8192):
         rows = 4 if bench.tiny else min(64, 2**17 // length)
         ids = torch.randint(arch.vocab_size, (rows, length)).tolist()
@@ -490,9 +481,8 @@ def check_sampler(bench: Bench) -> Figures:
     rollouts = whole()
     scored = nine.score([r.input_ids for r in rollouts]).view(rows, -1)[:, -9:]
     sampled = torch.tensor([r.sampler_logprobs for r in rollouts], device=bench.device)
-    mismatch = float((scored - sampled).abs().mean())
+    mismatch = figures["mismatch_nats"] = float((scored - sampled).abs().mean())
     assert mismatch < 0.1, f"sampled and scored tokens differ by {mismatch:.3g} nats in the mean"
-    return figures | {"mismatch_nats": mismatch}
 
 
 def _all_of(sampler: Any, prompts: list[Prompt]) -> list[Rollout]:
@@ -507,7 +497,7 @@ def _sampler_of(model: Qwen3Moe, max_response_length: int = 1) -> Any:
     return NativeSampler(cfg, model, (), max_response_length, num_topk=0, seed=0, weight_version=0)
 
 
-def check_hand_over(bench: Bench) -> Figures:
+def check_hand_over(bench: Bench, figures: Figures) -> None:
     """A sync's cost by tensor, and rates to the host and to disk."""
     arch = bench.architecture(4, num_experts=256)
     source = bench.model(arch)
@@ -515,14 +505,15 @@ def check_hand_over(bench: Bench) -> Figures:
     count = sum(1 for _ in named_weights(source))
     receive = bench.ms(lambda: sampler.load_weights(named_weights(source), version=0), 2)
     digests = bench.ms(sampler.checksums, 2)
-    arrived = sampler.checksums() == _sampler_of(source).checksums()
-    assert arrived, "the weights that arrived are not those that were sent"
-    return {
+    figures |= {
         "tensors": count,
         "gb": sum(p.nbytes for p in source.parameters()) / GB,
         "receive_us_a_tensor": 1e3 * receive / count,
         "checksum_us_a_tensor": 1e3 * digests / count,
-    } | _rates(bench)
+    }
+    arrived = sampler.checksums() == _sampler_of(source).checksums()
+    assert arrived, "the weights that arrived are not those that were sent"
+    figures |= _rates(bench)
 
 
 def _rates(bench: Bench) -> Figures:
@@ -563,23 +554,19 @@ def _read_all(file: Path) -> None:
 STEPS = 20
 
 
-def check_training(bench: Bench) -> Figures:
+def check_training(bench: Bench, figures: Figures) -> None:
     """Twenty updates of SFT, from a config to an export: float32 and bfloat16, and on a CPU."""
     with tempfile.TemporaryDirectory() as directory:
         root = Path(directory)
         _write_small_world(root, replace(bench, tiny=True).architecture(2))
         losses = {dtype: _losses(root, dtype) for dtype in ("float32", "bfloat16")}
-    figures: Figures = {
-        f"{dtype}_loss_{step}": found[step - 1]
-        for dtype, found in losses.items()
-        for step in (1, STEPS)
-    }
+    for dtype, found in losses.items():
+        figures |= {f"{dtype}_loss_{step}": found[step - 1] for step in (1, STEPS)}
     exact = _losses_on_a_cpu() if bench.is_cuda else figures
     for step, bounds in ((1, (1e-4, 0.02)), (STEPS, (0.02, 0.1))):
         for dtype, bound in zip(losses, bounds, strict=True):
             gap = abs(float(figures[f"{dtype}_loss_{step}"]) - float(exact[f"float32_loss_{step}"]))
             assert gap <= bound, f"the loss of step {step} in {dtype} is off by {gap:.3g} nats"
-    return figures
 
 
 def _losses_on_a_cpu() -> Figures:
@@ -656,7 +643,7 @@ def _write_small_world(root: Path, shape: ArchitectureConfig) -> None:
     save_model(student, root / "student", root / "data" / "tokenizer")
 
 
-Check = Callable[[Bench], Figures]
+Check = Callable[[Bench, Figures], None]
 CHECKS: dict[str, Check] = {
     "training": check_training,
     "memory": check_memory,

@@ -64,20 +64,21 @@ def test_a_gpu_that_is_not_there_is_said_in_one_sentence() -> None:
         gpu_check.main(["--device", "cuda"])
 
 
-def broken(_: object) -> dict[str, float]:
+def broken(_: object, figures: dict[str, float]) -> None:
+    figures["seven"] = 7.0
     raise ValueError("7 is not 8")
 
 
-def endless(_: object) -> dict[str, float]:
+def endless(_: object, figures: dict[str, float]) -> None:
+    figures["seven"] = 7.0
     time.sleep(60)
-    return {}
 
 
-def outcome_of(first: Callable[[object], dict[str, float]], file: Path) -> tuple[Any, Any]:
+def outcome_of(first: Callable[..., None], file: Path) -> tuple[Any, Any]:
     from marco_train.commands import measurements
 
     with (
-        mock.patch.dict(measurements.CHECKS, {"head": first, "noise": lambda _: {"two": 2.0}}),
+        mock.patch.dict(measurements.CHECKS, {"head": first, "noise": lambda _, figures: None}),
         mock.patch.dict(gpu_check.SECONDS, {"head": 1}),
         pytest.raises(SystemExit) as ended,
     ):
@@ -93,9 +94,9 @@ def outcome_of(first: Callable[[object], dict[str, float]], file: Path) -> tuple
     ],
 )
 def test_a_check_that_fails_is_a_row_and_not_the_end(
-    first: Callable[[object], dict[str, float]], error: str, tmp_path: Path
+    first: Callable[..., None], error: str, tmp_path: Path
 ) -> None:
     ((code, (head, noise)),) = run_on_ranks(1, outcome_of, first, tmp_path / "found.json")
     assert code == "error: head failed"  # status 1
-    assert not head["ok"] and head["figures"] == {} and head["error"].startswith(error)
-    assert noise["ok"] and noise["figures"] == {"two": 2.0} and noise["error"] is None
+    assert not head["ok"] and head["figures"] == {"seven": 7.0} and head["error"].startswith(error)
+    assert noise["ok"] and noise["figures"] == {} and noise["error"] is None
