@@ -20,6 +20,7 @@ from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.opd import Objective
 from marco_train.config.parallel import Dispatch, Recompute
 from marco_train.data.packing import pack_examples, pack_rollouts
+from marco_train.inference import engine
 from marco_train.losses.balance import balance_loss, router_z_loss
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.losses.distillation import FullReverseKL, SampledReverseKL, TopKReverseKL
@@ -328,3 +329,15 @@ def test_a_checkpoint_holds_the_generator_of_the_gpu(monkeypatch: pytest.MonkeyP
     assert torch.equal(tensors["generator.cuda"], state)
     checkpoint.load_generators(tensors)
     assert len(restored) == 1 and torch.equal(restored[0], state)
+
+
+def test_the_generators_of_gpus_are_put_back_after_an_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    restored: list[list[str]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: ["first", "second"])
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", restored.append)
+    with engine._generators_left_alone():
+        assert restored == []
+    assert restored == [["first", "second"]]

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -215,3 +216,26 @@ def test_logits_of_a_bfloat16_model_are_not_rounded(
         model.head.mul_(512)  # rounded logits above 16 would be whole eighths
     save_model(model, tmp_path / "model", world.path("data", "tokenizer"))
     assert rank.call(largest_rounding, str(tmp_path / "model")) > 0.1
+
+
+def check_engine_on_a_gpu() -> None:
+    llm = mock.MagicMock()
+    cuda: dict[str, Any] = {"is_available": lambda: True, "get_rng_state_all": list}
+    with (
+        mock.patch("vllm.LLM", llm),
+        mock.patch.multiple(torch.cuda, **cuda),
+    ):
+        engine = VLLMEngine("model", "bfloat16", 64, 64, 2**20, with_weights=False)
+        options = llm.call_args.kwargs
+        assert options["enable_sleep_mode"] and not options["enforce_eager"]
+        assert engine.sleep()
+        engine.load_weights([])
+    names = [name for name, *_ in llm.return_value.method_calls]
+    assert names == ["sleep", "wake_up", "apply_model", "wake_up", "reset_prefix_cache"]
+    # Weights are in place before the keys take their memory.
+    wakes = [call.kwargs["tags"] for call in llm.return_value.wake_up.call_args_list]
+    assert wakes == [["weights"], ["kv_cache"]]
+
+
+def test_an_engine_on_a_gpu_compiles_and_sleeps_until_weights_come(rank: Rank) -> None:
+    rank.call(check_engine_on_a_gpu)
