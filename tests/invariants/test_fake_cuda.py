@@ -312,8 +312,11 @@ def test_a_launch_with_gpus_takes_its_own_and_meets_over_nccl(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: calls.append(backend))
-    for name, value in (("LOCAL_RANK", "5"), ("RANK", "13"), ("WORLD_SIZE", "16")):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    monkeypatch.setattr(dist, "new_group", lambda **_: None)
+    for name, value in (("RANK", "5"), ("WORLD_SIZE", "8")):
         monkeypatch.setenv(name, value)
+        monkeypatch.setenv(f"LOCAL_{name}", value)
     distributed.start()
     assert calls == [5, "nccl"]  # in this order: NCCL takes the device that is chosen
     assert distributed.device() == torch.device("cuda", 5)
