@@ -148,6 +148,8 @@ class VLLMEngine:
                 distributed_executor_backend="external_launcher",
                 tensor_parallel_size=1,
                 generation_config="vllm",
+                # Logits are not rounded, as the trainer's are not on a GPU.
+                hf_overrides={"head_dtype": "float32"},
                 logprobs_mode="raw_logprobs",
                 max_logprobs=-1,
                 seed=0,

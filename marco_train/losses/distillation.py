@@ -32,13 +32,13 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from marco_train.config.opd import Objective, OPDConfig
 from marco_train.losses.logprobs import (
     HeadGradient,
     RunningSoftmax,
+    float32_logits,
     gather_logprobs,
     pick,
     token_logprobs,
@@ -161,8 +161,8 @@ class _FullReverseKL(torch.autograd.Function):
         teacher = RunningSoftmax(len(hidden), 2, hidden.device)
         target_logits = torch.empty(len(hidden), 1, device=hidden.device)
         for block in vocabulary_blocks(len(hidden), len(head), hidden.device):
-            policy_NB = F.linear(hidden, head[block]).float()
-            teacher_NB = F.linear(teacher_hidden, teacher_head[block]).float()
+            policy_NB = float32_logits(hidden, head[block])
+            teacher_NB = float32_logits(teacher_hidden, teacher_head[block])
             gap_NB = policy_NB - teacher_NB
             policy.add(policy_NB, policy_NB, gap_NB)
             teacher.add(teacher_NB, teacher_NB, gap_NB)
@@ -187,8 +187,8 @@ class _FullReverseKL(torch.autograd.Function):
         hidden, head, teacher_hidden, teacher_head, logsumexp, gap = ctx.saved_tensors  # type: ignore[attr-defined]
         carried = HeadGradient(hidden, head)
         for block in vocabulary_blocks(len(hidden), len(head), hidden.device):
-            policy_NB = F.linear(hidden, head[block]).float()
-            teacher_NB = F.linear(teacher_hidden, teacher_head[block]).float()
+            policy_NB = float32_logits(hidden, head[block])
+            teacher_NB = float32_logits(teacher_hidden, teacher_head[block])
             # d KL / d logits = p (log p - log q - KL), in which both logsumexps cancel.
             gap_NB = (policy_NB - teacher_NB).sub_(gap[:, None])
             p_NB = policy_NB.sub_(logsumexp[:, None]).exp_()
@@ -239,8 +239,10 @@ class FullReverseKL:
         found = full_reverse_kl(
             output.hidden[mask],
             output.head,
-            # [0, 0] where no rollout told the width.
-            microbatch.teacher_hidden.view(-1, self.teacher_head.shape[1]),
+            # [0] float32 where no rollout told the width and the type.
+            microbatch.teacher_hidden.view(-1, self.teacher_head.shape[1]).to(
+                self.teacher_head.dtype
+            ),
             self.teacher_head,
             microbatch.targets[mask],
         )

@@ -27,6 +27,17 @@ def vocabulary_blocks(num_tokens: int, vocab_size: int, device: torch.device) ->
         yield slice(start, min(start + width, vocab_size))
 
 
+def float32_logits(hidden: Tensor, head: Tensor) -> Tensor:
+    """Multiply hidden states [N, D] and rows of the head [B, D] to logits [N, B] float32.
+
+    A product sums in float32. A GPU gives the sums as they are, and no gradient: torch has none for
+    such a product. A CPU rounds them to the type of the weights.
+    """
+    if hidden.is_cuda:
+        return torch.mm(hidden, head.T, out_dtype=torch.float32)
+    return F.linear(hidden, head).float()
+
+
 class RunningSoftmax:
     """Logsumexp of logits that come block by block, and means under their softmax."""
 
@@ -89,7 +100,7 @@ class _GatherLogprobs(torch.autograd.Function):
         running = RunningSoftmax(len(hidden), 1, hidden.device)
         logits = torch.empty(ids.shape, device=hidden.device)
         for block in vocabulary_blocks(len(hidden), len(head), hidden.device):
-            logits_NB = F.linear(hidden, head[block]).float()
+            logits_NB = float32_logits(hidden, head[block])
             running.add(logits_NB, logits_NB)
             pick(logits_NB, ids, block, into=logits)
         ctx.save_for_backward(hidden, head, ids, running.logsumexp)
@@ -105,7 +116,7 @@ class _GatherLogprobs(torch.autograd.Function):
         carried = HeadGradient(hidden, head)
         total = grad.sum(1, keepdim=True)
         for block in vocabulary_blocks(len(hidden), len(head), hidden.device):
-            logits_NB = F.linear(hidden, head[block]).float()
+            logits_NB = float32_logits(hidden, head[block])
             # d sum_m g_m log p[id_m] / d logits = sum_m g_m onehot(id_m) - p sum_m g_m
             grad_NB = logits_NB.sub_(logsumexp[:, None]).exp_().mul_(-total)
             local = ids - block.start
@@ -176,7 +187,7 @@ def topk_logprobs(hidden: Tensor, head: Tensor, k: int) -> tuple[Tensor, Tensor]
     logits = torch.empty(len(hidden), 0, device=hidden.device)
     ids = torch.empty(len(hidden), 0, dtype=torch.int64, device=hidden.device)
     for block in vocabulary_blocks(len(hidden), len(head), hidden.device):
-        logits_NB = F.linear(hidden, head[block]).float()
+        logits_NB = float32_logits(hidden, head[block])
         running.add(logits_NB)
         found = logits_NB.topk(min(k, logits_NB.shape[1]), dim=1)
         candidates = torch.cat([ids, found.indices + block.start], 1)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from marco_train.config.architecture import ArchitectureConfig, check_expert_parallel
 from marco_train.config.parallel import Dispatch, Recompute
+from marco_train.losses.logprobs import float32_logits
 from marco_train.models.attention import KVCache, PackedSequences
 from marco_train.models.moe import SparseMLP
 from marco_train.models.routing import LayerRouting, Routing
@@ -262,5 +263,5 @@ class Qwen3Moe(nn.Module):
         return out
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [T, V] of hidden states [T, D], whole: for small inputs and for sampling."""
-        return F.linear(hidden, self.head)
+        """Logits [T, V] float32 of hidden states [T, D], whole: for sampling."""
+        return float32_logits(hidden, self.head)

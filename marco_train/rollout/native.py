@@ -191,13 +191,13 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Invert the cumulative distribution of each row at its uniform number.
 
     Args:
-        logits: [B, V].
+        logits: [B, V] float32.
         uniforms: [B] float64 in [0, 1).
 
     Returns:
         Token ids [B] int64 and their log-probabilities [B] float32.
     """
-    logprobs = logits.float().log_softmax(-1)
+    logprobs = logits.log_softmax(-1)
     cumulative = logprobs.double().exp().cumsum(-1)
     # Scaled by the total, so that rounding cannot push a draw past the last token.
     drawn = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)

@@ -277,8 +277,11 @@ def test_the_importance_ratio_is_a_capped_weight_and_no_token_loses_its_gradient
         assert num_above > 0 or cap >= (1.0 if on_policy else 4.0)
 
 
-def test_a_microbatch_without_loss_tokens_has_zero_loss_and_a_whole_graph() -> None:
-    s = setting(torch.float32)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_microbatch_without_loss_tokens_has_zero_loss_and_a_whole_graph(
+    dtype: torch.dtype,
+) -> None:
+    s = setting(dtype)
     empty = microbatch(s["targets"], torch.zeros(TOKENS, dtype=torch.bool))
     output = PolicyOutput(s["hidden"], s["head"])
     zeros = torch.zeros(TOKENS)

@@ -6,6 +6,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from marco_train.config.model import DType
 from marco_train.config.opd import Objective, TopKSource
 from marco_train.config.teacher import TeacherBackend
 from marco_train.errors import InputError
+from marco_train.inference.engine import VLLMEngine
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
 from marco_train.teachers.build import build_teacher
@@ -193,3 +195,47 @@ def test_a_model_that_did_not_arrive_whole_is_refused(
     save_file(kept, file, metadata={"format": "pt"})
     said = rank.call(refusal, str(tmp_path / "teacher"), kind)
     assert re.search(names, said), said
+
+
+def largest_rounding(path: str) -> float:
+    """How far differences of neighbouring log-probabilities are from whole eighths, at most."""
+    engine = VLLMEngine(
+        path, "bfloat16", max_length=16, max_tokens_per_batch=64, kv_cache_bytes=2**26
+    )
+    ((_, logprobs),) = engine.token_logprobs([list(range(3, 11))], num_topk=4)
+    engine.close()
+    eighths = 8 * logprobs[:, 1:].diff()
+    return float((eighths - eighths.round()).abs().max())
+
+
+def test_logits_of_a_bfloat16_model_are_not_rounded(
+    world: World, tmp_path: Path, rank: Rank
+) -> None:
+    model = random_model(architecture(head_dim=32, **DENSE), torch.bfloat16, 0)
+    with torch.no_grad():
+        model.head.mul_(512)  # rounded logits above 16 would be whole eighths
+    save_model(model, tmp_path / "model", world.path("data", "tokenizer"))
+    assert rank.call(largest_rounding, str(tmp_path / "model")) > 0.1
+
+
+def check_engine_on_a_gpu() -> None:
+    llm = mock.MagicMock()
+    cuda: dict[str, Any] = {"is_available": lambda: True, "get_rng_state_all": list}
+    with (
+        mock.patch("vllm.LLM", llm),
+        mock.patch.multiple(torch.cuda, **cuda),
+    ):
+        engine = VLLMEngine("model", "bfloat16", 64, 64, 2**20, with_weights=False)
+        options = llm.call_args.kwargs
+        assert options["enable_sleep_mode"] and not options["enforce_eager"]
+        assert engine.sleep()
+        engine.load_weights([])
+    names = [name for name, *_ in llm.return_value.method_calls]
+    assert names == ["sleep", "wake_up", "apply_model", "wake_up", "reset_prefix_cache"]
+    # Weights are in place before the keys take their memory.
+    wakes = [call.kwargs["tags"] for call in llm.return_value.wake_up.call_args_list]
+    assert wakes == [["weights"], ["kv_cache"]]
+
+
+def test_an_engine_on_a_gpu_compiles_and_sleeps_until_weights_come(rank: Rank) -> None:
+    rank.call(check_engine_on_a_gpu)
