@@ -70,7 +70,10 @@ def in_one_line(error: Exception) -> str:
 def run_stage(cfg: TrainConfig) -> None:
     """Join the other ranks and run the stage; heavy libraries are imported from here on."""
     from marco_train import distributed
+    from marco_train.determinism import compute_deterministically
 
+    if cfg.deterministic:
+        compute_deterministically()
     distributed.start(cfg.parallel.timeout_seconds)
     match cfg.stage.kind:
         case StageKind.sft:

@@ -58,6 +58,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "root",
         "output_dir",
         "resume",
+        "deterministic",
         "on_resume.**",
         "logging.**",
         "checkpoint.**",

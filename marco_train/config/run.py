@@ -83,6 +83,18 @@ class TrainConfig:
 
     name: str = "run"
     seed: int = 0
+    deterministic: bool = False
+    """Whether GPUs repeat their numbers; on a CPU it changes none, as they repeat there anyway.
+
+    torch takes its deterministic algorithms, and warns by name of an operation that has none; vLLM
+    in this process computes each sequence as if it were alone (servers do where they are started
+    with VLLM_BATCH_INVARIANT=1). It costs time, which has not been measured, as no GPU has run it:
+    attention's backward in one order, products that may not be split over their inner dimension,
+    and vLLM's kernels for softmax, means and batched products in the whole process.
+
+    Without it a GPU's numbers hold up to rounding. What is computed again, or beside others, may
+    differ in its last bits, and a sampled token with them: a resumed run is not to the bit the run
+    that was not interrupted, and responses sampled anew miss the score cache."""
     root: str = "outputs"
     """Directory under which the runs of a recipe lie; experiments build their paths on it."""
     output_dir: str = "${root}/${name}"
