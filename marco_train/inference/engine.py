@@ -35,6 +35,11 @@ ENVIRONMENT = {
 }
 # Overrides the size that an engine is given.
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
+# The share of a GPU that has to be free when an engine starts, 0.92 by default, which is never so
+# beside a trainer. Nothing else reads it where the size of the KV cache is given.
+# Source: vLLM 0.32.0, v1/worker/utils.py, request_memory; v1/worker/gpu_worker.py, init_device and
+# determine_available_memory.
+MEMORY_SHARE = 0.01
 MAX_SEQUENCES = 256
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LOAD_FORMAT = "marco_whole"
@@ -138,6 +143,7 @@ class VLLMEngine:
                 enable_sleep_mode=self._sleeps,
                 skip_tokenizer_init=purpose is Purpose.generate,
                 kv_cache_memory_bytes=kv_cache_bytes,
+                gpu_memory_utilization=MEMORY_SHARE,
                 enforce_eager=not torch.cuda.is_available(),
                 enable_return_routed_experts=with_experts,
                 # vLLM keeps the experts beside the keys, and insists; nothing reads them.
@@ -169,7 +175,7 @@ class VLLMEngine:
         Raises:
             RuntimeError: The engine has weights that the stream did not reach.
         """
-        config = self._llm.llm_engine.vllm_config.model_config
+        config = self._llm.llm_engine.vllm_config
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
         self._llm.apply_model(partial(replace_weights, weights=weights, config=config))
@@ -362,18 +368,22 @@ def replace_weights(model: Any, weights: Iterable[tuple[str, Tensor]], config: A
     Args:
         model: Of vLLM.
         weights: Under checkpoint names, the head of a tied model included.
-        config: The `ModelConfig` that it was built with.
+        config: The `VllmConfig` that it was built with.
 
     Raises:
         RuntimeError: The model has weights that the stream did not reach.
     """
+    from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import layerwise
 
     needed = {name for name, _ in model.named_parameters()}
-    forget_packed_experts(model)
-    layerwise.initialize_layerwise_reload(model)
-    loaded = model.load_weights(weights)
-    layerwise.finalize_layerwise_reload(model, config)
+    if next(model.parameters()).device.type == "cpu":
+        forget_packed_experts(model)
+    # Kernels that are built anew ask for it, as in vLLM's own reload.
+    with set_current_vllm_config(config):
+        layerwise.initialize_layerwise_reload(model)
+        loaded = model.load_weights(weights)
+        layerwise.finalize_layerwise_reload(model, config.model_config)
     if not_reached := sorted(needed - loaded):
         raise RuntimeError(f"vLLM took no new {', '.join(not_reached[:10])}")
 

@@ -42,7 +42,7 @@ class Receiver:
         replace_weights(
             self.model_runner.get_model(),
             with_tied_head(weights, stored),
-            self.vllm_config.model_config,
+            self.vllm_config,
         )
 
 

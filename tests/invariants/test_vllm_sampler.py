@@ -4,6 +4,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,6 +183,20 @@ def sync_with_old_experts() -> str:
 def test_the_canary_sees_experts_that_vllm_keeps_of_old_weights(rank: Rank) -> None:
     said = rank.call(sync_with_old_experts)
     assert said.startswith("step 2: the canary's log-probabilities differ by")
+
+
+def start_beside_a_trainer(num_free: float) -> int:
+    """vLLM's own check of a GPU of 85 GB, of which a trainer left little."""
+    from vllm.v1.worker.utils import request_memory
+
+    engine = shared()._engine  # type: ignore[attr-defined]
+    cache = engine._llm.llm_engine.vllm_config.cache_config
+    gpu = SimpleNamespace(total_memory=85e9, free_memory=num_free, device_="cuda:0")
+    return int(request_memory(gpu, cache))
+
+
+def test_an_engine_starts_on_a_gpu_that_a_trainer_fills(rank: Rank) -> None:
+    assert rank.call(start_beside_a_trainer, 10e9) <= 1e9
 
 
 class CachingEngine(VLLMEngine):
