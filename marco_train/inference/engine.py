@@ -77,6 +77,28 @@ def require_vllm() -> None:
     )
 
 
+def require_one_engine(owners: Sequence[str], on: torch.device) -> None:
+    """Refuse several engines in one process on a GPU; on a CPU they do not disturb each other.
+
+    There all layers of experts of a process take their scratch memory from one workspace, which
+    each new engine replaces and locks at its own size.
+    Source: vLLM 0.32.0, v1/worker/workspace.py, init_workspace_manager and lock_workspace.
+
+    Args:
+        owners: What messages call those that want an engine.
+        on: Where the engines would compute.
+
+    Raises:
+        InputError: Names them.
+    """
+    require(
+        on.type == "cpu" or len(owners) <= 1,
+        f"{', '.join(owners)} want {len(owners)} engines of vLLM in each process, and on a GPU one "
+        "is the most: the memory that it computes experts in is replaced by the next one's; "
+        "keep the backend vllm for one of them, and take vllm_server or native for the others",
+    )
+
+
 # The engines of this process; vLLM's groups are theirs together.
 _OPEN: set[int] = set()
 

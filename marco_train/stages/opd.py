@@ -10,12 +10,16 @@ from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.lengths import longest_sequence
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resumption import schedule_steps
+from marco_train.config.rollout import SamplerBackend
+from marco_train.config.teacher import TeacherBackend
 from marco_train.data.chat import Tokenizer, load_tokenizer
 from marco_train.data.loader import QUARANTINE, PromptLoader
 from marco_train.data.packing import pack_rollouts
+from marco_train.distributed import device
 from marco_train.engine.policy import Policy, build_policy
 from marco_train.engine.student import Student
 from marco_train.errors import RolloutMismatchError
+from marco_train.inference.engine import require_one_engine
 from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.losses.distillation import build_reverse_kl
 from marco_train.metrics import Metrics, check_names
@@ -125,6 +129,7 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
     student = checks.make("student's files", student_architecture, cfg)
     checks.make("student's vocabulary", check_student_vocabulary, cfg.model)
     sampler_fits = checks.make("sampler", check_sampler, opd.rollout, student)
+    checks.make("engines of vLLM", require_one_engine, engine_owners(opd), device())
     tokenizer = checks.make("tokenizer and template", load_tokenizer, cfg.model)
     quarantine = Path(cfg.output_dir) / QUARANTINE if checks.writes_files else None
     loader = checks.make("data", PromptLoader, cfg.data, opd, tokenizer, cfg.seed, quarantine)
@@ -143,6 +148,13 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
     first = checks.after(sampler_fits).make("first prompts", loader.first, NUM_ANSWERED)
     held_out = checks.make("held-out prompts", loader.held_out, cascade.num_held_out)
     return Prepared(student, tokenizer, loader, cascade, first, held_out)
+
+
+def engine_owners(opd: OPDConfig) -> list[str]:
+    """Who wants an engine of vLLM in the trainer's process, by what messages call them."""
+    sampler = ["stage.rollout"] if opd.rollout.backend is SamplerBackend.vllm else []
+    teachers = teachers_of(opd)
+    return sampler + [owner for owner, cfg in teachers if cfg.backend is TeacherBackend.vllm]
 
 
 def check_groups(cascade: Cascade, loader: PromptLoader) -> None:

@@ -186,7 +186,7 @@ def test_the_canary_sees_experts_that_vllm_keeps_of_old_weights(rank: Rank) -> N
 
 
 def start_beside_a_trainer(num_free: float) -> int:
-    """vLLM's own check of a GPU of 85 GB, of which a trainer left little."""
+    """What vLLM asks for of a GPU of 85 GB; its own check, which refuses a GPU that has less."""
     from vllm.v1.worker.utils import request_memory
 
     engine = shared()._engine  # type: ignore[attr-defined]
