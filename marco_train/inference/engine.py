@@ -10,7 +10,7 @@ import gc
 import importlib.util
 import os
 import random
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
@@ -25,6 +25,8 @@ from torch import Tensor
 from marco_train import distributed
 from marco_train.config.rollout import TEMPERATURE
 from marco_train.errors import InputError, require
+from marco_train.inference.layout import kept_weights
+from marco_train.models.checksums import checksums_of
 
 # Settings of the process that vLLM reads; each is as in the engines that were measured.
 ENVIRONMENT = {
@@ -205,6 +207,12 @@ class VLLMEngine:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
         self.forget_keys()
+
+    def checksums(self, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> dict[str, int]:
+        """Digest the weights that are kept as a checkpoint has them; see `layout.kept_weights`."""
+        digest = partial(checksums_kept, shapes=shapes, dtype=dtype)
+        found: dict[str, int] = self._llm.apply_model(digest)[0]  # of the one worker
+        return found
 
     def forget_keys(self) -> None:
         """Drop kept keys, which would outlive the weights that they were computed with."""
@@ -408,6 +416,16 @@ def replace_weights(model: Any, weights: Iterable[tuple[str, Tensor]], config: A
         layerwise.finalize_layerwise_reload(model, config.model_config)
     if not_reached := sorted(needed - loaded):
         raise RuntimeError(f"vLLM took no new {', '.join(not_reached[:10])}")
+
+
+def checksums_kept(
+    model: Any, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype
+) -> dict[str, int]:
+    """Digest the weights of a model of vLLM that it keeps as a checkpoint has them."""
+    from vllm.platforms import current_platform
+
+    platform = "cpu" if current_platform.is_cpu() else "cuda"
+    return checksums_of(kept_weights(model, shapes, dtype, platform))
 
 
 def forget_packed_experts(model: Any) -> None:

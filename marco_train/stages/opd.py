@@ -27,7 +27,7 @@ from marco_train.models.hf_io import stop_token_ids, student_architecture
 from marco_train.rollout.base import Sampler, summarize
 from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.stream import RolloutStream
-from marco_train.rollout.sync import canaries, sync_weights
+from marco_train.rollout.sync import Canary, canary_sequences, sync_weights
 from marco_train.run import Run
 from marco_train.stages.checks import Checks
 from marco_train.teachers.cascade import Cascade, check_teacher, teachers_of
@@ -189,8 +189,14 @@ def open_sampler(
 def sync(cfg: TrainConfig, policy: Student, sampler: Sampler, step: int) -> Metrics:
     """Hand the policy's weights to the sampler, proved by numbers; see `sync_weights`."""
     opd: OPDConfig = cfg.stage
-    probes = canaries(policy.model.architecture.vocab_size, longest_sequence(opd))
-    return sync_weights(policy, sampler, step, probes, opd.rollout.canary_tolerance)
+    architecture = policy.model.architecture
+    canary = Canary(
+        canary_sequences(architecture.vocab_size, longest_sequence(opd)),
+        cfg.model.dtype,
+        architecture.num_hidden_layers,
+        opd.rollout.canary_tolerance,
+    )
+    return sync_weights(policy, sampler, step, canary)
 
 
 def end_converged_phases(
