@@ -1,6 +1,7 @@
 """vLLM as the sampler: the policy's distribution, proved after every sync."""
 
 import functools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -15,12 +16,16 @@ from torch import Tensor
 from marco_train.errors import WeightSyncError
 from marco_train.inference import engine as vllm_engine
 from marco_train.inference.engine import VLLMEngine
+from marco_train.models.weights import meta_model, weight_shapes
 from marco_train.rollout import vllm
 from marco_train.rollout.base import Sampler, in_order
+from marco_train.rollout.sync import sync_weights
 from marco_train.types import FinishReason, Rollout
 from tests.helpers.ranks import Rank, run_on_ranks
 from tests.helpers.samplers import (
+    CANARY,
     PROBES,
+    SHAPE,
     STOP_IDS,
     Stream,
     prompts,
@@ -197,6 +202,37 @@ def start_beside_a_trainer(num_free: float) -> int:
 
 def test_an_engine_starts_on_a_gpu_that_a_trainer_fills(rank: Rank) -> None:
     assert rank.call(start_beside_a_trainer, 10e9) <= 1e9
+
+
+def sync_with_a_norm_off() -> tuple[float, str]:
+    """The share that a sync proves, and what one says after which vLLM holds another norm."""
+    sampler = shared()
+    found = sync_weights(spread(1), sampler, 1, CANARY)
+    replace = vllm_engine.replace_weights
+
+    def off(model: Any, *given: Any, **named: Any) -> None:
+        replace(model, *given, **named)
+        model.model.layers[1].self_attn.k_norm.weight.data[3] += 1e-6
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(vllm_engine, "replace_weights", off)
+        with pytest.raises(WeightSyncError) as caught:
+            sync(spread(2), sampler, version=2)
+    return found["rollout/sync_proved"], str(caught.value)
+
+
+def test_a_norm_in_vllm_that_is_hardly_off_is_named_and_embeddings_and_norms_are_proved(
+    rank: Rank,
+) -> None:
+    proved, said = rank.call(sync_with_a_norm_off)
+    shapes = weight_shapes(meta_model(SHAPE))
+    kept = [n for n in shapes if n.endswith("norm.weight") or "embed_tokens" in n]
+    sizes = {n: math.prod(shape) for n, shape in shapes.items()}
+    assert proved == sum(sizes[n] for n in kept) / sum(sizes.values())
+    assert said == (
+        f"step 2: 1 of {len(shapes)} weights of the sampler are not the policy's: "
+        "model.layers.1.self_attn.k_norm.weight"
+    )
 
 
 class CachingEngine(VLLMEngine):
