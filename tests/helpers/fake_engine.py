@@ -75,10 +75,9 @@ def laid_out(weights: dict[str, Tensor], num_layers: int, backend: str = "TRITON
             found[ours + "mlp.down_proj"] = holder(weights[ours + "mlp.down_proj.weight"], linear)
             continue
         gate = holder(weights[ours + "mlp.gate.weight"], linear)
-        gate_up, down = (
-            weights[f"{ours}mlp.experts.{m}_proj"].clone() for m in ("gate_up", "down")
-        )
-        experts = holder(gate_up, moe_method(backend), "w13_weight")
+        experts = ours + "mlp.experts."
+        gate_up, down = weights[experts + "gate_up_proj"], weights[experts + "down_proj"].clone()
+        routed = holder(gate_up, moe_method(backend), "w13_weight")
         routed.register_parameter("w2_weight", nn.Parameter(down, requires_grad=False))
         found |= {ours + "mlp.gate": gate, experts + "gate": gate}
         found[experts + "routed_experts"] = routed
