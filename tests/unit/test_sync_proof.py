@@ -25,7 +25,6 @@ from marco_train.rollout.base import Sampler
 from marco_train.rollout.sync import Canary, sync_weights
 from tests.helpers.fake_engine import FakeEngineSampler, laid_out
 from tests.helpers.models import DENSE, architecture
-from tests.helpers.ranks import run_on_ranks
 
 CANARY = Canary([[1, 2, 3]], DType.bfloat16, num_layers=28)
 
@@ -217,16 +216,3 @@ def test_two_answers_may_be_further_apart_in_a_deeper_model_and_in_bfloat16() ->
     assert same_answer(DType.bfloat16, 2) == same_answer(DType.bfloat16, 28)
     assert same_answer(DType.bfloat16, 28) == pytest.approx((0.1, 0.22, math.inf))
     assert same_answer(DType.bfloat16, 112) == pytest.approx((0.2, 0.44, math.inf))
-
-
-def streamed_from_shares() -> dict[str, int]:
-    """Checksums of a model whose experts two ranks share, in the dtype that large runs have."""
-    from marco_train.distributed import expert_parallel_group
-
-    model = random_model(architecture(), torch.bfloat16, 3, expert_parallel_group(2))
-    return checksums_of(named_weights(model))
-
-
-def test_experts_that_ranks_share_arrive_whole_and_in_order() -> None:
-    whole = checksums_of(named_weights(random_model(architecture(), torch.bfloat16, 3)))
-    assert run_on_ranks(2, streamed_from_shares) == [whole, whole]
