@@ -95,3 +95,13 @@ def test_a_mistyped_shape_is_refused_with_those_there_are(tmp_path: Path) -> Non
     done = bench("--device", "cpu", "--shapes", "minni", "--json", str(tmp_path / "b.json"))
     assert done.returncode == 2
     assert "minni is none of quickstart, medium, mini" in done.stderr.splitlines()[-1]
+
+
+def test_a_sync_of_as_many_weights_as_mini_has_is_timed_beside_its_copies() -> None:
+    done = bench("--repeats", "1", script="sync.py")
+    assert done.returncode == 0, done.stderr
+    first, *times = done.stdout.splitlines()
+    assert first == "21758 weights in 310 tensors; microseconds a weight"
+    assert [line.partition(":")[0] for line in times] == [
+        *("sync", "of it copies", "of it checksums of one side"),
+    ]
