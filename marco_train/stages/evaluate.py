@@ -97,6 +97,9 @@ def prepare_evaluate(cfg: TrainConfig, checks: Checks) -> Prepared:
     Raises:
         InputError: Something is wrong with it.
     """
+    teachers = cfg.stage.teachers.items()
+    engines = [f"stage.teachers.{n}" for n, t in teachers if t.backend is TeacherBackend.vllm]
+    checks.make("engines of vLLM", require_one_engine, engines, device())
     tokenizer = checks.make("tokenizer and template", load_tokenizer, cfg.model)
     named = checks.make("models", measured_models, cfg)
     vocab_size = checks.make("vocabulary", shared_vocabulary, named)
@@ -104,9 +107,6 @@ def prepare_evaluate(cfg: TrainConfig, checks: Checks) -> Prepared:
         checks.make(f"files of {each.name}", check_measured, cfg, tokenizer, vocab_size, each)
         for each in named
     ]
-    teachers = cfg.stage.teachers.items()
-    engines = [f"stage.teachers.{n}" for n, t in teachers if t.backend is TeacherBackend.vllm]
-    checks.make("engines of vLLM", require_one_engine, engines, device())
     questions = checks.make("questions", checked_questions, cfg, tokenizer)
     return Prepared(tokenizer, measured, vocab_size, questions)
 

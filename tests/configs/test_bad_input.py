@@ -21,8 +21,9 @@ from marco_train.evaluation.verifiers import check_verifier
 from marco_train.inference.engine import require_one_engine
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
-from marco_train.stages import opd
+from marco_train.stages import evaluate, opd
 from marco_train.stages.checks import Checks
+from marco_train.stages.evaluate import prepare_evaluate
 from marco_train.stages.opd import engine_owners, prepare_opd, run_opd
 from marco_train.teachers.vocab import check_student_vocabulary
 from tests.helpers.checkpoints import leave_checkpoint
@@ -229,6 +230,14 @@ def test_a_second_engine_on_a_gpu_is_refused_before_anything_is_loaded(
     monkeypatch.setattr(opd, "device", lambda: torch.device("cpu"))
     with pytest.raises(InputError, match=r"teacher 'first': there is no model at"):
         prepare_opd(cfg, Checks())
+
+
+def test_an_evaluation_has_one_engine_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm = [f"teacher@stage.teachers.{name}=vllm" for name in ("first", "second")]
+    cfg = compose_config("quickstart_evaluate", "root=nowhere", *vllm)
+    monkeypatch.setattr(evaluate, "device", lambda: torch.device("cuda", 0))
+    with pytest.raises(InputError, match="^stage.teachers.first, stage.teachers.second want 2 eng"):
+        prepare_evaluate(cfg, Checks())
 
 
 def test_a_teacher_that_is_missing_is_named(world: World) -> None:
