@@ -8,6 +8,7 @@ RunError
     StaleRolloutError: a rollout is of other weights than those that were to sample it
     AnswerError: of a server, to one request
         UnusableAnswerError: it is asked again
+        UntrustedServerError: it serves what it should, and its numbers are not the known ones
         RejectedError: no answer could be used, as often as it was asked
 """
 
@@ -44,6 +45,10 @@ class AnswerError(RunError):
 
 class UnusableAnswerError(AnswerError):
     """A server answered with something else than what it was asked for."""
+
+
+class UntrustedServerError(AnswerError):
+    """A server's numbers are not those known of it; it is passed over, and checked anew later."""
 
 
 class RejectedError(AnswerError):

@@ -34,6 +34,8 @@ NAMES = {
     "teacher/cache_hits": "share of rollouts whose scores were on disk",
     "teacher/cache_corrupt": "scores on disk that were broken, and were computed again",
     "rollout/sync_gib_per_s": "weights to the sampler on this rank, without the canary",
+    "rollout/sync_proved": "share of the weights' bytes that the sampler holds bit for bit, by "
+    "checksums on this rank; others are proved by the canary alone",
     "rollout/staleness": "updates that the policy is ahead of the weights that sampled",
     "rollout/response_length": "mean, tokens",
     "rollout/truncated": "share of responses cut at the limit",

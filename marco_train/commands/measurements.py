@@ -382,11 +382,11 @@ def check_head(bench: Bench, figures: Figures) -> None:
 @torch.no_grad()
 def check_noise(bench: Bench, figures: Figures) -> None:
     """How far right implementations differ in bfloat16 over the canary: the floor of any bound."""
-    from marco_train.rollout.sync import canaries
+    from marco_train.rollout.sync import canary_sequences
 
     arch = bench.architecture(28)
     model = bench.model(arch)
-    sequences = canaries(arch.vocab_size, 4096)
+    sequences = canary_sequences(arch.vocab_size, 4096)
     ids = torch.tensor([t for s in sequences for t in s], device=bench.device)
     places = torch.cat([torch.arange(len(s)) for s in sequences]).to(bench.device)
     given = places > 0

@@ -58,7 +58,7 @@ class Student:
         return sequence_logprobs(self._module, self.model.head, sequences)
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Stream all weights under their checkpoint names."""
+        """Stream all weights, experts joined; every rank takes part."""
         return named_weights(self.model)
 
 

@@ -13,7 +13,7 @@ from marco_train.distributed import device, reduce_sums
 from marco_train.losses.distillation import FullReverseKL
 from marco_train.models import Qwen3Moe
 from marco_train.models.hf_io import stop_token_ids
-from marco_train.teachers.base import ScoreSpec, Teacher
+from marco_train.teachers.base import ScoreSpec, Teacher, answer_bound
 from marco_train.teachers.build import build_teacher
 from marco_train.teachers.preflight import check_scores, probe_rollouts
 from marco_train.types import PolicyOutput, Rollout
@@ -37,7 +37,8 @@ def open_teacher(cfg: TrainConfig, vocab_size: int, name: str) -> Teacher:
     teacher = build_teacher(teacher_cfg, states)
     try:
         probes = probe_rollouts(cfg.model.tokenizer, states)
-        check_scores(teacher, probes, vocab_size, teacher_cfg.dtype, f"{name} ({teacher_cfg.path})")
+        bound = answer_bound(teacher_cfg)
+        check_scores(teacher, probes, vocab_size, bound, f"{name} ({teacher_cfg.path})")
     except BaseException:
         teacher.close()
         raise

@@ -10,7 +10,7 @@ import gc
 import importlib.util
 import os
 import random
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
@@ -25,6 +25,8 @@ from torch import Tensor
 from marco_train import distributed
 from marco_train.config.rollout import TEMPERATURE
 from marco_train.errors import InputError, require
+from marco_train.inference.layout import kept_weights
+from marco_train.models.checksums import checksums_of
 
 # Settings of the process that vLLM reads; each is as in the engines that were measured.
 ENVIRONMENT = {
@@ -35,6 +37,11 @@ ENVIRONMENT = {
 }
 # Overrides the size that an engine is given.
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
+# The share of a GPU that has to be free when an engine starts, 0.92 by default, which is never so
+# beside a trainer. Nothing else reads it where the size of the KV cache is given.
+# Source: vLLM 0.32.0, v1/worker/utils.py, request_memory; v1/worker/gpu_worker.py, init_device and
+# determine_available_memory.
+MEMORY_SHARE = 0.01
 MAX_SEQUENCES = 256
 EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 LOAD_FORMAT = "marco_whole"
@@ -69,6 +76,28 @@ def require_vllm() -> None:
         "vLLM is not installed: pip install 'marco-train[vllm]' on a machine with a GPU, "
         "scripts/setup_vllm_cpu for trials without one, or choose another kind: native samples "
         "without it, and hf and native score",
+    )
+
+
+def require_one_engine(owners: Sequence[str], on: torch.device) -> None:
+    """Refuse several engines in one process on a GPU; on a CPU they do not disturb each other.
+
+    There all layers of experts of a process take their scratch memory from one workspace, which
+    each new engine replaces and locks at its own size.
+    Source: vLLM 0.32.0, v1/worker/workspace.py, init_workspace_manager and lock_workspace.
+
+    Args:
+        owners: What messages call those that want an engine.
+        on: Where the engines would compute.
+
+    Raises:
+        InputError: Names them.
+    """
+    require(
+        on.type == "cpu" or len(owners) <= 1,
+        f"{', '.join(owners)} want {len(owners)} engines of vLLM in each process, and on a GPU one "
+        "is the most: the memory that it computes experts in is replaced by the next one's; "
+        "keep the backend vllm for one of them, and take vllm_server or native for the others",
     )
 
 
@@ -138,6 +167,7 @@ class VLLMEngine:
                 enable_sleep_mode=self._sleeps,
                 skip_tokenizer_init=purpose is Purpose.generate,
                 kv_cache_memory_bytes=kv_cache_bytes,
+                gpu_memory_utilization=MEMORY_SHARE,
                 enforce_eager=not torch.cuda.is_available(),
                 enable_return_routed_experts=with_experts,
                 # vLLM keeps the experts beside the keys, and insists; nothing reads them.
@@ -171,7 +201,7 @@ class VLLMEngine:
         Raises:
             RuntimeError: The engine has weights that the stream did not reach.
         """
-        config = self._llm.llm_engine.vllm_config.model_config
+        config = self._llm.llm_engine.vllm_config
         if self._asleep:
             self._llm.wake_up(tags=["weights"])
         self._llm.apply_model(partial(replace_weights, weights=weights, config=config))
@@ -179,6 +209,12 @@ class VLLMEngine:
             self._llm.wake_up(tags=["kv_cache"])
             self._asleep = False
         self.forget_keys()
+
+    def checksums(self, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> dict[str, int]:
+        """Digest the weights that are kept as a checkpoint has them; see `layout.kept_weights`."""
+        digest = partial(checksums_kept, shapes=shapes, dtype=dtype)
+        found: dict[str, int] = self._llm.apply_model(digest)[0]  # of the one worker
+        return found
 
     def forget_keys(self) -> None:
         """Drop kept keys, which would outlive the weights that they were computed with."""
@@ -364,20 +400,34 @@ def replace_weights(model: Any, weights: Iterable[tuple[str, Tensor]], config: A
     Args:
         model: Of vLLM.
         weights: Under checkpoint names, the head of a tied model included.
-        config: The `ModelConfig` that it was built with.
+        config: The `VllmConfig` that it was built with.
 
     Raises:
         RuntimeError: The model has weights that the stream did not reach.
     """
+    from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import layerwise
 
     needed = {name for name, _ in model.named_parameters()}
-    forget_packed_experts(model)
-    layerwise.initialize_layerwise_reload(model)
-    loaded = model.load_weights(weights)
-    layerwise.finalize_layerwise_reload(model, config)
+    if next(model.parameters()).device.type == "cpu":
+        forget_packed_experts(model)
+    # Kernels that are built anew ask for it, as in vLLM's own reload.
+    with set_current_vllm_config(config):
+        layerwise.initialize_layerwise_reload(model)
+        loaded = model.load_weights(weights)
+        layerwise.finalize_layerwise_reload(model, config.model_config)
     if not_reached := sorted(needed - loaded):
         raise RuntimeError(f"vLLM took no new {', '.join(not_reached[:10])}")
+
+
+def checksums_kept(
+    model: Any, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype
+) -> dict[str, int]:
+    """Digest the weights of a model of vLLM that it keeps as a checkpoint has them."""
+    from vllm.platforms import current_platform
+
+    platform = "cpu" if current_platform.is_cpu() else "cuda"
+    return checksums_of(kept_weights(model, shapes, dtype, platform))
 
 
 def forget_packed_experts(model: Any) -> None:

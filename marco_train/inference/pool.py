@@ -25,7 +25,13 @@ import httpx
 
 from marco_train.config.servers import ServersConfig
 from marco_train.distributed import is_main, reduce_max
-from marco_train.errors import InputError, RejectedError, ServersUnavailable, UnusableAnswerError
+from marco_train.errors import (
+    InputError,
+    RejectedError,
+    ServersUnavailable,
+    UntrustedServerError,
+    UnusableAnswerError,
+)
 from marco_train.tracking import log_line
 
 T = TypeVar("T")
@@ -65,7 +71,8 @@ class Server:
 Work = Callable[[Server], Coroutine[Any, Any, T]]
 """Asks a server with `ServerPool.ask`, once or more, and makes a value of the answers.
 
-It raises `UnusableAnswerError` or one of `MALFORMED` where it cannot, `InputError` to end the run.
+It raises `UnusableAnswerError` or one of `MALFORMED` where it cannot, `UntrustedServerError` for
+the server to be passed over like one that is away, and `InputError` to end the run.
 """
 SaveEarly = Callable[[], bool]
 """Save the run, on all ranks; False where nothing was learnt since it was opened."""
@@ -214,7 +221,7 @@ class ServerPool:
                         return await self._attempt(work, chosen)
                     except InputError:  # a `ValueError`, and no malformed answer
                         raise
-                    except _TransientError as error:
+                    except (_TransientError, UntrustedServerError) as error:
                         self.last_error = str(error)
                     except (UnusableAnswerError, *MALFORMED) as error:
                         in_words = isinstance(error, UnusableAnswerError)
@@ -246,6 +253,9 @@ class ServerPool:
             self._silent_since = time.monotonic()
             self._max_open = min(self._cfg.max_requests, self._max_open + 1 / self._max_open)
             return value
+        except UntrustedServerError:
+            server.cool_down()
+            raise
         except (UnusableAnswerError, *MALFORMED):
             server.healthy = False
             raise

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from marco_train.errors import require
-from marco_train.inference.engine import replace_weights, with_tied_head
-from marco_train.models.safetensors_io import read, read_header
+from marco_train.inference.engine import checksums_kept, replace_weights, with_tied_head
+from marco_train.models.safetensors_io import DTYPES, read, read_header
 
 # The process whose end ends the server.
 OWNER_VARIABLE = "MARCO_TRAIN_OWNER"
@@ -25,15 +25,17 @@ class Receiver:
 
     model_runner: Any  # the worker's, as are all attributes
     vllm_config: Any
+    loaded_from: Path
 
     def load_checkpoint(self, path: str, num_weights: str) -> None:
-        """Replace all weights by those of a safetensors file, `num_weights` of checkpoint names.
+        """Replace all weights by the `num_weights` of a safetensors file, experts joined.
 
         Raises:
             InputError: The file is cut short or another; nothing was touched.
             RuntimeError: The model has weights that the file did not reach.
         """
-        stored = read_header(Path(path))
+        self.loaded_from = Path(path)
+        stored = read_header(self.loaded_from)
         require(
             len(stored) == int(num_weights),
             f"{path} has {len(stored)} weights, and the trainer wrote {num_weights}",
@@ -42,8 +44,21 @@ class Receiver:
         replace_weights(
             self.model_runner.get_model(),
             with_tied_head(weights, stored),
-            self.vllm_config.model_config,
+            self.vllm_config,
         )
+
+    def checksums(self) -> dict[str, Any]:
+        """Digest the weights that are kept as they came; `load_checkpoint` comes first.
+
+        Returns:
+            `version`, the name of the file that they were loaded from, and `weights`, by
+            checkpoint names.
+        """
+        stored = read_header(self.loaded_from)
+        shapes = {name: place.shape for name, place in stored.items()}
+        (dtype,) = {DTYPES[place.dtype] for place in stored.values()}
+        found = checksums_kept(self.model_runner.get_model(), shapes, dtype)
+        return {"version": self.loaded_from.stem, "weights": found}
 
 
 def end_with_owner() -> None:

@@ -1,7 +1,9 @@
-"""Weights by their checkpoint names, in streams, and fresh ones.
+"""Weights by name, in streams, and fresh ones; in the order of the model, without a tied head.
 
-One 2-D tensor per expert matrix, as the hub stores them, in the order of the model:
-`model.layers.0.mlp.experts.7.gate_proj.weight`. A tied head is absent.
+A checkpoint has one 2-D tensor per expert matrix, as the hub stores them:
+`model.layers.0.mlp.experts.7.gate_proj.weight`. In memory, and in streams between policy and
+sampler, the experts of a layer are joined: `model.layers.0.mlp.experts.gate_up_proj` [E, 2 I, D],
+`experts.down_proj` [E, D, I].
 """
 
 import re
@@ -36,6 +38,16 @@ def _split_experts(name: str, fused: Tensor, first: int) -> Iterator[tuple[str, 
             yield f"{prefix}.{expert}.up_proj.weight", up
 
 
+def checkpoint_names(name: str, shape: Sequence[int]) -> list[str]:
+    """Name the checkpoint's weights in a tensor of this name and shape, in the order of memory."""
+    found = FUSED.match(name)
+    if found is None:
+        return [name]
+    prefix, matrix = found.groups()
+    kinds = ("down_proj",) if matrix == "down_proj" else ("gate_proj", "up_proj")
+    return [f"{prefix}.{expert}.{kind}.weight" for expert in range(shape[0]) for kind in kinds]
+
+
 def torch_dtype(dtype: DType) -> torch.dtype:
     """The type of torch that a config names."""
     named: torch.dtype = getattr(torch, dtype.value)
@@ -54,25 +66,26 @@ def local_weights(model: Qwen3Moe) -> Iterator[tuple[str, Tensor]]:
 
 
 def named_weights(model: Qwen3Moe) -> Iterator[tuple[str, Tensor]]:
-    """Stream the whole model under checkpoint names; every rank of the group takes part.
+    """Stream the whole model, experts joined; every rank of the group takes part.
 
-    At most one layer's experts of one matrix are gathered at a time. A tied head is absent.
+    At most one layer's experts of one matrix are gathered at a time.
     """
     for name, parameter in model.named_parameters():
         weight = parameter.detach()
-        if FUSED.match(name):
-            yield from _split_experts(name, _gather_experts(weight, model.ep_group), first=0)
-        else:
-            yield name, weight
+        yield name, _gather_experts(weight, model.ep_group) if FUSED.match(name) else weight
+
+
+# Its name from torch 2.13 on, which warns of the former one.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
 
 def _gather_experts(local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Join every rank's experts, [e, ...] -> [E, ...]."""
     if group is None:
         return local
-    parts = [torch.empty_like(local) for _ in range(group.size())]
-    dist.all_gather(parts, local.contiguous(), group=group)
-    return torch.cat(parts)
+    whole = local.new_empty(group.size() * len(local), *local.shape[1:])
+    _all_gather(whole, local.contiguous(), group=group)
+    return whole
 
 
 def weight_shapes(model: Qwen3Moe) -> dict[str, tuple[int, ...]]:
@@ -86,6 +99,17 @@ def weight_shapes(model: Qwen3Moe) -> dict[str, tuple[int, ...]]:
         else:
             shapes[name] = tuple(parameter.shape)
     return shapes
+
+
+def joined_shapes(model: Qwen3Moe) -> dict[str, tuple[int, ...]]:
+    """Shape of each weight of a stream of `named_weights`, by name and in its order."""
+    num_experts = model.architecture.num_experts
+    return {
+        name: (num_experts or 0, *parameter.shape[1:])
+        if FUSED.match(name)
+        else tuple(parameter.shape)
+        for name, parameter in model.named_parameters()
+    }
 
 
 def meta_model(
@@ -118,15 +142,16 @@ def accounted(
 
 
 def receive_weights(model: Qwen3Moe, weights: Iterable[tuple[str, Tensor]]) -> None:
-    """Fill this rank's share of a model from a complete stream.
+    """Fill this rank's share of a model from a complete stream of `named_weights`.
 
     Raises:
         InputError: A name is unknown, comes twice or never, or a shape differs.
     """
-    mine = dict(local_weights(model))
-    for name, weight in accounted(weights, weight_shapes(model)):
-        if name in mine:
-            mine[name].copy_(weight)
+    ep_rank = 0 if model.ep_group is None else model.ep_group.rank()
+    mine = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    for name, weight in accounted(weights, joined_shapes(model)):
+        first = ep_rank * len(mine[name]) if FUSED.match(name) else 0
+        mine[name].copy_(weight[first : first + len(mine[name])])
 
 
 def name_first(names: Sequence[str]) -> str:

@@ -10,6 +10,7 @@ from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.model import DType
 from marco_train.distributed import gather_objects
 from marco_train.metrics import Metrics
+from marco_train.models.agreement import Spread
 from marco_train.rollout.loops import ends_in_loop
 from marco_train.types import FinishReason, Prompt, Rollout, rollout_groups
 
@@ -17,8 +18,8 @@ from marco_train.types import FinishReason, Prompt, Rollout, rollout_groups
 class Sampler:
     """Makes responses with the policy's weights."""
 
-    gives_checksums: bool = False
-    """False where it keeps weights in another form, which the canary alone can prove."""
+    first_canary: Spread | None = None
+    """How far it was from the policy at its first sync; see `rollout/sync.py`."""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take a complete stream of named weights."""
@@ -35,8 +36,13 @@ class Sampler:
         """Log-probabilities of the tokens of sequences; the first token of each has none."""
         raise NotImplementedError
 
-    def checksums(self) -> dict[str, int]:
-        """Digest every weight that the sampler holds, by its checkpoint name, if it gives any."""
+    def checksums(self) -> list[dict[str, int]]:
+        """Digest the weights just loaded, by checkpoint names, where they are held.
+
+        Returns:
+            For each that holds weights, such as an engine: those whose memory is as in a
+            checkpoint and is what its kernels read. Others are proved by the canary alone.
+        """
         raise NotImplementedError
 
     def drain(self) -> None:

@@ -13,7 +13,7 @@ from marco_train.config.rollout import NativeRolloutConfig
 from marco_train.distributed import device
 from marco_train.losses.logprobs import sequence_logprobs
 from marco_train.models.attention import KVCache
-from marco_train.models.checksums import checksum
+from marco_train.models.checksums import checksums_of
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.routing import Routing
 from marco_train.models.weights import named_weights, receive_weights
@@ -23,8 +23,6 @@ from marco_train.types import FinishReason, Prompt, Rollout, no_experts
 
 class NativeSampler(Sampler):
     """Samples on this rank, alone: every rank holds all experts and its own prompts."""
-
-    gives_checksums = True
 
     def __init__(
         self,
@@ -59,9 +57,9 @@ class NativeSampler(Sampler):
         receive_weights(self._model, weights)
         self._weight_version = version
 
-    def checksums(self) -> dict[str, int]:
+    def checksums(self) -> list[dict[str, int]]:
         """Digest every weight that this sampler holds."""
-        return {name: checksum(weight) for name, weight in named_weights(self._model)}
+        return [checksums_of(named_weights(self._model))]
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[list[int]]) -> Tensor:

@@ -21,7 +21,7 @@ from marco_train.distributed import reduce_max
 from marco_train.errors import require
 from marco_train.inference.engine import Generation, VLLMEngine, with_tied_head
 from marco_train.models.hf_io import hf_config
-from marco_train.models.weights import accounted, meta_model, torch_dtype, weight_shapes
+from marco_train.models.weights import accounted, joined_shapes, meta_model, torch_dtype
 from marco_train.rollout.base import NO_WEIGHTS, Sampler, SamplerSpec, response_seed
 from marco_train.types import FinishReason, Prompt, Rollout, no_experts
 
@@ -34,7 +34,7 @@ class VLLMSampler(Sampler):
     def __init__(self, cfg: VLLMRolloutConfig, sampling: SamplerSpec) -> None:
         """Build the engine of a model of this shape."""
         self._sampling = sampling
-        self._shapes = weight_shapes(meta_model(sampling.architecture))
+        self._shapes = joined_shapes(meta_model(sampling.architecture))
         self._weight_version: int | None = None
         with tempfile.TemporaryDirectory() as directory:
             config = hf_config(sampling.architecture, torch_dtype(sampling.dtype))
@@ -59,6 +59,10 @@ class VLLMSampler(Sampler):
         self._weight_version = None
         self._engine.load_weights(with_tied_head(accounted(weights, self._shapes), self._shapes))
         self._weight_version = version
+
+    def checksums(self) -> list[dict[str, int]]:
+        """Digest what the engine keeps as a checkpoint has it, where it keeps it."""
+        return [self._engine.checksums(self._shapes, torch_dtype(self._sampling.dtype))]
 
     def score(self, sequences: Sequence[list[int]]) -> Tensor:
         """Log-probabilities of the tokens of sequences; the first token of each has none.

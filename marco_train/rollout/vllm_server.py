@@ -7,26 +7,38 @@ answered, and its response is the same wherever and whenever it is made.
 """
 
 import asyncio
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import torch
 from torch import Tensor
 
+from marco_train.config.model import DType
 from marco_train.config.rollout import VLLMServerRolloutConfig
 from marco_train.distributed import barrier, gather_objects, is_main, rank, world_size
-from marco_train.errors import UnusableAnswerError, require
+from marco_train.errors import UntrustedServerError, UnusableAnswerError
 from marco_train.inference import protocol
-from marco_train.inference.pool import SaveEarly, Server, ServerPool
+from marco_train.inference.pool import SaveEarly, Server, ServerPool, Work
+from marco_train.models.agreement import same_answer, spread_of
 from marco_train.models.safetensors_io import ShardFile
-from marco_train.models.weights import accounted, meta_model, torch_dtype, weight_shapes
+from marco_train.models.weights import (
+    accounted,
+    joined_shapes,
+    meta_model,
+    name_first,
+    torch_dtype,
+)
 from marco_train.rollout.base import NO_WEIGHTS, Sampler, SamplerSpec, response_seed
+from marco_train.rollout.sync import FLOAT32_TOLERANCE
 from marco_train.rollout.vllm import rollout_of
 from marco_train.types import Prompt, Rollout
+
+T = TypeVar("T")
 
 PREFIX = "sync-"  # of the files that come and go
 
@@ -39,12 +51,15 @@ class ServerSampler(Sampler):
     ) -> None:
         """Nothing is asked yet: servers may still be starting."""
         self._spec = spec
-        self._shapes = weight_shapes(meta_model(spec.architecture))
-        self._tolerance = cfg.canary_tolerance
+        self._shapes = joined_shapes(meta_model(spec.architecture))
+        self._tolerance = cfg.canary_tolerance or (
+            FLOAT32_TOLERANCE if spec.dtype is DType.float32 else math.inf
+        )
         # Servers may outlive runs: no version of one run is also another's.
         name = f"{PREFIX}{gather_objects(uuid4().hex[:12])[0]}"
         self._file_prefix = self._file = Path(cfg.sync_path).resolve() / name
-        # What servers say with the weights in the file, whose name is their version.
+        # What servers hold and say with the weights in the file, whose name is their version.
+        self._held: dict[str, int] | None = None
         self._canary: tuple[Sequence[list[int]], Tensor] | None = None
         self._in_flight: list[Future[Rollout]] = []
         self._weight_version: int | None = None
@@ -58,7 +73,7 @@ class ServerSampler(Sampler):
                 serve this run.
             ServersUnavailable: A server does not answer.
         """
-        self._weight_version = self._canary = None
+        self._weight_version = self._canary = self._held = None
         file = Path(f"{self._file_prefix}-{version}.safetensors")
         shard = ShardFile(file, torch_dtype(self._spec.dtype), self._shapes)
         if is_main():
@@ -79,7 +94,8 @@ class ServerSampler(Sampler):
         """See that a server has the weights that it has to have, by its word and by numbers.
 
         Raises:
-            InputError: It serves something else, or its numbers are not those of the others.
+            InputError: It serves something else.
+            UntrustedServerError: Its numbers are not those that were proved at the sync.
         """
         ask, version = partial(self._pool.ask, server), self._file.stem
         protocol.served_model(server.url, await ask("/v1/models"), self._spec.max_length)
@@ -90,16 +106,61 @@ class ServerSampler(Sampler):
             if not (await ask("/reset_prefix_cache", {}))["success"]:
                 raise UnusableAnswerError(f"{server.url} is still computing with old weights")
             await ask("/update_weight_version", {"new_version": version})
-        if self._canary is None:
-            return
-        sequences, known = self._canary
-        difference = float((await self._score(sequences, server) - known).abs().max())
-        require(
-            difference <= self._tolerance,
-            f"{server.url} came back, and with the weights of {version} its log-probabilities of "
-            f"the canary are {difference:.3g} nats from what was proved at the sync, more than "
-            f"stage.rollout.canary_tolerance {self._tolerance:.3g}",
-        )
+        if self._held is not None:
+            self._compare_held(server, await self._checksums(server))
+        if self._canary is not None:
+            self._compare_canary(server, await self._score(self._canary[0], server))
+
+    def _compare_held(self, server: Server, found: list[dict[str, int]]) -> None:
+        """See that a server that came back holds the weights that were proved at the sync."""
+        known = self._held or {}
+        differing = {n for held in found for n in held if known.get(n, held[n]) != held[n]}
+        if differing:
+            raise UntrustedServerError(
+                f"{server.url} came back, and {len(differing)} of the weights of "
+                f"{self._file.stem} that it holds are not those that were proved at the sync: "
+                f"{name_first(sorted(differing))}"
+            )
+
+    def _compare_canary(self, server: Server, found: Tensor) -> None:
+        """See that a server that came back says of the canary what was proved at the sync."""
+        assert self._canary is not None
+        apart = spread_of(found, self._canary[1])
+        bound = same_answer(self._spec.dtype, self._spec.architecture.num_hidden_layers)
+        bound = bound._replace(largest=min(bound.largest, self._tolerance))
+        if not apart.within(bound):
+            raise UntrustedServerError(
+                f"{server.url} came back, and with the weights of {self._file.stem} its "
+                f"log-probabilities of the canary are off what was proved at the sync by {apart}; "
+                f"bounds: {bound}"
+            )
+
+    def checksums(self) -> list[dict[str, int]]:
+        """Digest what this rank's servers keep as a checkpoint has it, in their memory.
+
+        All ranks together ask all servers. What the first says is kept: a restarted server must
+        hold the same.
+        """
+        found = self._ask_mine(self._checksums)
+        self._held = found[0][0]
+        return [held for of_server in found for held in of_server]
+
+    async def _checksums(self, server: Server) -> list[dict[str, int]]:
+        """Ask each worker of a server for the weights that it holds, of the last sync's version."""
+        asked = {"method": "checksums"}
+        results = (await self._pool.ask(server, "/collective_rpc", asked))["results"]
+        versions = {held["version"] for held in results}
+        if versions != {self._file.stem}:
+            raise UnusableAnswerError(f"checksums of the weights {sorted(versions)}")
+        return [held["weights"] for held in results]
+
+    def _ask_mine(self, work: Work[T]) -> list[T]:
+        """Ask this rank's servers, so that all ranks together ask all; every rank takes part."""
+        every = self._pool.servers
+        mine = every[rank() :: world_size()] or [every[rank() % len(every)]]
+        asked = [self._pool.submit(work, server) for server in mine]
+        list(self._pool.as_answered(asked))
+        return [future.result() for future in asked]
 
     def score(self, sequences: Sequence[list[int]]) -> Tensor:
         """Log-probabilities of the tokens of sequences, [servers, N], of this rank's servers.
@@ -107,11 +168,7 @@ class ServerSampler(Sampler):
         All ranks together ask all servers. The first token of each sequence has none. The result is
         kept: a restarted server must reproduce it.
         """
-        every = self._pool.servers
-        mine = every[rank() :: world_size()] or [every[rank() % len(every)]]
-        asked = [self._pool.submit(partial(self._score, sequences), server) for server in mine]
-        list(self._pool.as_answered(asked))
-        found = torch.stack([future.result() for future in asked])
+        found = torch.stack(self._ask_mine(partial(self._score, sequences)))
         self._canary = sequences, found[0]
         return found
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from marco_train.config import TrainConfig
 from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.resumption import observed
+from marco_train.config.teacher import TeacherBackend
 from marco_train.data.chat import Tokenizer, load_tokenizer
 from marco_train.data.loader import Question
-from marco_train.distributed import barrier, is_main, rank, world_size
+from marco_train.distributed import barrier, device, is_main, rank, world_size
 from marco_train.evaluation.answers import checked_questions, sample_answers
 from marco_train.evaluation.measured import (
     Measured,
@@ -21,6 +22,7 @@ from marco_train.evaluation.measured import (
 from marco_train.evaluation.report import Report
 from marco_train.evaluation.reverse_kl import mean_reverse_kl, open_teacher
 from marco_train.evaluation.signatures import signatures_of
+from marco_train.inference.engine import require_one_engine
 from marco_train.run import begin, mark_finished
 from marco_train.stages.checks import Checks
 from marco_train.teachers.base import Teacher
@@ -95,6 +97,9 @@ def prepare_evaluate(cfg: TrainConfig, checks: Checks) -> Prepared:
     Raises:
         InputError: Something is wrong with it.
     """
+    teachers = cfg.stage.teachers.items()
+    engines = [f"stage.teachers.{n}" for n, t in teachers if t.backend is TeacherBackend.vllm]
+    checks.make("engines of vLLM", require_one_engine, engines, device())
     tokenizer = checks.make("tokenizer and template", load_tokenizer, cfg.model)
     named = checks.make("models", measured_models, cfg)
     vocab_size = checks.make("vocabulary", shared_vocabulary, named)

@@ -10,13 +10,17 @@ from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.lengths import longest_sequence
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resumption import schedule_steps
+from marco_train.config.rollout import SamplerBackend
+from marco_train.config.teacher import TeacherBackend
 from marco_train.data.chat import Tokenizer, load_tokenizer
 from marco_train.data.loader import QUARANTINE, PromptLoader
 from marco_train.data.packing import pack_rollouts
+from marco_train.distributed import device
 from marco_train.engine.policy import Policy, build_policy
 from marco_train.engine.student import Student
 from marco_train.errors import RolloutMismatchError
 from marco_train.evaluation.languages import LanguageJudge
+from marco_train.inference.engine import require_one_engine
 from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.losses.distillation import build_reverse_kl
 from marco_train.metrics import Metrics, check_names
@@ -25,7 +29,7 @@ from marco_train.rollout.base import InLanguage, Sampler
 from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.loops import without_loops
 from marco_train.rollout.stream import RolloutStream
-from marco_train.rollout.sync import canaries, sync_weights
+from marco_train.rollout.sync import Canary, canary_sequences, sync_weights
 from marco_train.run import Run
 from marco_train.stages.checks import Checks
 from marco_train.teachers.cascade import Cascade, check_teacher, teachers_of
@@ -130,6 +134,7 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
     student = checks.make("student's files", student_architecture, cfg)
     checks.make("student's vocabulary", check_student_vocabulary, cfg.model)
     sampler_fits = checks.make("sampler", check_sampler, opd, student, cfg.model.dtype)
+    checks.make("engines of vLLM", require_one_engine, engine_owners(opd), device())
     tokenizer = checks.make("tokenizer and template", load_tokenizer, cfg.model)
     quarantine = Path(cfg.output_dir) / QUARANTINE if checks.writes_files else None
     loader = checks.make("data", PromptLoader, cfg.data, opd, tokenizer, cfg.seed, quarantine)
@@ -160,6 +165,13 @@ def language_judge(
         InputError: It is not installed.
     """
     return LanguageJudge(tokenizer, loader.languages()) if opd.identify_languages else None
+
+
+def engine_owners(opd: OPDConfig) -> list[str]:
+    """Who wants an engine of vLLM in the trainer's process, by what messages call them."""
+    sampler = ["stage.rollout"] if opd.rollout.backend is SamplerBackend.vllm else []
+    teachers = teachers_of(opd)
+    return sampler + [owner for owner, cfg in teachers if cfg.backend is TeacherBackend.vllm]
 
 
 def check_groups(cascade: Cascade, loader: PromptLoader) -> None:
@@ -194,8 +206,14 @@ def open_sampler(
 def sync(cfg: TrainConfig, policy: Student, sampler: Sampler, step: int) -> Metrics:
     """Hand the policy's weights to the sampler, proved by numbers; see `sync_weights`."""
     opd: OPDConfig = cfg.stage
-    probes = canaries(policy.model.architecture.vocab_size, longest_sequence(opd))
-    return sync_weights(policy, sampler, step, probes, opd.rollout.canary_tolerance)
+    architecture = policy.model.architecture
+    canary = Canary(
+        canary_sequences(architecture.vocab_size, longest_sequence(opd)),
+        cfg.model.dtype,
+        architecture.num_hidden_layers,
+        opd.rollout.canary_tolerance,
+    )
+    return sync_weights(policy, sampler, step, canary)
 
 
 def end_converged_phases(

@@ -8,15 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from marco_train.config.model import DType
 from marco_train.config.opd import Objective, TopKSource
+from marco_train.config.teacher import TeacherConfig
 from marco_train.losses.logprobs import gather_logprobs, token_logprobs, topk_logprobs
+from marco_train.models.agreement import Spread, same_answer
+from marco_train.models.hf_io import decoder_config
 from marco_train.teachers.identity import Identity
 from marco_train.types import HiddenScores, Rollout, ScoredRollout, TokenScores, TopKScores
 
-# Nats by which two answers to one question may differ: the rest of a batch changes the order of
-# sums. In bfloat16 a difference of 0.009 was seen on a CPU.
-SAME_ANSWER = {DType.float32: 1e-3, DType.bfloat16: 0.1}
+
+def answer_bound(cfg: TeacherConfig) -> Spread:
+    """Bound on two answers of a teacher to one question: the rest of a batch changes them."""
+    return same_answer(cfg.dtype, int(decoder_config(cfg.path).get("num_hidden_layers", 0)))
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.metrics import Metrics
 from marco_train.models.chat_template import check_template_kwargs
 from marco_train.models.hf_io import check_teacher_positions, stop_token_ids
-from marco_train.teachers.base import SAME_ANSWER, ScoreSpec, Submitted, Teacher
+from marco_train.teachers.base import ScoreSpec, Submitted, Teacher, answer_bound
 from marco_train.teachers.build import build_teacher
 from marco_train.teachers.cache import ScoreCache
 from marco_train.teachers.identity import Identity
@@ -278,9 +278,9 @@ class Cascade:
         changed = field_difference(known, teacher.identity)
         known_logprobs = self._probe_logprobs.setdefault(phase.name, probed)
         for key, cfg in _teachers(phase.cfg).items():
-            if not same_answers(known_logprobs.get(key, []), probed[key], cfg.dtype):
-                bound = SAME_ANSWER[cfg.dtype]
-                changed.append(f"{key}: says of plain sentences what is over {bound} nats away")
+            bound = answer_bound(cfg)
+            if not same_answers(known_logprobs.get(key, []), probed[key], bound):
+                changed.append(f"{key}: says of plain sentences what is further away than {bound}")
         changed = next(filter(None, gather_objects(changed)), [])  # all ranks go on, or none
         if changed:
             self._take_another(phase.name, changed)
@@ -313,12 +313,13 @@ class Cascade:
         unless_fit.callback(teacher.close)
         probes = probe_rollouts(self._student_tokenizer, self._spec)
         name = f"teacher {phase!r} ({cfg.path})"
-        probe_logprobs = check_scores(teacher, probes, self._spec.vocab_size, cfg.dtype, name)
+        bound = answer_bound(cfg)
+        probe_logprobs = check_scores(teacher, probes, self._spec.vocab_size, bound, name)
         compare_with_student(teacher, answers, self._spec.vocab_size, name)
         teacher.take_counts()  # of the checks
         if self._cfg.score_cache.path is None:
             return teacher, probe_logprobs
-        same = partial(same_answers, probe_logprobs, dtype=cfg.dtype)
+        same = partial(same_answers, probe_logprobs, bound=bound)
         cached = ScoreCache(teacher, self._spec, self._cfg.score_cache, probe_logprobs, same)
         return cached, probe_logprobs
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from marco_train.config.architecture import read_architecture, read_config, read_json
-from marco_train.config.model import DType
 from marco_train.config.teacher import TeacherBackend, TeacherConfig
 from marco_train.distributed import is_main, reduce_sums
 from marco_train.errors import InputError, require
 from marco_train.losses.logprobs import token_logprobs
+from marco_train.models.agreement import Spread, spread_of
 from marco_train.models.chat_template import Encoder, render_turns
 from marco_train.models.hf_io import (
     check_checkpoint,
@@ -28,7 +28,7 @@ from marco_train.models.hf_io import (
     stored_weights,
 )
 from marco_train.models.tokenizer_files import load_fast_tokenizer
-from marco_train.teachers.base import SAME_ANSWER, ScoreSpec, Teacher
+from marco_train.teachers.base import ScoreSpec, Teacher
 from marco_train.teachers.vocab import check_vocabulary
 from marco_train.tracking import log_line
 from marco_train.types import (
@@ -304,9 +304,16 @@ def probe_rollouts(tokenizer_dir: str, spec: ScoreSpec) -> list[Rollout]:
 
 
 def check_scores(
-    teacher: Teacher, rollouts: Sequence[Rollout], vocab_size: int, dtype: DType, name: str
+    teacher: Teacher, rollouts: Sequence[Rollout], vocab_size: int, bound: Spread, name: str
 ) -> list[float]:
     """Refuse a teacher whose numbers cannot be trusted; every rank takes part.
+
+    Args:
+        teacher: Just opened.
+        rollouts: Probe sentences, as `probe_rollouts` makes them.
+        vocab_size: V.
+        bound: How far two answers to one question may be apart.
+        name: What the message calls the teacher.
 
     Returns:
         What it said: one number for each token of the responses, in nats.
@@ -321,7 +328,7 @@ def check_scores(
     )
     logprobs = []
     probe_logprobs: list[float] = []
-    for rollout, scored, other in zip(rollouts, once, again, strict=True):
+    for rollout, scored in zip(rollouts, once, strict=True):
         expected = len(rollout.response_ids)
         echoed = scored.rollout.input_ids == rollout.input_ids
         require(echoed, f"{name} scored other tokens than it was sent")
@@ -337,22 +344,22 @@ def check_scores(
             )
         logprobs.append(_token_logprobs(teacher, scored))
         probe_logprobs += logprobs[-1].view(expected, -1).mean(1).tolist()
-        difference = float((logprobs[-1] - _token_logprobs(teacher, other)).abs().max())
-        require(
-            difference <= SAME_ANSWER[dtype],
-            f"{name} answered one question twice with log-probabilities that differ by "
-            f"{difference:.3g} nats (bound {SAME_ANSWER[dtype]}): scores depend on what else it "
-            "computes; switch that off",
-        )
+    repeated = [_token_logprobs(teacher, scored) for scored in again]
+    apart = spread_of(torch.cat(logprobs), torch.cat(repeated))
+    require(
+        apart.within(bound),
+        f"{name} answered one question twice with log-probabilities that differ by {apart} "
+        f"(bound: {bound}): scores depend on what else it computes; switch that off",
+    )
     _check_opinion(torch.cat(logprobs), vocab_size, name)
     return probe_logprobs
 
 
-def same_answers(known: Sequence[float], found: Sequence[float], dtype: DType) -> bool:
+def same_answers(known: Sequence[float], found: Sequence[float], bound: Spread) -> bool:
     """Whether two openings of a teacher said the same of the probe sentences."""
-    if len(known) != len(found):
-        return False
-    return all(abs(a - b) <= SAME_ANSWER[dtype] for a, b in zip(known, found, strict=True))
+    if len(known) != len(found) or not known:
+        return len(known) == len(found)
+    return spread_of(torch.tensor(known), torch.tensor(found)).within(bound)
 
 
 def compare_with_student(

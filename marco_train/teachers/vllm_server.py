@@ -22,16 +22,23 @@ from torch import Tensor
 from marco_train.config.opd import Objective, TopKSource
 from marco_train.config.teacher import VLLMServerTeacherConfig
 from marco_train.distributed import is_main, reduce_sums
-from marco_train.errors import InputError, RejectedError, UnusableAnswerError, require
+from marco_train.errors import (
+    InputError,
+    RejectedError,
+    UntrustedServerError,
+    UnusableAnswerError,
+    require,
+)
 from marco_train.inference import protocol
 from marco_train.inference.engine import neutral_sampling
 from marco_train.inference.pool import SaveEarly, Server, ServerPool
+from marco_train.models.agreement import spread_of
 from marco_train.models.probe import probe_ids
 from marco_train.teachers.base import (
-    SAME_ANSWER,
     ScoreSpec,
     Submitted,
     Teacher,
+    answer_bound,
     ids_for_teacher,
     overlap_with,
     swap_ids,
@@ -69,12 +76,15 @@ class ServerTeacher(Teacher):
         self._model: str | None = None  # the name under which all servers serve it
         self._probe_scores: Tensor | None = None  # what the first server said of the probe
         self._scores_given: dict[str, bool] = {}  # by server; whether it scores given token ids
+        self._answer_bound = answer_bound(cfg)
+        self._is_open = False
         self._pool = ServerPool(cfg.servers, "teacher", self._health_check, save_early)
         try:
             self._pool.check(self._pool.servers)
         except BaseException:
             self._pool.close()
             raise
+        self._is_open = True
         self.identity = files_identity(cfg, self._model)
 
     def score(self, rollouts: Sequence[Rollout]) -> list[ScoredRollout]:
@@ -132,7 +142,9 @@ class ServerTeacher(Teacher):
         """Check a server before its first answer, and when it was away.
 
         Raises:
-            InputError: It serves another model than the others or than before.
+            InputError: It serves another model than the others or than before; or, while the
+                teacher is opened, it says of the probe what others do not.
+            UntrustedServerError: It does so later, as one that came back while it still loads.
         """
         listed = await self._pool.ask(server, "/v1/models")
         served = protocol.served_model(server.url, listed, self._spec.max_length + 1)
@@ -147,13 +159,13 @@ class ServerTeacher(Teacher):
         found = await self._score_tokens(server, probe, 1)
         if self._probe_scores is None:
             self._probe_scores = found
-        difference = float((found - self._probe_scores).abs().max())
-        bound = SAME_ANSWER[self._cfg.dtype]
-        require(
-            difference <= bound,
-            f"{server.url} scores a probe {difference:.3g} nats away from what the teacher said at "
-            f"first (bound {bound}): its weights are others, or broken",
-        )
+        apart = spread_of(found, self._probe_scores)
+        if not apart.within(self._answer_bound):
+            said = (
+                f"{server.url} scores a probe {apart} away from what the teacher said at first "
+                f"(bound: {self._answer_bound}): its weights are others, or broken"
+            )
+            raise UntrustedServerError(said) if self._is_open else InputError(said)
 
     async def _see_whether_it_scores_given(self, server: Server, probe: list[int]) -> None:
         """Find out by asking; likeliest tokens of the student cannot be scored otherwise."""

@@ -63,7 +63,7 @@ from marco_train.config.resumption import plain_config
 from marco_train.data.packing import pack_rollouts
 from marco_train.inference.engine import with_tied_head
 from marco_train.losses.distillation import build_reverse_kl
-from marco_train.models.weights import accounted, meta_model, weight_shapes
+from marco_train.models.weights import accounted, joined_shapes, meta_model
 from marco_train.teachers.base import ScoreSpec, scores_from_hidden
 from marco_train.types import FinishReason, PolicyOutput, Prompt, Rollout, ScoredRollout
 
@@ -236,11 +236,11 @@ def bench_sampler(bench: Bench) -> None:
 
 def accounting() -> str:
     """How long samplers take to check a stream of Mini's weights, without their bytes."""
-    shapes = weight_shapes(meta_model(MINI))
+    shapes = joined_shapes(meta_model(MINI))
     stream = [(name, torch.empty(shape, device="meta")) for name, shape in shapes.items()]
     start = time.perf_counter()
     count = sum(1 for _ in with_tied_head(accounted(stream, shapes), shapes))
-    return f"{count} weights in {time.perf_counter() - start:.3f} s"
+    return f"{count} tensors in {time.perf_counter() - start:.3f} s"
 
 
 def bench_trl(bench: Bench) -> None:

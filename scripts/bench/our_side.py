@@ -30,7 +30,7 @@ from marco_train.losses.distillation import bucketed_kl
 from marco_train.models import save_model
 from marco_train.models.weights import random_model
 from marco_train.rollout.base import in_order
-from marco_train.rollout.sync import canaries
+from marco_train.rollout.sync import canary_sequences
 from marco_train.stages.opd import open_opd, run_opd, sync
 from marco_train.train import CONFIG_DIR
 
@@ -214,7 +214,7 @@ def sync_bound(overrides: list[str]) -> dict[str, float]:
         with open_opd(cfg) as (policy, _, sampler, *_):
             sync(cfg, policy, sampler, 0)
             vocab_size = policy.model.architecture.vocab_size
-            probes = canaries(vocab_size, longest_sequence(cfg.stage))
+            probes = canary_sequences(vocab_size, longest_sequence(cfg.stage))
 
             def copy() -> object:
                 return [weight.clone() for _, weight in policy.named_weights()]

@@ -18,10 +18,13 @@ from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions
 from marco_train.errors import InputError
 from marco_train.evaluation.answers import checked_questions
 from marco_train.evaluation.verifiers import check_verifier
+from marco_train.inference.engine import require_one_engine
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
+from marco_train.stages import evaluate, opd
 from marco_train.stages.checks import Checks
-from marco_train.stages.opd import prepare_opd, run_opd
+from marco_train.stages.evaluate import prepare_evaluate
+from marco_train.stages.opd import engine_owners, prepare_opd, run_opd
 from marco_train.teachers.vocab import check_student_vocabulary
 from tests.helpers.checkpoints import leave_checkpoint
 from tests.helpers.configs import compose_config
@@ -192,6 +195,59 @@ def test_a_line_that_is_not_json_is_named(world: World, tmp_path: Path) -> None:
     tokenizer = load_tokenizer(cfg.model)
     with pytest.raises(InputError, match=r"broken.jsonl, line 1: not JSON"):
         SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
+
+
+ENGINES = [
+    (["rollout@stage.rollout=vllm"], ["stage.rollout"]),
+    (
+        ["rollout@stage.rollout=vllm", "teacher@stage.cascade.second.teacher=vllm"],
+        ["stage.rollout", "teacher 'second'"],
+    ),
+    (
+        [f"teacher@stage.cascade.{phase}.teacher=vllm" for phase in ("first", "second")],
+        ["teacher 'first'", "teacher 'second'"],
+    ),
+    (["teacher@stage.cascade.second.teacher=vllm_server"], []),
+]
+
+
+@pytest.mark.parametrize(("kinds", "owners"), ENGINES)
+def test_a_process_has_one_engine_of_vllm_on_a_gpu_and_any_number_on_a_cpu(
+    kinds: list[str], owners: list[str]
+) -> None:
+    given = [f"stage.cascade.{phase}.teacher.path=somewhere" for phase in ("first", "second")]
+    servers = "stage.cascade.second.teacher.servers.urls=[http://a:1]"
+    given += [servers] if not owners else []
+    found = engine_owners(compose_config("quickstart_opd", *kinds, *given).stage)
+    assert found == owners
+    require_one_engine(found, torch.device("cpu"))
+    if len(owners) < 2:
+        require_one_engine(found, torch.device("cuda", 3))
+        return
+    with pytest.raises(InputError, match=f"^{', '.join(owners)} want 2 engines of vLLM in each"):
+        require_one_engine(found, torch.device("cuda", 3))
+
+
+def test_a_second_engine_on_a_gpu_is_refused_before_anything_is_loaded(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm = [f"teacher@stage.cascade.{phase}.teacher=vllm" for phase in ("first", "second")]
+    paths = [f"stage.cascade.{phase}.teacher.path=nobody" for phase in ("first", "second")]
+    cfg = compose_config("quickstart_opd", f"root={world.root}", *vllm, *paths)
+    monkeypatch.setattr(opd, "device", lambda: torch.device("cuda", 0))
+    with pytest.raises(InputError, match="'first', teacher 'second' want 2 engines of vLLM"):
+        prepare_opd(cfg, Checks())
+    monkeypatch.setattr(opd, "device", lambda: torch.device("cpu"))
+    with pytest.raises(InputError, match=r"teacher 'first': there is no model at"):
+        prepare_opd(cfg, Checks())
+
+
+def test_an_evaluation_has_one_engine_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    vllm = [f"teacher@stage.teachers.{name}=vllm" for name in ("first", "second")]
+    cfg = compose_config("quickstart_evaluate", "root=nowhere", *vllm)
+    monkeypatch.setattr(evaluate, "device", lambda: torch.device("cuda", 0))
+    with pytest.raises(InputError, match=r"^stage\.teachers\.first, stage\.teachers\.second want"):
+        prepare_evaluate(cfg, Checks())
 
 
 def test_a_teacher_that_is_missing_is_named(world: World) -> None:

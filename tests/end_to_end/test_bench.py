@@ -104,3 +104,13 @@ def test_scores_cross_http_as_arrays_and_as_json(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     array, as_json = json.loads(file.read_text())["parts"]["scores"]
     assert array["bytes a token"] < as_json["bytes a token"]
+
+
+def test_a_sync_of_as_many_weights_as_mini_has_is_timed_beside_its_copies() -> None:
+    done = bench("--repeats", "1", script="sync.py")
+    assert done.returncode == 0, done.stderr
+    first, *times = done.stdout.splitlines()
+    assert first == "21758 weights in 310 tensors; microseconds a weight"
+    assert [line.partition(":")[0] for line in times] == [
+        *("sync", "of it copies", "of it checksums of one side"),
+    ]

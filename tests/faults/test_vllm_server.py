@@ -19,6 +19,7 @@ from marco_train.config.servers import TeacherServersConfig
 from marco_train.config.teacher import TeacherBackend
 from marco_train.errors import InputError, ServersUnavailable
 from marco_train.inference.pool import nothing_to_save
+from marco_train.models.agreement import same_answer
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
 from marco_train.teachers.preflight import check_scores, probe_rollouts
@@ -32,6 +33,7 @@ from tests.helpers.world import World
 pytestmark = pytest.mark.vllm
 
 SERVE = REPOSITORY / "recipes" / "serve_teacher.sh"
+FLOAT32 = same_answer(DType.float32, num_layers=2)
 START_SECONDS = 240
 # What would change every score, if a request left a field to the server.
 ADVERSE = {"temperature": 0.3, "top_k": 1, "top_p": 0.1, "repetition_penalty": 3.0, "max_tokens": 9}
@@ -127,7 +129,7 @@ def test_the_scores_are_those_of_transformers(
             vars(found.scores).values(), vars(expected.scores).values(), strict=True
         ):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
-    check_scores(teacher, probe_rollouts(str(model), wanted), 320, DType.float32, "teacher")
+    check_scores(teacher, probe_rollouts(str(model), wanted), 320, FLOAT32, "teacher")
     counts = teacher.take_counts()
     assert counts.pop("milliseconds") > 0 and not counts
     teacher.close()

@@ -12,10 +12,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from marco_train.inference.layout import KEPT_ON_CPU
+from marco_train.models.checksums import checksums_of
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.routing import Routing
 from marco_train.models.safetensors_io import read, read_header
-from marco_train.models.weights import random_model, receive_weights
+from marco_train.models.weights import named_weights, random_model, receive_weights
 from tests.helpers.fake_server import FakeServer, stop_all
 from tests.helpers.models import architecture
 
@@ -63,6 +65,7 @@ class FakeSampler(FakeServer):
         self.names_experts = False
         self.load_seconds = 0.0
         self.num_busy = 0  # times that its prefix cache cannot be reset
+        self.keeps = KEPT_ON_CPU  # how the weights end of which it gives checksums
         self.deaf = False  # says that it loads, and does not
         self.begin_anew()
         super().__init__()
@@ -84,6 +87,11 @@ class FakeSampler(FakeServer):
     def respond(self, path: str, body: dict[str, Any], fault: str) -> tuple[int, Any]:
         """Status and content of an answer."""
         match path:
+            case "/collective_rpc" if body["method"] == "checksums":
+                kept = (w for w in named_weights(self._shown) if w[0].endswith(self.keeps))
+                return 200, {
+                    "results": [{"version": self.loads[-1], "weights": checksums_of(kept)}]
+                }
             case "/collective_rpc":
                 assert body["method"] == "load_checkpoint"
                 return self._load(**body["kwargs"])

@@ -12,14 +12,15 @@ from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.weights import named_weights, random_model
 from marco_train.rollout.base import Sampler
 from marco_train.rollout.build import build_sampler
-from marco_train.rollout.sync import canaries, sync_weights
+from marco_train.rollout.sync import Canary, canary_sequences, sync_weights
 from marco_train.types import Prompt
 from tests.helpers.configs import compose_config
 from tests.helpers.models import VOCAB_SIZE, WIDE, architecture
 
 STOP_IDS = [2, 0, *range(100, 140)]
 MAX_PROMPT_LENGTH = 150
-PROBES = canaries(VOCAB_SIZE, MAX_PROMPT_LENGTH)
+PROBES = canary_sequences(VOCAB_SIZE, MAX_PROMPT_LENGTH)
+CANARY = Canary(PROBES, DType.float32, num_layers=2)
 SHAPE = architecture(**WIDE)
 
 
@@ -79,7 +80,7 @@ def prompts(count: int = 6) -> list[Prompt]:
 
 def sync(policy: Fixed, sampler: Sampler, version: int = 1) -> None:
     """Hand the weights over, and prove them."""
-    sync_weights(policy, sampler, version, PROBES, tolerance=1e-4)
+    sync_weights(policy, sampler, version, CANARY)
 
 
 Stream = Iterator[tuple[str, Tensor]]
@@ -94,12 +95,14 @@ def with_one_twice(stream: Stream) -> Stream:
     """One name comes twice."""
     for item in stream:
         yield item
-        if item[0].endswith("experts.3.up_proj.weight"):
+        if item[0].endswith("layers.1.mlp.experts.gate_up_proj"):
             yield item
 
 
 def transposed(stream: Stream) -> Stream:
     """Same names and shapes, and other numbers in one expert."""
     for name, weight in stream:
-        square = name.endswith("layers.1.mlp.experts.5.down_proj.weight")
-        yield name, weight.T.contiguous() if square else weight
+        sent = weight.clone()
+        if name.endswith("layers.1.mlp.experts.down_proj"):
+            sent[5] = weight[5].T
+        yield name, sent

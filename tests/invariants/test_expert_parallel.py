@@ -7,8 +7,10 @@ import torch
 import torch.distributed as dist
 
 from marco_train.config.parallel import Dispatch
+from marco_train.distributed import expert_parallel_group
 from marco_train.errors import InputError
 from marco_train.models import Qwen3Moe, hf_io, load_model, save_model
+from marco_train.models.checksums import checksums_of
 from marco_train.models.dispatch import dispatch
 from marco_train.models.routing import Routing
 from marco_train.models.weights import named_weights, random_model
@@ -150,3 +152,14 @@ def test_experts_that_cannot_be_shared_evenly_are_refused() -> None:
         assert said == (
             "parallel.expert_parallel_size 2 does not divide the 7 experts; sizes that do: [1, 7]"
         )
+
+
+def streamed_from_shares() -> dict[str, int]:
+    """Checksums of a model whose experts two ranks share, in the dtype that large runs have."""
+    model = random_model(architecture(), torch.bfloat16, 3, expert_parallel_group(2))
+    return checksums_of(named_weights(model))
+
+
+def test_experts_that_ranks_share_arrive_whole_and_in_order() -> None:
+    whole = checksums_of(named_weights(random_model(architecture(), torch.bfloat16, 3)))
+    assert run_on_ranks(2, streamed_from_shares) == [whole, whole]

@@ -1,9 +1,11 @@
 """vLLM as the sampler: the policy's distribution, proved after every sync."""
 
 import functools
+import math
 import re
 from collections import Counter
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,12 +16,16 @@ from torch import Tensor
 from marco_train.errors import WeightSyncError
 from marco_train.inference import engine as vllm_engine
 from marco_train.inference.engine import VLLMEngine
+from marco_train.models.weights import meta_model, weight_shapes
 from marco_train.rollout import vllm
 from marco_train.rollout.base import Sampler, in_order
+from marco_train.rollout.sync import sync_weights
 from marco_train.types import FinishReason, Rollout
 from tests.helpers.ranks import Rank, run_on_ranks
 from tests.helpers.samplers import (
+    CANARY,
     PROBES,
+    SHAPE,
     STOP_IDS,
     Stream,
     prompts,
@@ -124,7 +130,7 @@ def skipped(stream: Stream) -> Stream:
 
 INCOMPLETE: dict[Callable[[Stream], Stream], str] = {
     without_one: "1 weights are missing: .*k_proj",
-    with_one_twice: "experts.3.up_proj.weight came twice",
+    with_one_twice: "experts.gate_up_proj came twice",
     cut: r"gate.weight is \[7, 32\], not \[8, 32\]",
     renamed: "q_normal.* is not of this model",
 }
@@ -182,6 +188,51 @@ def sync_with_old_experts() -> str:
 def test_the_canary_sees_experts_that_vllm_keeps_of_old_weights(rank: Rank) -> None:
     said = rank.call(sync_with_old_experts)
     assert said.startswith("step 2: the canary's log-probabilities differ by")
+
+
+def start_beside_a_trainer(num_free: float) -> int:
+    """What vLLM asks for of a GPU of 85 GB; its own check, which refuses a GPU that has less."""
+    from vllm.v1.worker.utils import request_memory
+
+    engine = shared()._engine  # type: ignore[attr-defined]
+    cache = engine._llm.llm_engine.vllm_config.cache_config
+    gpu = SimpleNamespace(total_memory=85e9, free_memory=num_free, device_="cuda:0")
+    return int(request_memory(gpu, cache))
+
+
+def test_an_engine_starts_on_a_gpu_that_a_trainer_fills(rank: Rank) -> None:
+    assert rank.call(start_beside_a_trainer, 10e9) <= 1e9
+
+
+def sync_with_a_norm_off() -> tuple[float, str]:
+    """The share that a sync proves, and what one says after which vLLM holds another norm."""
+    sampler = shared()
+    found = sync_weights(spread(1), sampler, 1, CANARY)
+    replace = vllm_engine.replace_weights
+
+    def off(model: Any, *given: Any, **named: Any) -> None:
+        replace(model, *given, **named)
+        model.model.layers[1].self_attn.k_norm.weight.data[3] += 1e-6
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(vllm_engine, "replace_weights", off)
+        with pytest.raises(WeightSyncError) as caught:
+            sync(spread(2), sampler, version=2)
+    return found["rollout/sync_proved"], str(caught.value)
+
+
+def test_a_norm_in_vllm_that_is_hardly_off_is_named_and_embeddings_and_norms_are_proved(
+    rank: Rank,
+) -> None:
+    proved, said = rank.call(sync_with_a_norm_off)
+    shapes = weight_shapes(meta_model(SHAPE))
+    kept = [n for n in shapes if n.endswith("norm.weight") or "embed_tokens" in n]
+    sizes = {n: math.prod(shape) for n, shape in shapes.items()}
+    assert proved == sum(sizes[n] for n in kept) / sum(sizes.values())
+    assert said == (
+        f"step 2: 1 of {len(shapes)} weights of the sampler are not the policy's: "
+        "model.layers.1.self_attn.k_norm.weight"
+    )
 
 
 class CachingEngine(VLLMEngine):

@@ -20,6 +20,7 @@ from marco_train.config.opd import Objective, TopKSource
 from marco_train.config.teacher import TeacherBackend
 from marco_train.errors import InputError
 from marco_train.inference.engine import VLLMEngine
+from marco_train.models.agreement import same_answer
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
 from marco_train.teachers.build import build_teacher
@@ -33,6 +34,7 @@ from tests.helpers.world import World
 
 pytestmark = pytest.mark.vllm
 
+FLOAT32 = same_answer(DType.float32, num_layers=2)
 KINDS = [
     (Objective.sampled, 0, TopKSource.sampler),
     (Objective.topk, 5, TopKSource.sampler),
@@ -60,7 +62,7 @@ def scores_of(backend: TeacherBackend, path: str, stop_id: int | None) -> list[l
         teacher = build_teacher(teacher_config(path, backend, stop_id=stop_id), wanted)
         scored = teacher.score([*rollouts(), ended()])
         found += [[v.float() for v in vars(s.scores).values()] for s in scored]
-        check_scores(teacher, probe_rollouts(path, wanted), 320, DType.float32, "teacher")
+        check_scores(teacher, probe_rollouts(path, wanted), 320, FLOAT32, "teacher")
         teacher.close()
     return found
 

@@ -14,7 +14,7 @@ from marco_train.errors import InputError
 from marco_train.models import hf_io, load_model, save_model
 from marco_train.models.hf_io import check_architecture, stop_token_ids
 from marco_train.models.safetensors_io import StoredTensor, read_into
-from marco_train.models.weights import named_weights, random_model
+from marco_train.models.weights import local_weights, named_weights, random_model
 from tests.helpers.models import DENSE, architecture
 from tests.helpers.world import World
 
@@ -178,7 +178,7 @@ def test_a_shard_that_was_cut_short_is_refused(kept: int, saved: Path) -> None:
 def test_the_files_hold_the_format_that_safetensors_reads(saved: Path) -> None:
     model = random_model(architecture(), torch.float32, seed=0)
     read = load_file(saved / "model.safetensors")
-    wanted = dict(named_weights(model))
+    wanted = dict(local_weights(model))
     assert read.keys() == wanted.keys()
     assert all(torch.equal(read[name], weight) for name, weight in wanted.items())
 

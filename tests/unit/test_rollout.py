@@ -23,7 +23,7 @@ from marco_train.models.weights import empty_model, named_weights, random_model
 from marco_train.rollout import vllm as rollout_vllm
 from marco_train.rollout.base import SamplerSpec, in_order, response_seed, summarize
 from marco_train.rollout.native import NativeSampler, draw_tokens
-from marco_train.rollout.sync import canaries, sync_weights
+from marco_train.rollout.sync import Canary, canary_sequences, sync_weights
 from marco_train.rollout.vllm import VLLMSampler, check_experts, share_for_keys
 from marco_train.types import FinishReason, Prompt, Rollout
 from tests.helpers.models import architecture, sparse_mlps
@@ -31,7 +31,8 @@ from tests.helpers.models import architecture, sparse_mlps
 STOP_IDS = [2, 0]
 LIMIT = 12
 TOP_K = 3
-PROBES = canaries(16, 200)
+PROBES = canary_sequences(16, 200)
+CANARY = Canary(PROBES, DType.float32, num_layers=2)
 
 
 def config(batch_size: int = 64, replay_routing: bool = False) -> NativeRolloutConfig:
@@ -283,7 +284,8 @@ def fresh_sampler() -> NativeSampler:
 
 def test_a_sync_makes_the_sampler_the_policy() -> None:
     policy, target = FakePolicy(spread_model(seed=4)), fresh_sampler()
-    sync_weights(policy, target, version=5, probes=PROBES, tolerance=1e-4)
+    metrics = sync_weights(policy, target, 5, CANARY)
+    assert metrics["rollout/sync_proved"] == 1
     found = in_order(target.sample(prompts(), 1))
     assert [r.response_ids for r in found] == [
         r.response_ids for r in in_order(sampler(policy.model).sample(prompts(), 1))
@@ -300,13 +302,13 @@ class LossyPolicy(FakePolicy):
     """Streams all but one weight."""
 
     def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return (pair for pair in super().named_weights() if "experts.3.up_proj" not in pair[0])
+        return (pair for pair in super().named_weights() if "gate_up_proj" not in pair[0])
 
 
 def test_a_weight_that_is_missing_stops_the_sync() -> None:
     target = fresh_sampler()
-    with pytest.raises(ValueError, match=r"2 weights are missing: .*experts\.3\.up_proj"):
-        sync_weights(LossyPolicy(spread_model()), target, 0, PROBES, 1e-4)
+    with pytest.raises(ValueError, match=r"2 weights are missing: .*experts\.gate_up_proj"):
+        sync_weights(LossyPolicy(spread_model()), target, 0, CANARY)
     with pytest.raises(RuntimeError, match="no complete weights"):
         target.sample(prompts(), 1)
 
@@ -325,7 +327,7 @@ class DeafSampler(NativeSampler):
 def test_a_weight_that_did_not_arrive_is_named() -> None:
     deaf = DeafSampler(config(), spread_model(seed=1), STOP_IDS, LIMIT, TOP_K, seed=7)
     with pytest.raises(WeightSyncError, match=r"8 of \d+ weights .*layers.1.mlp.experts.0.down"):
-        sync_weights(FakePolicy(spread_model(seed=2)), deaf, 0, PROBES, 1e-4)
+        sync_weights(FakePolicy(spread_model(seed=2)), deaf, 0, CANARY)
 
 
 class Miscalculating(NativeSampler):
@@ -338,7 +340,7 @@ class Miscalculating(NativeSampler):
 def test_a_sampler_that_computes_something_else_is_caught_by_the_canary() -> None:
     wrong = Miscalculating(config(), spread_model(seed=1), STOP_IDS, LIMIT, TOP_K, seed=7)
     with pytest.raises(WeightSyncError, match=r"canary's log-probabilities differ by 0.01"):
-        sync_weights(FakePolicy(spread_model(seed=2)), wrong, 0, PROBES, 1e-4)
+        sync_weights(FakePolicy(spread_model(seed=2)), wrong, 0, CANARY)
 
 
 def test_the_checksum_sees_bits_and_places() -> None:

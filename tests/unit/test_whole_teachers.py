@@ -404,5 +404,5 @@ def test_a_teacher_that_answers_otherwise_does_not_resume(
         # What is kept does not drift.
         assert later.state_at(1)["probe_logprobs"] == state["probe_logprobs"]
         return
-    with pytest.raises(InputError, match=r"\(teacher: says of plain sentences .* over 0.001 nats"):
+    with pytest.raises(InputError, match=r"\(teacher: says of plain sentences .* than 0.001 nats"):
         later.teacher_at(1, [])
