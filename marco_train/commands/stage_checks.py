@@ -9,13 +9,12 @@ from marco_train.commands.examination import Examination, any_absent
 from marco_train.config import TrainConfig
 from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.opd import OPDConfig
-from marco_train.data.chat import Tokenizer
 from marco_train.data.loader import PromptLoader, Question, SFTLoader
 from marco_train.data.packing import pack_rollouts
 from marco_train.distributed import is_main, rank
 from marco_train.engine.student import Student, load_student
 from marco_train.errors import InputError, WeightSyncError, require
-from marco_train.evaluation.answers import accuracy_of, sample_answers
+from marco_train.evaluation.answers import AnswerSampler, accuracy_of
 from marco_train.evaluation.measured import Measured
 from marco_train.evaluation.reverse_kl import mean_reverse_kl
 from marco_train.losses.cross_entropy import cross_entropy
@@ -70,9 +69,11 @@ def check_evaluate(cfg: TrainConfig, checks: Examination) -> None:
     prepared = prepare_evaluate(cfg, checks)
     teachers = open_teachers(cfg, prepared, checks)
     opened = [teacher for teacher in teachers.values() if not any_absent(teacher)]
-    asked = prepared.tokenizer, prepared.questions
+    sampler = AnswerSampler(cfg, prepared.tokenizer)
     for measured in prepared.measured:
-        checks.make(f"{measured.name}'s first answers", measure, cfg, measured, opened, *asked)
+        asked = measured, opened, sampler, prepared.questions
+        checks.make(f"{measured.name}'s first answers", measure, cfg, *asked)
+    sampler.close()
     for teacher in opened:
         teacher.close()
 
@@ -143,12 +144,19 @@ def measure(
     cfg: TrainConfig,
     measured: Measured,
     teachers: Sequence[Teacher],
-    tokenizer: Tokenizer,
+    sampler: AnswerSampler,
     questions: Sequence[Question],
 ) -> None:
-    """Measure a model on the first question of each rank, by the teachers that could be opened."""
+    """Measure a model on the first question of each rank, by the teachers that could be opened.
+
+    Raises:
+        InputError: The weights did not arrive in the sampler.
+    """
     model = measured.load(cfg)
-    answers = sample_answers(cfg, model, questions[rank() : rank() + 1], tokenizer)
+    try:
+        answers = sampler.answers(model, questions[rank() : rank() + 1])
+    except WeightSyncError as error:
+        raise InputError(str(error)) from error
     accuracy_of(answers)
     if measured.kind == "models":
         for teacher in teachers:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import II, MISSING
 
-from marco_train.config.rollout import TEMPERATURE, NativeRolloutConfig, RolloutConfig
+from marco_train.config.rollout import TEMPERATURE, RolloutConfig, SamplerBackend
 from marco_train.config.stage import StageConfig
 from marco_train.config.teacher import TeacherConfig
 from marco_train.errors import require, require_positive
@@ -49,9 +49,10 @@ class EvaluateConfig(StageConfig):
             "temperature 1.0 (Marco-MoE section 4.3): set it to 1.0",
         )
         require(
-            isinstance(self.rollout, NativeRolloutConfig),
-            f"stage.rollout.backend is {self.rollout.backend.value}, and an evaluation samples "
-            "from exported weights in its own process: choose rollout@stage.rollout=native",
+            self.rollout.backend is not SamplerBackend.vllm_server,
+            "stage.rollout.backend is vllm_server, and a server is of one shape, where an "
+            "evaluation measures models of several: choose rollout@stage.rollout=native or vllm, "
+            "which sample in its own process",
         )
         require(
             not self.rollout.replay_routing,
@@ -69,3 +70,8 @@ class EvaluateConfig(StageConfig):
             f"stage.num_kl_responses is {self.num_kl_responses}, and must lie between 1 and "
             f"stage.responses_per_prompt {self.responses_per_prompt}",
         )
+
+    @property
+    def num_sampler_topk(self) -> int:
+        """How many likeliest tokens the sampler has to name in each place: none are scored."""
+        return 0

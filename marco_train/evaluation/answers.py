@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from marco_train.config import TrainConfig
+from marco_train.config.architecture import ArchitectureConfig, read_architecture
 from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.rollout import NativeRolloutConfig
 from marco_train.data.chat import Tokenizer
@@ -12,11 +13,14 @@ from marco_train.data.loader import Question, held_out_questions
 from marco_train.distributed import is_main
 from marco_train.errors import InputError, require
 from marco_train.evaluation.accuracy import accuracy_by_category
+from marco_train.evaluation.measured import Measured
 from marco_train.evaluation.verifiers import check_verifier, verify
 from marco_train.models import Qwen3Moe
 from marco_train.models.hf_io import stop_token_ids
-from marco_train.rollout.base import in_order
+from marco_train.rollout.base import Sampler, in_order
+from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.native import NativeSampler
+from marco_train.rollout.sync import canary_of, sync_weights
 from marco_train.tracking import log_line
 from marco_train.types import Rollout
 
@@ -66,31 +70,84 @@ def checked_questions(cfg: TrainConfig, tokenizer: Tokenizer) -> list[Question]:
     return usable
 
 
-def sample_answers(
-    cfg: TrainConfig, model: Qwen3Moe, questions: Sequence[Question], tokenizer: Tokenizer
-) -> list[Answer]:
-    """Sample every response to this rank's questions, by question and sample."""
-    stage: EvaluateConfig = cfg.stage
-    assert isinstance(stage.rollout, NativeRolloutConfig)  # any other was refused
-    sampler = NativeSampler(
-        stage.rollout,
-        model,
-        stop_token_ids(cfg.model.tokenizer),
-        stage.max_response_length,
-        num_topk=0,
-        seed=cfg.seed,
-        weight_version=0,
-    )
-    rollouts = sampler.sample([q.prompt for q in questions], stage.responses_per_prompt)
-    by_index = {q.prompt.index: q for q in questions}
-    return [
-        Answer(
-            by_index[rollout.prompt.index],
-            rollout,
-            tokenizer.decode(rollout.response_ids, skip_special_tokens=True),
-        )
-        for rollout in in_order(rollouts)
-    ]
+def check_samplers(cfg: TrainConfig, measured: Sequence[Measured]) -> None:
+    """Refuse a sampler that cannot sample every model, before any is loaded.
+
+    Raises:
+        InputError: Says what to install or to change.
+    """
+    for each in measured:
+        check_sampler(cfg.stage, read_architecture(each.path), cfg.model.dtype)
+
+
+class AnswerSampler:
+    """Samples answers of one model after another; all ranks take part in every call.
+
+    Our own sampler takes a model as it is. An engine of vLLM is built for the first model and kept
+    for those of its shape that follow, which is cheaper than an engine a model; one of another
+    shape closes it, so that there is never more than one.
+    """
+
+    def __init__(self, cfg: TrainConfig, tokenizer: Tokenizer) -> None:
+        self._cfg = cfg
+        self._tokenizer = tokenizer
+        self._engine: Sampler | None = None
+        self._shape: ArchitectureConfig | None = None
+
+    def answers(self, model: Qwen3Moe, questions: Sequence[Question]) -> list[Answer]:
+        """Sample every response to this rank's questions, by question and sample.
+
+        The engine is left asleep: teachers in this process have its memory.
+
+        Raises:
+            WeightSyncError: The model's weights did not arrive in it.
+        """
+        stage: EvaluateConfig = self._cfg.stage
+        sampler = self._sampler_of(model)
+        prompts = [question.prompt for question in questions]
+        rollouts = in_order(sampler.sample(prompts, stage.responses_per_prompt))
+        sampler.sleep()
+        by_index = {question.prompt.index: question for question in questions}
+        return [
+            Answer(
+                by_index[rollout.prompt.index],
+                rollout,
+                self._tokenizer.decode(rollout.response_ids, skip_special_tokens=True),
+            )
+            for rollout in rollouts
+        ]
+
+    def close(self) -> None:
+        """Free the engine's memory."""
+        if self._engine is not None:
+            self._engine.close()
+        self._engine = None
+
+    def _sampler_of(self, model: Qwen3Moe) -> Sampler:
+        """The run's sampler, with the weights of a model."""
+        cfg, stage = self._cfg, self._cfg.stage
+        stop_ids = stop_token_ids(cfg.model.tokenizer)
+        if isinstance(stage.rollout, NativeRolloutConfig):
+            return NativeSampler(
+                stage.rollout,
+                model,
+                stop_ids,
+                stage.max_response_length,
+                stage.num_sampler_topk,
+                cfg.seed,
+                weight_version=0,
+            )
+        from marco_train.engine.student import Student  # imports DeepSpeed, for a second
+
+        shape = model.architecture
+        if self._engine is None or shape != self._shape:
+            self.close()
+            self._engine = build_sampler(stage, shape, cfg.model.dtype, stop_ids, cfg.seed)
+            self._shape = shape
+        self._engine.first_canary = None  # which was another model's
+        canary = canary_of(stage, shape, cfg.model.dtype)
+        sync_weights(Student(model, model), self._engine, 0, canary)
+        return self._engine
 
 
 def accuracy_of(answers: Sequence[Answer]) -> dict[str, float]:

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from marco_train.config.architecture import ArchitectureConfig
+from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.lengths import longest_sequence
 from marco_train.config.model import DType
 from marco_train.config.opd import OPDConfig
@@ -21,8 +22,11 @@ from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.models.weights import empty_model, torch_dtype
 from marco_train.rollout.base import Sampler, SamplerSpec
 
+SampledStage = OPDConfig | EvaluateConfig
+"""Of which a sampler makes the responses."""
 
-def check_sampler(stage: OPDConfig, student: ArchitectureConfig, dtype: DType) -> None:
+
+def check_sampler(stage: SampledStage, student: ArchitectureConfig, dtype: DType) -> None:
     """Refuse a sampler that cannot be built here, before anything is loaded.
 
     Raises:
@@ -42,7 +46,7 @@ def check_sampler(stage: OPDConfig, student: ArchitectureConfig, dtype: DType) -
 
 
 def build_sampler(
-    cfg: OPDConfig,
+    cfg: SampledStage,
     architecture: ArchitectureConfig,
     dtype: DType,
     stop_ids: Sequence[int],

@@ -28,7 +28,11 @@ from typing import Protocol
 
 from torch import Tensor
 
+from marco_train.config.architecture import ArchitectureConfig
+from marco_train.config.evaluate import EvaluateConfig
+from marco_train.config.lengths import longest_sequence
 from marco_train.config.model import DType
+from marco_train.config.opd import OPDConfig
 from marco_train.distributed import device
 from marco_train.errors import WeightSyncError
 from marco_train.metrics import Metrics
@@ -84,6 +88,18 @@ def canary_sequences(vocab_size: int, max_length: int) -> list[list[int]]:
     """Fixed sequences spread over the vocabulary, none longer than the run's."""
     ids = iter(probe_ids(sum(CANARY_LENGTHS), vocab_size))
     return [list(islice(ids, min(length, max_length))) for length in CANARY_LENGTHS]
+
+
+def canary_of(
+    stage: OPDConfig | EvaluateConfig, architecture: ArchitectureConfig, dtype: DType
+) -> Canary:
+    """Make the canary of a stage's sampler for a model of this shape."""
+    return Canary(
+        canary_sequences(architecture.vocab_size, longest_sequence(stage)),
+        dtype,
+        architecture.num_hidden_layers,
+        stage.rollout.canary_tolerance,
+    )
 
 
 def sync_weights(policy: SyncSource, sampler: Sampler, version: int, canary: Canary) -> Metrics:

@@ -8,11 +8,12 @@ from pathlib import Path
 from marco_train.config import TrainConfig
 from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.resumption import observed
+from marco_train.config.rollout import SamplerBackend
 from marco_train.config.teacher import TeacherBackend
 from marco_train.data.chat import Tokenizer, load_tokenizer
 from marco_train.data.loader import Question
 from marco_train.distributed import barrier, device, is_main, rank, world_size
-from marco_train.evaluation.answers import checked_questions, sample_answers
+from marco_train.evaluation.answers import AnswerSampler, check_samplers, checked_questions
 from marco_train.evaluation.measured import (
     Measured,
     check_measured,
@@ -34,11 +35,11 @@ def run_evaluate(cfg: TrainConfig) -> None:
     What is written stands in `Report`.
     """
     stage: EvaluateConfig = cfg.stage
-    with open_evaluate(cfg) as (prepared, teachers, report):
+    with open_evaluate(cfg) as (prepared, teachers, sampler, report):
         mine = prepared.questions[rank() :: world_size()]
         for measured in prepared.measured:
             model = measured.load(cfg)
-            answers = sample_answers(cfg, model, mine, prepared.tokenizer)
+            answers = sampler.answers(model, mine)
             report.add_answers(measured, answers)
             if measured.kind == "models":
                 rollouts = [answer.rollout for answer in answers]
@@ -56,7 +57,7 @@ def run_evaluate(cfg: TrainConfig) -> None:
 @contextmanager
 def open_evaluate(
     cfg: TrainConfig,
-) -> Iterator[tuple["Prepared", dict[str, Teacher], Report]]:
+) -> Iterator[tuple["Prepared", dict[str, Teacher], AnswerSampler, Report]]:
     """Open what an evaluation is made of; writes the report, unless the block was left by an error.
 
     Raises:
@@ -71,8 +72,9 @@ def open_evaluate(
         teachers = open_teachers(cfg, prepared, checks)
         for teacher in teachers.values():
             stack.enter_context(closing(teacher))
+        sampler = stack.enter_context(closing(AnswerSampler(cfg, prepared.tokenizer)))
         report = Report(cfg.stage, len(prepared.questions))
-        yield prepared, teachers, report
+        yield prepared, teachers, sampler, report
     report.write(Path(cfg.output_dir))
     if is_main():
         mark_finished(cfg, content)
@@ -97,8 +99,10 @@ def prepare_evaluate(cfg: TrainConfig, checks: Checks) -> Prepared:
     Raises:
         InputError: Something is wrong with it.
     """
-    teachers = cfg.stage.teachers.items()
-    engines = [f"stage.teachers.{n}" for n, t in teachers if t.backend is TeacherBackend.vllm]
+    stage: EvaluateConfig = cfg.stage
+    engines = ["stage.rollout"] if stage.rollout.backend is SamplerBackend.vllm else []
+    teachers = stage.teachers.items()
+    engines += [f"stage.teachers.{n}" for n, t in teachers if t.backend is TeacherBackend.vllm]
     checks.make("engines of vLLM", require_one_engine, engines, device())
     tokenizer = checks.make("tokenizer and template", load_tokenizer, cfg.model)
     named = checks.make("models", measured_models, cfg)
@@ -107,7 +111,8 @@ def prepare_evaluate(cfg: TrainConfig, checks: Checks) -> Prepared:
         checks.make(f"files of {each.name}", check_measured, cfg, tokenizer, vocab_size, each)
         for each in named
     ]
-    questions = checks.make("questions", checked_questions, cfg, tokenizer)
+    fits = checks.after(*measured).make("sampler", check_samplers, cfg, measured)
+    questions = checks.after(fits).make("questions", checked_questions, cfg, tokenizer)
     return Prepared(tokenizer, measured, vocab_size, questions)
 
 

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from marco_train.config import TrainConfig
 from marco_train.config.architecture import ArchitectureConfig
-from marco_train.config.lengths import longest_sequence
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resumption import schedule_steps
 from marco_train.config.rollout import SamplerBackend
@@ -29,7 +28,7 @@ from marco_train.rollout.base import InLanguage, Sampler
 from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.loops import without_loops
 from marco_train.rollout.stream import RolloutStream
-from marco_train.rollout.sync import Canary, canary_sequences, sync_weights
+from marco_train.rollout.sync import canary_of, sync_weights
 from marco_train.run import Run
 from marco_train.stages.checks import Checks
 from marco_train.teachers.cascade import Cascade, check_teacher, teachers_of
@@ -205,14 +204,7 @@ def open_sampler(
 
 def sync(cfg: TrainConfig, policy: Student, sampler: Sampler, step: int) -> Metrics:
     """Hand the policy's weights to the sampler, proved by numbers; see `sync_weights`."""
-    opd: OPDConfig = cfg.stage
-    architecture = policy.model.architecture
-    canary = Canary(
-        canary_sequences(architecture.vocab_size, longest_sequence(opd)),
-        cfg.model.dtype,
-        architecture.num_hidden_layers,
-        opd.rollout.canary_tolerance,
-    )
+    canary = canary_of(cfg.stage, policy.model.architecture, cfg.model.dtype)
     return sync_weights(policy, sampler, step, canary)
 
 
