@@ -1,5 +1,6 @@
 """What a user can get wrong is refused in a sentence that names it."""
 
+import importlib.util
 import json
 import re
 import shutil
@@ -107,6 +108,7 @@ REFUSED = [
     ("marco_mini_opd", "stage.rollout.kv_cache_gib=0", "kv_cache_gib is 0, and must be greater"),
     ("marco_mini_opd", "stage.rollout.reserve_gib=-1", "reserve_gib is -1.0, and must be greater"),
     ("quickstart_evaluate", "stage.rollout.replay_routing=true", "an evaluation makes no update"),
+    ("quickstart_evaluate", "rollout@stage.rollout=vllm_server", "a server is of one shape"),
     ("quickstart_evaluate", "stage.num_kl_responses=9", "num_kl_responses is 9"),
     ("quickstart_evaluate", "stage.temperature=0.5", "temperature is 0.5"),
     ("quickstart_evaluate", "+stage.models.first=outputs/other", "both name first"),
@@ -242,12 +244,44 @@ def test_a_second_engine_on_a_gpu_is_refused_before_anything_is_loaded(
         prepare_opd(cfg, Checks())
 
 
-def test_an_evaluation_has_one_engine_on_a_gpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    vllm = [f"teacher@stage.teachers.{name}=vllm" for name in ("first", "second")]
+@pytest.mark.parametrize(
+    ("wanting", "owners"),
+    [
+        (
+            ["teacher@stage.teachers.first", "teacher@stage.teachers.second"],
+            "teachers.first, stage.",
+        ),
+        (["rollout@stage.rollout", "teacher@stage.teachers.second"], "rollout, stage."),
+    ],
+)
+def test_an_evaluation_has_one_engine_on_a_gpu_too(
+    wanting: list[str], owners: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    vllm = [f"{each}=vllm" for each in wanting]
     cfg = compose_config("quickstart_evaluate", "root=nowhere", *vllm)
     monkeypatch.setattr(evaluate, "device", lambda: torch.device("cuda", 0))
-    with pytest.raises(InputError, match=r"^stage\.teachers\.first, stage\.teachers\.second want"):
+    with pytest.raises(InputError, match=rf"^stage\.{re.escape(owners)}teachers\.second want"):
         prepare_evaluate(cfg, Checks())
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["stage.rollout.replay_routing=true"], "an evaluation makes no update"),
+        (["stage.rollout.kv_cache_gib=5e-5"], "one sequence of 97 tokens needs 0.0001"),
+        ([], "vLLM is not installed"),
+    ],
+)
+def test_an_evaluation_with_vllm_is_refused_before_a_model_is_loaded(
+    given: list[str], said: str, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n: None if n == "vllm" else find(n))
+    vllm = ["rollout@stage.rollout=vllm", "~stage.models.opd_first", "~stage.models.opd_second"]
+    with pytest.raises(InputError, match=said):
+        prepare_evaluate(
+            compose_config("quickstart_evaluate", f"root={world.root}", *vllm, *given), Checks()
+        )
 
 
 def test_a_teacher_that_is_missing_is_named(world: World) -> None:

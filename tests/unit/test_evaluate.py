@@ -1,4 +1,4 @@
-"""What an evaluation opens is closed, however it ends."""
+"""What an evaluation opens is closed, however it ends; one engine serves the models of a shape."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -6,6 +6,9 @@ from typing import Any
 import pytest
 
 from marco_train.errors import InputError
+from marco_train.evaluation import answers
+from marco_train.evaluation.answers import AnswerSampler
+from marco_train.rollout.base import Sampler
 from marco_train.stages import evaluate
 from marco_train.stages.checks import Checks
 
@@ -24,3 +27,55 @@ def test_open_teachers_are_closed_where_another_is_refused(monkeypatch: pytest.M
     with pytest.raises(InputError, match="cannot be trusted"):
         evaluate.open_teachers(cfg, prepared, Checks())
     assert closed == ["first"]
+
+
+class NotedSampler(Sampler):
+    """Notes what it is asked, and answers nothing."""
+
+    def __init__(self, events: list[str], name: str) -> None:
+        self.note = lambda what: events.append(f"{name} {what}")
+
+    def sample(self, prompts: Any, num_responses: int) -> Any:
+        self.note("samples")
+        return iter(())
+
+    def sleep(self) -> None:
+        self.note("sleeps")
+
+    def close(self) -> None:
+        self.note("closes")
+
+
+def test_an_engine_serves_the_models_of_a_shape_and_there_is_one_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    events: list[str] = []
+
+    def built(stage: Any, shape: str, *_: Any) -> NotedSampler:
+        events.append(f"{shape} is built")
+        return NotedSampler(events, shape)
+
+    def synced(source: Any, sampler: NotedSampler, *_: Any) -> None:
+        assert sampler.first_canary is None  # that of another model bounds nothing
+        sampler.note(f"gets {source.model.name}")
+        sampler.first_canary = "found"  # type: ignore[assignment]
+
+    monkeypatch.setattr(answers, "build_sampler", built)
+    monkeypatch.setattr(answers, "sync_weights", synced)
+    monkeypatch.setattr(answers, "canary_of", lambda *_: None)
+    monkeypatch.setattr(answers, "stop_token_ids", lambda _: [0])
+    cfg: Any = SimpleNamespace(
+        stage=SimpleNamespace(rollout="vllm", responses_per_prompt=1),
+        model=SimpleNamespace(tokenizer="", dtype="float32"),
+        seed=0,
+    )
+    sampler = AnswerSampler(cfg, tokenizer=None)  # type: ignore[arg-type]
+    for name, shape in (("sft", "wide"), ("opd", "wide"), ("teacher", "deep")):
+        model: Any = SimpleNamespace(name=name, architecture=shape)
+        assert sampler.answers(model, []) == []
+    sampler.close()
+    assert events == [
+        *("wide is built", "wide gets sft", "wide samples", "wide sleeps"),
+        *("wide gets opd", "wide samples", "wide sleeps", "wide closes"),
+        *("deep is built", "deep gets teacher", "deep samples", "deep sleeps", "deep closes"),
+    ]
