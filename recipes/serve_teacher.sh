@@ -6,6 +6,8 @@
 #   MAX_MODEL_LEN  longest prompt with its response and one token; default 10242, or what the model
 #                  takes where that is less. vLLM sizes its memory by it
 #   API_SERVERS    processes that read requests and write answers; default 4 with GPUs, 1 without
+#   VLLM_BATCH_INVARIANT=1  on GPUs: a score does not depend on those beside it, which costs time; for runs
+#                  with deterministic=true. Not on a CPU, where it holds anyway
 #   DRY_RUN=1      print the command and do nothing
 #
 # As many as wanted, on as many machines; the run takes their addresses:

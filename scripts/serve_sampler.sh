@@ -12,6 +12,8 @@
 #   HOST=127.0.0.1  whoever reaches a server can replace its weights
 #   GPUS            devices, one a server: GPUS="6 7" NUM_SERVERS=2
 #   MAX_RESTARTS=3  of one server
+#   VLLM_BATCH_INVARIANT=1  on GPUs: a response does not depend on those beside it, which costs time;
+#                   for runs with deterministic=true. Not on a CPU, where it holds anyway
 #   DRY_RUN=1       print the command of the first server and do nothing
 #
 # The run takes their addresses:

@@ -79,7 +79,8 @@ def response_seed(run_seed: int, prompt_index: int, sample_index: int) -> int:
     """Seed of one response, below 2**63.
 
     A function of what is asked and not of when or where, so that batching, retries, resume and
-    the number of ranks change no sample.
+    the number of ranks change no sample where they change no probability: on a CPU, and on GPUs as
+    far as `deterministic` goes, which has not run there.
     """
     key = f"{run_seed}/{prompt_index}/{sample_index}".encode()
     return int.from_bytes(blake2b(key, digest_size=8).digest(), "big") >> 1

@@ -3,7 +3,8 @@
 Weights go through a file that trainer and servers reach. A server that ends and comes back has
 random weights under another version: it is found out before it answers anything, gets the file
 again, and has to say of fixed sequences what the others said. A request is made anew until it is
-answered, and its response is the same wherever and whenever it is made.
+answered. On a CPU its response is the same wherever and whenever it is made; on GPUs only up to
+rounding by the batch, unless servers are started with VLLM_BATCH_INVARIANT=1, which has not run.
 """
 
 import asyncio
