@@ -1,8 +1,9 @@
 """The sampler in vLLM, in this process: one engine on each rank, for its own prompts.
 
-An engine is built once, without weights; every sync brings all of them. A response has a request and
-a seed of its own. On a CPU it does not depend on what else is sampled beside it, when or where; on
-GPUs kernels round by the size of the batch, unless `deterministic` is set, which has not run there.
+An engine is built once, without weights; every sync brings all of them. A response has a request
+and a seed of its own. On a CPU it does not depend on what else is sampled beside it, when or where;
+on GPUs kernels round by the size of the batch, unless `deterministic` is set, which has not run
+there.
 """
 
 import json

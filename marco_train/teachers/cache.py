@@ -3,9 +3,9 @@
 An entry is found by a digest of everything its scores depend on: the teacher, the token ids and the
 kind of score. On a CPU a resumed run samples the steps since its checkpoint anew, and the same, and
 a second run of the same seed repeats all of the first; on GPUs both need `deterministic`, which has
-not run there, and responses that differ are scored anew. Each call writes one safetensors file; an entry whose
-bytes are not those that were written is computed again; the oldest files go when the bound is
-reached.
+not run there, and responses that differ are scored anew. Each call writes one safetensors file; an
+entry whose bytes are not those that were written is computed again; the oldest files go when the
+bound is reached.
 """
 
 import json
