@@ -172,8 +172,8 @@ class VLLMEngine:
                 enable_return_routed_experts=with_experts,
                 # vLLM keeps the experts beside the keys, and insists; nothing reads them.
                 enable_prefix_caching=with_experts or prefix_caching,
-                # A prompt that is split over steps breaks seeds on a CPU; on a GPU they count from a
-                # token's place (0.32.0, v1/worker/gpu/sample/gumbel.py).
+                # A prompt that is split over steps breaks seeds on a CPU; on a GPU they count from
+                # a token's place (0.32.0, v1/worker/gpu/sample/gumbel.py).
                 enable_chunked_prefill=torch.cuda.is_available() and purpose is Purpose.generate,
                 # Takes LOCAL_RANK for its device; the default would put all ranks on the first.
                 distributed_executor_backend="external_launcher",
