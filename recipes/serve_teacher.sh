@@ -34,8 +34,10 @@ fi
 
 # Given ids need --enable-scale-out and any number of log-probabilities. generation_config.json has no
 # say. Under one name, wherever the directory lies. A long prompt is read in parts beside others.
+# Logits are float32, as those of other teachers.
 command=("${server[@]}" --served-model-name teacher --host "${HOST:-127.0.0.1}"
   --port "${PORT:-8000}" --max-model-len "$longest" --max-num-batched-tokens 32768
-  --generation-config vllm --max-logprobs -1 --enable-scale-out --no-enable-prefix-caching "$@")
+  --hf-overrides '{"head_dtype": "float32"}' --generation-config vllm
+  --max-logprobs -1 --enable-scale-out --no-enable-prefix-caching "$@")
 if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "${command[@]}"; echo; exit; fi
 exec "${command[@]}"

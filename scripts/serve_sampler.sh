@@ -30,11 +30,12 @@ port=${PORT:-8100}
 # On a CPU what a seed draws depends on how a prompt was cut; on a GPU on seed and place alone.
 chunks=()
 nvidia-smi --list-gpus 2>/dev/null | grep -q . || chunks=(--no-enable-chunked-prefill)
-# Random weights until the trainer's come. generation_config.json has no say.
+# Random weights until the trainer's come. generation_config.json has no say. Logits are float32, as
+# those of the policy.
 command=(python -m vllm.entrypoints.openai.api_server --model "$model" --served-model-name student
-  --host "${HOST:-127.0.0.1}" --load-format dummy --skip-tokenizer-init --generation-config vllm
-  --logprobs-mode raw_logprobs --max-logprobs -1 --enable-scale-out "${chunks[@]}"
-  --no-enable-prefix-caching --disable-uvicorn-access-log --worker-extension-cls marco_train.inference.worker.Receiver "${options[@]}")
+  --host "${HOST:-127.0.0.1}" --hf-overrides '{"head_dtype": "float32"}' --load-format dummy
+  --skip-tokenizer-init --generation-config vllm --logprobs-mode raw_logprobs --max-logprobs -1
+  --enable-scale-out "${chunks[@]}" --no-enable-prefix-caching --disable-uvicorn-access-log --worker-extension-cls marco_train.inference.worker.Receiver "${options[@]}")
 if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "${command[@]}" --port "$port"; echo; exit; fi
 
 # On a CPU servers and ranks share the cores as the launcher says.

@@ -127,7 +127,7 @@ class VLLMEngine:
             path: Hugging Face directory.
             dtype: float32 or bfloat16.
             max_length: Tokens of the longest sequence, what is generated included.
-            max_tokens_per_batch: Of one forward pass; a sequence is never split over two.
+            max_tokens_per_batch: Of one forward pass.
             kv_cache_bytes: Memory for keys and values.
             max_sequences: Computed together.
             purpose: What it can do.
@@ -172,8 +172,9 @@ class VLLMEngine:
                 enable_return_routed_experts=with_experts,
                 # vLLM keeps the experts beside the keys, and insists; nothing reads them.
                 enable_prefix_caching=with_experts or prefix_caching,
-                # A prompt that is split over steps breaks seeds on CPU.
-                enable_chunked_prefill=False,
+                # A prompt that is split over steps breaks seeds on a CPU; on a GPU they count from
+                # a token's place (0.32.0, v1/worker/gpu/sample/gumbel.py).
+                enable_chunked_prefill=torch.cuda.is_available() and purpose is Purpose.generate,
                 # Takes LOCAL_RANK for its device; the default would put all ranks on the first.
                 distributed_executor_backend="external_launcher",
                 tensor_parallel_size=1,

@@ -230,6 +230,7 @@ def check_engine_on_a_gpu() -> None:
         engine = VLLMEngine("model", "bfloat16", 64, 64, 2**20, with_weights=False)
         options = llm.call_args.kwargs
         assert options["enable_sleep_mode"] and not options["enforce_eager"]
+        assert options["enable_chunked_prefill"]
         assert engine.sleep()
         engine.load_weights([])
     names = [name for name, *_ in llm.return_value.method_calls]
