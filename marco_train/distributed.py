@@ -25,6 +25,16 @@ from marco_train.errors import InputError, require
 
 T = TypeVar("T")
 
+# Read once, when a process makes its first matrix product: for torch's deterministic algorithms a
+# cuBLAS workspace of a fixed size, and the two values with which no product is split over its inner
+# dimension, which depends on the number of rows. vLLM sets the same, too late in the trainer's
+# process.
+# Source: vLLM 0.32.0, model_executor/determinism/batch_invariant.py, enable_batch_invariant_mode.
+UNSPLIT_PRODUCTS = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE": "1"}
+# Read at vLLM's import. Not set on a CPU: there vLLM would put kernels for GPUs in place of this
+# process's softmax, mean and batched product.
+BATCH_INVARIANCE = {"VLLM_BATCH_INVARIANT": "1"}
+
 # The request of Linux for an interface's address; see netdevice(7).
 SIOCGIFADDR = 0x8915
 
@@ -40,15 +50,18 @@ class Groups:
     """Of each; None is torch's."""
 
 
-def start(timeout_seconds: float = TIMEOUT_SECONDS) -> None:
+def start(timeout_seconds: float = TIMEOUT_SECONDS, *, deterministic: bool = False) -> None:
     """Join the process group of torchrun, or form a group of one.
 
     Args:
         timeout_seconds: Longest that a rank waits for another one, in any group.
+        deterministic: Whether torch, and vLLM on GPUs, are to repeat their numbers.
 
     Raises:
         InputError: This node has fewer GPUs than ranks.
     """
+    if deterministic:
+        compute_deterministically()
     if dist.is_initialized():
         return
     os.environ.setdefault("LOCAL_RANK", "0")
@@ -71,6 +84,19 @@ def start(timeout_seconds: float = TIMEOUT_SECONDS) -> None:
         **meeting,
     )
     Groups.agreements = dist.new_group(backend="gloo", timeout=timeout)
+
+
+def compute_deterministically() -> None:
+    """Have torch and vLLM repeat their numbers; comes before the first product and vLLM's import.
+
+    An operation that has no deterministic form goes on, with a warning that names it.
+    """
+    os.environ.update(UNSPLIT_PRODUCTS)
+    if torch.cuda.is_available():
+        os.environ.update(BATCH_INVARIANCE)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    # Would fill all new memory with NaN, for programs that read what nobody wrote.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def name_interface() -> None:

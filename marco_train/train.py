@@ -70,11 +70,8 @@ def in_one_line(error: Exception) -> str:
 def run_stage(cfg: TrainConfig) -> None:
     """Join the other ranks and run the stage; heavy libraries are imported from here on."""
     from marco_train import distributed
-    from marco_train.determinism import compute_deterministically
 
-    if cfg.deterministic:
-        compute_deterministically()
-    distributed.start(cfg.parallel.timeout_seconds)
+    distributed.start(cfg.parallel.timeout_seconds, deterministic=cfg.deterministic)
     match cfg.stage.kind:
         case StageKind.sft:
             from marco_train.stages.sft import run_sft

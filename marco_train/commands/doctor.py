@@ -42,11 +42,8 @@ def examine(overrides: list[str]) -> list[str]:
     # Heavy libraries are imported from here on.
     from marco_train import distributed
     from marco_train.commands import stage_checks
-    from marco_train.determinism import compute_deterministically
 
-    if cfg.deterministic:
-        compute_deterministically()
-    distributed.start(cfg.parallel.timeout_seconds)
+    distributed.start(cfg.parallel.timeout_seconds, deterministic=cfg.deterministic)
     match cfg.stage.kind:
         case StageKind.sft:
             stage_checks.check_sft(cfg, checks)

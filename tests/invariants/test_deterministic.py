@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from marco_train.config import TrainConfig
-from marco_train.determinism import compute_deterministically
+from marco_train.distributed import compute_deterministically
 from marco_train.train import run_stage
 from tests.helpers.configs import compose_config
 from tests.helpers.ranks import run_on_ranks
