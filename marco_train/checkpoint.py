@@ -53,10 +53,15 @@ def save_checkpoint(
         entries[state_file.name] = _entry(state_file)
         manifest = {"step": step, "world_size": world_size(), "files": entries}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
-        replace_directory(directory / f"step_{step:06d}", partial)
+        replace_directory(checkpoint_path(directory, step), partial)
         for old in complete_checkpoints(directory)[keep_last:]:
             shutil.rmtree(old)
     barrier()
+
+
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint of `step` updates lies."""
+    return directory / f"step_{step:06d}"
 
 
 def set_aside_newer(directory: Path, step: int) -> None:

@@ -3,6 +3,7 @@
 RunError
     InputError: what a user gave cannot be used
     ServersUnavailable: servers are away, and the run can be resumed (exit status 75)
+    RunInterrupted: the run was told to end, is saved, and can be resumed (exit status 143 or 75)
     WeightSyncError: policy and sampler disagree after a sync
     RolloutMismatchError: the sampler does not sample from the policy
     StaleRolloutError: a rollout is of other weights than those that were to sample it
@@ -13,6 +14,11 @@ RunError
 """
 
 import math
+
+# Exit statuses. A scheduler may queue a run again (EX_TEMPFAIL).
+TRY_AGAIN_LATER = 75
+# It was told to end, as a shell says of a process that SIGTERM ended.
+TOLD_TO_END = 143
 
 
 class RunError(Exception):
@@ -25,6 +31,18 @@ class InputError(RunError, ValueError):
 
 class ServersUnavailable(RunError):  # noqa: N818
     """A server the run depends on is unreachable. State is saved; the run can be resumed."""
+
+
+class RunInterrupted(RunError):  # noqa: N818
+    """The run was told to end before its time. State is saved; the run can be resumed."""
+
+    def __init__(self, message: str, reason: str, code: int, step: int, checkpoint: str) -> None:
+        """Say what told it to, with the exit status, the updates made and where they are saved."""
+        super().__init__(message)
+        self.reason = reason
+        self.code = code
+        self.step = step
+        self.checkpoint = checkpoint
 
 
 class WeightSyncError(RunError):

@@ -5,11 +5,12 @@ import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
 
 from marco_train.checkpoint import (
+    checkpoint_path,
     generator_tensors,
     load_checkpoint,
     load_generators,
@@ -38,8 +39,9 @@ from marco_train.config.resumption import (
 )
 from marco_train.content import Content, digest, with_digests
 from marco_train.distributed import barrier, gather_objects, is_main, rank, seed_everything
-from marco_train.errors import InputError
+from marco_train.errors import TOLD_TO_END, TRY_AGAIN_LATER, InputError, RunInterrupted
 from marco_train.files import replaces
+from marco_train.interruption import Interruption, Wish
 from marco_train.metrics import Metrics
 from marco_train.tracking import Tracker, log_line
 
@@ -114,6 +116,7 @@ class Run:
         self._started = time.perf_counter()
         self._step_started = self._started
         self._saved: int | None = None
+        self._interruption = Interruption(self._directory, cfg.checkpoint.seconds)
         self._tracker: Tracker | None = None
         if is_main():
             plain = plain_config(cfg)
@@ -192,9 +195,29 @@ class Run:
             self._tracker.log(step + 1, self._until, phase, metrics, eta)
 
     def save_if_due(self, step: int) -> None:
-        """Save a checkpoint every `checkpoint.save_every` updates; all ranks take part."""
-        if due(step, self._cfg.checkpoint.save_every):
+        """Save a checkpoint every `checkpoint.save_every` updates, or if asked; by all ranks.
+
+        Raises:
+            RunInterrupted: The run was asked to end; it is saved.
+        """
+        wish, reason = self._interruption.ask()
+        if due(step, self._cfg.checkpoint.save_every) or wish >= Wish.save:
             self._save(step + 1)
+        if wish >= Wish.end:
+            self._end_early(step + 1, wish, reason)
+
+    def _end_early(self, num_updates: int, wish: Wish, reason: str) -> NoReturn:
+        if self._tracker is not None:
+            self._tracker.close()
+        path = checkpoint_path(checkpoints_of(self._cfg), num_updates)
+        raise RunInterrupted(
+            f"{self._cfg.name}: ends after step {num_updates}, as {reason} asks; saved in {path}, "
+            "from which the same command goes on",
+            reason=reason,
+            code=TRY_AGAIN_LATER if wish is Wish.end_for_time else TOLD_TO_END,
+            step=num_updates,
+            checkpoint=str(path),
+        )
 
     def save_early(self) -> bool:
         """Save a checkpoint in the middle of a step, as a pool asks; all ranks take part.

@@ -1,11 +1,15 @@
 """Console line, metrics.jsonl and W&B behind one `log(step, metrics)`; on the main rank only."""
 
 import json
+import socket
 import struct
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 from uuid import uuid4
 
 from tqdm import tqdm
@@ -13,6 +17,8 @@ from tqdm import tqdm
 from marco_train.config.run import LoggingBackend, LoggingConfig, WandbMode
 from marco_train.files import replaces
 from marco_train.metrics import Metrics, check_names
+
+SECONDS_TO_CONNECT = 5.0
 
 
 def log_line(text: str) -> None:
@@ -38,22 +44,14 @@ class Tracker:
         self._bar: Any = None
         self._wandb: Any = None
         self._lost_after: int | None = None
+        self._warned: set[str] = set()
         if cfg.backend is LoggingBackend.wandb:
-            import wandb
-
             run_id = _wandb_id(directory, resumed)
             # What is in these files is not recorded again; in online mode W&B has it.
             written = sorted(directory.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))
-            self._lost_after = _lost_after(written) if cfg.mode is WandbMode.offline else None
-            self._wandb = wandb.init(
-                project=cfg.project,
-                name=name,
-                dir=str(directory),
-                config=dict(run_config),
-                mode=cfg.mode.value,
-                resume="allow",
-                id=run_id,
-            )
+            self._wandb = _open_wandb(cfg, directory, name, run_config, run_id)
+            if self._wandb.settings.mode == WandbMode.offline.value:
+                self._lost_after = _lost_after(written)
             # W&B cannot replace a step that is made again after a crash; this is what it sorts by.
             self._wandb.define_metric("*", step_metric="step")
 
@@ -63,33 +61,36 @@ class Tracker:
         Those steps were made after the last checkpoint and are made again.
         """
         kept = self._lines_until(first)
-        with replaces(self._jsonl) as partial:
-            partial.write_text("".join(line + "\n" for line in kept))
+        with self._only_watching("metrics.jsonl"):
+            with replaces(self._jsonl) as partial:
+                partial.write_text("".join(line + "\n" for line in kept))
+            self._file = self._jsonl.open("a")
         if self._lost_after is not None:
             for line in map(json.loads, kept):
                 if line["step"] > self._lost_after:
                     self._record(line)
-        self._file = self._jsonl.open("a")
         if sys.stderr.isatty():
             self._bar = tqdm(total=until, initial=first, unit="step", dynamic_ncols=True)
 
     def _lines_until(self, step: int) -> list[str]:
         """Lines of an earlier launch up to a step; what a power cut tore is left out."""
         kept = []
-        for line in self._jsonl.read_text().splitlines() if self._jsonl.is_file() else []:
+        content = self._jsonl.read_bytes() if self._jsonl.is_file() else b""
+        for line in content.decode(errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-            except json.JSONDecodeError:
+            except (ValueError, TypeError, LookupError):
                 log_line(f"{self._jsonl}: left out a torn line")
         return kept
 
     def log(self, step: int, until: int, phase: str | None, metrics: Metrics, eta: float) -> None:
         """Record the metrics of the update that made `step` updates complete."""
         check_names(metrics)
-        assert self._file is not None
-        self._file.write(json.dumps({"step": step} | metrics) + "\n")
-        self._file.flush()
+        if self._file is not None:
+            with self._only_watching("metrics.jsonl"):
+                self._file.write(json.dumps({"step": step} | metrics) + "\n")
+                self._file.flush()
         if self._wandb is not None:
             self._record({"step": step} | metrics)
         if self._bar is not None:
@@ -99,16 +100,77 @@ class Tracker:
 
     def _record(self, line: Mapping[str, Any]) -> None:
         """Give W&B a step, under its own number unless W&B is past it, and have it counted."""
-        self._wandb.log(line, step=max(line["step"], self._wandb.step), commit=True)
+        with self._only_watching("W&B"):
+            self._wandb.log(line, step=max(line["step"], self._wandb.step), commit=True)
+
+    @contextmanager
+    def _only_watching(self, what: str) -> Iterator[None]:
+        """Let no run end because of what watches it: an error is said once, and passed over."""
+        try:
+            yield
+        except Exception as error:  # W&B lists none that its process may end with
+            if what not in self._warned:
+                log_line(
+                    f"{what} takes no metrics ({type(error).__name__}: {error}); the run goes on"
+                )
+            self._warned.add(what)
 
     def close(self) -> None:
         """Flush everything."""
         if self._file is not None:
-            self._file.close()
+            with self._only_watching("metrics.jsonl"):
+                self._file.close()
         if self._bar is not None:
             self._bar.close()
         if self._wandb is not None:
-            self._wandb.finish()
+            with self._only_watching("W&B"):
+                self._wandb.finish()
+
+
+def _open_wandb(
+    cfg: LoggingConfig, directory: Path, name: str, run_config: Mapping[str, Any], run_id: str
+) -> Any:
+    """Begin or go on with a run of W&B; offline, and said so, where W&B cannot be reached."""
+    import wandb
+
+    mode = cfg.mode
+
+    def begin() -> Any:
+        return wandb.init(
+            project=cfg.project,
+            name=name,
+            dir=str(directory),
+            config=dict(run_config),
+            mode=mode.value,
+            resume="allow",
+            id=run_id,
+        )
+
+    try:
+        if mode is WandbMode.online:
+            _connect(wandb.setup().settings.base_url)
+        return begin()
+    except (OSError, wandb.errors.Error) as error:
+        if mode is WandbMode.offline:
+            raise
+        log_line(
+            f"W&B is not reached ({error}): the run is recorded offline, under {directory}/wandb; "
+            "send it later with `wandb sync`"
+        )
+        mode = WandbMode.offline
+        return begin()
+
+
+def _connect(url: str) -> None:
+    """Find out in seconds whether a server listens; W&B itself takes minutes. Not over a proxy.
+
+    Raises:
+        OSError: None does.
+    """
+    address = urlsplit(url)
+    if not getproxies().get(address.scheme):
+        port = address.port or {"http": 80}.get(address.scheme, 443)
+        socket.create_connection((address.hostname or "", port), SECONDS_TO_CONNECT).close()
 
 
 def _wandb_id(directory: Path, resumed: bool) -> str:

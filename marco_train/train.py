@@ -1,5 +1,6 @@
 """The entry point: compose the config, check it, run the stage it names."""
 
+import json
 import os
 import sys
 import time
@@ -12,14 +13,18 @@ from marco_train.config import TrainConfig, to_run
 from marco_train.config.resumption import check_resume, continuation, is_finished
 from marco_train.config.run import register_schemas
 from marco_train.config.stage import StageKind
-from marco_train.errors import InputError, ServersUnavailable
+from marco_train.errors import (
+    TRY_AGAIN_LATER,
+    InputError,
+    RunInterrupted,
+    ServersUnavailable,
+)
+from marco_train.files import replaces
 
 PACKAGE = Path(__file__).resolve().parent
 # Beside the package in a checkout, inside it in a wheel; absolute, so that the console script
 # works from any directory.
 CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
-# The exit status by which schedulers know that a run may be queued again (EX_TEMPFAIL).
-TRY_AGAIN_LATER = 75
 # Other ranks wait this long, so that rank 0 can print the error before torchrun ends the job.
 SECONDS_TO_SAY_IT = 10
 
@@ -46,12 +51,48 @@ def main(composed: DictConfig) -> None:
         return
     try:
         run_stage(cfg)
+        note_exit(cfg, 0, "finished")
     except InputError as error:
+        note_exit(cfg, 1, str(error))
         sys.exit(f"error: {error}")
     except ServersUnavailable as error:  # the same on every rank
+        note_exit(cfg, TRY_AGAIN_LATER, str(error))
         if is_first_rank():
             print(f"error: {error}; nothing is lost: launch it again later", file=sys.stderr)
         sys.exit(TRY_AGAIN_LATER)
+    except RunInterrupted as error:  # the same on every rank
+        note_exit(cfg, error.code, error.reason, error.step, error.checkpoint)
+        if is_first_rank():
+            print(error, flush=True)
+        sys.exit(error.code)
+    except BaseException as error:
+        note_exit(cfg, 1, f"{type(error).__name__}: {error}")
+        raise
+
+
+def note_exit(
+    cfg: TrainConfig,
+    code: int,
+    reason: str,
+    step: int | None = None,
+    checkpoint: str | None = None,
+) -> None:
+    """Leave exit_status.json, and tell the recipe that launched this: torchrun itself ends with 1.
+
+    Args:
+        cfg: The run.
+        code: The exit status of this process.
+        reason: What it ends by.
+        step: Updates made, where it was told to end.
+        checkpoint: Where they are saved.
+    """
+    told = os.environ.get("MARCO_TRAIN_EXIT_STATUS")  # a file of the recipe on this node
+    if told and os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(told).write_text(str(code))
+    if is_first_rank() and Path(cfg.output_dir).is_dir():
+        status = {"code": code, "reason": reason, "step": step, "checkpoint": checkpoint}
+        with replaces(Path(cfg.output_dir) / "exit_status.json") as partial:
+            partial.write_text(json.dumps(status, indent=2))
 
 
 def is_first_rank() -> bool:
@@ -69,9 +110,16 @@ def in_one_line(error: Exception) -> str:
 
 def run_stage(cfg: TrainConfig) -> None:
     """Join the other ranks and run the stage; heavy libraries are imported from here on."""
-    from marco_train import distributed
+    from marco_train import distributed, interruption
 
     distributed.start(cfg.parallel.timeout_seconds, deterministic=cfg.deterministic)
+    with interruption.listening():
+        run_kind(cfg)
+    distributed.stop()
+
+
+def run_kind(cfg: TrainConfig) -> None:
+    """Run the stage that the config names."""
     match cfg.stage.kind:
         case StageKind.sft:
             from marco_train.stages.sft import run_sft
@@ -85,7 +133,6 @@ def run_stage(cfg: TrainConfig) -> None:
             from marco_train.stages.evaluate import run_evaluate
 
             run_evaluate(cfg)
-    distributed.stop()
 
 
 if __name__ == "__main__":

@@ -43,5 +43,22 @@ launch() {
   # Microbatches differ in shape, and pieces of freed memory would not fit the next. An engine of vLLM
   # turns this off for memory of its own that sleeps (0.32.0, device_allocator/cumem.py).
   export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF-${PYTORCH_CUDA_ALLOC_CONF-expandable_segments:True}}
-  OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(count_threads "$processes")} "${command[@]}"
+  OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(count_threads "$processes")} watched "${command[@]}"
+}
+
+# watched <torchrun ...>: passes SIGTERM, SIGINT and SIGUSR1 on to the ranks, which save then, and ends
+# with their exit status where torchrun itself knows only 1: 75 to be queued again, 143 if told to end.
+watched() {
+  local status=0 file pid
+  file=$(mktemp)
+  MARCO_TRAIN_EXIT_STATUS=$file "$@" &
+  pid=$!
+  trap 'kill -TERM "$pid" 2>/dev/null || true' TERM INT
+  trap 'kill -USR1 $(cat "/proc/$pid/task/$pid/children") 2>/dev/null || true' USR1
+  wait "$pid" || status=$?
+  while kill -0 "$pid" 2>/dev/null; do wait "$pid" && status=0 || status=$?; done # a signal ends a wait
+  trap - TERM INT USR1
+  if [ "$status" -ne 0 ] && [ -s "$file" ] && [ "$(cat "$file")" -ne 0 ]; then status=$(cat "$file"); fi
+  rm -f "$file"
+  return "$status"
 }

@@ -72,9 +72,31 @@ class CheckpointConfig:
     """Steps. None: never."""
     keep_last: int = 1
     """Complete checkpoints kept; older ones are deleted after a new one is complete."""
+    must_save_by: str | None = None
+    """Hours, minutes and seconds of a launch, as 3:50:00, before which the run is saved and ends
+    with exit status 75, to be queued again. The longest step so far is left as room."""
 
     def __post_init__(self) -> None:
         require_positive("checkpoint", save_every=self.save_every, keep_last=self.keep_last)
+        require_positive("checkpoint", must_save_by=self.seconds)
+
+    @property
+    def seconds(self) -> float | None:
+        """Of `must_save_by`.
+
+        Raises:
+            InputError: It is no time.
+        """
+        if self.must_save_by is None:
+            return None
+        parts = str(self.must_save_by).split(":")
+        require(
+            len(parts) == 3 and all(part.isdecimal() for part in parts),
+            f"checkpoint.must_save_by is {self.must_save_by!r}: write hours, minutes and seconds "
+            "since the launch, as '3:50:00'",
+        )
+        hours, minutes, seconds = map(int, parts)
+        return 3600.0 * hours + 60 * minutes + seconds
 
 
 @dataclass(kw_only=True)

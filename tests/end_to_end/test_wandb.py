@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import struct
 import subprocess
 import sys
@@ -125,3 +126,61 @@ def test_long_files_of_wandb_are_read_to_their_end(tmp_path: Path) -> None:
     assert last is not None and 100 < last < 600
     file.write_bytes(content[: 2**16 - 5000])
     assert (_lost_after([file]) or 0) < last
+
+
+def in_its_own_process(
+    directory: Path, mode: str, before: str = "", **env: str
+) -> subprocess.CompletedProcess[str]:
+    """Log 50 steps of a run that is tracked by W&B."""
+    code = f"""
+import os, signal
+from pathlib import Path
+from marco_train.config.run import LoggingBackend, LoggingConfig, WandbMode
+from marco_train.tracking import Tracker
+cfg = LoggingConfig(
+    backend=LoggingBackend.wandb, console_every=100, project="test", mode=WandbMode.{mode}
+)
+tracker = Tracker(cfg, Path({str(directory)!r}), "run", {{}})
+tracker.start(0, 50)
+{before}
+for step in range(1, 51):
+    tracker.log(step, 50, None, {{"loss/cross_entropy": float(step)}}, eta=0.0)
+tracker.close()
+print("made all steps")
+"""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        check=False,
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        env=inherited | env,
+        timeout=120,
+    )
+
+
+def test_wandb_that_is_not_reached_is_recorded_offline(tmp_path: Path) -> None:
+    with socket.socket() as closed:  # bound, and nobody listens
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        done = in_its_own_process(
+            tmp_path, "online", WANDB_BASE_URL=url, WANDB_API_KEY="0" * 40, WANDB_SILENT="true"
+        )
+    assert "made all steps" in done.stdout, done.stdout + done.stderr
+    assert "W&B is not reached ([Errno 111] Connection refused)" in done.stdout
+    (found,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    assert found.stat().st_size > 0
+
+
+def test_a_run_outlives_the_process_of_wandb(tmp_path: Path) -> None:
+    kill = """
+children = Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split()
+assert children
+for child in children:
+    os.kill(int(child), signal.SIGKILL)
+"""
+    done = in_its_own_process(tmp_path, "offline", kill)
+    assert "made all steps" in done.stdout, done.stdout + done.stderr
+    assert "W&B takes no metrics" in done.stdout
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 50

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import struct
 import sys
 from pathlib import Path
@@ -65,6 +66,49 @@ def test_lines_past_the_resumed_step_are_dropped(tmp_path: Path) -> None:
     tracker.start(3, 6)
     tracker.close()
     assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "torn", [b"{}", b"null", b"[1]", b'{"step": 2', b'\xff\xfe{"step": 1}', b'{"step": "2"}']
+)
+def test_a_torn_line_is_left_out_at_a_resumption(
+    torn: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "metrics.jsonl"
+    file.write_bytes(b'{"step": 1}\n' + torn + b"\n")
+    tracker = Tracker(logging(), tmp_path, "run", {})
+    tracker.start(3, 6)
+    tracker.close()
+    assert [json.loads(line)["step"] for line in file.read_text().splitlines()] == [1]
+    assert "left out a torn line" in capsys.readouterr().out
+
+
+def test_a_full_disk_ends_no_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tracker = Tracker(logging(), tmp_path, "run", {})
+    tracker.start(0, 3)
+    whole = tracker._file
+    with Path("/dev/full").open("w", buffering=1) as full:
+        tracker._file = full
+        for step in (1, 2):
+            tracker.log(step, 3, None, {"loss/cross_entropy": 1.0}, eta=0.0)
+        tracker._file = whole
+        os.dup2(os.open(os.devnull, os.O_WRONLY), full.fileno())  # so that it can be closed
+    tracker.log(3, 3, None, {"loss/cross_entropy": 1.0}, eta=0.0)
+    tracker.close()
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "no metrics" in line]
+    assert said.startswith("metrics.jsonl takes no metrics (OSError: [Errno 28] No space left")
+    assert '"step": 3' in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_disk_that_is_full_at_the_start_ends_no_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tracker = Tracker(logging(), tmp_path, "run", {})
+    monkeypatch.setattr(tracker, "_jsonl", tmp_path / "absent" / "metrics.jsonl")
+    tracker.start(0, 1)
+    tracker.log(1, 1, None, {"loss/cross_entropy": 1.0}, eta=0.0)
+    tracker.close()
+    assert "metrics.jsonl takes no metrics (FileNotFoundError" in capsys.readouterr().out
 
 
 def test_a_terminal_gets_a_progress_bar(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
