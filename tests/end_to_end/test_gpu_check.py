@@ -25,7 +25,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([script, *arguments], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_cpu_makes_every_check_that_needs_no_gpu(tmp_path: Path) -> None:
     file = tmp_path / "found.json"
     done = command("--device", "cpu", "--tiny", "--json", str(file))
