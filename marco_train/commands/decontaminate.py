@@ -11,7 +11,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from marco_train.commands.source import add_source_arguments, open_source
+from marco_train.commands.source import add_source_arguments, escape_unprintable, open_source
 from marco_train.data.contamination import (
     CHARACTERS,
     WORDS,
@@ -41,6 +41,7 @@ class Report:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, print a table, and write the JSON where one is asked for."""
     args = _parser().parse_args(arguments)
+    escape_unprintable()
     try:
         if args.json is not None:
             parent = args.json.parent
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.json is not None:
         found = {"rows": report.rows, "hits": [asdict(hit) for hit in report.hits]}
         with replaces(args.json) as partial:
-            partial.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:
