@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -44,8 +45,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     escape_unprintable()
     try:
         if args.json is not None:
-            parent = args.json.parent
+            file, parent = str(args.json), args.json.parent
             require(parent.is_dir(), f"--json: there is no directory {str(parent)!r}; make it")
+            require(not args.json.is_dir(), f"--json: {file!r} is a directory; name a file in it")
+            is_open = os.access(parent, os.W_OK)
+            require(is_open, f"--json: {str(parent)!r} may not be written to; choose another")
         with redirect_stdout(sys.stderr):
             benchmarks = Benchmarks(read_benchmarks(_directory(args.against)))
             report = look(open_source(args), benchmarks)
