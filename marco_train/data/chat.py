@@ -382,8 +382,10 @@ def _check_shown(
                 f"the chat template leaves out calls of tools ({name!r}): {fix}",
             )
     for message in messages:
+        said = message.content.strip()
+        as_json = json.dumps(said, ensure_ascii=False)[1:-1]  # as Llama's template writes results
         require(
-            message.role == "assistant" or message.content.strip() in text,
+            message.role == "assistant" or said in text or as_json in text,
             f"the chat template leaves out a {message.role} turn ({message.content[:40]!r}), or "
             f"writes it otherwise: {fix}",
         )
