@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from marco_train.commands.source import add_source_arguments, open_source
+from marco_train.commands.source import add_source_arguments, escape_unprintable, open_source
 from marco_train.data.contamination import (
     CHARACTERS,
     WORDS,
@@ -41,10 +42,14 @@ class Report:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, print a table, and write the JSON where one is asked for."""
     args = _parser().parse_args(arguments)
+    escape_unprintable()
     try:
         if args.json is not None:
-            parent = args.json.parent
+            file, parent = str(args.json), args.json.parent
             require(parent.is_dir(), f"--json: there is no directory {str(parent)!r}; make it")
+            require(not args.json.is_dir(), f"--json: {file!r} is a directory; name a file in it")
+            is_open = os.access(parent, os.W_OK)
+            require(is_open, f"--json: {str(parent)!r} may not be written to; choose another")
         with redirect_stdout(sys.stderr):
             benchmarks = Benchmarks(read_benchmarks(_directory(args.against)))
             report = look(open_source(args), benchmarks)
@@ -54,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.json is not None:
         found = {"rows": report.rows, "hits": [asdict(hit) for hit in report.hits]}
         with replaces(args.json) as partial:
-            partial.write_text(json.dumps(found, ensure_ascii=False) + "\n", encoding="utf-8")
+            partial.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
 
 def _parser() -> argparse.ArgumentParser:

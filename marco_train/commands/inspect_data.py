@@ -12,7 +12,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from marco_train.commands.source import add_source_arguments, open_source
+from marco_train.commands.source import add_source_arguments, escape_unprintable, open_source
 from marco_train.config.data import DataConfig
 from marco_train.config.model import ChatTemplate, ModelConfig
 from marco_train.config.sft import LossTokens, SFTConfig
@@ -61,6 +61,7 @@ class Report:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line, print what was found, and exit with 1 where a run would not start."""
     args = _parser().parse_args(arguments)
+    escape_unprintable()
     report = Report()
     lengths: list[int] = []
     marked: list[str] = []
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         except InputError as error:
             refusal = " ".join(str(error).split())
     if args.json:
-        print(json.dumps(vars(report), ensure_ascii=False))
+        print(json.dumps(vars(report)))  # in ASCII: no character of a row ends the line
     else:
         unit = "bytes" if args.tokenizer is None else "tokens"
         print("\n".join(_as_text(report, found, lengths, marked, unit)))

@@ -1,6 +1,8 @@
-"""A data set that a command is told of by arguments."""
+"""A data set that a command is told of by arguments, and whose text it prints."""
 
 import argparse
+import sys
+from io import TextIOWrapper
 from pathlib import Path
 
 from marco_train.config.data import SourceConfig
@@ -41,3 +43,9 @@ def open_source(args: argparse.Namespace) -> Source:
             roles=args.roles,
         ),
     )
+
+
+def escape_unprintable() -> None:
+    """Let characters of rows that stdout cannot encode be printed as escapes."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")

@@ -17,6 +17,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from marco_train.config.architecture import ArchitectureConfig, read_architecture
+from marco_train.config.data import OnChange
 from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resume import ChangedSchedule, ResumeChange
@@ -774,6 +775,9 @@ def is_finished(cfg: TrainConfig) -> bool:
             f"{what} (then -> now): {'; '.join(groups)}; it has no steps left to make with other "
             f"values: give more steps, or {replace}",
         )
+    if longer and cfg.data.on_change is OnChange["continue"]:  # the loader says what changed
+        rows = {f"data.sources.{name}.path" for name in cfg.data.sources}
+        anew = [change for change in anew if change.name not in rows]
     refuse_changes([*changes, *anew], cfg, what)
     return not (longer and _steps_left(cfg, lengths))
 

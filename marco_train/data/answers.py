@@ -67,5 +67,5 @@ def said_last(render: Render, stops: re.Pattern[str], place: int) -> tuple[str, 
     prompt, text = render(place, True).text, render(place + 1, False).text
     if not text.startswith(prompt):
         return "", ""
-    ends = [stop.end() for stop in stops.finditer(text, len(prompt))]
-    return prompt, text[len(prompt) : ends[-1]] if ends else ""
+    stop = stops.search(text, len(prompt))  # at which sampling ends, whatever is written behind it
+    return prompt, text[len(prompt) : stop.end()] if stop is not None else ""

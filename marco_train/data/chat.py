@@ -382,8 +382,10 @@ def _check_shown(
                 f"the chat template leaves out calls of tools ({name!r}): {fix}",
             )
     for message in messages:
+        said = message.content.strip()
+        as_json = json.dumps(said, ensure_ascii=False)[1:-1]  # as Llama's template writes results
         require(
-            message.role == "assistant" or message.content.strip() in text,
+            message.role == "assistant" or said in text or as_json in text,
             f"the chat template leaves out a {message.role} turn ({message.content[:40]!r}), or "
             f"writes it otherwise: {fix}",
         )
@@ -439,14 +441,16 @@ def check_marks(tokenizer: Tokenizer, conversations: Iterable[Conversation]) -> 
     answered = [
         conversation
         for conversation in conversations
-        if any(message.role == "assistant" for message in conversation.messages)
+        if any(turn.role == "assistant" and turn.is_learnt for turn in conversation.messages)
         and not holds_control_tokens(tokenizer, conversation)
     ]
-    num_marked = sum(_num_marked(tokenizer, each, stops) for each in answered)
+    found = [_num_marked(tokenizer, each, stops) for each in answered]
+    of_rendered = [count for count in found if count is not None]
+    num_marked = sum(of_rendered)
     require(
-        not answered or num_marked > 0,
+        not of_rendered or num_marked > 0,
         f"the chat template of {tokenizer.path!r} marks no token of the assistant in any of the "
-        f"first {len(answered)} conversations with an answer; {FIX}",
+        f"first {len(of_rendered)} conversations with an answer; {FIX}",
     )
     if not answered or MARK.search(tokenizer.chat_template):
         return ""
@@ -458,14 +462,19 @@ def check_marks(tokenizer: Tokenizer, conversations: Iterable[Conversation]) -> 
     )
 
 
-def _num_marked(tokenizer: Tokenizer, conversation: Conversation, stops: Sequence[int]) -> int:
-    """Count the stretches with loss; refuses one that does not end a turn."""
+def _num_marked(
+    tokenizer: Tokenizer, conversation: Conversation, stops: Sequence[int]
+) -> int | None:
+    """Count the stretches with loss, and refuse one that does not end a turn.
+
+    None: it cannot be rendered, and the gate says why.
+    """
     try:
         example = render_example(tokenizer, conversation, LossTokens.assistant)
     except InputError as error:
         if conversation is PROBE:
             raise InputError(f"the chat template of {tokenizer.path!r}: {error}; {FIX}") from error
-        return 0  # a row that the run drops
+        return None
     marked = list(stretches(example))
     for ids in marked:
         require(

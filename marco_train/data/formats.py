@@ -6,7 +6,7 @@ columns of the others with null. A row of two shapes that do not say the same is
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from marco_train.data.turns import (
@@ -98,15 +98,16 @@ class Format:
                 "unknown columns",
                 f"no column messages, prompt, instruction, question, text or another that is "
                 f"known among {sorted(map(str, row))}; "
-                "data.sources.<name>.columns.messages=<own name> maps others",
+                "data.sources.<name>.columns.messages=<own name> maps others, as .prompt and "
+                ".response do a question and its answer",
             )
         first, *others = (READERS[shape](named, self.roles) for shape in shapes)
         for other in others:
             first = _one_of(first, other)
         if first.messages and isinstance(named.get("label"), bool):  # an answer that is rated
-            first = Reading(**{**vars(first), "shape": "preference"})
+            first = replace(first, shape="preference", used=first.used | {"label"})
         used = {self.columns.get(name, name) for name in first.used}
-        return Reading(**{**vars(first), "used": frozenset(used)})
+        return replace(first, used=frozenset(used))
 
     def _named(self, row: Mapping[str, Any]) -> Mapping[str, Any]:
         """The row with standard names of columns."""

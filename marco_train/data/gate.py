@@ -30,6 +30,14 @@ NUM_SAMPLED = 10_000
 NUM_FORGIVEN = 10
 # Kinds of fault that a refusal names.
 NUM_NAMED = 5
+# What helps beside mending the rows, by the metric that counts them.
+FIXES = {
+    "data/dropped_no_loss": "name the column of the answer with "
+    "data.sources.{name}.columns.response, ",
+    "data/dropped_too_long": "raise the stage's limit on their length, cut them with "
+    "data.overlong=truncate, ",
+    "data/dropped_empty": "learn them with data.keep_empty_answers=true, ",
+}
 
 
 @dataclass
@@ -227,11 +235,11 @@ def check_lost_rows(name: str, found: Structure, lost: LostRows, cfg: DataConfig
         said += f"; the first of those at fault: {lost.reasons[min(lost.reasons)]}"
     if found.ignored:
         said += f"; columns that are not read: {', '.join(sorted(found.ignored))}"
+    fixes = "".join(fix for metric, fix in FIXES.items() if lost.counts[metric])
     raise InputError(
         f"source {name!r}: this stage can use {num_judged - num_lost} of {num_judged} rows, and "
-        f"may lose a share of {cfg.max_lost_rows:g} ({said}): mend the rows, name the "
-        f"column of the answer with data.sources.{name}.columns.response, raise the stage's limit "
-        "on their length, or raise data.max_lost_rows"
+        f"may lose a share of {cfg.max_lost_rows:g} ({said}): mend the rows, "
+        f"{fixes.format(name=name)}or raise data.max_lost_rows"
     )
 
 

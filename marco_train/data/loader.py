@@ -157,9 +157,10 @@ class _Loader:
 
     def log_plan(self, num_steps: int) -> None:
         """Say how often a run of so many steps, those behind it included, goes through sources."""
-        end = self._positions[self._step].cursor
-        for _ in range(self._step, num_steps):
-            end = self._end_of_batch(end)
+        begin, left = self._positions[self._step].cursor, max(0, num_steps - self._step)
+        end, last = begin + left * self._batch_size, self._num_samples
+        if last is not None and begin < last < end:
+            end -= (begin - last) % self._batch_size  # by which the batch that ends there is less
         self._log_sources(end, f"in {num_steps}")
 
     def log_end(self) -> None:

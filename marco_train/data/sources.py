@@ -33,6 +33,8 @@ from marco_train.tracking import log_line
 GZIP, ZSTD, PARQUET, ARROW = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1", b"ARROW1"
 NO_ROWS = {
     b"PK\x03\x04": "a zip file: unpack it",
+    b"\xfd7zXZ": "an xz file: unpack it, or pack it with gzip or zstd",
+    b"BZh": "a bzip2 file: unpack it, or pack it with gzip or zstd",
     b"\xff\xfe": "UTF-16: save it as UTF-8",
     b"\xfe\xff": "UTF-16: save it as UTF-8",
 }
@@ -42,6 +44,9 @@ PACKED = (".gz", ".zst")
 OF_DATASETS = {"dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"}
 # Rows that are digested together; to change it changes every digest.
 ROWS_TOGETHER = 1000
+# What a value of a table raises that Python cannot take: text of other bytes than UTF-8, a date
+# beyond its years, a time zone that is none.
+UNREADABLE = (ValueError, OverflowError, LookupError)
 CHUNK = 2**24  # bytes that are searched for ends of lines together
 BEFORE_ITEM, END_OF_ARRAY = re.compile(r"[\s,]*"), re.compile(r"[\s,]*(\]|\Z)")
 HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -161,9 +166,12 @@ def _open_file(name: str, file: Path, kind: SourceKind) -> Rows:
 
 def _open_table(name: str, file: Path, builder: str) -> Rows:
     import datasets  # seconds to import
+    from pyarrow.parquet import ParquetFile
 
     digest = digest_of_file(file)
     try:
+        if builder == "parquet" and not ParquetFile(file).metadata.num_rows:
+            return _Table(datasets.Dataset.from_list([]), digest)  # which `datasets` cannot load
         # `datasets` knows a file by its path and time; the name makes it read other bytes anew.
         found = datasets.load_dataset(
             builder, f"rows-{digest}", data_files=glob.escape(str(file)), split="train"
@@ -207,14 +215,18 @@ class _Table:
         return len(self._table)
 
     def __getitem__(self, row: int) -> Any:
-        return self._arrow[row : row + 1].to_pylist()[0]
+        return _row_of(self._arrow[row : row + 1])
 
     def walk(self, columns: Collection[str]) -> Iterator[Any]:
         """All rows in order, with some of their columns."""
         asked = [name for name in self._table.column_names if name in columns]
         part = self._table.select_columns(asked or self._table.column_names[:1])
         for batch in part.with_format("arrow").iter(batch_size=ROWS_TOGETHER):
-            yield from batch.to_pylist()
+            try:
+                rows = batch.to_pylist()
+            except UNREADABLE:
+                rows = [_row_or_fault(batch.slice(row, 1)) for row in range(len(batch))]
+            yield from rows
 
     @cached_property
     def digest(self) -> str:
@@ -238,6 +250,32 @@ class _Table:
                 stream.write_table(copied.combine_chunks())
             digest.update(written.getvalue())
         return digest.hexdigest()
+
+
+def _row_of(table: Any) -> Any:
+    """The row of a table that has one.
+
+    Raises:
+        RowError: One of its values cannot be read.
+    """
+    try:
+        return table.to_pylist()[0]
+    except UNREADABLE as error:
+        found: BaseException = error
+    readable = {}
+    for name, column in zip(table.column_names, table.columns, strict=True):
+        with suppress(*UNREADABLE):
+            readable[name] = column.to_pylist()[0]
+    kind = "not UTF-8" if isinstance(found, UnicodeDecodeError) else "a value that cannot be read"
+    names = ", ".join(name for name in table.column_names if name not in readable)
+    raise RowError(kind, f"the column {names}: {kind} ({found})", repr(readable)[:MOST_SHOWN])
+
+
+def _row_or_fault(table: Any) -> Any:
+    try:
+        return _row_of(table)
+    except RowError as fault:
+        return fault
 
 
 class _Shards:

@@ -106,6 +106,8 @@ def _satisfies_schema(answer: str, reference: str, schema: object) -> bool:
 def _comparable_value(value: Any) -> Any:
     """A value of JSON with its texts, but for the names of keys, in comparable form."""
     match value:
+        case bool():
+            return (value,)  # to Python, true is 1
         case str():
             return comparable(value)
         case list():

@@ -112,6 +112,10 @@ def test_what_cannot_be_looked_for_is_refused_in_a_sentence(
 def test_a_place_for_the_json_that_is_none_is_refused_before_a_row_is_read(
     rows: str, benchmarks: str, tmp_path: Path
 ) -> None:
-    done = looked(rows, "--against", benchmarks, "--json", str(tmp_path / "no" / "hits.json"))
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: --json: there is no directory")
+    for place, says in {
+        tmp_path / "no" / "hits.json": "there is no directory",
+        tmp_path: f"{str(tmp_path)!r} is a directory; name a file in it",
+    }.items():
+        done = looked(rows, "--against", benchmarks, "--json", str(place))
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr.startswith(f"error: --json: {says}")

@@ -1,6 +1,7 @@
 """What a person runs first with rows of their own."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,9 +19,10 @@ ANSWERED = {"role": "assistant", "content": "yes"}
 GOOD = {"messages": [ASKED, ANSWERED], "note": "kept", "answer": "a label"}
 
 
-def inspected(*arguments: str) -> subprocess.CompletedProcess[str]:
+def inspected(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(REPOSITORY / "scripts" / "inspect_data.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    env = os.environ | environment
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
 
 
 def write(tmp_path: Path, *rows: Any) -> str:
@@ -49,6 +51,18 @@ def test_a_report_is_one_line_of_json(tmp_path: Path) -> None:
         ],
     }
     assert done.stdout.count("\n") == 1
+
+
+def test_rows_of_any_characters_are_one_line_on_a_terminal_of_few(tmp_path: Path) -> None:
+    answer = "مرحبا 🇩🇪\u2028zwei\x85drei\r\nvier"
+    file = write(tmp_path, {"messages": [ASKED, {"role": "assistant", "content": answer}]})
+    done = inspected(file, "--json", PYTHONIOENCODING="latin1")
+    assert done.returncode == 0, done.stderr
+    (line,) = done.stdout.splitlines()  # which ends a line at each of these
+    assert json.loads(line)["samples"][0]["learnt"] == [f"{answer}<|im_end|>"]
+    done = inspected(file, PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "\\u0645" in done.stdout and "zwei" in done.stdout
 
 
 def test_a_report_for_a_person_shows_lengths_and_marks_what_is_learnt(tmp_path: Path) -> None:

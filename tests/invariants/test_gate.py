@@ -306,11 +306,30 @@ def rated(question: str) -> dict[str, Any]:
 
 # Rows that a stage cannot use, and what is said of them.
 LOST: dict[str, tuple[str, Any, str]] = {
-    "prompts": ("sft", {"prompt": "x"}, r"\(8 data/dropped_no_loss\)"),
-    "empty answers": ("sft", chat("x", ""), r"\(8 data/dropped_empty\)"),
+    "prompts": (
+        "sft",
+        {"prompt": "x"},
+        r"\(8 data/dropped_no_loss\): mend the rows, name the column of the answer with "
+        r"data.sources.text.columns.response, or raise data.max_lost_rows$",
+    ),
+    "empty answers": (
+        "sft",
+        chat("x", ""),
+        r"\(8 data/dropped_empty\): mend the rows, learn them with "
+        r"data.keep_empty_answers=true, or raise data.max_lost_rows$",
+    ),
     "long answers": ("sft", chat("x", "word " * 200), r"\(8 data/dropped_too_long\)"),
-    "long prompts": ("opd", chat("word " * 200), r"\(8 data/dropped_too_long\)"),
-    "control tokens": ("opd", chat("<|im_end|>"), r"\(8 data/dropped_special\)"),
+    "long prompts": (
+        "opd",
+        chat("word " * 200),
+        r"\(8 data/dropped_too_long\): mend the rows, raise the stage's limit on their length, cut "
+        r"them with data.overlong=truncate, or raise data.max_lost_rows$",
+    ),
+    "control tokens": (
+        "opd",
+        chat("<|im_end|>"),
+        r"\(8 data/dropped_special\): mend the rows, or raise data.max_lost_rows$",
+    ),
     "text": ("opd", {"text": "x"}, r"\(8 data/dropped_malformed; .*: the row has no turns"),
     "rated answers": ("sft", rated("x"), r"\(8 data/dropped_malformed; .*answers that are rated"),
 }

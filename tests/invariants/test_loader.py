@@ -153,6 +153,23 @@ def test_the_plan_of_a_run_of_epochs_is_what_it_makes(
         assert f"source 'text': 40 rows, weight 1, 2 epochs {when}" in said
 
 
+def test_a_plan_that_goes_beyond_the_epochs_counts_whole_batches_behind_them(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, *(json.dumps(chat(f"question {n}")) for n in range(40)))
+    length = ["stage.num_steps=null", "stage.num_epochs=2", "stage.global_batch_size=64"]
+    loader = loader_of("sft", world, file, *length)
+    capsys.readouterr()
+    for num_steps, num_samples in ((1, 64), (2, 80), (3, 144), (10**15, 64 * 10**15 - 48)):
+        loader.log_plan(num_steps)
+        said = capsys.readouterr().out
+        assert f"{num_samples / 40:.3g} epochs in {num_steps} steps" in said
+    next(loader)
+    next(loader)
+    loader.log_plan(4)  # two batches behind the 80 samples
+    assert f"{(80 + 128) / 40:.3g} epochs in 4 steps" in capsys.readouterr().out
+
+
 ANY_SHARE = ["data.max_bad_rows=1", "data.max_lost_rows=1", "stage.global_batch_size=2"]
 
 

@@ -251,6 +251,25 @@ def test_the_marks_of_a_runs_own_rows_are_looked_at(world: World, tmp_path: Path
         SFTLoader(cfg.data, cfg.stage, tokenizer_of(path), cfg.seed)
 
 
+def test_a_template_is_not_blamed_for_rows_of_which_nothing_is_learnt(
+    world: World, tmp_path: Path
+) -> None:
+    path = with_template(world, tmp_path, PLAIN.replace("ANSWER", MARKED))
+    exempt = row(("user", "x"), ("assistant", "y"))
+    exempt["messages"][1]["weight"] = 0
+    cases = {
+        "0 of 1 rows.*1 data/dropped_no_loss": exempt,
+        r"leaves out tools \('f'\)": row(("user", "x"), ("assistant", "y"))
+        | {"tools": [{"name": "f"}]},
+    }
+    for says, found in cases.items():
+        file = rows_file(tmp_path, found)
+        data = [f"root={world.root}", "data=quickstart_text", f"data.sources.text.path={file}"]
+        cfg = compose_config("quickstart_sft", *data)
+        with pytest.raises(InputError, match=rf"source 'text': .*({says})"):
+            SFTLoader(cfg.data, cfg.stage, tokenizer_of(path), cfg.seed)
+
+
 def test_the_answers_that_are_found_without_marks_are_counted_at_the_start(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -331,6 +331,8 @@ IGNORED: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"messages": OPENAI, "chosen": "2", "rejected": "3"},
         {"chosen", "rejected"},
     ),
+    "an answer that is rated": ({"prompt": "two?", "completion": "3", "label": False}, set()),
+    "an answer of a class": ({"prompt": "two?", "completion": "2", "label": "sum"}, {"label"}),
     "text": ({"instruction": "two?", "output": "2", "text": "two? 2"}, {"text"}),
     "thoughts": ({"question": "two?", "answer": "2", "reasoning": "1 + 1"}, {"reasoning"}),
     "empty ones": ({"messages": OPENAI, "system": "", "tools": [], "response": None}, set()),
@@ -348,6 +350,13 @@ def test_columns_that_look_like_content_and_are_not_read_are_named(
     row: dict[str, Any], names: set[str]
 ) -> None:
     assert ignored_columns(row, read(row).used) == names
+
+
+def test_columns_of_a_question_and_its_answer_are_named_in_the_refusal() -> None:
+    with pytest.raises(RowError, match=r"as .prompt and .response do a question and its answer"):
+        read({"input": "two?", "output": "2"})
+    mapped = read({"input": "two?", "output": "2"}, {"prompt": "input", "response": "output"})
+    assert mapped.messages == (ASKED, ANSWERED)
 
 
 def test_mapped_columns_are_read() -> None:

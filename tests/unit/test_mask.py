@@ -561,3 +561,27 @@ def test_an_answer_that_is_rewritten_in_history_is_not_learnt_without_marks(
     assert learnt(same, example) == ["b<|im_end|>", "d<|im_end|>"]
     example = render_example(otherwise, row, LossTokens.assistant)
     assert learnt(otherwise, example) == ["d<|im_end|>"]
+
+
+def test_an_answer_ends_with_its_first_stop_without_marks(tmp_path: Path) -> None:
+    """Sampling ends there, whatever a template writes behind a chat."""
+    ended = BARE + "{% if not add_generation_prompt %}{{- '<|endoftext|>' }}{% endif %}"
+    tokenizer = tokenizer_of(write_tokenizer(tmp_path / "tokenizer", ended))
+    row = conversation(user("a"), assistant("b"), user("c"), assistant("d"))
+    example = render_example(tokenizer, row, LossTokens.assistant)
+    assert learnt(tokenizer, example) == ["b<|im_end|>", "d<|im_end|>"]
+    assert tokenizer.decode(example.input_ids).endswith("d<|im_end|>\n<|endoftext|>")
+
+
+def test_a_result_of_a_tool_may_be_written_as_json(tmp_path: Path) -> None:
+    """As Llama 3.1's template writes all of them."""
+    quoted = PLAIN.replace(
+        "{%- else %}{{- m.content +",
+        "{%- else %}{{- (m.content | tojson if m.role == 'tool' else m.content) +",
+    )
+    tokenizer = tokenizer_of(write_tokenizer(tmp_path / "tokenizer", quoted))
+    found = {"role": "tool", "content": '{"city": "Köln"}\n20'}
+    row = conversation(user("a"), assistant("b"), found, assistant("d"))
+    example = render_example(tokenizer, row, LossTokens.assistant)
+    assert learnt(tokenizer, example) == ["b<|im_end|>", "d<|im_end|>"]
+    assert '"{\\"city\\": \\"Köln\\"}\\n20"' in tokenizer.decode(example.input_ids)

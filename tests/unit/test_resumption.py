@@ -431,6 +431,24 @@ def test_a_finished_run_has_nothing_left_or_goes_on_or_is_refused(
     assert outcome in str(refused.value)
 
 
+def test_a_finished_run_goes_on_with_mended_rows_where_that_is_allowed(
+    world: World, tmp_path: Path
+) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("{}\n")
+    given = ["data=quickstart_text", f"data.sources.text.path={rows}"]
+    cfg = composed("sft", world, tmp_path, *given)
+    leave_checkpoint(cfg, 6)
+    finish(cfg)
+    rows.write_text('{"text": "mended"}\n')
+    more = [*given, "stage.num_steps=8", "on_resume.schedule=keep"]
+    with pytest.raises(InputError, match=r"data.sources.text.path: .* holds something else"):
+        is_finished(composed("sft", world, tmp_path, *more))
+    assert not is_finished(composed("sft", world, tmp_path, *more, "data.on_change=continue"))
+    with pytest.raises(InputError, match=r"was made anew; .* or give it more steps"):
+        is_finished(composed("sft", world, tmp_path, *given, "data.on_change=continue"))
+
+
 def test_a_finished_run_without_a_checkpoint_says_so(world: World, tmp_path: Path) -> None:
     finish(composed("sft", world, tmp_path))
     with pytest.raises(InputError, match=r"of 6 steps that left no checkpoint to go on from"):

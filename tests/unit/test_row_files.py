@@ -7,12 +7,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from marco_train.config.data import SourceConfig, SourceKind
 from marco_train.data.conversations import BadRow, Source
 from marco_train.data.sources import open_rows
+from marco_train.data.turns import RowError
 from marco_train.errors import InputError
 from marco_train.types import Conversation
 from tests.helpers.rows import conversations, source_at
@@ -158,6 +161,36 @@ def parquet(path: Path, *texts: str) -> Path:
     rows = [{"messages": [{"role": "user", "content": text}]} for text in texts]
     datasets.Dataset.from_list(rows).to_parquet(str(path))
     return path
+
+
+def test_text_of_other_bytes_in_a_table_is_one_row_at_fault(tmp_path: Path) -> None:
+    ends = pa.py_buffer(np.array([0, 1, 5, 6], np.int32))
+    prompts = pa.Array.from_buffers(pa.string(), 3, [None, ends, pa.py_buffer(b"acaf\xe9b")])
+    table = pa.table({"prompt": prompts, "answer": ["x", "y", "z"]})
+    pq.write_table(table, tmp_path / "rows.parquet")
+    found = source_at(tmp_path / "rows.parquet")
+    assert said(found) == ["a", "not UTF-8", "b"]
+    bad = found[1]
+    assert isinstance(bad, BadRow)
+    assert bad.reason.startswith("the column prompt: not UTF-8 ('utf-8' codec can't decode byte")
+    assert bad.begins == "{'answer': 'y'}"
+    rows = open_rows("fixture", SourceConfig(path=str(tmp_path / "rows.parquet")))
+    asked, fault, other = rows.walk({"prompt", "answer"})
+    assert (asked["prompt"], other["prompt"]) == ("a", "b")
+    assert isinstance(fault, RowError)
+
+
+def test_a_table_of_no_rows_is_refused_by_itself_and_passed_over_among_others(
+    tmp_path: Path,
+) -> None:
+    none = pa.table({"prompt": pa.array([], pa.string())})
+    pq.write_table(none, tmp_path / "train-0.parquet")
+    with pytest.raises(InputError, match=r"source 'fixture' .* has no rows"):
+        source_at(tmp_path / "train-0.parquet")
+    parquet(tmp_path / "train-1.parquet", "a")
+    assert said(source_at(tmp_path)) == ["a"]
+    rows = open_rows("fixture", SourceConfig(path=str(tmp_path)))
+    assert len(list(rows.walk({"messages"}))) == 1
 
 
 def shards(directory: Path) -> None:

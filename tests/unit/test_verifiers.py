@@ -54,6 +54,23 @@ def test_what_only_looks_alike_stays_different(answer: str) -> None:
     assert not verify(json.dumps({"n": answer}), '{"n": "42"}', TEXTS)
 
 
+@pytest.mark.parametrize(
+    ("answer", "reference", "is_right"),
+    [
+        ("true", "1", False),
+        ("1", "true", False),
+        ('{"a": [false]}', '{"a": [0]}', False),
+        ("true", "true", True),
+        ("1.0", "1", True),
+        ('"true"', "true", False),
+    ],
+)
+def test_truth_is_no_number_whatever_the_schema(
+    answer: str, reference: str, is_right: bool
+) -> None:
+    assert verify(answer, reference, {"name": "json_schema", "schema": {}}) is is_right
+
+
 def test_letters_are_compared_composed_and_keep_what_spells_them() -> None:
     assert verify("cafe\u0301", "caf\u00e9", EXACT)
     assert not verify("ﬁn", "fin", EXACT)  # a ligature, which NFKC would take apart
