@@ -29,13 +29,13 @@ from typing import Protocol
 from torch import Tensor
 
 from marco_train.config.model import DType
-from marco_train.distributed import device
+from marco_train.distributed import device, gather_objects
 from marco_train.errors import WeightSyncError
 from marco_train.metrics import Metrics
 from marco_train.models.agreement import Spread, noise, spread_of
 from marco_train.models.checksums import Checksums
 from marco_train.models.probe import probe_ids
-from marco_train.models.weights import name_first
+from marco_train.models.weights import ExpertShare, name_first
 from marco_train.rollout.base import Sampler
 
 # Tokens of the canary's sequences: enough to touch most experts, few enough to cost little. The
@@ -51,8 +51,8 @@ FIRST_SYNC, LATER_SYNCS = 4.0, 1.5
 class SyncSource(Protocol):
     """The part of a policy that a sync needs."""
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Stream all weights, experts joined; all ranks take part."""
+    def named_weights(self, share: ExpertShare) -> Iterator[tuple[str, Tensor]]:
+        """Stream all weights, of the experts those of `share`, joined; all ranks take part."""
 
     def score(self, sequences: Sequence[list[int]]) -> Tensor:
         """Log-probabilities of the tokens of sequences; all ranks take part."""
@@ -100,13 +100,14 @@ def sync_weights(policy: SyncSource, sampler: Sampler, version: int, canary: Can
         was proved bit for bit.
 
     Raises:
-        WeightSyncError: Names the weights that differ, or says how far off the canary is.
+        WeightSyncError: Names the weights that differ, or says how far off the canary is; on all
+            ranks, of the first where it is so.
     """
-    sent = Checksums()
+    sent = Checksums(sampler.share)
     start = time.perf_counter()
 
     def watched() -> Iterator[tuple[str, Tensor]]:
-        for name, weight in policy.named_weights():
+        for name, weight in policy.named_weights(sampler.share):
             sent.add(name, weight)
             yield name, weight
 
@@ -118,11 +119,13 @@ def sync_weights(policy: SyncSource, sampler: Sampler, version: int, canary: Can
     sequences = canary.sequences
     found = spread_of(policy.score(sequences), sampler.score(sequences).to(device()))
     bound = canary.bound(sampler.first_canary)
+    said = None
     if not found.within(bound):
-        raise WeightSyncError(
+        said = (
             f"step {version}: the canary's log-probabilities differ by {found} between policy and "
             f"sampler; bounds: {bound}; stage.rollout.canary_tolerance bounds the largest"
         )
+    _end_all_ranks(said)
     sampler.first_canary = sampler.first_canary or found
     return {"rollout/sync_gib_per_s": gib_per_second, "rollout/sync_proved": proved / num_bytes}
 
@@ -131,10 +134,19 @@ def _prove(sent: Checksums, sampler: Sampler, version: int) -> int:
     """Compare the checksums of all that hold the sampler's weights; returns the bytes proved."""
     wanted, holders = sent.by_name(), sampler.checksums()
     differing = {n for held in holders for n, found in held.items() if wanted.get(n) != found}
+    said = None
     if differing:
-        raise WeightSyncError(
+        said = (
             f"step {version}: {len(differing)} of {len(wanted)} weights of the sampler are not the "
             f"policy's: {name_first(sorted(differing))}"
         )
+    _end_all_ranks(said)
     proved = min(holders, key=len, default={})  # of several, the one that proves the least
     return sum(sent.num_bytes[name] for name in proved)
+
+
+def _end_all_ranks(said: str | None) -> None:
+    """Raise where a rank has something to say, on all of them: the others would wait for it."""
+    for of_rank in gather_objects(said):
+        if of_rank is not None:
+            raise WeightSyncError(of_rank)

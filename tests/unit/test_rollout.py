@@ -19,7 +19,13 @@ from marco_train.losses.logprobs import sequence_logprobs, token_logprobs, topk_
 from marco_train.models import Qwen3Moe
 from marco_train.models.checksums import CHECKSUM_CHUNK, WORD_BYTES, checksum
 from marco_train.models.routing import Router, Routing
-from marco_train.models.weights import empty_model, named_weights, random_model
+from marco_train.models.weights import (
+    ALL_EXPERTS,
+    ExpertShare,
+    empty_model,
+    named_weights,
+    random_model,
+)
 from marco_train.rollout import vllm as rollout_vllm
 from marco_train.rollout.base import SamplerSpec, in_order, response_seed, summarize
 from marco_train.rollout.native import NativeSampler, draw_tokens
@@ -195,6 +201,12 @@ def test_an_engine_is_given_memory_for_keys_by_number_or_by_what_is_free(
     one = 2 * 128 * 2 * 2 * 2 * 8 * 2
     assert given(batch_size=3) == 3 * one
     assert given(batch_size=10**6) == gib - 2 * num_weights
+    # Of two ranks that share the experts each holds half of them.
+    num_expert_weights = 2 * 8 * 3 * 16 * 32
+    monkeypatch.setattr(rollout_vllm, "world_size", lambda: 2)
+    assert given(batch_size=10**6) == gib - 2 * num_weights
+    found = given(batch_size=10**6, expert_parallel=True)
+    assert found == gib - 2 * (num_weights - num_expert_weights // 2)
 
 
 def test_keys_get_what_is_free_beside_trainer_weights_and_reserve() -> None:
@@ -269,8 +281,8 @@ class FakePolicy:
     def __init__(self, model: Qwen3Moe) -> None:
         self.model = model
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield from named_weights(self.model)
+    def named_weights(self, share: ExpertShare = ALL_EXPERTS) -> Iterator[tuple[str, Tensor]]:
+        yield from named_weights(self.model, share)
 
     @torch.no_grad()
     def score(self, sequences: Sequence[list[int]]) -> Tensor:
@@ -301,8 +313,8 @@ def test_nothing_is_sampled_before_the_first_sync() -> None:
 class LossyPolicy(FakePolicy):
     """Streams all but one weight."""
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return (pair for pair in super().named_weights() if "gate_up_proj" not in pair[0])
+    def named_weights(self, share: ExpertShare = ALL_EXPERTS) -> Iterator[tuple[str, Tensor]]:
+        return (pair for pair in super().named_weights(share) if "gate_up_proj" not in pair[0])
 
 
 def test_a_weight_that_is_missing_stops_the_sync() -> None:
