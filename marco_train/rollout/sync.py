@@ -15,8 +15,10 @@ What it takes for Mini (28 layers, 256 experts of 768, width 1,024) in bfloat16 
 ranks: 34.6 GB in 311 tensors. Two matrices of experts a layer are gathered, 56 collectives in all:
 805 and 403 MB, of which a rank receives seven eighths, 29.6 GB in total, 0.1 s at 300 GB/s. Of
 extra memory the gathered matrices of the layer that is being loaded, 1.2 GB, which an engine of
-vLLM keeps until it is complete, and as much again where it then lays them out. Checksums read all
-bytes once more on each side; the canary is one forward pass of 256 tokens on each side.
+vLLM keeps until it is complete, and as much again where it then lays them out. With engines that
+share the experts over the same 8 ranks nothing is gathered, and an eighth is kept and laid out.
+Checksums read all bytes once more on each side; the canary is one forward pass of 256 tokens on
+each side.
 """
 
 import math
