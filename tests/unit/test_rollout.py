@@ -1,6 +1,7 @@
 """The sampler samples the model's distribution, by seed, and holds the policy's weights."""
 
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -8,12 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from marco_train import distributed
 from marco_train.config.model import DType
 from marco_train.config.rollout import (
     NativeRolloutConfig,
     VLLMRolloutConfig,
 )
 from marco_train.errors import InputError, WeightSyncError
+from marco_train.inference import engine
 from marco_train.inference.engine import Generation
 from marco_train.losses.logprobs import sequence_logprobs, token_logprobs, topk_logprobs
 from marco_train.models import Qwen3Moe
@@ -221,6 +224,21 @@ def test_keys_get_what_is_free_beside_trainer_weights_and_reserve() -> None:
         r"needs 1\.0000 of keys .*offload_while_sampling=true",
     ):
         share_for_keys(31 * gib - gib // 10, 20 * gib, 10 * gib, one=gib, batch_size=256)
+
+
+def test_engines_that_share_experts_wait_for_each_other_as_long_as_the_ranks_of_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(distributed.Groups, "timeout", timedelta(seconds=90.5))
+    assert engine._shared_over_ranks() == {}
+    monkeypatch.setattr(distributed, "world_size", lambda: 8)
+    assert engine._shared_over_ranks() == {
+        "data_parallel_size": 8,
+        "enable_expert_parallel": True,
+        "async_scheduling": False,
+        "distributed_timeout_seconds": 91,
+        "cpu_distributed_timeout_seconds": 91,
+    }
 
 
 def test_a_response_ends_at_its_first_stop_token_or_at_the_limit() -> None:
