@@ -82,6 +82,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "stage.rollout.max_tokens_per_batch",
         "stage.rollout.kv_cache_gib",
         "stage.rollout.reserve_gib",
+        "stage.rollout.expert_parallel",
         "stage.rollout.servers.**",
         "stage.rollout.sync_path",
         *(

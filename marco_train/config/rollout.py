@@ -8,7 +8,7 @@ from omegaconf import MISSING
 from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.model import DType
 from marco_train.config.servers import SamplerServersConfig
-from marco_train.errors import require, require_positive
+from marco_train.errors import InputError, require, require_positive
 
 # At any other the responses are not the policy's own: the sampled-token objective is no unbiased
 # estimate of the reverse KL, and the other objectives are the KL of another distribution.
@@ -81,6 +81,11 @@ class VLLMRolloutConfig(RolloutConfig):
     reserve_gib: float = 16
     """What kv_cache_gib=auto leaves free on a GPU: for CUDA graphs, for workspaces, and for a
     teacher in this process, which is opened later."""
+    expert_parallel: bool = False
+    """Whether the engines share the student's experts: each holds an equal part of them instead of
+    all, and computes it for the tokens of all ranks, up to max_tokens_per_batch of each; all
+    sample as long as one does. With parallel.expert_parallel_size of all ranks a sync moves no
+    experts between them. On GPUs only, where it has not been run."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -126,6 +131,25 @@ def check_replay(rollout: RolloutConfig, student: ArchitectureConfig) -> None:
         student.is_moe or not rollout.replay_routing,
         "stage.rollout.replay_routing is true, but the student is dense and has no experts: set it "
         "to false",
+    )
+
+
+def check_expert_shares(
+    rollout: RolloutConfig, student: ArchitectureConfig, num_ranks: int
+) -> None:
+    """Refuse engines that cannot share a student's experts over `num_ranks` evenly."""
+    if not isinstance(rollout, VLLMRolloutConfig) or not rollout.expert_parallel:
+        return
+    if student.num_experts is None:
+        raise InputError(
+            "stage.rollout.expert_parallel is true, but the student is dense and has no experts to "
+            "share: set it to false"
+        )
+    require(
+        student.num_experts % num_ranks == 0,
+        f"stage.rollout.expert_parallel shares the student's {student.num_experts} experts over "
+        f"all {num_ranks} ranks of this launch, which do not divide them: launch another number, "
+        "or set it to false",
     )
 
 

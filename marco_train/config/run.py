@@ -22,6 +22,7 @@ from marco_train.config.rollout import (
     RolloutConfig,
     VLLMRolloutConfig,
     VLLMServerRolloutConfig,
+    check_expert_shares,
     check_replay,
 )
 from marco_train.config.sft import SFTConfig
@@ -167,6 +168,7 @@ class TrainConfig:
             check_positions(self.stage, architecture.max_position_embeddings, "the model")
             if isinstance(self.stage, OPDConfig):
                 check_replay(self.stage.rollout, architecture)
+                check_expert_shares(self.stage.rollout, architecture, num_ranks=1)
         require(
             longest <= self.data.max_tokens_per_microbatch,
             f"data.max_tokens_per_microbatch is {self.data.max_tokens_per_microbatch}, below the "

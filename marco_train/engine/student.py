@@ -14,7 +14,13 @@ from marco_train.metrics import Metrics, MetricSums
 from marco_train.models.hf_io import check_architecture, load_model
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.routing import Routing
-from marco_train.models.weights import named_weights, random_model, torch_dtype
+from marco_train.models.weights import (
+    ALL_EXPERTS,
+    ExpertShare,
+    named_weights,
+    random_model,
+    torch_dtype,
+)
 from marco_train.types import LossFn, Microbatch, PolicyOutput
 
 
@@ -57,9 +63,9 @@ class Student:
         self._module.eval()
         return sequence_logprobs(self._module, self.model.head, sequences)
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Stream all weights, experts joined; every rank takes part."""
-        return named_weights(self.model)
+    def named_weights(self, share: ExpertShare = ALL_EXPERTS) -> Iterator[tuple[str, Tensor]]:
+        """Stream all weights, of the experts those of `share`, joined; every rank takes part."""
+        return named_weights(self.model, share)
 
 
 def routing_of(microbatch: Microbatch) -> Routing:

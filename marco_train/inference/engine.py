@@ -8,6 +8,7 @@ is given explicitly.
 
 import gc
 import importlib.util
+import math
 import os
 import random
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,7 @@ from marco_train.config.rollout import TEMPERATURE
 from marco_train.errors import InputError, require
 from marco_train.inference.layout import kept_weights
 from marco_train.models.checksums import checksums_of
+from marco_train.models.weights import ALL_EXPERTS, ExpertShare
 
 # Settings of the process that vLLM reads; each is as in the engines that were measured.
 ENVIRONMENT = {
@@ -101,6 +103,24 @@ def require_one_engine(owners: Sequence[str], on: torch.device) -> None:
     )
 
 
+def require_shared_experts(on: torch.device) -> None:
+    """Refuse engines that share their experts where vLLM cannot compute with a share.
+
+    Source: vLLM 0.32.0, distributed/device_communicators/cpu_communicator.py, which lacks the
+    all_gatherv and reduce_scatterv of base_device_communicator.py, and model_executor/layers/
+    fused_moe/experts/cpu_moe.py, apply, which does not look at expert_map.
+
+    Raises:
+        InputError: Says what is lacking.
+    """
+    require(
+        on.type != "cpu",
+        "stage.rollout.expert_parallel is true, and there is no GPU: vLLM on a CPU has neither the "
+        "exchange of tokens between ranks that share experts, all_gatherv and reduce_scatterv, nor "
+        "kernels for a share of them; set it to false",
+    )
+
+
 # The engines of this process; vLLM's groups are theirs together.
 _OPEN: set[int] = set()
 
@@ -120,6 +140,7 @@ class VLLMEngine:
         with_weights: bool = True,
         with_experts: bool = False,
         prefix_caching: bool = False,
+        share_experts: bool = False,
     ) -> None:
         """Build an engine.
 
@@ -136,12 +157,17 @@ class VLLMEngine:
             with_experts: Whether generations name the experts that their tokens took; on a GPU
                 only.
             prefix_caching: Whether keys of prompts that begin alike are kept.
+            share_experts: Whether each rank's engine holds an equal share of the experts of an MoE
+                model, those of its number, and computes it for the tokens of all. Then engines
+                step together: every rank makes each call of `generate`, `token_logprobs` and
+                `next_logprob`, with any number of requests or none, and iterates it to its end. A
+                rank that fails ends the others as its process ends, or by their time limit.
 
         Raises:
             InputError: vLLM is not installed, or the files do not give all weights of the model.
         """
         require_vllm()
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = _shared_over_ranks() if share_experts else {}
         # Only an engine that gets its weights again and again can let go of them.
         self._sleeps = torch.cuda.is_available() and not with_weights
         self._asleep = False
@@ -152,7 +178,7 @@ class VLLMEngine:
             if purpose is Purpose.hidden_states:
                 from vllm.config import PoolerConfig
 
-                options = {
+                options |= {
                     "runner": "pooling",
                     "convert": "embed",
                     "pooler_config": PoolerConfig(task="token_embed"),
@@ -211,9 +237,14 @@ class VLLMEngine:
             self._asleep = False
         self.forget_keys()
 
-    def checksums(self, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype) -> dict[str, int]:
+    def checksums(
+        self,
+        shapes: Mapping[str, Sequence[int]],
+        dtype: torch.dtype,
+        share: ExpertShare = ALL_EXPERTS,
+    ) -> dict[str, int]:
         """Digest the weights that are kept as a checkpoint has them; see `layout.kept_weights`."""
-        digest = partial(checksums_kept, shapes=shapes, dtype=dtype)
+        digest = partial(checksums_kept, shapes=shapes, dtype=dtype, share=share)
         found: dict[str, int] = self._llm.apply_model(digest)[0]  # of the one worker
         return found
 
@@ -346,6 +377,32 @@ class VLLMEngine:
         del self._llm
 
 
+def _shared_over_ranks() -> dict[str, Any]:
+    """Options of engines that share their experts over all ranks of this launch.
+
+    Experts lie in their order, an equal number on each rank, and tokens cross by all-gather and
+    reduce-scatter; all ranks go on stepping until none has requests.
+    Source: vLLM 0.32.0, config/parallel.py, __post_init__ with external_launcher;
+    v1/engine/llm_engine.py, has_unfinished_requests_dp and step; model_executor/layers/fused_moe/
+    expert_map_manager.py, determine_expert_map, linear.
+    """
+    if distributed.world_size() == 1:
+        return {}
+    limit = distributed.Groups.timeout
+    seconds = None if limit is None else math.ceil(limit.total_seconds())
+    return {
+        "data_parallel_size": distributed.world_size(),
+        "enable_expert_parallel": True,
+        # Else a step may only take the result of an earlier one, and the others wait in their
+        # forward pass: v1/engine/core.py, step_with_batch_queue; on a GPU nothing stands in for it:
+        # v1/worker/gpu/model_runner.py, execute_model, total_num_scheduled_tokens == 0.
+        "async_scheduling": False,
+        # Of the groups in which ranks wait for each other; theirs are not the trainer's.
+        "distributed_timeout_seconds": seconds,
+        "cpu_distributed_timeout_seconds": seconds,
+    }
+
+
 @cache
 def _load_format_of_whole_models() -> str:
     """Tell vLLM of a loader that refuses a model which did not arrive whole; give its name.
@@ -422,13 +479,19 @@ def replace_weights(model: Any, weights: Iterable[tuple[str, Tensor]], config: A
 
 
 def checksums_kept(
-    model: Any, shapes: Mapping[str, Sequence[int]], dtype: torch.dtype
+    model: Any,
+    shapes: Mapping[str, Sequence[int]],
+    dtype: torch.dtype,
+    share: ExpertShare = ALL_EXPERTS,
 ) -> dict[str, int]:
-    """Digest the weights of a model of vLLM that it keeps as a checkpoint has them."""
+    """Digest the weights of a model of vLLM that it keeps as a checkpoint has them.
+
+    Its experts are those of `share`, and `shapes` are theirs.
+    """
     from vllm.platforms import current_platform
 
     platform = "cpu" if current_platform.is_cpu() else "cuda"
-    return checksums_of(kept_weights(model, shapes, dtype, platform))
+    return checksums_of(kept_weights(model, shapes, dtype, platform), share)
 
 
 def forget_packed_experts(model: Any) -> None:

@@ -36,7 +36,8 @@ def kept_weights(
 
     Args:
         model: Of vLLM.
-        shapes: Of all weights of the model, experts joined; see `models/weights.py`.
+        shapes: Of all weights of the model, or of a share of its experts where the engine holds
+            one, joined; see `models/weights.py`.
         dtype: In which they were sent. A weight that vLLM holds in another is left out.
         platform: cuda or cpu.
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from marco_train.models.weights import checkpoint_names
+from marco_train.models.weights import ALL_EXPERTS, ExpertShare, checkpoint_names
 
 WORD_BYTES = 8
 # Positions are weighed, so that a transposed or shifted weight changes its checksum.
@@ -20,13 +20,15 @@ BLOCK_WORDS = {"cpu": CHECKSUM_CHUNK, "cuda": 2**24}
 class Checksums:
     """Digests of a stream of weights, made as they pass; copied to the host once, at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, share: ExpertShare = ALL_EXPERTS) -> None:
+        """Expect the experts of `share`."""
+        self._share = share
         self.num_bytes: dict[str, int] = {}  # by checkpoint name
         self._rows: list[Tensor] = []  # [N] each, of as many names
 
     def add(self, name: str, weight: Tensor) -> None:
         """Take one weight of a stream of `named_weights`."""
-        names = checkpoint_names(name, weight.shape)
+        names = checkpoint_names(name, weight.shape, self._share)
         self.num_bytes |= dict.fromkeys(names, weight.nbytes // len(names))
         self._rows.append(checksums(weight.detach().reshape(len(names), -1)))
 
@@ -36,9 +38,11 @@ class Checksums:
         return dict(zip(self.num_bytes, found, strict=True))
 
 
-def checksums_of(weights: Iterable[tuple[str, Tensor]]) -> dict[str, int]:
-    """Digest a stream of `named_weights`, under checkpoint names."""
-    found = Checksums()
+def checksums_of(
+    weights: Iterable[tuple[str, Tensor]], share: ExpertShare = ALL_EXPERTS
+) -> dict[str, int]:
+    """Digest a stream of `named_weights` of `share`, under checkpoint names."""
+    found = Checksums(share)
     for name, weight in weights:
         found.add(name, weight)
     return found.by_name()

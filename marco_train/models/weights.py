@@ -9,6 +9,7 @@ sampler, the experts of a layer are joined: `model.layers.0.mlp.experts.gate_up_
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,16 @@ from marco_train.models.qwen3_moe import Qwen3Moe
 
 NUM_NAMED = 10  # how many of many mistakes are named
 FUSED = re.compile(r"(.*\.mlp\.experts)\.(gate_up_proj|down_proj)$")
+
+
+class ExpertShare(NamedTuple):
+    """One of equal parts of the experts of each layer, which are cut in their order."""
+
+    number: int
+    num_shares: int
+
+
+ALL_EXPERTS = ExpertShare(0, 1)
 
 
 def _split_experts(name: str, fused: Tensor, first: int) -> Iterator[tuple[str, Tensor]]:
@@ -38,14 +49,21 @@ def _split_experts(name: str, fused: Tensor, first: int) -> Iterator[tuple[str, 
             yield f"{prefix}.{expert}.up_proj.weight", up
 
 
-def checkpoint_names(name: str, shape: Sequence[int]) -> list[str]:
-    """Name the checkpoint's weights in a tensor of this name and shape, in the order of memory."""
+def checkpoint_names(
+    name: str, shape: Sequence[int], share: ExpertShare = ALL_EXPERTS
+) -> list[str]:
+    """Name the checkpoint's weights in a tensor of this name and shape, in the order of memory.
+
+    Joined experts are those of `share`.
+    """
     found = FUSED.match(name)
     if found is None:
         return [name]
     prefix, matrix = found.groups()
     kinds = ("down_proj",) if matrix == "down_proj" else ("gate_proj", "up_proj")
-    return [f"{prefix}.{expert}.{kind}.weight" for expert in range(shape[0]) for kind in kinds]
+    first = share.number * shape[0]
+    experts = range(first, first + shape[0])
+    return [f"{prefix}.{expert}.{kind}.weight" for expert in experts for kind in kinds]
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:
@@ -54,25 +72,45 @@ def torch_dtype(dtype: DType) -> torch.dtype:
     return named
 
 
+def _held_share(group: dist.ProcessGroup | None) -> ExpertShare:
+    """The experts that this rank has of a model over a group."""
+    return ALL_EXPERTS if group is None else ExpertShare(group.rank(), group.size())
+
+
 def local_weights(model: Qwen3Moe) -> Iterator[tuple[str, Tensor]]:
     """This rank's weights under checkpoint names; a tied head is absent."""
-    ep_rank = 0 if model.ep_group is None else model.ep_group.rank()
-    for name, parameter in model.named_parameters():
-        weight = parameter.detach()
+    held = ((name, parameter.detach()) for name, parameter in model.named_parameters())
+    return single_experts(held, _held_share(model.ep_group))
+
+
+def single_experts(
+    weights: Iterable[tuple[str, Tensor]], share: ExpertShare
+) -> Iterator[tuple[str, Tensor]]:
+    """Pass on a stream of `named_weights` with each expert under its names in the checkpoint."""
+    for name, weight in weights:
         if FUSED.match(name):
-            yield from _split_experts(name, weight, first=ep_rank * len(weight))
+            yield from _split_experts(name, weight, first=share.number * len(weight))
         else:
             yield name, weight
 
 
-def named_weights(model: Qwen3Moe) -> Iterator[tuple[str, Tensor]]:
-    """Stream the whole model, experts joined; every rank of the group takes part.
+def named_weights(
+    model: Qwen3Moe, share: ExpertShare = ALL_EXPERTS
+) -> Iterator[tuple[str, Tensor]]:
+    """Stream the model with the experts of `share`, joined; every rank of the group takes part.
 
-    At most one layer's experts of one matrix are gathered at a time.
+    At most one layer's experts of one matrix are gathered at a time, and none where each rank asks
+    for those that it holds.
     """
     for name, parameter in model.named_parameters():
         weight = parameter.detach()
-        yield name, _gather_experts(weight, model.ep_group) if FUSED.match(name) else weight
+        yield name, _experts_of(share, weight, model.ep_group) if FUSED.match(name) else weight
+
+
+def _experts_of(share: ExpertShare, local: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    if share == _held_share(group):
+        return local
+    return _gather_experts(local, group).chunk(share.num_shares)[share.number]
 
 
 # Its name from torch 2.13 on, which warns of the former one.
@@ -101,13 +139,11 @@ def weight_shapes(model: Qwen3Moe) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def joined_shapes(model: Qwen3Moe) -> dict[str, tuple[int, ...]]:
+def joined_shapes(model: Qwen3Moe, share: ExpertShare = ALL_EXPERTS) -> dict[str, tuple[int, ...]]:
     """Shape of each weight of a stream of `named_weights`, by name and in its order."""
-    num_experts = model.architecture.num_experts
+    num_experts = (model.architecture.num_experts or 0) // share.num_shares
     return {
-        name: (num_experts or 0, *parameter.shape[1:])
-        if FUSED.match(name)
-        else tuple(parameter.shape)
+        name: (num_experts, *parameter.shape[1:]) if FUSED.match(name) else tuple(parameter.shape)
         for name, parameter in model.named_parameters()
     }
 

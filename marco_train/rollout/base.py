@@ -11,6 +11,7 @@ from marco_train.config.model import DType
 from marco_train.distributed import gather_objects
 from marco_train.metrics import Metrics
 from marco_train.models.agreement import Spread
+from marco_train.models.weights import ALL_EXPERTS, ExpertShare
 from marco_train.rollout.loops import ends_in_loop
 from marco_train.types import FinishReason, Prompt, Rollout, rollout_groups
 
@@ -20,15 +21,18 @@ class Sampler:
 
     first_canary: Spread | None = None
     """How far it was from the policy at its first sync; see `rollout/sync.py`."""
+    share: ExpertShare = ALL_EXPERTS
+    """Of the experts, which this rank's sampler holds."""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take a complete stream of named weights."""
+        """Take a complete stream of named weights, of the experts those of `share`."""
         raise NotImplementedError
 
     def sample(self, prompts: Sequence[Prompt], num_responses: int) -> Iterator[Rollout]:
         """Sample responses of each prompt; yields each as it ends.
 
-        Servers are asked at once; a sampler in this process samples while it is iterated.
+        Servers are asked at once; a sampler in this process samples while it is iterated. Every
+        rank takes part, with any number of prompts, and iterates to the end.
         """
         raise NotImplementedError
 

@@ -13,11 +13,13 @@ from marco_train.config.rollout import (
     NativeRolloutConfig,
     VLLMRolloutConfig,
     VLLMServerRolloutConfig,
+    check_expert_shares,
     check_kv_cache,
     check_replay,
 )
+from marco_train.distributed import device, world_size
 from marco_train.errors import require
-from marco_train.inference.engine import require_vllm
+from marco_train.inference.engine import require_shared_experts, require_vllm
 from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.models.weights import empty_model, torch_dtype
 from marco_train.rollout.base import Sampler, SamplerSpec
@@ -34,6 +36,7 @@ def check_sampler(stage: SampledStage, student: ArchitectureConfig, dtype: DType
     """
     cfg = stage.rollout
     check_replay(cfg, student)
+    check_expert_shares(cfg, student, world_size())
     if isinstance(cfg, VLLMRolloutConfig):
         check_kv_cache(cfg, student, dtype, longest_sequence(stage) + 1)
         require_vllm()
@@ -43,6 +46,8 @@ def check_sampler(stage: SampledStage, student: ArchitectureConfig, dtype: DType
             "took with its V2 model runner only, which needs Triton; set it to false, or choose "
             "rollout@stage.rollout=native",
         )
+        if cfg.expert_parallel:
+            require_shared_experts(device())
 
 
 def build_sampler(

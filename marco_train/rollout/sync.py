@@ -15,8 +15,10 @@ What it takes for Mini (28 layers, 256 experts of 768, width 1,024) in bfloat16 
 ranks: 34.6 GB in 311 tensors. Two matrices of experts a layer are gathered, 56 collectives in all:
 805 and 403 MB, of which a rank receives seven eighths, 29.6 GB in total, 0.1 s at 300 GB/s. Of
 extra memory the gathered matrices of the layer that is being loaded, 1.2 GB, which an engine of
-vLLM keeps until it is complete, and as much again where it then lays them out. Checksums read all
-bytes once more on each side; the canary is one forward pass of 256 tokens on each side.
+vLLM keeps until it is complete, and as much again where it then lays them out. With engines that
+share the experts over the same 8 ranks nothing is gathered, and an eighth is kept and laid out.
+Checksums read all bytes once more on each side; the canary is one forward pass of 256 tokens on
+each side.
 """
 
 import math
@@ -33,13 +35,13 @@ from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.lengths import longest_sequence
 from marco_train.config.model import DType
 from marco_train.config.opd import OPDConfig
-from marco_train.distributed import device
+from marco_train.distributed import device, gather_objects
 from marco_train.errors import WeightSyncError
 from marco_train.metrics import Metrics
 from marco_train.models.agreement import Spread, noise, spread_of
 from marco_train.models.checksums import Checksums
 from marco_train.models.probe import probe_ids
-from marco_train.models.weights import name_first
+from marco_train.models.weights import ExpertShare, name_first
 from marco_train.rollout.base import Sampler
 
 # Tokens of the canary's sequences: enough to touch most experts, few enough to cost little. The
@@ -55,8 +57,8 @@ FIRST_SYNC, LATER_SYNCS = 4.0, 1.5
 class SyncSource(Protocol):
     """The part of a policy that a sync needs."""
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Stream all weights, experts joined; all ranks take part."""
+    def named_weights(self, share: ExpertShare) -> Iterator[tuple[str, Tensor]]:
+        """Stream all weights, of the experts those of `share`, joined; all ranks take part."""
 
     def score(self, sequences: Sequence[list[int]]) -> Tensor:
         """Log-probabilities of the tokens of sequences; all ranks take part."""
@@ -116,13 +118,14 @@ def sync_weights(policy: SyncSource, sampler: Sampler, version: int, canary: Can
         was proved bit for bit.
 
     Raises:
-        WeightSyncError: Names the weights that differ, or says how far off the canary is.
+        WeightSyncError: Names the weights that differ, or says how far off the canary is; on all
+            ranks, of the first where it is so.
     """
-    sent = Checksums()
+    sent = Checksums(sampler.share)
     start = time.perf_counter()
 
     def watched() -> Iterator[tuple[str, Tensor]]:
-        for name, weight in policy.named_weights():
+        for name, weight in policy.named_weights(sampler.share):
             sent.add(name, weight)
             yield name, weight
 
@@ -134,11 +137,13 @@ def sync_weights(policy: SyncSource, sampler: Sampler, version: int, canary: Can
     sequences = canary.sequences
     found = spread_of(policy.score(sequences), sampler.score(sequences).to(device()))
     bound = canary.bound(sampler.first_canary)
+    said = None
     if not found.within(bound):
-        raise WeightSyncError(
+        said = (
             f"step {version}: the canary's log-probabilities differ by {found} between policy and "
             f"sampler; bounds: {bound}; stage.rollout.canary_tolerance bounds the largest"
         )
+    _end_all_ranks(said)
     sampler.first_canary = sampler.first_canary or found
     return {"rollout/sync_gib_per_s": gib_per_second, "rollout/sync_proved": proved / num_bytes}
 
@@ -147,10 +152,19 @@ def _prove(sent: Checksums, sampler: Sampler, version: int) -> int:
     """Compare the checksums of all that hold the sampler's weights; returns the bytes proved."""
     wanted, holders = sent.by_name(), sampler.checksums()
     differing = {n for held in holders for n, found in held.items() if wanted.get(n) != found}
+    said = None
     if differing:
-        raise WeightSyncError(
+        said = (
             f"step {version}: {len(differing)} of {len(wanted)} weights of the sampler are not the "
             f"policy's: {name_first(sorted(differing))}"
         )
+    _end_all_ranks(said)
     proved = min(holders, key=len, default={})  # of several, the one that proves the least
     return sum(sent.num_bytes[name] for name in proved)
+
+
+def _end_all_ranks(said: str | None) -> None:
+    """Raise where a rank has something to say, on all of them: the others would wait for it."""
+    for of_rank in gather_objects(said):
+        if of_rank is not None:
+            raise WeightSyncError(of_rank)

@@ -1,9 +1,10 @@
 """The sampler in vLLM, in this process: one engine on each rank, for its own prompts.
 
-An engine is built once, without weights; every sync brings all of them. A response has a request
-and a seed of its own. On a CPU it does not depend on what else is sampled beside it, when or where;
-on GPUs kernels round by the size of the batch, unless `deterministic` is set, which has not run
-there.
+An engine is built once, without weights; every sync brings all of them. With expert_parallel it
+holds a share of the experts, and all ranks sample together; else it holds all, and each samples
+alone. A response has a request and a seed of its own. On a CPU it does not depend on what else is
+sampled beside it, when or where; on GPUs kernels round by the size of the batch, unless
+`deterministic` is set, which has not run there.
 """
 
 import json
@@ -19,11 +20,19 @@ from torch import Tensor
 
 from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.rollout import VLLMRolloutConfig, kv_cache_bytes
-from marco_train.distributed import reduce_max
+from marco_train.distributed import rank, reduce_max, world_size
 from marco_train.errors import require
 from marco_train.inference.engine import Generation, VLLMEngine, with_tied_head
 from marco_train.models.hf_io import hf_config
-from marco_train.models.weights import accounted, joined_shapes, meta_model, torch_dtype
+from marco_train.models.weights import (
+    ALL_EXPERTS,
+    ExpertShare,
+    accounted,
+    joined_shapes,
+    meta_model,
+    single_experts,
+    torch_dtype,
+)
 from marco_train.rollout.base import NO_WEIGHTS, Sampler, SamplerSpec, response_seed
 from marco_train.types import FinishReason, Prompt, Rollout, no_experts
 
@@ -31,12 +40,14 @@ KV_CACHE_BYTES_ON_CPU = 4 * 2**30
 
 
 class VLLMSampler(Sampler):
-    """Samples on this rank, alone; every rank builds one at the same time."""
+    """Samples on this rank; every rank builds one at the same time."""
 
     def __init__(self, cfg: VLLMRolloutConfig, sampling: SamplerSpec) -> None:
         """Build the engine of a model of this shape."""
         self._sampling = sampling
-        self._shapes = joined_shapes(meta_model(sampling.architecture))
+        if cfg.expert_parallel:
+            self.share = ExpertShare(rank(), world_size())
+        self._shapes = joined_shapes(meta_model(sampling.architecture), self.share)
         self._weight_version: int | None = None
         with tempfile.TemporaryDirectory() as directory:
             config = hf_config(sampling.architecture, torch_dtype(sampling.dtype))
@@ -50,21 +61,26 @@ class VLLMSampler(Sampler):
                 max_sequences=cfg.batch_size,
                 with_weights=False,
                 with_experts=sampling.replay_routing,
+                share_experts=cfg.expert_parallel,
             )
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Take a complete stream of named weights.
+        """Take a complete stream of named weights, of the experts those of `share`.
 
         Raises:
             InputError: A weight is missing, doubled, unknown or misshapen.
         """
         self._weight_version = None
-        self._engine.load_weights(with_tied_head(accounted(weights, self._shapes), self._shapes))
+        stream = with_tied_head(accounted(weights, self._shapes), self._shapes)
+        if self.share != ALL_EXPERTS:  # vLLM takes the first of joined experts for number 0
+            stream = single_experts(stream, self.share)
+        self._engine.load_weights(stream)
         self._weight_version = version
 
     def checksums(self) -> list[dict[str, int]]:
         """Digest what the engine keeps as a checkpoint has it, where it keeps it."""
-        return [self._engine.checksums(self._shapes, torch_dtype(self._sampling.dtype))]
+        dtype = torch_dtype(self._sampling.dtype)
+        return [self._engine.checksums(self._shapes, dtype, self.share)]
 
     def score(self, sequences: Sequence[list[int]]) -> Tensor:
         """Log-probabilities of the tokens of sequences; the first token of each has none.

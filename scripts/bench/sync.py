@@ -19,7 +19,13 @@ from torch import Tensor
 
 from marco_train.config.model import DType
 from marco_train.config.rollout import NativeRolloutConfig
-from marco_train.models.weights import named_weights, random_model, weight_shapes
+from marco_train.models.weights import (
+    ALL_EXPERTS,
+    ExpertShare,
+    named_weights,
+    random_model,
+    weight_shapes,
+)
 from marco_train.rollout.native import NativeSampler
 from marco_train.rollout.sync import Canary, sync_weights
 
@@ -40,9 +46,9 @@ class SilentPolicy:
     def __init__(self) -> None:
         self.model = random_model(NARROW, torch.bfloat16, seed=0)
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def named_weights(self, share: ExpertShare = ALL_EXPERTS) -> Iterator[tuple[str, Tensor]]:
         """Stream them."""
-        return named_weights(self.model)
+        return named_weights(self.model, share)
 
     def score(self, sequences: Sequence[list[int]]) -> Tensor:
         """Say always the same."""

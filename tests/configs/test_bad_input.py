@@ -12,6 +12,7 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
 from marco_train.config.data import SourceConfig, SourceKind
+from marco_train.config.model import DType
 from marco_train.config.opd import Objective
 from marco_train.config.rollout import check_replay
 from marco_train.data.chat import load_tokenizer
@@ -22,6 +23,7 @@ from marco_train.evaluation.verifiers import check_verifier
 from marco_train.inference.engine import require_one_engine
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
+from marco_train.rollout import build
 from marco_train.stages import evaluate, opd
 from marco_train.stages.checks import Checks
 from marco_train.stages.evaluate import prepare_evaluate
@@ -106,6 +108,7 @@ REFUSED = [
     ("quickstart_opd", "stage.rollout.replay_routing=perhaps", "perhaps"),
     ("marco_mini_opd", "stage.rollout.kv_cache_gib=all", "is 'all', and must be a number or auto"),
     ("marco_mini_opd", "stage.rollout.kv_cache_gib=0", "kv_cache_gib is 0, and must be greater"),
+    ("quickstart_opd", "stage.rollout.expert_parallel=true", "no stage.rollout.expert_parallel"),
     ("marco_mini_opd", "stage.rollout.reserve_gib=-1", "reserve_gib is -1.0, and must be greater"),
     ("quickstart_evaluate", "stage.rollout.replay_routing=true", "an evaluation makes no update"),
     ("quickstart_evaluate", "rollout@stage.rollout=vllm_server", "a server is of one shape"),
@@ -149,6 +152,32 @@ def test_routing_of_a_dense_student_is_not_replayed(world: World) -> None:
     with pytest.raises(InputError, match=dense):
         run_opd(cfg)
     check_replay(cfg.stage.rollout, architecture())
+
+
+def test_engines_share_the_experts_of_an_moe_model_that_the_ranks_divide_on_gpus(
+    monkeypatch: pytest.MonkeyPatch, world: World
+) -> None:
+    asked = [
+        f"root={world.root}",
+        "rollout@stage.rollout=vllm",
+        "stage.rollout.expert_parallel=true",
+    ]
+    dense = ["model=quickstart_small", "model.path=null", "parallel.expert_parallel_size=1"]
+    with pytest.raises(InputError, match="expert_parallel is true, but the student is dense"):
+        compose_config("quickstart_opd", *asked, *dense)
+    stage = compose_config("quickstart_opd", *asked).stage
+    monkeypatch.setattr(build, "require_vllm", lambda: None)
+    refused = [
+        (architecture(**DENSE), 1, "expert_parallel is true, but the student is dense"),
+        (architecture(), 3, "8 experts over all 3 ranks of this launch, which do not divide them"),
+        (architecture(), 4, "expert_parallel is true, and there is no GPU: vLLM on a CPU has"),
+    ]
+    for shape, num_ranks, words in refused:
+        monkeypatch.setattr(build, "world_size", lambda n=num_ranks: n)
+        with pytest.raises(InputError, match=words):
+            build.check_sampler(stage, shape, DType.float32)
+    monkeypatch.setattr(build, "device", lambda: torch.device("cuda", 3))
+    build.check_sampler(stage, architecture(), DType.float32)
 
 
 def test_the_command_line_fails_in_one_sentence_without_a_traceback(tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ def test_other_weights_in_a_real_server_are_caught(served: Served) -> None:
     sampler, policy = served.sampler(), spread(2)
     sync(spread(1), sampler)
     stream = transposed(policy.named_weights())
-    policy.named_weights = lambda: stream  # type: ignore[method-assign]
+    policy.named_weights = lambda *_: stream  # type: ignore[method-assign]
     with pytest.raises(WeightSyncError, match="the canary's log-probabilities differ by"):
         sync(policy, sampler, version=2)
     sampler.close()

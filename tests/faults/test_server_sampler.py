@@ -20,7 +20,7 @@ from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.inference.worker import Receiver
 from marco_train.losses.logprobs import sequence_logprobs
 from marco_train.models.qwen3_moe import Qwen3Moe
-from marco_train.models.weights import named_weights, random_model
+from marco_train.models.weights import ALL_EXPERTS, ExpertShare, named_weights, random_model
 from marco_train.rollout.base import Sampler, in_order, response_seed
 from marco_train.rollout.build import build_sampler
 from marco_train.rollout.sync import Canary, canary_sequences, sync_weights
@@ -67,8 +67,8 @@ class Fixed:
         with torch.no_grad():
             self.model.head.mul_(4)
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return named_weights(self.model)
+    def named_weights(self, share: ExpertShare = ALL_EXPERTS) -> Iterator[tuple[str, Tensor]]:
+        return named_weights(self.model, share)
 
     @torch.no_grad()
     def score(self, sequences: Sequence[list[int]]) -> Tensor:
@@ -367,7 +367,7 @@ def test_a_sync_that_is_not_complete_or_not_right_is_caught(
     sampler, policy = sampler_of(servers, tmp_path), Fixed(2)
     sync(Fixed(1), sampler)
     stream = fault(policy.named_weights())
-    policy.named_weights = lambda: stream  # type: ignore[method-assign]
+    policy.named_weights = lambda *_: stream  # type: ignore[method-assign]
     with pytest.raises((InputError, WeightSyncError), match=said):
         sync(policy, sampler, version=2)
 

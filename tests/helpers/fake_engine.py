@@ -117,8 +117,8 @@ class FakeEngineSampler(Sampler):
 
     def checksums(self) -> list[dict[str, int]]:
         engine = laid_out(self._held, self._policy.architecture.num_hidden_layers, self._backend)
-        shapes = joined_shapes(self._policy)
-        return [checksums_of(kept_weights(engine, shapes, torch.float32, "cuda"))]
+        shapes = joined_shapes(self._policy, self.share)
+        return [checksums_of(kept_weights(engine, shapes, torch.float32, "cuda"), self.share)]
 
     def score(self, sequences: Sequence[list[int]]) -> Tensor:
         return torch.zeros(sum(len(ids) - 1 for ids in sequences))

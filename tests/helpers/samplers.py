@@ -9,7 +9,7 @@ from marco_train.config.model import DType
 from marco_train.config.opd import OPDConfig
 from marco_train.losses.logprobs import sequence_logprobs
 from marco_train.models.qwen3_moe import Qwen3Moe
-from marco_train.models.weights import named_weights, random_model
+from marco_train.models.weights import ALL_EXPERTS, ExpertShare, named_weights, random_model
 from marco_train.rollout.base import Sampler
 from marco_train.rollout.build import build_sampler
 from marco_train.rollout.sync import Canary, canary_sequences, sync_weights
@@ -30,8 +30,8 @@ class Fixed:
     def __init__(self, model: Qwen3Moe) -> None:
         self.model = model
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return named_weights(self.model)
+    def named_weights(self, share: ExpertShare = ALL_EXPERTS) -> Iterator[tuple[str, Tensor]]:
+        return named_weights(self.model, share)
 
     @torch.no_grad()
     def score(self, sequences: Sequence[list[int]]) -> Tensor:
@@ -46,11 +46,18 @@ def spread(seed: int) -> Fixed:
     return Fixed(model)
 
 
-def sampler_of(backend: str, limit: int = 12, batch_size: int = 64, top_k: int = 0) -> Sampler:
+def sampler_of(
+    backend: str,
+    limit: int = 12,
+    batch_size: int = 64,
+    top_k: int = 0,
+    expert_parallel: bool = False,
+) -> Sampler:
     """A sampler of `SHAPE` that waits for its first weights."""
     more = ["stage.objective=topk", f"stage.top_k={top_k}"] if top_k else []
     if backend == "vllm":
         more += ["stage.rollout.kv_cache_gib=0.0625", "stage.rollout.max_tokens_per_batch=256"]
+        more += [f"stage.rollout.expert_parallel={expert_parallel}"]
     cfg: OPDConfig = compose_config(
         "quickstart_opd",
         f"rollout@stage.rollout={backend}",

@@ -1,9 +1,11 @@
 """Runs of distillation that vLLM takes part in."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from marco_train.config import TrainConfig
 from marco_train.stages.opd import run_opd
 from tests.helpers.configs import compose_config
 from tests.helpers.ranks import run_on_ranks
@@ -16,7 +18,13 @@ IN_PROCESS = [
 ]
 
 
-def distil(world: World, out: Path, num_ranks: int, *overrides: str) -> list[dict[str, Any]]:
+def distil(
+    world: World,
+    out: Path,
+    num_ranks: int,
+    *overrides: str,
+    run: Callable[[TrainConfig], None] = run_opd,
+) -> list[dict[str, Any]]:
     """Make three steps, the last with the second teacher; what each measured."""
     cfg = compose_config(
         "quickstart_opd",
@@ -31,6 +39,6 @@ def distil(world: World, out: Path, num_ranks: int, *overrides: str) -> list[dic
         "optim.warmup_steps=0",
         *overrides,
     )
-    run_on_ranks(num_ranks, run_opd, cfg)
+    run_on_ranks(num_ranks, run, cfg)
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]

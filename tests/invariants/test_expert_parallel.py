@@ -9,11 +9,17 @@ import torch.distributed as dist
 from marco_train.config.parallel import Dispatch
 from marco_train.distributed import expert_parallel_group
 from marco_train.errors import InputError
-from marco_train.models import Qwen3Moe, hf_io, load_model, save_model
+from marco_train.models import Qwen3Moe, hf_io, load_model, save_model, weights
 from marco_train.models.checksums import checksums_of
 from marco_train.models.dispatch import dispatch
 from marco_train.models.routing import Routing
-from marco_train.models.weights import named_weights, random_model
+from marco_train.models.weights import (
+    ExpertShare,
+    local_weights,
+    named_weights,
+    random_model,
+    single_experts,
+)
 from tests.helpers.models import architecture, sparse_mlps
 from tests.helpers.ranks import run_on_ranks
 
@@ -163,3 +169,30 @@ def streamed_from_shares() -> dict[str, int]:
 def test_experts_that_ranks_share_arrive_whole_and_in_order() -> None:
     whole = checksums_of(named_weights(random_model(architecture(), torch.bfloat16, 3)))
     assert run_on_ranks(2, streamed_from_shares) == [whole, whole]
+
+
+def share_streamed_to(
+    num_shares: int, group_size: int, may_gather: bool
+) -> dict[str, torch.Tensor]:
+    """What a rank gets that asks for its share, under the checkpoint's names."""
+    model = random_model(architecture(), torch.float32, 3, expert_parallel_group(group_size))
+    share = ExpertShare(dist.get_rank(), num_shares)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        if not may_gather:
+            monkeypatch.setattr(weights, "_gather_experts", None)
+        return dict(single_experts(named_weights(model, share), share))
+
+
+@pytest.mark.parametrize(("num_ranks", "group_size"), [(2, 1), (2, 2), (4, 2)])
+def test_a_rank_that_asks_for_a_share_of_the_experts_gets_it_whoever_holds_them(
+    num_ranks: int, group_size: int
+) -> None:
+    whole = dict(local_weights(random_model(architecture(), torch.float32, 3)))
+    given = num_ranks, group_size, num_ranks != group_size
+    found = run_on_ranks(num_ranks, share_streamed_to, *given)
+    for number, streamed in enumerate(found):
+        mine = range(number * 8 // num_ranks, (number + 1) * 8 // num_ranks)
+        own = [n for n in whole if ".experts." in n and int(n.split(".experts.")[1][0]) in mine]
+        assert streamed.keys() == {n for n in whole if ".experts." not in n} | {*own}
+        for name, weight in streamed.items():
+            assert torch.equal(weight, whole[name]), name

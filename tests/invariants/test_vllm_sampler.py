@@ -141,7 +141,7 @@ def refusal_of(fault: Callable[[Stream], Stream], sampler: Sampler) -> str:
     sync(spread(1), sampler)
     policy = spread(2)
     stream = fault(policy.named_weights())
-    policy.named_weights = lambda: stream  # type: ignore[method-assign]
+    policy.named_weights = lambda *_: stream  # type: ignore[method-assign]
     with pytest.raises((ValueError, RuntimeError, WeightSyncError)) as caught:
         sync(policy, sampler, version=2)
     return str(caught.value)

@@ -1,6 +1,7 @@
 """The sampler samples the model's distribution, by seed, and holds the policy's weights."""
 
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import numpy as np
@@ -8,18 +9,26 @@ import pytest
 import torch
 from torch import Tensor
 
+from marco_train import distributed
 from marco_train.config.model import DType
 from marco_train.config.rollout import (
     NativeRolloutConfig,
     VLLMRolloutConfig,
 )
 from marco_train.errors import InputError, WeightSyncError
+from marco_train.inference import engine
 from marco_train.inference.engine import Generation
 from marco_train.losses.logprobs import sequence_logprobs, token_logprobs, topk_logprobs
 from marco_train.models import Qwen3Moe
 from marco_train.models.checksums import CHECKSUM_CHUNK, WORD_BYTES, checksum
 from marco_train.models.routing import Router, Routing
-from marco_train.models.weights import empty_model, named_weights, random_model
+from marco_train.models.weights import (
+    ALL_EXPERTS,
+    ExpertShare,
+    empty_model,
+    named_weights,
+    random_model,
+)
 from marco_train.rollout import vllm as rollout_vllm
 from marco_train.rollout.base import SamplerSpec, in_order, response_seed, summarize
 from marco_train.rollout.native import NativeSampler, draw_tokens
@@ -195,6 +204,12 @@ def test_an_engine_is_given_memory_for_keys_by_number_or_by_what_is_free(
     one = 2 * 128 * 2 * 2 * 2 * 8 * 2
     assert given(batch_size=3) == 3 * one
     assert given(batch_size=10**6) == gib - 2 * num_weights
+    # Of two ranks that share the experts each holds half of them.
+    num_expert_weights = 2 * 8 * 3 * 16 * 32
+    monkeypatch.setattr(rollout_vllm, "world_size", lambda: 2)
+    assert given(batch_size=10**6) == gib - 2 * num_weights
+    found = given(batch_size=10**6, expert_parallel=True)
+    assert found == gib - 2 * (num_weights - num_expert_weights // 2)
 
 
 def test_keys_get_what_is_free_beside_trainer_weights_and_reserve() -> None:
@@ -209,6 +224,21 @@ def test_keys_get_what_is_free_beside_trainer_weights_and_reserve() -> None:
         r"needs 1\.0000 of keys .*offload_while_sampling=true",
     ):
         share_for_keys(31 * gib - gib // 10, 20 * gib, 10 * gib, one=gib, batch_size=256)
+
+
+def test_engines_that_share_experts_wait_for_each_other_as_long_as_the_ranks_of_the_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(distributed.Groups, "timeout", timedelta(seconds=90.5))
+    assert engine._shared_over_ranks() == {}
+    monkeypatch.setattr(distributed, "world_size", lambda: 8)
+    assert engine._shared_over_ranks() == {
+        "data_parallel_size": 8,
+        "enable_expert_parallel": True,
+        "async_scheduling": False,
+        "distributed_timeout_seconds": 91,
+        "cpu_distributed_timeout_seconds": 91,
+    }
 
 
 def test_a_response_ends_at_its_first_stop_token_or_at_the_limit() -> None:
@@ -269,8 +299,8 @@ class FakePolicy:
     def __init__(self, model: Qwen3Moe) -> None:
         self.model = model
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        yield from named_weights(self.model)
+    def named_weights(self, share: ExpertShare = ALL_EXPERTS) -> Iterator[tuple[str, Tensor]]:
+        yield from named_weights(self.model, share)
 
     @torch.no_grad()
     def score(self, sequences: Sequence[list[int]]) -> Tensor:
@@ -301,8 +331,8 @@ def test_nothing_is_sampled_before_the_first_sync() -> None:
 class LossyPolicy(FakePolicy):
     """Streams all but one weight."""
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return (pair for pair in super().named_weights() if "gate_up_proj" not in pair[0])
+    def named_weights(self, share: ExpertShare = ALL_EXPERTS) -> Iterator[tuple[str, Tensor]]:
+        return (pair for pair in super().named_weights(share) if "gate_up_proj" not in pair[0])
 
 
 def test_a_weight_that_is_missing_stops_the_sync() -> None:

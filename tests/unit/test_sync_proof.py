@@ -14,6 +14,8 @@ from marco_train.inference.layout import kept_weights
 from marco_train.models.agreement import Spread, same_answer, spread_of
 from marco_train.models.checksums import Checksums, checksum, checksums, checksums_of
 from marco_train.models.weights import (
+    ALL_EXPERTS,
+    ExpertShare,
     checkpoint_names,
     joined_shapes,
     local_weights,
@@ -41,8 +43,8 @@ class Changing:
             for parameter in self.model.parameters():
                 parameter.add_(torch.randn_like(parameter), alpha=0.1)
 
-    def named_weights(self) -> Iterator[tuple[str, Tensor]]:
-        return named_weights(self.model)
+    def named_weights(self, share: ExpertShare = ALL_EXPERTS) -> Iterator[tuple[str, Tensor]]:
+        return named_weights(self.model, share)
 
     def score(self, sequences: Sequence[list[int]]) -> Tensor:
         return torch.zeros(sum(len(ids) - 1 for ids in sequences))
@@ -99,8 +101,30 @@ def test_what_an_engine_packs_or_shares_out_is_left_to_the_canary() -> None:
     on_cpu = {n for n in every if n.endswith("norm.weight") or "embed_tokens" in n}
     assert len(on_cpu) == 10 and kept(whole, torch.float32, "cpu") == on_cpu
     halves = {n: w[:4] if ".experts." in n else w for n, w in weights.items()}
-    shared = laid_out(halves, num_layers=2)  # of two processes that share the experts
+    shared = laid_out(halves, num_layers=2)  # of two processes, which it is not said to be of
     assert kept(shared, torch.float32, "cuda") == every - experts
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_of_experts_that_engines_share_each_is_proved_under_its_number(number: int) -> None:
+    policy = Changing()
+    share = ExpertShare(number, 2)
+    mine = range(4 * number, 4 * number + 4)
+    wanted = {
+        name: checksum(weight)
+        for name, weight in local_weights(policy.model)
+        if ".experts." not in name or int(name.split(".experts.")[1][0]) in mine
+    }
+    assert len(wanted) == len(weight_shapes(policy.model)) - 2 * 4 * 3
+    sampler = FakeEngineSampler(policy.model)
+    sampler.share = share
+    assert sync_weights(policy, sampler, 0, CANARY)["rollout/sync_proved"] == 1
+    assert sampler.checksums() == [wanted]
+    policy.update()
+    sampler._fault = "gate and up swapped"
+    last = rf"2 of {len(wanted)} weights .*layers\.1\.mlp\.experts\.{mine[3]}\.gate_proj\.weight, "
+    with pytest.raises(WeightSyncError, match=last):
+        sync_weights(policy, sampler, 1, CANARY)
 
 
 def test_the_share_that_is_proved_is_one_of_bytes() -> None:
