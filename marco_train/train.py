@@ -3,21 +3,16 @@
 import os
 import sys
 import time
-from pathlib import Path
 
 import hydra
 from omegaconf import DictConfig, MissingMandatoryValue
 
 from marco_train.config import TrainConfig, to_run
 from marco_train.config.resumption import check_resume, continuation, is_finished
-from marco_train.config.run import register_schemas
+from marco_train.config.run import CONFIG_DIR, register_schemas
 from marco_train.config.stage import StageKind
 from marco_train.errors import InputError, ServersUnavailable
 
-PACKAGE = Path(__file__).resolve().parent
-# Beside the package in a checkout, inside it in a wheel; absolute, so that the console script
-# works from any directory.
-CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 # The exit status by which schedulers know that a run may be queued again (EX_TEMPFAIL).
 TRY_AGAIN_LATER = 75
 # Other ranks wait this long, so that rank 0 can print the error before torchrun ends the job.
