@@ -3,8 +3,10 @@
     scripts/plan.py experiment=marco_mini_opd [gpus=8] [gpu=h100-80] [key=value ...] [--json FILE]
 
 Needs neither weights nor a GPU: the shape of a model that is not here yet is known from the
-experiment, from a config.json under `model.path`, or from configs/model/. Ends with 1 where the
-run does not fit, and with 2 where it cannot be planned.
+experiment, from a config.json under `model.path`, or from configs/model/. The factors of
+`planning/seconds.py` are fields too, such as training_efficiency=0.3 or imbalance=1.5, and
+hardware=8xh100-80,8xh200-141 compares several plans. Ends with 1 where the run does not fit, and
+with 2 where it cannot be planned.
 """
 
 import json
@@ -30,21 +32,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Plan the run of a command line; ends with 0 where it fits, with 1 where it does not."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
-        plan, file = plan_of(words)
+        fits, said = answer(words)
     except REFUSALS as error:
         print(f"error: {in_one_line(error)}", file=sys.stderr)
         sys.exit(2)
-    if file is not None:
-        file.write_text(json.dumps(plan.as_json(), indent=1) + "\n")
-    print(in_words(plan))
-    sys.exit(0 if plan.fits else 1)
+    print(said)
+    sys.exit(0 if fits else 1)
 
 
-def plan_of(words: list[str]) -> tuple[Any, Path | None]:
+def answer(words: list[str]) -> tuple[bool, str]:
     """Plan what the words of a command line say.
 
     Returns:
-        The plan, and the file that it is to be written to.
+        Whether all that was planned fits, and what to print.
 
     Raises:
         InputError: A word is of no use.
@@ -57,10 +57,23 @@ def plan_of(words: list[str]) -> tuple[Any, Path | None]:
     from marco_train.planning.plan import make_plan
     from marco_train.planning.seconds import Assumptions
 
-    card = card_of(own.pop("gpu"))
-    gpus = int(number(own.pop("gpus"), "gpus"))
+    gpus, gpu, hardware = own.pop("gpus"), own.pop("gpu"), own.pop("hardware", None)
     values: dict[str, Any] = {name: number(text, name) for name, text in own.items()}
-    return make_plan(cfg, gpus, card, Assumptions(**values), advise), file
+    assumed = Assumptions(**values)
+    several = hardware is not None
+    require(not several or file is None, "--json writes one plan, and hardware names several")
+    plans = [
+        make_plan(
+            cfg, whole_number(count, "gpus"), card_of(name), assumed, None if several else advise
+        )
+        for count, _, name in (
+            part.partition("x") for part in (hardware or f"{gpus}x{gpu}").split(",")
+        )
+    ]
+    if file is not None:
+        file.write_text(json.dumps(plans[0].as_json(), indent=1) + "\n")
+    said = side_by_side(plans) if several else in_words(plans[0])
+    return all(plan.fits for plan in plans), said
 
 
 def read_words(words: list[str]) -> tuple[dict[str, str], list[str], Path | None]:
@@ -99,6 +112,17 @@ def number(text: str, name: str) -> float:
         raise InputError(f"{name} is {text!r}, and must be a number") from error
 
 
+def whole_number(text: str, name: str) -> int:
+    """Read a whole number.
+
+    Raises:
+        InputError: It is none.
+    """
+    found = number(text, name)
+    require(found.is_integer(), f"{name} is {text}, and must be a whole number")
+    return int(found)
+
+
 def composed_without_weights(overrides: list[str]) -> TrainConfig:
     """Compose a config of which the weights need not be named."""
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
@@ -111,6 +135,7 @@ def composed_without_weights(overrides: list[str]) -> TrainConfig:
 
 FIELDS = {
     *DEFAULTS,
+    "hardware",
     "training_efficiency",
     "scoring_efficiency",
     "sampling_efficiency",
@@ -157,3 +182,23 @@ def in_words(plan: Any) -> str:
     else:
         lines.append(f"{plan.step_seconds:.1f} s a step; the rows of an epoch were not counted")
     return "\n".join([*lines, *plan.advice])
+
+
+def side_by_side(plans: Sequence[Any]) -> str:
+    """Lay the plans of one run on several cards out as a Markdown table."""
+    names = [f"{plan.gpus} x {plan.gpu}" for plan in plans]
+    rows = {
+        f"{phase}, GiB": [f"{plan.phases[phase].total_gib:.1f}" for plan in plans]
+        for phase in plans[0].phases
+    }
+    rows |= {
+        "of": [f"{plan.capacity_gib:.1f}" for plan in plans],
+        "fits": ["yes" if plan.fits else "**no**" for plan in plans],
+        "host a node, GiB": [f"{plan.host_gib:.0f}" for plan in plans],
+        "disk, GiB": [f"{plan.disk_gib:.0f}" for plan in plans],
+        "a step, s": [f"{plan.step_seconds:.1f}" for plan in plans],
+        "GPU-hours": ["-" if p.gpu_hours is None else f"{p.gpu_hours:.0f}" for p in plans],
+    }
+    lines = [f"| | {' | '.join(names)} |", "|---" * (len(plans) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items()]
+    return "\n".join(lines)

@@ -185,9 +185,8 @@ class Memory:
     @property
     def gradient_buffer(self) -> int:
         """Bytes of gradients in the optimizer's buffers, while backward runs."""
-        if self._keeps_gradients:
-            return 4 * self.sizes.total
-        return 4 * self.partition if self._bfloat16 else 0
+        # In float32 this rank's part of the sum over microbatches.
+        return 4 * (self.sizes.total if self._keeps_gradients else self.partition)
 
     def update_shapes(self) -> Shapes:
         """What a microbatch of an update is traced by."""

@@ -190,7 +190,7 @@ class _FusedRMSNorm(torch.autograd.Function):
 
 
 @contextmanager
-def kernels_of(is_gpu: bool) -> Iterator[None]:
+def kernels_of(is_gpu: bool, ledger: "_Ledger") -> Iterator[None]:
     """Let the meta device have the kernels of the run's, and its tiles of logits."""
     attention = (
         aten._scaled_dot_product_flash_attention
@@ -206,15 +206,22 @@ def kernels_of(is_gpu: bool) -> Iterator[None]:
         found: Tensor = _FusedRMSNorm.apply(x, weight)  # type: ignore[no-untyped-call]
         return found
 
-    theirs = F.scaled_dot_product_attention, F.rms_norm
+    def grouped_mm(left: Tensor, right: Tensor, *, offs: Tensor) -> Tensor:
+        ledger.add_product(left, right)  # whose meta kernel takes bfloat16 alone
+        if right.dim() == 3:
+            return left.new_empty(left.shape[0], right.shape[2])
+        return left.new_empty(offs.shape[0], left.shape[0], right.shape[1])
+
+    theirs = F.scaled_dot_product_attention, F.rms_norm, F.grouped_mm
     F.scaled_dot_product_attention = attend  # type: ignore[assignment]
     if is_gpu:
         F.rms_norm = rms_norm  # type: ignore[assignment] # a CPU has none of its own either
+    F.grouped_mm = grouped_mm  # type: ignore[assignment]
     TILE_ELEMENTS["meta"] = TILE_ELEMENTS["cuda" if is_gpu else "cpu"]
     try:
         yield
     finally:
-        F.scaled_dot_product_attention, F.rms_norm = theirs
+        F.scaled_dot_product_attention, F.rms_norm, F.grouped_mm = theirs
         del TILE_ELEMENTS["meta"]
 
 
@@ -291,10 +298,12 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if packet in ATTENTION:
             self.work["attention"] += ATTENTION[packet](args)
         elif packet in PRODUCTS:
-            # Every number of the left matrix meets a row of the right one.
-            left, right = args[PRODUCTS[packet] :][:2]
-            part = "head" if self.part == "logits" else "layers"
-            self.work[part] += 2 * left.numel() * right.shape[-1]
+            self.add_product(*args[PRODUCTS[packet] :][:2])
+
+    def add_product(self, left: Tensor, right: Tensor) -> None:
+        """Count a product of matrices: each number of the left one meets a row of the right one."""
+        part = "head" if self.part == "logits" else "layers"
+        self.work[part] += 2 * left.numel() * right.shape[-1]
 
 
 # torch wraps it for a compiler that nobody asks here, and that takes a second to import.
@@ -308,7 +317,7 @@ def _attention_products(q: Tensor, k: Tensor, num_products: int) -> float:
 
 
 # Matrix products, and the place of the left factor among their arguments.
-PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten._grouped_mm: 0}
+PRODUCTS = {aten.mm: 0, aten.bmm: 0, aten.addmm: 1, aten.addmm_: 1}
 ATTENTION = {
     aten._scaled_dot_product_flash_attention: lambda a: _attention_products(a[0], a[1], 2),
     aten._scaled_dot_product_flash_attention_for_cpu: lambda a: _attention_products(a[0], a[1], 2),
@@ -389,7 +398,7 @@ def _trace_layers(shapes: Shapes, num_layers: int) -> _Counts:
     # Backward reaches the inputs of layers in this order.
     _enter_segment_behind(model.model.layers[-1], ledger, "other layers")
     _enter_segment_behind(model.model.layers[0], ledger, "embeddings")
-    with kernels_of(shapes.is_gpu), ledger:
+    with kernels_of(shapes.is_gpu, ledger), ledger:
         with torch.device("meta"):
             batch, loss_fn = _batch(shapes)
             routing = Routing()
@@ -415,7 +424,7 @@ def _score_layers(
     shapes: Shapes, model: Qwen3Moe, attend: PackedSequences, ledger: _Ledger
 ) -> _Counts:
     """Trace a pass that scores a pack, and then each of its sequences."""
-    with kernels_of(shapes.is_gpu), ledger, torch.device("meta"), torch.no_grad():
+    with kernels_of(shapes.is_gpu, ledger), ledger, torch.device("meta"), torch.no_grad():
         ids = torch.empty(1, shapes.num_tokens, dtype=torch.int64)
         hidden = model(ids, ids, attend)
         ledger.part, ledger.segment = "logits", "head"
@@ -431,7 +440,7 @@ def _score_layers(
 def measure(is_gpu: bool, make: Callable[[], object]) -> int:
     """Bytes that a call on the meta device holds at most, beside what was there before."""
     ledger = _Ledger(None)
-    with kernels_of(is_gpu), ledger, torch.device("meta"), torch.no_grad():
+    with kernels_of(is_gpu, ledger), ledger, torch.device("meta"), torch.no_grad():
         made = make()
     del made
     return max((held.total for held in ledger.peaks.values()), default=0)
