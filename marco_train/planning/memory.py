@@ -270,11 +270,13 @@ class Memory:
         """Bytes by which a gradient reaches the optimizer's buffer."""
         if self._keeps_gradients:
             return 4 * self.sizes.largest if held.gradients else 0
-        moved = max(REDUCE_BUCKET_ELEMENTS, self.sizes.largest)
+        filled = min(REDUCE_BUCKET_ELEMENTS, self.sizes.total)
+        # The whole of it is a card's, and of a host's memory what is written.
+        bucket = REDUCE_BUCKET_ELEMENTS if self.card.is_gpu else filled
         if self._bfloat16:
             # A bucket in bfloat16, a flat copy of it, and that in float32.
-            return 2 * REDUCE_BUCKET_ELEMENTS + 6 * moved
-        return 4 * min(REDUCE_BUCKET_ELEMENTS, self.sizes.total)
+            return 2 * bucket + 6 * max(filled, self.sizes.largest)
+        return 4 * bucket
 
     def _step_gradients(self) -> int:
         """Bytes of gradients while the optimizer steps."""

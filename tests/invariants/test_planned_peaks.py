@@ -1,4 +1,8 @@
-"""What a run is planned to hold is what it holds: whole runs on a CPU, in processes of their own."""
+"""What a run is planned to hold is what it holds: whole runs on a CPU, each in fresh processes.
+
+In float32: a CPU's library keeps copies of its own for products in bfloat16, which no plan counts.
+What DeepSpeed holds in bfloat16 is counted in `test_planned_buffers.py`.
+"""
 
 import json
 import os
@@ -45,8 +49,6 @@ SFT = [
     (1, 4096, ["parallel.recompute=none"]),
     (1, 8192, ["parallel.recompute=attention", "parallel.zero_stage=2"]),
     (1, 8192, ["parallel.recompute=layer"]),
-    (1, 6144, ["model.dtype=bfloat16", "parallel.recompute=none"]),
-    (1, 6144, ["model.dtype=bfloat16", "parallel.zero_stage=2", "parallel.recompute=none"]),
     (2, 6144, ["parallel.expert_parallel_size=2", "parallel.recompute=attention"]),
     (2, 4096, ["parallel.expert_parallel_size=2", "parallel.zero_stage=2"]),
 ]
