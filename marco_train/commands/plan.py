@@ -124,10 +124,19 @@ def whole_number(text: str, name: str) -> int:
 
 
 def composed_without_weights(overrides: list[str]) -> TrainConfig:
-    """Compose a config of which the weights need not be named."""
+    """Compose a config of which the weights need not be named.
+
+    Raises:
+        InputError: They are not, and no shape is given either.
+    """
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
         found = compose("train", overrides=overrides)
-    if found.model is not None and OmegaConf.is_missing(found.model, "path"):
+    if OmegaConf.is_missing(found.model, "path"):
+        require(
+            found.model.architecture is not None,
+            "no architecture is known: give model.path=<directory with a config.json>, "
+            "model=<group>, or an experiment that has one",
+        )
         with open_dict(found):
             found.model.path = NOT_HERE
     return to_run(found)

@@ -69,7 +69,10 @@ def test_a_run_that_does_not_fit_ends_with_1_and_says_what_would() -> None:
         (["experiment=marco_mini_sft", "gpus=12"], "does not divide it"),
         (["experiment=marco_mini_sft", "training_efficiency=-1"], "training_efficiency is -1.0"),
         (["experiment=marco_mini_sft", "optim.learning_rat=1"], "learning_rat"),
-        (["stage=sft", "optim.learning_rate=1"], "has no value"),
+        (
+            ["stage=sft", "stage.num_steps=1", "data=marco_sft", "optim.learning_rate=1"],
+            "no architecture is known: give model.path=",
+        ),
     ],
 )
 def test_what_cannot_be_planned_ends_with_2_and_a_sentence(words: list[str], says: str) -> None:

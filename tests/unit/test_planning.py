@@ -69,7 +69,7 @@ def test_planned_operations_are_those_that_a_counter_sees(changes: dict[str, Any
         hidden = model(ids, positions)
         logprobs, _ = token_logprobs(hidden, model.head, ids[0])
         forward = counter.get_total_flops()
-        logprobs.sum().backward()  # type: ignore[no-untyped-call]
+        logprobs.sum().backward()
     planned = trace_update(asked)
     # Torch's counter knows attention on GPUs only.
     assert planned.forward_work.layers + planned.forward_work.head == forward
