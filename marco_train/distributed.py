@@ -8,6 +8,7 @@ servers or writes files, without a GPU that waits with it.
 import fcntl
 import os
 import random
+import resource
 import socket
 import struct
 from collections.abc import Sequence
@@ -170,6 +171,13 @@ def device() -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return torch.device("cpu")
+
+
+def peak_bytes() -> int:
+    """Most memory that this rank has held since its start: on its GPU, or in all without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def barrier() -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -66,7 +67,10 @@ NAMES = {
     "data/epoch": "of the source that has been repeated most",
     "data/share": "of the sequences used since the run began, by source, category and language",
     "perf/tokens_per_second": "tokens trained on, all ranks, over the whole step",
+    "perf/tokens_per_second_per_gpu": "tokens trained on by a rank, over the whole step",
+    "perf/mfu": "share of the GPUs' peak that an update's products reach; on known GPUs",
     "perf/offloaded_gib": "of this rank's device, without the optimizer's state and gradients",
+    "memory/peak_gib": "most that a rank has held since its start: of its GPU, or in all",
     "time/step": "seconds",
     "time/sync": "seconds",
     "time/sample": "seconds",
@@ -82,6 +86,30 @@ NAMES = {
 `<name>/category_<...>` and `<name>/language_<...>`; `data/share` only so, and as
 `data/share/source_<...>`.
 """
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """Floating-point operations of matrix products that the tokens of a step need, all ranks'."""
+
+    per_token: float
+    per_loss_token: float
+    per_token_and_key: float
+    """Of attention, for each token that a token of its sequence may see."""
+    peak: float
+    """Operations that all ranks' cards can make in a second."""
+
+    def utilization(self, metrics: Metrics, seconds: float) -> float:
+        """Share of the peak, of a step with these metrics, whose update took so long.
+
+        Sequences count as if all were of the mean length, which is the least work.
+        """
+        num_tokens = metrics["data/num_tokens"]
+        mean_length = num_tokens / max(1.0, metrics["data/num_sequences"])
+        work = num_tokens * (self.per_token + self.per_token_and_key * mean_length)
+        work += metrics["data/num_loss_tokens"] * self.per_loss_token
+        return work / seconds / self.peak
+
 
 PART = re.compile(r"/(layer_\d+|(source|category|language)_[^/]+|p\d\d)$")
 QUANTILES = (0.05, 0.5, 0.95)

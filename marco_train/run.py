@@ -38,11 +38,20 @@ from marco_train.config.resumption import (
     said_of_allowed,
 )
 from marco_train.content import Content, digest, with_digests
-from marco_train.distributed import barrier, gather_objects, is_main, rank, seed_everything
+from marco_train.distributed import (
+    barrier,
+    gather_objects,
+    is_main,
+    peak_bytes,
+    rank,
+    reduce_max,
+    seed_everything,
+    world_size,
+)
 from marco_train.errors import TOLD_TO_END, TRY_AGAIN_LATER, InputError, RunInterrupted
 from marco_train.files import replaces
 from marco_train.interruption import Interruption, Wish
-from marco_train.metrics import Metrics
+from marco_train.metrics import Metrics, StepWork
 from marco_train.tracking import Tracker, log_line
 
 
@@ -95,6 +104,7 @@ class Run:
         parts: Sequence[Resumable],
         resumed: bool,
         noted: Mapping[str, Any] | None = None,
+        work: StepWork | None = None,
     ) -> None:
         """Begin to record.
 
@@ -104,11 +114,13 @@ class Run:
             parts: What else goes into checkpoints.
             resumed: Whether they come from a checkpoint.
             noted: Facts of the run that its checkpoints keep, as JSON. None: those of its config.
+            work: What a step computes. None: the cards' peak is not known.
         """
         self._cfg = cfg
         self._policy = policy
         self._parts = parts
         self._noted = describe(cfg) if noted is None else noted
+        self._work = work
         self._directory = Path(cfg.output_dir)
         self._timers: dict[str, float] = {}
         self._first = policy.num_updates
@@ -129,6 +141,7 @@ class Run:
         policy: Trainable,
         *parts: Resumable,
         epoch_rows: int | None = None,
+        work: StepWork | None = None,
     ) -> "Run":
         """Start afresh, or where the chosen checkpoint stands.
 
@@ -137,6 +150,7 @@ class Run:
             policy: As it was built.
             parts: What else goes into checkpoints.
             epoch_rows: Samples of an epoch of SFT. None in any other stage.
+            work: What a step computes. None: the cards' peak is not known.
 
         Raises:
             InputError: The checkpoint is damaged, or is another run's.
@@ -154,7 +168,7 @@ class Run:
             begin(cfg)
             set_aside_newer(checkpoints_of(cfg), policy.num_updates)
         barrier()
-        run = cls(cfg, policy, parts, found is not None, noted)
+        run = cls(cfg, policy, parts, found is not None, noted, work)
         if found is not None:
             if found.checkpoint.parent.resolve() == checkpoints_of(cfg).resolve():
                 run._saved = found.num_updates
@@ -188,7 +202,13 @@ class Run:
         seconds = now - self._step_started
         timed = {f"time/{name}": spent for name, spent in self._timers.items()}
         metrics = metrics | timed | {"time/step": seconds}
-        metrics["perf/tokens_per_second"] = metrics["data/num_tokens"] / seconds
+        rate = metrics["data/num_tokens"] / seconds
+        metrics["perf/tokens_per_second"] = rate
+        metrics["perf/tokens_per_second_per_gpu"] = rate / world_size()
+        metrics["memory/peak_gib"] = reduce_max(peak_bytes()) / 2**30
+        if self._work is not None:
+            updating = self._timers.get("train", seconds)
+            metrics["perf/mfu"] = self._work.utilization(metrics, updating)
         made = step + 1 - self._first
         eta = (now - self._started) / made * (self._until - step - 1)
         if self._tracker is not None:

@@ -11,7 +11,7 @@ from omegaconf import DictConfig, MissingMandatoryValue
 
 from marco_train.config import TrainConfig, to_run
 from marco_train.config.resumption import check_resume, continuation, is_finished
-from marco_train.config.run import register_schemas
+from marco_train.config.run import CONFIG_DIR, register_schemas
 from marco_train.config.stage import StageKind
 from marco_train.errors import (
     TRY_AGAIN_LATER,
@@ -21,10 +21,6 @@ from marco_train.errors import (
 )
 from marco_train.files import replaces
 
-PACKAGE = Path(__file__).resolve().parent
-# Beside the package in a checkout, inside it in a wheel; absolute, so that the console script
-# works from any directory.
-CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 # Other ranks wait this long, so that rank 0 can print the error before torchrun ends the job.
 SECONDS_TO_SAY_IT = 10
 

@@ -16,9 +16,10 @@ from hydra import compose, initialize_config_dir
 from marco_train.commands.examination import Examination
 from marco_train.config import TrainConfig, to_run
 from marco_train.config.resumption import check_resume, continuation, is_finished
+from marco_train.config.run import CONFIG_DIR
 from marco_train.config.stage import StageKind
 from marco_train.errors import require
-from marco_train.train import CONFIG_DIR, is_first_rank
+from marco_train.train import is_first_rank
 
 
 def main() -> None:

@@ -9,6 +9,8 @@ from marco_train.errors import require, require_positive
 
 TIMEOUT_SECONDS = 1800.0
 SHORTEST_TIMEOUT = 20.0
+# Elements of one reduction; bounds the buffer that contiguous gradients are copied into.
+REDUCE_BUCKET_ELEMENTS = 2**25
 
 
 class Dispatch(Enum):

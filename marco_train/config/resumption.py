@@ -63,6 +63,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "on_resume.**",
         "logging.**",
         "checkpoint.**",
+        "planning.**",
         "data.max_tokens_per_microbatch",
         "data.max_bad_rows",
         "data.max_lost_rows",

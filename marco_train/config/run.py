@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
+from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -16,6 +17,7 @@ from marco_train.config.model import ModelConfig
 from marco_train.config.opd import OPDConfig
 from marco_train.config.optim import OptimConfig
 from marco_train.config.parallel import ParallelConfig
+from marco_train.config.planning import PlanningConfig
 from marco_train.config.resume import OnResumeConfig
 from marco_train.config.rollout import (
     NativeRolloutConfig,
@@ -35,6 +37,11 @@ from marco_train.config.teacher import (
     VLLMTeacherConfig,
 )
 from marco_train.errors import InputError, require, require_positive
+
+PACKAGE = Path(__file__).resolve().parents[1]
+# Beside the package in a checkout, inside it in a wheel; absolute, so that the console script
+# works from any directory.
+CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
 
 
 class LoggingBackend(Enum):
@@ -135,6 +142,7 @@ class TrainConfig:
     parallel: ParallelConfig = MISSING
     logging: LoggingConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
+    planning: PlanningConfig = field(default_factory=PlanningConfig)
 
     def __post_init__(self) -> None:
         require(

@@ -4,10 +4,7 @@ from typing import Any
 
 from marco_train.config.model import DType
 from marco_train.config.optim import OptimConfig
-from marco_train.config.parallel import ParallelConfig
-
-# Elements of one reduction; bounds the buffer that contiguous gradients are copied into.
-BUCKET_ELEMENTS = 2**25
+from marco_train.config.parallel import REDUCE_BUCKET_ELEMENTS, ParallelConfig
 
 
 def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, dtype: DType) -> dict[str, Any]:
@@ -28,8 +25,8 @@ def deepspeed_config(optim: OptimConfig, parallel: ParallelConfig, dtype: DType)
             "contiguous_gradients": True,  # required in stage 2
             "overlap_comm": False,
             "round_robin_gradients": False,
-            "reduce_bucket_size": BUCKET_ELEMENTS,
-            "allgather_bucket_size": BUCKET_ELEMENTS,
+            "reduce_bucket_size": REDUCE_BUCKET_ELEMENTS,
+            "allgather_bucket_size": REDUCE_BUCKET_ELEMENTS,
         },
         "fp16": {"enabled": False},
         # Else stage 1 keeps a bfloat16 gradient of everything beside the float32 one.

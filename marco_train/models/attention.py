@@ -4,7 +4,8 @@ Legend: T packed tokens, B sequences, L longest sequence of a group, H query hea
 heads, d head width.
 """
 
-from dataclasses import dataclass
+from copy import copy
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,16 @@ class PackedSequences:
             tokens = (row_of_token >= 0).nonzero()[:, 0]
             cells = row_of_token[tokens] * length + positions[tokens]
             self._groups.append(_Group(tokens, cells, len(members), length))
+
+    def to(self, device: torch.device) -> "PackedSequences":
+        """Lay the same sequences out on a device, without reading them there."""
+        there = copy(self)
+        there.lengths = self.lengths.to(device)
+        there._groups = [
+            replace(group, tokens=group.tokens.to(device), cells=group.cells.to(device))
+            for group in self._groups
+        ]
+        return there
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend; q [T, H, d], k and v [T, G, d] -> [T, H, d]."""

@@ -66,6 +66,8 @@ _COMPILED: dict[Chain, Chain] = {}
 
 def _run(chain: Chain, *tensors: Tensor) -> None:
     """Run a chain of elementwise operations on rows [N, ...]: as one kernel, or slice by slice."""
+    if tensors[0].is_meta:
+        return  # it allocates nothing
     if tensors[0].is_cuda:
         if chain not in _COMPILED:
             _COMPILED[chain] = torch.compile(chain, dynamic=True)

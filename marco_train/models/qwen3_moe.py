@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from marco_train.config.architecture import ArchitectureConfig, check_expert_parallel
 from marco_train.config.parallel import Dispatch, Recompute
 from marco_train.losses.logprobs import float32_logits
-from marco_train.models.attention import KVCache, PackedSequences
+from marco_train.models.attention import PackedSequences
 from marco_train.models.moe import SparseMLP
 from marco_train.models.routing import LayerRouting, Routing
 
@@ -235,7 +235,7 @@ class Qwen3Moe(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        cache: KVCache | None = None,
+        layout: Attend | None = None,
         routing: Routing | None = None,
     ) -> Tensor:
         """Compute the last hidden states of packed sequences.
@@ -243,13 +243,14 @@ class Qwen3Moe(nn.Module):
         Args:
             input_ids: [1, T] int64.
             position_ids: [1, T] int64, restarts at 0 with every sequence.
-            cache: Where sampling keeps keys and values. None: T is whole sequences.
+            layout: Where sampling keeps keys and values, or sequences that are laid out already.
+                None: T is whole sequences, read off their positions.
             routing: Gives the experts to take, or is filled with what the routers did.
 
         Returns:
             [T, D], after the final norm.
         """
-        attend: Attend = PackedSequences(position_ids) if cache is None else cache
+        attend: Attend = PackedSequences(position_ids) if layout is None else layout
         cfg = self.architecture
         rope = rotary_angles(position_ids, cfg.head_dim, cfg.rope_theta)
         hidden = self.model.embed_tokens(input_ids[0])

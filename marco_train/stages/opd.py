@@ -22,8 +22,9 @@ from marco_train.evaluation.languages import LanguageJudge
 from marco_train.inference.engine import require_one_engine
 from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.losses.distillation import build_reverse_kl
-from marco_train.metrics import Metrics, check_names
+from marco_train.metrics import Metrics, StepWork, check_names
 from marco_train.models.hf_io import stop_token_ids, student_architecture
+from marco_train.planning.check import check_plan
 from marco_train.rollout.base import InLanguage, Sampler
 from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.loops import without_loops
@@ -97,7 +98,7 @@ def open_opd(
         prepared.tokenizer.chat_template,
     )
     cascade = prepared.cascade
-    run = Run.open(cfg, policy, prepared.loader, cascade)
+    run = Run.open(cfg, policy, prepared.loader, cascade, work=prepared.work)
     prepared.loader.log_plan(cascade.num_steps)
     cascade.save_early = run.save_early
     sampler = open_sampler(cfg, prepared.student, run.save_early)
@@ -121,6 +122,8 @@ class Prepared:
     """This rank's share of those that convergence is measured on."""
     in_language: InLanguage | None
     """Judges responses, where the run asks for it."""
+    work: StepWork | None
+    """Of a step, where the cards are known."""
 
 
 def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
@@ -131,6 +134,7 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
     """
     opd: OPDConfig = cfg.stage
     student = checks.make("student's files", student_architecture, cfg)
+    work = checks.make("plan", check_plan, cfg, student)
     checks.make("student's vocabulary", check_student_vocabulary, cfg.model)
     sampler_fits = checks.make("sampler", check_sampler, opd, student, cfg.model.dtype)
     checks.make("engines of vLLM", require_one_engine, engine_owners(opd), device())
@@ -152,7 +156,7 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
     first = checks.after(sampler_fits).make("first prompts", loader.first, NUM_ANSWERED)
     held_out = checks.make("held-out prompts", loader.held_out, cascade.num_held_out)
     judge = checks.make("languages of responses", language_judge, opd, tokenizer, loader)
-    return Prepared(student, tokenizer, loader, cascade, first, held_out, judge)
+    return Prepared(student, tokenizer, loader, cascade, first, held_out, judge, work)
 
 
 def language_judge(

@@ -24,6 +24,7 @@ from shapes import FIVE_MILLION, MEDIUM, MINI, QUICKSTART, dense
 from marco_train import distributed
 from marco_train.config import TrainConfig, to_run
 from marco_train.config.lengths import longest_sequence
+from marco_train.config.run import CONFIG_DIR, register_schemas
 from marco_train.data.chat import CHATML, load_tokenizer
 from marco_train.data.loader import PromptLoader
 from marco_train.losses.distillation import bucketed_kl
@@ -32,8 +33,8 @@ from marco_train.models.weights import random_model
 from marco_train.rollout.base import in_order
 from marco_train.rollout.sync import canary_sequences
 from marco_train.stages.opd import open_opd, run_opd, sync
-from marco_train.train import CONFIG_DIR
 
+register_schemas()
 SHAPES = {
     "quickstart": QUICKSTART,
     "medium": MEDIUM,

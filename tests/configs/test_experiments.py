@@ -13,8 +13,8 @@ from marco_train.config.model import DType
 from marco_train.config.opd import Objective, OPDConfig
 from marco_train.config.optim import Schedule
 from marco_train.config.rollout import TEMPERATURE
+from marco_train.config.run import CONFIG_DIR
 from marco_train.config.sft import LossTokens, SFTConfig
-from marco_train.train import CONFIG_DIR
 from tests.helpers.configs import compose_config
 from tests.helpers.processes import REPOSITORY
 

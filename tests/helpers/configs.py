@@ -3,7 +3,9 @@
 from hydra import compose, initialize_config_dir
 
 from marco_train.config import TrainConfig, to_run
-from marco_train.train import CONFIG_DIR
+from marco_train.config.run import CONFIG_DIR, register_schemas
+
+register_schemas()
 
 
 def compose_config(experiment: str, *overrides: str) -> TrainConfig:

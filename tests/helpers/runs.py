@@ -62,7 +62,11 @@ def losses(out: Path) -> list[dict[str, float]]:
     """The metrics of each step but the times."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return [
-        {k: v for k, v in line.items() if not k.startswith(("time/", "perf/", "rollout/sync"))}
+        {
+            k: v
+            for k, v in line.items()
+            if not k.startswith(("time/", "perf/", "memory/", "rollout/sync"))
+        }
         for line in lines
     ]
 

@@ -49,7 +49,8 @@ def learn(policy: Policy, cfg: TrainConfig, first: int, until: int) -> list[dict
     batches = [next(data) for _ in range(until)]
     found = [policy.train_step(batch, cross_entropy) for batch in batches[first:]]
     return [
-        {k: v for k, v in step.items() if not k.startswith(("time/", "perf/"))} for step in found
+        {k: v for k, v in step.items() if not k.startswith(("time/", "perf/", "memory/"))}
+        for step in found
     ]
 
 

@@ -219,7 +219,11 @@ def distil(
     run_on_ranks(num_ranks, run_opd, cfg)
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     steps = [
-        {k: v for k, v in line.items() if not k.startswith(("time/", "perf/", "rollout/sync"))}
+        {
+            k: v
+            for k, v in line.items()
+            if not k.startswith(("time/", "perf/", "memory/", "rollout/sync"))
+        }
         for line in lines
     ]
     return steps, load_file(out / "export" / "model.safetensors")
