@@ -13,14 +13,14 @@ from marco_train.errors import InputError
 from marco_train.losses.logprobs import token_logprobs
 from marco_train.metrics import StepWork
 from marco_train.models.weights import random_model
-from marco_train.planning import trace
+from marco_train.planning import check, trace
 from marco_train.planning.advice import advise
 from marco_train.planning.cards import CARDS, Card, card_of, card_of_device
 from marco_train.planning.check import check_free
 from marco_train.planning.memory import GIB, Memory, sizes_of
 from marco_train.planning.plan import make_plan
 from marco_train.planning.seconds import Assumptions
-from marco_train.planning.shapes import teacher_architecture
+from marco_train.planning.shapes import student_shape, teacher_architecture
 from marco_train.planning.trace import PlannedGroup, Shapes, trace_update
 from tests.helpers.configs import compose_config
 from tests.helpers.models import DENSE, architecture
@@ -257,6 +257,51 @@ def test_what_is_traced_leaves_torch_as_it_was() -> None:
         trace_update(replace(shapes(), top_k="x", objective="nonsense"))  # type: ignore[arg-type]
     after = functions.rms_norm, functions.scaled_dot_product_attention, functions.grouped_mm
     assert before == after
+
+
+@pytest.fixture
+def eight_h100(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(check, "_own_card", lambda: H100)
+    monkeypatch.setattr(check, "world_size", lambda: 8)
+
+
+OVER = ["parallel.recompute=none", "data.max_tokens_per_microbatch=32768"]  # 112 GiB of 79
+
+
+def test_a_run_that_cannot_fit_is_refused_with_what_would_help(eight_h100: None) -> None:
+    cfg = compose_config("marco_mini_sft", *MINI, *OVER)
+    with pytest.raises(InputError, match=r"of a GPU in its phase 'train'.*makes it fit"):
+        check.check_plan(cfg, student_shape(cfg))
+
+
+def test_a_run_that_cannot_fit_starts_where_it_is_asked_to(
+    eight_h100: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg = compose_config("marco_mini_sft", *MINI, *OVER, "planning.check=warn")
+    assert check.check_plan(cfg, student_shape(cfg)) is not None
+    assert "the plan does not fit: parallel.recompute=" in capsys.readouterr().out
+    cfg = compose_config("marco_mini_sft", *MINI, *OVER, "planning.check=off")
+    assert check.check_plan(cfg, student_shape(cfg)) is None
+    assert capsys.readouterr().out == ""
+
+
+def test_work_of_a_token_is_six_operations_for_each_of_its_parameters(eight_h100: None) -> None:
+    cfg = compose_config("marco_mini_sft", *MINI)
+    work = check.check_plan(cfg, student_shape(cfg))
+    assert work is not None
+    # Of a layer's matrices: queries to outputs, the router, 8 experts; norms are no products.
+    layer = 1024 * 2048 * 2 + 1024 * 1024 * 2 + 1024 * 256 + 8 * 3 * 1024 * 768
+    assert work.per_token == pytest.approx(6 * 28 * layer, rel=1e-3)
+    assert work.per_loss_token == 6 * 151_936 * 1024
+    # Scores and values of 16 heads of 128, with backward thrice, half of them seen.
+    assert work.per_token_and_key == 3 * 2 * 2 * 16 * 128 * 28 / 2
+    assert work.peak == 8 * 989.4e12
+
+
+def test_without_a_gpu_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    cfg = compose_config("marco_mini_sft", *MINI, *OVER)
+    assert check.check_plan(cfg, student_shape(cfg)) is None
+    assert "GiB a rank of weights, masters and moments" in capsys.readouterr().out
 
 
 def test_a_planned_peak_is_of_a_rank_and_in_gib() -> None:
