@@ -263,6 +263,7 @@ def test_what_is_traced_leaves_torch_as_it_was() -> None:
 def eight_h100(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "_own_card", lambda: H100)
     monkeypatch.setattr(check, "world_size", lambda: 8)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (78 * 2**30, 80 * 2**30))
 
 
 OVER = ["parallel.recompute=none", "data.max_tokens_per_microbatch=32768"]  # 112 GiB of 79
