@@ -26,7 +26,9 @@ SHARED = {
 }
 OWN = {
     ("rollout", "native"): {"batch_size"},
-    ("rollout", "vllm"): {"batch_size", "max_tokens_per_batch", "kv_cache_gib", "reserve_gib"},
+    ("rollout", "vllm"): {
+        *("batch_size", "max_tokens_per_batch", "kv_cache_gib", "reserve_gib", "expert_parallel")
+    },
     ("rollout", "vllm_server"): {"servers", "sync_path", "max_staleness"},
     ("teacher", "hf"): {"max_tokens_per_batch"},
     ("teacher", "native"): {"max_tokens_per_batch", "expert_parallel_size"},
