@@ -17,6 +17,7 @@ def bench(*arguments: str, script: str = "model.py") -> subprocess.CompletedProc
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.long
 def test_a_small_run_compares_all_sides_and_writes_what_it_found(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
     done = bench(
@@ -47,6 +48,7 @@ def test_a_gpu_that_is_not_there_is_said_in_one_sentence(tmp_path: Path) -> None
     assert len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.long
 def test_objectives_take_the_same_steps_and_the_share_of_a_run_is_read(tmp_path: Path) -> None:
     file, run = tmp_path / "bench.json", tmp_path / "run"
     run.mkdir()

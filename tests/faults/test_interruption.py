@@ -63,7 +63,9 @@ def calm(world: World, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "told", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
+)
 def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_from_it(
     told: signal.Signals, world: World, tmp_path: Path, calm: bytes
 ) -> None:
