@@ -24,6 +24,7 @@ TEACHERS = [
 ]
 
 
+@pytest.mark.long
 def test_two_ranks_distil_with_vllm_as_one_does(wide_world: World, tmp_path: Path) -> None:
     # The second teacher is opened while the first and the sampler hold engines.
     one, two = (distil(wide_world, tmp_path / str(n), n, *IN_PROCESS, *TEACHERS) for n in (1, 2))

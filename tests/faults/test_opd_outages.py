@@ -74,6 +74,7 @@ def test_a_run_waits_saved_and_goes_on_where_it_stood(world: World, tmp_path: Pa
     assert [step["step"] for step in learnt(whole)[0]] == list(range(1, NUM_STEPS + 1))
 
 
+@pytest.mark.long
 def test_a_run_that_gave_up_is_saved_and_can_be_resumed(world: World, tmp_path: Path) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     with fake_servers(1) as (server,):

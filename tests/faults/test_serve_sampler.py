@@ -259,6 +259,7 @@ def test_other_weights_in_a_real_server_are_caught(served: Served) -> None:
     sampler.close()
 
 
+@pytest.mark.long
 @pytest.mark.vllm
 def test_a_run_learns_the_same_from_a_server(
     served: Served, wide_world: World, tmp_path: Path
@@ -280,6 +281,7 @@ def test_a_run_learns_the_same_from_a_server(
     assert alone[0]["kl/reverse"] == pytest.approx(ahead[0]["kl/reverse"], rel=1e-4)
 
 
+@pytest.mark.long
 @pytest.mark.vllm
 def test_a_killed_engine_loses_no_prompt_and_comes_back_with_the_weights(served: Served) -> None:
     policy, sampler = spread(3), served.sampler()

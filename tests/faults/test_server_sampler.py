@@ -549,6 +549,7 @@ def test_a_run_replays_the_routing_that_its_servers_name(
         assert one["kl/reverse"] == pytest.approx(other["kl/reverse"], rel=1e-5)
 
 
+@pytest.mark.long
 def test_a_run_that_gave_up_on_its_samplers_is_saved_and_resumes(
     world: World, servers: list[FakeSampler], tmp_path: Path
 ) -> None:

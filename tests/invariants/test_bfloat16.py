@@ -24,7 +24,7 @@ from tests.helpers.models import architecture
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.world import World
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 STEPS = 2
 Update = dict[str, torch.Tensor]  # of the float32 masters, by name; of this rank's experts

@@ -74,6 +74,7 @@ def learn_both_ways(cfgs: list[TrainConfig]) -> list[tuple[State, State, list[ob
     return found
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_ranks", [1, 2])
 def test_a_state_that_leaves_learns_the_same_bit_for_bit(num_ranks: int, world: World) -> None:
     cfgs = [config(world, *kind, num_ranks) for kind in KINDS]

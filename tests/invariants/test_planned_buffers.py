@@ -22,7 +22,7 @@ from marco_train.types import Microbatch, no_experts
 from tests.helpers.models import architecture
 from tests.helpers.ranks import run_on_ranks
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.long
 
 SHAPE = {
     "vocab_size": 20_000,

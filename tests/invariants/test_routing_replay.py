@@ -229,6 +229,7 @@ def distil(
     return steps, load_file(out / "export" / "model.safetensors")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("num_ranks", [1, 2])
 @pytest.mark.parametrize("objective", ["full", "sampled"])
 def test_in_float32_a_replayed_run_is_the_run_without_replay(

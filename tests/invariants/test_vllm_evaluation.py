@@ -82,6 +82,7 @@ def measured(cfg: TrainConfig, num_ranks: int) -> dict[str, Any]:
     return dict(report["models"]["sft"])
 
 
+@pytest.mark.long
 def test_accuracy_and_kl_are_those_of_our_own_sampler(wide_world: World, tmp_path: Path) -> None:
     world = world_of_one_answer(wide_world, tmp_path / "world")
     student = tmp_path / "student"

@@ -26,7 +26,7 @@ from tests.helpers.shared_experts import run_opd_with_shared_experts, share_expe
 from tests.helpers.vllm_runs import IN_PROCESS, distil
 from tests.helpers.world import World
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.long]
 
 # Prompts of two ranks: none and all, uneven, none at all.
 SPLITS = [([], [0, 1, 2, 3, 4, 5]), ([4, 1, 0, 5], [2, 3]), ([], [])]
