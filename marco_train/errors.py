@@ -19,6 +19,8 @@ import math
 TRY_AGAIN_LATER = 75
 # It was told to end, as a shell says of a process that SIGTERM ended.
 TOLD_TO_END = 143
+# The file in a run's directory that tells of the last launch's.
+EXIT_STATUS = "exit_status.json"
 
 
 class RunError(Exception):

@@ -36,18 +36,20 @@ class Signals:
     to_end: ClassVar[str | None] = None
     to_save: ClassVar[str | None] = None
     first_at: ClassVar[float] = 0.0
+    listened_since: ClassVar[float | None] = None
 
 
 @contextmanager
 def listening() -> Iterator[None]:
     """Let signals ask instead of ending the process, as long as the block lasts."""
     before = {s: signal.signal(s, _told) for s in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)}
+    Signals.listened_since = time.monotonic()
     try:
         yield
     finally:
         for number, action in before.items():
             signal.signal(number, action)
-        Signals.to_end = Signals.to_save = None
+        Signals.to_end = Signals.to_save = Signals.listened_since = None
 
 
 def _told(number: int, _: FrameType | None) -> None:
@@ -64,9 +66,16 @@ class Interruption:
     """What a run is asked, looked up between its steps."""
 
     def __init__(self, directory: Path, seconds: float | None) -> None:
-        """Look for files in a directory, and end so many seconds from now. None: never."""
+        """Look for files in a directory, and end in time.
+
+        Args:
+            directory: The run's.
+            seconds: Of the launch, since signals are listened to, what was loaded since included;
+                from now on without that. None: no end.
+        """
         self._directory = directory
-        self._ends_at = None if seconds is None else time.monotonic() + seconds
+        began = Signals.listened_since or time.monotonic()
+        self._ends_at = None if seconds is None else began + seconds
         self._longest_step = 0.0
         self._looked_at = time.monotonic()
 

@@ -48,7 +48,13 @@ from marco_train.distributed import (
     seed_everything,
     world_size,
 )
-from marco_train.errors import TOLD_TO_END, TRY_AGAIN_LATER, InputError, RunInterrupted
+from marco_train.errors import (
+    EXIT_STATUS,
+    TOLD_TO_END,
+    TRY_AGAIN_LATER,
+    InputError,
+    RunInterrupted,
+)
 from marco_train.files import replaces
 from marco_train.interruption import Interruption, Wish
 from marco_train.metrics import Metrics, StepWork
@@ -385,10 +391,11 @@ def refuse_other_tensors(path: Path, own: dict[str, Tensor], saved: dict[str, Te
 
 
 def begin(cfg: TrainConfig) -> None:
-    """Write config.json and delete finished.json."""
+    """Write config.json, and delete what an earlier launch left of its end."""
     directory = Path(cfg.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / FINISHED).unlink(missing_ok=True)
+    for told in (FINISHED, EXIT_STATUS):
+        (directory / told).unlink(missing_ok=True)
     (directory / "config.json").write_text(json.dumps(plain_config(cfg), indent=2))
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import hydra
@@ -14,6 +15,7 @@ from marco_train.config.resumption import check_resume, continuation, is_finishe
 from marco_train.config.run import CONFIG_DIR, register_schemas
 from marco_train.config.stage import StageKind
 from marco_train.errors import (
+    EXIT_STATUS,
     TRY_AGAIN_LATER,
     InputError,
     RunInterrupted,
@@ -87,7 +89,7 @@ def note_exit(
         Path(told).write_text(str(code))
     if is_first_rank() and Path(cfg.output_dir).is_dir():
         status = {"code": code, "reason": reason, "step": step, "checkpoint": checkpoint}
-        with replaces(Path(cfg.output_dir) / "exit_status.json") as partial:
+        with replaces(Path(cfg.output_dir) / EXIT_STATUS) as partial:
             partial.write_text(json.dumps(status, indent=2))
 
 
@@ -109,7 +111,9 @@ def run_stage(cfg: TrainConfig) -> None:
     from marco_train import distributed, interruption
 
     distributed.start(cfg.parallel.timeout_seconds, deterministic=cfg.deterministic)
-    with interruption.listening():
+    # An evaluation has no state to save, and nothing in it would look at what it is asked.
+    trains = cfg.stage.kind is not StageKind.evaluate
+    with interruption.listening() if trains else nullcontext():
         run_kind(cfg)
     distributed.stop()
 

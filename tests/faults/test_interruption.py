@@ -10,9 +10,13 @@ from typing import Any
 
 import pytest
 
-from marco_train import interruption
+from marco_train import interruption, train
+from marco_train.config import TrainConfig
 from marco_train.interruption import Interruption, Signals, Wish, listening
+from marco_train.run import begin
+from tests.helpers.configs import compose_config
 from tests.helpers.processes import REPOSITORY, soon
+from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import num_steps_of, saved_steps
 from tests.helpers.world import World
 
@@ -128,6 +132,39 @@ def test_time_is_left_for_the_longest_step(tmp_path: Path) -> None:
     assert asked.ask()[0] is Wish.go_on
     time.sleep(0.6)
     assert asked.ask() == (Wish.end_for_time, "checkpoint.must_save_by")  # 0.6 s more are too many
+
+
+def test_what_a_launch_has_loaded_counts_to_its_time(tmp_path: Path) -> None:
+    with listening():
+        time.sleep(0.3)
+        assert Interruption(tmp_path, seconds=0.2).ask()[0] is Wish.end_for_time
+    assert Interruption(tmp_path, seconds=0.2).ask()[0] is Wish.go_on
+
+
+def is_listened_to(cfg: TrainConfig) -> bool:
+    """Whether the stage's signals are caught while it runs, on a rank of its own."""
+    seen: list[bool] = []
+
+    def look(_: TrainConfig) -> None:
+        seen.append(signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL)
+
+    setattr(train, train.run_kind.__name__, look)  # in this process, which ends
+    train.run_stage(cfg)
+    return seen[0]
+
+
+@pytest.mark.parametrize(
+    ("experiment", "caught"),
+    [("quickstart_sft", True), ("quickstart_opd", True), ("quickstart_evaluate", False)],
+)
+def test_an_evaluation_ends_at_once(experiment: str, caught: bool) -> None:
+    assert run_on_ranks(1, is_listened_to, compose_config(experiment)) == [caught]
+
+
+def test_a_launch_forgets_how_the_last_one_ended(tmp_path: Path) -> None:
+    (tmp_path / "exit_status.json").write_text("{}")
+    begin(compose_config("quickstart_sft", f"output_dir={tmp_path}"))
+    assert not (tmp_path / "exit_status.json").exists()
 
 
 def test_signals_ask_once_and_only_while_a_run_listens(tmp_path: Path) -> None:
