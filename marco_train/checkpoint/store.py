@@ -9,13 +9,11 @@ safetensors and JSON only. A checkpoint resumes on as many ranks as saved it.
 """
 
 import json
-import random
 import shutil
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -123,25 +121,3 @@ def _entry(file: Path) -> dict[str, Any]:
     with file.open("rb") as content:
         digest = file_digest(content, "sha256").hexdigest()
     return {"bytes": file.stat().st_size, "sha256": digest}
-
-
-def generator_tensors() -> dict[str, Tensor]:
-    """State of this process's random generators."""
-    version, words, gauss = random.getstate()
-    python = json.dumps([version, list(words), gauss]).encode()
-    tensors = {
-        "generator.torch": torch.get_rng_state(),
-        "generator.python": torch.frombuffer(bytearray(python), dtype=torch.uint8),
-    }
-    if torch.cuda.is_available():
-        tensors["generator.cuda"] = torch.cuda.get_rng_state()
-    return tensors
-
-
-def load_generators(tensors: dict[str, Tensor]) -> None:
-    """Put back what `generator_tensors` gave."""
-    torch.set_rng_state(tensors["generator.torch"])
-    version, words, gauss = json.loads(bytes(tensors["generator.python"].tolist()))
-    random.setstate((version, tuple(words), gauss))
-    if "generator.cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["generator.cuda"])
