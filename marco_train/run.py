@@ -155,7 +155,7 @@ class Run:
             cfg: What runs.
             policy: As it was built.
             parts: What else goes into checkpoints.
-            epoch_rows: Samples of an epoch of SFT. None in any other stage.
+            epoch_rows: Samples of an epoch. None in an evaluation.
             work: What a step computes. None: the cards' peak is not known.
 
         Raises:
@@ -407,7 +407,7 @@ def mark_finished(
     Args:
         cfg: The run.
         content: What its files held when it began, as `observed` notes it.
-        epoch_rows: Samples of an epoch of SFT. None in any other stage.
+        epoch_rows: Samples of an epoch. None in an evaluation.
     """
     note = Path(cfg.output_dir) / FINISHED
     noted = {

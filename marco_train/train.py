@@ -1,18 +1,25 @@
-"""The entry point: compose the config, check it, run the stage it names."""
+"""The entry point: compose the config, check it, run the stage it names.
+
+    marco-train [train] experiment=<name> [key=value ...] [--config-dir DIR] [--cfg job [--resolve]]
+    torchrun ... -m marco_train.train experiment=<name> [key=value ...]
+
+--config-dir DIR adds groups of your own, such as DIR/experiment/mine.yaml; --cfg job prints the run
+instead of running it, and with --resolve what its values refer to.
+"""
 
 import json
 import os
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
-import hydra
-from omegaconf import DictConfig, MissingMandatoryValue
+from omegaconf import OmegaConf
 
 from marco_train.config import TrainConfig, to_run
+from marco_train.config.compose import compose, sweep_refusal
 from marco_train.config.resumption import check_resume, continuation, is_finished
-from marco_train.config.run import CONFIG_DIR, register_schemas
 from marco_train.config.stage import StageKind
 from marco_train.errors import (
     EXIT_STATUS,
@@ -20,32 +27,18 @@ from marco_train.errors import (
     InputError,
     RunInterrupted,
     ServersUnavailable,
+    require,
 )
 from marco_train.files import replaces
 
 # Other ranks wait this long, so that rank 0 can print the error before torchrun ends the job.
 SECONDS_TO_SAY_IT = 10
 
-register_schemas()
 
-
-@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
-def main(composed: DictConfig) -> None:
-    """Run one stage; see `configs/experiment/`."""
-    try:
-        cfg = to_run(composed)
-        check_resume(cfg)
-        finished = is_finished(cfg)
-        if not finished:
-            continuation(cfg)  # refuses what it may not change, before anything is loaded
-    except (InputError, MissingMandatoryValue) as error:
-        # The same on every rank of a launch; one says it, before the launcher ends the others.
-        if not is_first_rank():
-            time.sleep(SECONDS_TO_SAY_IT)
-        sys.exit(f"error: {in_one_line(error)}" if is_first_rank() else 1)
-    if finished:
-        if is_first_rank():
-            print(f"{cfg.name}: already finished in {cfg.output_dir}", flush=True)
+def main(words: Sequence[str] | None = None) -> None:
+    """Run one stage, or print it; see `configs/experiment/`."""
+    cfg = read(list(sys.argv[1:] if words is None else words))
+    if cfg is None:
         return
     try:
         run_stage(cfg)
@@ -68,6 +61,47 @@ def main(composed: DictConfig) -> None:
         raise
 
 
+def read(words: Sequence[str]) -> TrainConfig | None:
+    """Read the run of a command line, and end where it is refused.
+
+    Returns:
+        None where nothing is to be run: it was finished before, or something is printed instead.
+    """
+    try:
+        if {"--help", "-h"} & set(words):
+            print(__doc__.strip())
+            return None
+        require(not {"--multirun", "-m"} & set(words), sweep_refusal(words))
+        if {"--cfg", "-c"} & set(words):
+            print_config(words)
+            return None
+        cfg = to_run(compose(words))
+        check_resume(cfg)
+        if not is_finished(cfg):
+            continuation(cfg)  # refuses what it may not change, before anything is loaded
+            return cfg
+    except InputError as error:
+        tell_recipe(1)
+        # The same on every rank of a launch; one says it, before the launcher ends the others.
+        if not is_first_rank():
+            time.sleep(SECONDS_TO_SAY_IT)
+        sys.exit(f"error: {error}" if is_first_rank() else 1)
+    if is_first_rank():
+        print(f"{cfg.name}: already finished in {cfg.output_dir}", flush=True)
+    return None
+
+
+def print_config(words: Sequence[str]) -> None:
+    """Print a run as YAML, without its checks.
+
+    Raises:
+        InputError: It cannot be composed, or something else than the job is asked for.
+    """
+    rest = [word for word in words if word not in {"--cfg", "-c", "--resolve", "job"}]
+    require("job" in words, "--cfg prints the job: write --cfg job")
+    print(OmegaConf.to_yaml(compose(rest), resolve="--resolve" in words), end="")
+
+
 def note_exit(
     cfg: TrainConfig,
     code: int,
@@ -75,7 +109,7 @@ def note_exit(
     step: int | None = None,
     checkpoint: str | None = None,
 ) -> None:
-    """Leave exit_status.json, and tell the recipe that launched this: torchrun itself ends with 1.
+    """Leave exit_status.json, and tell the recipe that launched this.
 
     Args:
         cfg: The run.
@@ -84,26 +118,23 @@ def note_exit(
         step: Updates made, where it was told to end.
         checkpoint: Where they are saved.
     """
-    told = os.environ.get("MARCO_TRAIN_EXIT_STATUS")  # a file of the recipe on this node
-    if told and os.environ.get("LOCAL_RANK", "0") == "0":
-        Path(told).write_text(str(code))
+    tell_recipe(code)
     if is_first_rank() and Path(cfg.output_dir).is_dir():
         status = {"code": code, "reason": reason, "step": step, "checkpoint": checkpoint}
         with replaces(Path(cfg.output_dir) / EXIT_STATUS) as partial:
             partial.write_text(json.dumps(status, indent=2))
 
 
+def tell_recipe(code: int) -> None:
+    """Tell the recipe that launched this how it ends: torchrun itself ends with 1."""
+    told = os.environ.get("MARCO_TRAIN_EXIT_STATUS")  # a file of the recipe on this node
+    if told and os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(told).write_text(str(code))
+
+
 def is_first_rank() -> bool:
     """Whether this process speaks for a launch; known before the ranks have met."""
     return os.environ.get("RANK", "0") == "0"
-
-
-def in_one_line(error: Exception) -> str:
-    """Say what is wrong without OmegaConf's trail of keys."""
-    if isinstance(error, MissingMandatoryValue):
-        key = error.full_key or "name"
-        return f"{key} has no value: choose a run with experiment=<name>, or give {key}=<value>"
-    return str(error)
 
 
 def run_stage(cfg: TrainConfig) -> None:

@@ -9,33 +9,32 @@ would be spread, and end with the first that finds a fault.
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-
 from marco_train.commands.examination import Examination
-from marco_train.config import TrainConfig, to_run
+from marco_train.config import TrainConfig
+from marco_train.config.compose import read_run
 from marco_train.config.resumption import check_resume, continuation, is_finished
-from marco_train.config.run import CONFIG_DIR
 from marco_train.config.stage import StageKind
 from marco_train.errors import require
 from marco_train.train import is_first_rank
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Examine the run of a command line; ends with 1 where something is wrong with it."""
     start = time.perf_counter()
-    faults = examine(sys.argv[1:])
+    faults = examine(sys.argv[1:] if words is None else words)
     if faults:
         sys.exit("\n".join(f"error: {fault}" for fault in faults) if is_first_rank() else 1)
     if is_first_rank():
         print(f"all is well, {time.perf_counter() - start:.0f} s")
 
 
-def examine(overrides: list[str]) -> list[str]:
+def examine(words: Sequence[str]) -> list[str]:
     """Make all checks of a run; gives what is wrong, each in a sentence."""
     checks = Examination()
-    cfg = checks.make("config", composed, overrides)
+    cfg = checks.make("config", read_run, words)
     if checks.faults:
         return checks.faults
     checks.make("output directory", check_output, cfg)
@@ -54,12 +53,6 @@ def examine(overrides: list[str]) -> list[str]:
             stage_checks.check_evaluate(cfg, checks)
     distributed.stop()
     return checks.faults
-
-
-def composed(overrides: list[str]) -> TrainConfig:
-    """Compose and check a config as the command line does."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-        return to_run(compose("train", overrides=overrides))
 
 
 def check_output(cfg: TrainConfig) -> None:

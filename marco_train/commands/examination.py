@@ -7,25 +7,14 @@ from collections.abc import Callable, Iterator
 from copy import copy
 from typing import Any, ParamSpec, Self, TypeVar, cast
 
-from hydra.errors import HydraException
-from omegaconf import MissingMandatoryValue
-from omegaconf.errors import OmegaConfBaseException
-
 from marco_train.errors import InputError, ServersUnavailable
 from marco_train.stages.checks import Checks
-from marco_train.train import in_one_line, is_first_rank
+from marco_train.train import is_first_rank
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
-REFUSALS = (
-    FloatingPointError,
-    HydraException,
-    InputError,
-    MissingMandatoryValue,
-    OmegaConfBaseException,
-    ServersUnavailable,
-)
+REFUSALS = (FloatingPointError, InputError, ServersUnavailable)
 
 
 class Absent:
@@ -69,11 +58,7 @@ class Examination(Checks):
         try:
             made = make(*args, **kwargs)
         except REFUSALS as error:
-            said = in_one_line(error)
-            # Hydra names the override, and chains what is wrong with it.
-            if isinstance(error, HydraException) and error.__cause__ is not None:
-                said = f"{said}: {error.__cause__}"
-            self._keep(what, " ".join(said.split()))
+            self._keep(what, " ".join(str(error).split()))
             return absent
         self._print(f"{what} ... fine, {time.perf_counter() - start:.1f} s")
         return made

@@ -14,8 +14,9 @@ from typing import Any
 
 from marco_train.commands.source import add_source_arguments, escape_unprintable, open_source
 from marco_train.config.data import DataConfig
+from marco_train.config.lengths import MAX_LENGTH
 from marco_train.config.model import ChatTemplate, ModelConfig
-from marco_train.config.sft import LossTokens, SFTConfig
+from marco_train.config.sft import LossTokens
 from marco_train.data.chat import CHATML, Tokenizer, check_marks, load_tokenizer, stretches
 from marco_train.data.conversations import Source
 from marco_train.data.drops import Dropped
@@ -180,7 +181,7 @@ def _renderer(
     """What a stage makes of a row, with the limits that it has by itself."""
     bounded = args.tokenizer is not None
     if args.stage == "sft":
-        limit = SFTConfig.max_length if bounded else NO_LIMIT
+        limit = MAX_LENGTH if bounded else NO_LIMIT
         return ExampleRenderer.of(tokenizer, cfg, LossTokens.assistant, limit)
     # A distillation has to name its own limit.
     return PromptRenderer(tokenizer, NO_LIMIT, cfg.thinking, cfg.overlong)

@@ -34,8 +34,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from marco_train.commands.doctor import composed
 from marco_train.config.architecture import ArchitectureConfig
+from marco_train.config.compose import read_run
 from marco_train.config.parallel import Recompute
 from marco_train.data.chat import CHATML
 from marco_train.data.packing import pack_examples
@@ -72,7 +72,7 @@ class Bench:
 
     def architecture(self, num_layers: int, num_experts: int = 32) -> ArchitectureConfig:
         """Mini's shape with some of its layers and experts; a small one in a tiny run."""
-        mini = composed(["experiment=marco_mini_sft", "model.path=none"]).model.architecture
+        mini = read_run(["experiment=marco_mini_sft", "model.path=none"]).model.architecture
         assert mini is not None
         if not self.tiny:
             return replace(mini, num_hidden_layers=num_layers, num_experts=num_experts)
@@ -149,7 +149,7 @@ class Bench:
         """A policy as Mini's SFT builds it, on one rank; its memory is free afterwards."""
         from marco_train.engine.policy import Policy
 
-        cfg = composed(
+        cfg = read_run(
             [
                 *("experiment=marco_mini_sft", "model.path=none", "parallel=one_rank"),
                 f"parallel.zero_stage={zero_stage}",
@@ -601,7 +601,7 @@ def _losses(root: Path, dtype: str) -> list[float]:
         *(f"root={root}", f"output_dir={root / dtype}", f"model.dtype={dtype}"),
     ]
     with redirect_stdout(StringIO()):
-        run_sft(composed(choices))
+        run_sft(read_run(choices))
     lines = (root / dtype / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line)["loss/cross_entropy"] for line in lines]
 
@@ -625,7 +625,7 @@ def _write_small_world(root: Path, shape: ArchitectureConfig) -> None:
     words = ["one", "two", "three", "vier", "cinq", "seis"]
     for split in ("train", "development"):
         (root / "data" / split).mkdir(parents=True)
-        for category in composed(["experiment=quickstart_sft", "root=none"]).data.sources:
+        for category in read_run(["experiment=quickstart_sft", "root=none"]).data.sources:
             rows = [
                 {
                     "messages": [

@@ -15,14 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf, open_dict
 
-from marco_train.commands.examination import REFUSALS
 from marco_train.config import TrainConfig, to_run
-from marco_train.config.run import CONFIG_DIR
+from marco_train.config.compose import compose
 from marco_train.errors import InputError, require
-from marco_train.train import in_one_line
 
 DEFAULTS = {"gpus": "8", "gpu": "h100-80"}
 NOT_HERE = "weights_that_are_not_here_yet"
@@ -33,8 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         fits, said = answer(words)
-    except REFUSALS as error:
-        print(f"error: {in_one_line(error)}", file=sys.stderr)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print(said)
     sys.exit(0 if fits else 1)
@@ -129,8 +126,7 @@ def composed_without_weights(overrides: list[str]) -> TrainConfig:
     Raises:
         InputError: They are not, and no shape is given either.
     """
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-        found = compose("train", overrides=overrides)
+    found = compose(overrides)
     if OmegaConf.is_missing(found.model, "path"):
         require(
             found.model.architecture is not None,

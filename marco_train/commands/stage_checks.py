@@ -51,7 +51,8 @@ def check_opd(cfg: TrainConfig, checks: Examination) -> None:
     batch = checks.make("first batch", loader.__next__)
     checks.after(batch).make("rows of the first batch", log_rows, loader)
     if checks.can_resume:
-        checks.after(loader, cascade).make("resumption", check_resumption, cfg, [loader, cascade])
+        both = checks.after(loader, cascade)
+        both.make("resumption", check_resumption, cfg, [loader, cascade], loader.epoch_rows)
     student = checks.after(prepared.student).make("weights", untrained, cfg)
     prompts = loader, prepared.first_prompts
     answers = checks.after(batch).make(

@@ -105,13 +105,38 @@ class SourceConfig:
 
 
 @dataclass(kw_only=True)
+class HeldOutConfig:
+    """Rows that are measured on and not trained on: sources of their own, or a share."""
+
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
+    """Rows of their own."""
+    share: float | None = None
+    """Share of each of data.sources that is held out, by prompts: rows of one prompt lie all on
+    one side. None: none is."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.share is None or 0 < self.share < 1,
+            f"data.held_out.share is {self.share}, and must be a share between 0 and 1",
+        )
+        require(
+            self.share is None or not self.sources,
+            f"data.held_out.share is {self.share}, and data.held_out.sources names "
+            f"{', '.join(self.sources)}: give one of them",
+        )
+
+
+@dataclass(kw_only=True)
 class DataConfig:
     """Which rows a run sees."""
 
+    path: str | None = None
+    """Where the rows of data=own lie, as the `path` of a source."""
     sources: dict[str, SourceConfig] = field(default_factory=dict)
     """Rows to train on; an evaluation needs none."""
-    held_out: dict[str, SourceConfig] | None = None
-    """Rows for held-out loss or evaluation. None: no held-out measure."""
+    held_out: HeldOutConfig | None = field(default_factory=HeldOutConfig)
+    """Rows for held-out loss, for when a phase has converged, or for an evaluation. None, or
+    neither sources nor a share: no held-out measure."""
     num_rows: int | None = None
     """Budget of rows (labels, in SFT): each source keeps its first weight * num_rows. What `auto`
     weighs is told from all rows, before they are cut. None: all rows."""
@@ -146,7 +171,15 @@ class DataConfig:
         for name in ("max_bad_rows", "max_lost_rows"):
             share = getattr(self, name)
             require(0 <= share <= 1, f"data.{name} is {share}, and must be a share from 0 to 1")
-        for name, mixture in (("sources", self.sources), ("held_out", self.held_out)):
+        # By all that it holds: a key beside the schema is refused later on.
+        if self.held_out is not None and vars(self.held_out) == vars(HeldOutConfig()):
+            self.held_out = None
+        require(
+            self.path is None or self.path in {source.path for source in self.sources.values()},
+            f"data.path is {self.path!r}, and no source reads it: choose data=own",
+        )
+        held_out = self.held_out.sources if self.held_out is not None else {}
+        for name, mixture in (("sources", self.sources), ("held_out.sources", held_out)):
             if not mixture:
                 continue
             shares = [Fraction(str(s.weight)) for s in mixture.values() if s.weight != AUTO]

@@ -6,7 +6,7 @@ from enum import Enum
 from omegaconf import MISSING
 
 from marco_train.config.rollout import RolloutConfig, VLLMServerRolloutConfig
-from marco_train.config.stage import StageConfig
+from marco_train.config.stage import StageConfig, steps_of
 from marco_train.config.teacher import TeacherConfig
 from marco_train.errors import require, require_positive
 
@@ -78,12 +78,22 @@ class PhaseConfig:
     teachers_by_group: dict[str, TeacherConfig] = field(default_factory=dict)
     """Teachers of some rollouts, by `category_<name>` or `language_<code>`; the category decides
     where both have one."""
-    num_steps: int = MISSING
-    """Of which the learning rate's schedule knows; fewer where the phase converges."""
+    num_steps: int | None = None
+    """Of which the learning rate's schedule knows; fewer where the phase converges. None:
+    `num_epochs` says it."""
+    num_epochs: float | None = None
+    """Length in epochs, in place of `num_steps`: so many times all rows of the sources, in updates
+    of `global_batch_size` prompts. The last update of a cascade of one phase takes those that are
+    left. None: `num_steps` says it."""
     early_switch: EarlySwitchConfig = field(default_factory=EarlySwitchConfig)
 
     def __post_init__(self) -> None:
-        require_positive("stage.cascade.*", num_steps=self.num_steps)
+        require_positive("stage.cascade.*", num_steps=self.num_steps, num_epochs=self.num_epochs)
+        require(
+            (self.num_steps is None) != (self.num_epochs is None),
+            f"stage.cascade.*.num_steps is {self.num_steps} and stage.cascade.*.num_epochs is "
+            f"{self.num_epochs}: give one of them to each phase, and null for the other",
+        )
         for group in self.teachers_by_group:
             require(
                 group.startswith(("category_", "language_")),
@@ -113,9 +123,10 @@ class OPDConfig(StageConfig):
     """Prompts of one update, over all ranks."""
     responses_per_prompt: int = MISSING
     max_prompt_length: int = MISSING
-    """Tokens; longer prompts are dropped and counted."""
+    """Tokens; longer prompts are dropped and counted. Not given: half of the model's positions, of
+    4096 at most."""
     max_response_length: int = MISSING
-    """Tokens; a longer response is cut and counted."""
+    """Tokens; a longer response is cut and counted. Not given: as for prompts."""
     drop_repetitive: bool = False
     """Whether responses that end in a loop have no loss; `rollout/repetition` tells their share. A
     loop is where the policy went wrong and the teacher can correct it, so it is learnt from unless
@@ -153,6 +164,23 @@ class OPDConfig(StageConfig):
             f"stage.top_k is {self.top_k} and stage.objective is {self.objective.value}; give "
             "stage.top_k with stage.objective=topk, and null with any other",
         )
+
+    def phase_steps(self, name: str, epoch_rows: int | None) -> int:
+        """Steps of a phase, unless it converges before.
+
+        Args:
+            name: Of the phase.
+            epoch_rows: Prompts of an epoch; not needed where `num_steps` says it.
+        """
+        phase = self.cascade[name]
+        size = self.global_batch_size
+        return self.capped(steps_of(phase.num_steps, phase.num_epochs, size, epoch_rows))
+
+    @property
+    def whole_epochs(self) -> float | None:
+        """Epochs after which the last update takes the prompts that are left; None: none does."""
+        phases = list(self.cascade.values())
+        return phases[0].num_epochs if len(phases) == 1 else None
 
     @property
     def num_sampler_topk(self) -> int:

@@ -13,6 +13,7 @@ class Schedule(Enum):
     """Shape of the learning rate after warm-up."""
 
     cosine = "cosine"
+    linear = "linear"
     constant = "constant"
 
 
@@ -29,9 +30,12 @@ class OptimConfig:
 
     learning_rate: float = MISSING
     min_learning_rate: float = II("optim.learning_rate")
-    """Where the cosine ends; the constant schedule has no other rate."""
+    """Where cosine and linear end; the constant schedule has no other rate."""
     schedule: Schedule = Schedule.constant
     warmup_steps: int = 0
+    """Updates over which the rate rises to `learning_rate`."""
+    warmup_share: float | None = None
+    """The same as a share of the run's updates, in place of `warmup_steps`. None: those say it."""
     beta1: float = 0.9  # Marco-MoE section 4.1
     beta2: float = 0.95  # Marco-MoE section 4.1
     eps: float = 1e-8
@@ -51,6 +55,16 @@ class OptimConfig:
             "optim", learning_rate=self.learning_rate, eps=self.eps, clip_norm=self.clip_norm
         )
         require(self.warmup_steps >= 0, f"optim.warmup_steps is {self.warmup_steps}, below 0")
+        if self.warmup_share is not None:
+            require(
+                0 <= self.warmup_share <= 1,
+                f"optim.warmup_share is {self.warmup_share}, and must be a share from 0 to 1",
+            )
+            require(
+                self.warmup_steps == 0,
+                f"optim.warmup_share is {self.warmup_share} and optim.warmup_steps is "
+                f"{self.warmup_steps}: give one of them, and null or 0 for the other",
+            )
         for name, coefficient in (
             ("balance_coefficient", self.balance_coefficient),
             ("router_z_coefficient", self.router_z_coefficient),
@@ -76,24 +90,28 @@ class OptimConfig:
             f"{self.min_learning_rate} must equal optim.learning_rate {self.learning_rate}",
         )
         require(
-            self.schedule is not Schedule.cosine or self.min_learning_rate < self.learning_rate,
-            f"optim.schedule is cosine, and optim.min_learning_rate {self.min_learning_rate} is no "
-            "less than optim.learning_rate: give where the cosine ends, 0 or more, or choose "
-            "optim.schedule=constant",
+            self.schedule is Schedule.constant or self.min_learning_rate < self.learning_rate,
+            f"optim.schedule is {self.schedule.value}, and optim.min_learning_rate "
+            f"{self.min_learning_rate} is no less than optim.learning_rate: give where it ends, 0 "
+            "or more, or choose optim.schedule=constant",
         )
 
     def rate_at(self, step: int, num_steps: int) -> float:
         """Learning rate of an update, from 0, in a run of `num_steps` updates.
 
-        Rises linearly over `warmup_steps`, the first update being at 1 / warmup_steps of the peak,
-        then stays, or falls along half a cosine to `min_learning_rate` at the last update, where it
-        stays.
+        Rises linearly over the warm-up of W updates, the first update being at 1 / W of the peak,
+        then stays, or falls along half a cosine or a line to `min_learning_rate` at the last
+        update, where it stays.
         """
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
+        warmup = self.warmup_steps
+        if self.warmup_share is not None:
+            warmup = round(self.warmup_share * num_steps)
+        if step < warmup:
+            return self.learning_rate * (step + 1) / warmup
         if self.schedule is Schedule.constant:
             return self.learning_rate
-        falling = max(1, num_steps - 1 - self.warmup_steps)
-        progress = min(1.0, (step - self.warmup_steps) / falling)
-        swing = self.learning_rate - self.min_learning_rate
-        return self.min_learning_rate + swing * (1 + math.cos(math.pi * progress)) / 2
+        progress = min(1.0, (step - warmup) / max(1, num_steps - 1 - warmup))
+        left = 1 - progress
+        if self.schedule is Schedule.cosine:
+            left = (1 + math.cos(math.pi * progress)) / 2
+        return self.min_learning_rate + (self.learning_rate - self.min_learning_rate) * left

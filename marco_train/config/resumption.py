@@ -22,7 +22,7 @@ from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resume import ChangedSchedule, ResumeChange
 from marco_train.config.run import TrainConfig
-from marco_train.config.sft import num_sft_steps
+from marco_train.config.stage import steps_of
 from marco_train.content import Content, is_same, look
 from marco_train.errors import InputError, require
 
@@ -64,6 +64,8 @@ KINDS: dict[str, tuple[str, ...]] = {
         "logging.**",
         "checkpoint.**",
         "planning.**",
+        "teacher.**",  # as the cascade has it
+        "data.path",  # as the sources have it
         "data.max_tokens_per_microbatch",
         "data.max_bad_rows",
         "data.max_lost_rows",
@@ -104,6 +106,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "stage.num_steps",
         "stage.num_epochs",
         "stage.cascade.*.num_steps",
+        "stage.cascade.*.num_epochs",
     ),
     "layout": (
         "stage.kind",
@@ -179,14 +182,14 @@ CONTENT = (
     "model.path",
     "model.tokenizer",
     "data.sources.*.path",
-    "data.held_out.*.path",
+    "data.held_out.sources.*.path",
     "stage.cascade.*.teacher.path",
     "stage.cascade.*.teachers_by_group.*.path",
     "stage.models.*",
     "stage.teachers.*.path",
 )
 # The part of them that a checkpoint keeps a digest of; the loader and the cascade keep the others'.
-NOTED_CONTENT = ("model.path", "data.held_out.*.path")
+NOTED_CONTENT = ("model.path", "data.held_out.sources.*.path")
 
 
 def noted_content(cfg: TrainConfig, opened: Collection[str] = ()) -> tuple[str, ...]:
@@ -261,7 +264,7 @@ def describe(cfg: TrainConfig, epoch_rows: int | None = None) -> dict[str, Any]:
 
     Args:
         cfg: The run.
-        epoch_rows: Samples of an epoch, by which SFT counts its steps. None in any other stage.
+        epoch_rows: Samples of an epoch, by which steps are counted. None in an evaluation.
     """
     return {
         "config": plain_config(cfg),
@@ -355,7 +358,7 @@ def _differences(then: Any, now: Any, path: Keys, held_out: bool) -> Iterator[Ch
     if then == now or moved:
         return
     kind = kind_of(path) or KIND_BELOW.get(path[0], "layout")
-    if path[:2] == ("data", "held_out") and not held_out:
+    if path[:2] == ("data", "held_out") and not held_out and path[-1] != "share":
         kind = "free"
     yield Change(".".join(path), then, now, kind)
 
@@ -486,7 +489,7 @@ def continuation(cfg: TrainConfig, epoch_rows: int | None = None) -> Continuatio
 
     Args:
         cfg: The run.
-        epoch_rows: Samples of an epoch of SFT. None, before the data are open: as many as the
+        epoch_rows: Samples of an epoch. None, before the data are open: as many as the
             checkpoint's.
 
     Raises:
@@ -596,7 +599,8 @@ class Lengths:
         self._phases_then = list(noted["phases"])
         self._converged = noted.get("cascade", {}).get("converged", {})
         self._made = noted.get("num_updates", 0)
-        self._num_epochs = now["stage"].get("num_epochs")
+        owners = {name: now["stage"]["cascade"][name] for name in self._phases_now}
+        self._epochs = {n: o.get("num_epochs") for n, o in (owners or {"": now["stage"]}).items()}
         self.then = _lengths(then, self._phases_then, rows_then)
         self.now = _lengths(now, self._phases_now, epoch_rows or rows_then)
 
@@ -654,11 +658,10 @@ class Lengths:
 
     def _given(self, name: str) -> str:
         """The field that says how long a phase is, and its steps."""
-        if name:
-            return f"stage.cascade.{name}.num_steps={self.now[name]}"
-        if self._num_epochs is None:
-            return f"stage.num_steps={self.now[name]}"
-        return f"stage.num_epochs={self._num_epochs} makes {self.now[name]} steps, which"
+        owner, epochs = f"stage.cascade.{name}" if name else "stage", self._epochs[name]
+        if epochs is None:
+            return f"{owner}.num_steps={self.now[name]}"
+        return f"{owner}.num_epochs={epochs} makes {self.now[name]} steps, which"
 
     def changes_of_order(self) -> list[Change]:
         """Coming phases in another order, or with others between them."""
@@ -678,7 +681,7 @@ class Lengths:
             elif name not in self.now:
                 found.append(f"{owner}: a phase of {self.then[name]} steps is left out")
             elif self.then[name] != self.now[name]:
-                field = "num_steps" if name or self._num_epochs is None else "num_epochs"
+                field = "num_steps" if self._epochs[name] is None else "num_epochs"
                 found.append(f"{owner}.{field}: {self.then[name]} -> {self.now[name]} steps")
         return found
 
@@ -688,10 +691,12 @@ def _lengths(
 ) -> dict[str, int]:
     """Steps of each phase; of SFT, which has none, under the empty name."""
     stage, cap = config["stage"], config["stage"]["max_steps"]
-    numbers = {name: stage["cascade"][name]["num_steps"] for name in phases}
-    if not phases:
-        asked, batch_size = stage["num_steps"], stage["global_batch_size"]
-        numbers = {"": num_sft_steps(asked, stage["num_epochs"], batch_size, epoch_rows)}
+    owners = {name: stage["cascade"][name] for name in phases} or {"": stage}
+    size = stage["global_batch_size"]
+    numbers = {
+        name: steps_of(owner["num_steps"], owner.get("num_epochs"), size, epoch_rows)
+        for name, owner in owners.items()
+    }
     return {name: n if cap is None else min(n, cap) for name, n in numbers.items()}
 
 
@@ -736,7 +741,7 @@ def schedule_steps(cfg: TrainConfig, epoch_rows: int | None = None) -> int:
 
     Args:
         cfg: The run.
-        epoch_rows: Samples of an epoch of SFT. None in any other stage.
+        epoch_rows: Samples of an epoch. None in an evaluation.
     """
     found = continuation(cfg, epoch_rows)
     if found is not None:

@@ -1,18 +1,23 @@
 """The whole of a run: from what Hydra composed to a checked config."""
 
 from dataclasses import dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import MISSING, DictConfig, OmegaConf
-from omegaconf.errors import InterpolationValidationError
+from omegaconf.errors import (
+    InterpolationValidationError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
 from marco_train.config.architecture import check_expert_parallel
 from marco_train.config.data import DataConfig
 from marco_train.config.evaluate import EvaluateConfig
-from marco_train.config.lengths import check_positions, longest_sequence
+from marco_train.config.lengths import check_positions, fill_lengths, longest_sequence
 from marco_train.config.model import ModelConfig
 from marco_train.config.opd import OPDConfig
 from marco_train.config.optim import OptimConfig
@@ -42,6 +47,9 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # Beside the package in a checkout, inside it in a wheel; absolute, so that the console script
 # works from any directory.
 CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
+
+
+NO_STAGE = "no stage was chosen: add experiment=<name>, or stage=sft|opd|evaluate"
 
 
 class LoggingBackend(Enum):
@@ -134,6 +142,9 @@ class TrainConfig:
     begins."""
     on_resume: OnResumeConfig = field(default_factory=OnResumeConfig)
     model: ModelConfig = MISSING
+    teacher: Any = None
+    """The teacher of experiment=opd, where stage.cascade.own.teacher takes it from; of other
+    experiments none. Its kind is chosen by teacher=<backend>."""
     data: DataConfig = MISSING
     # The stage is one of StageConfig's subclasses, chosen by the config group `stage`.
     stage: Any = MISSING
@@ -148,10 +159,7 @@ class TrainConfig:
         require(
             0 <= self.seed < 2**31, f"seed is {self.seed}, and must lie between 0 and {2**31 - 1}"
         )
-        require(
-            isinstance(self.stage, StageConfig),
-            "no stage was chosen: add experiment=<name>, or stage=sft|opd|evaluate",
-        )
+        require(isinstance(self.stage, StageConfig), NO_STAGE)
         if isinstance(self.stage, EvaluateConfig):
             require(self.optim is None, "an evaluation trains nothing: leave optim out")
         else:
@@ -161,8 +169,7 @@ class TrainConfig:
             )
             require(
                 len(self.data.sources) > 0,
-                "data.sources is empty: choose data=<group>, or name rows with "
-                "+data.sources={<name>: {...}}",
+                "data.sources is empty: choose data=own data.path=<rows>, or another data=<group>",
             )
         require(
             isinstance(self.stage, OPDConfig) or not self.parallel.offload_while_sampling,
@@ -213,9 +220,15 @@ def to_run(composed: DictConfig) -> TrainConfig:
     """Make the typed config of what Hydra composed; every check between fields runs here.
 
     Raises:
-        InputError: A value is out of its bounds, or a key is unknown.
-        MissingMandatoryValue: A value that only the user can give was not given.
+        InputError: A value is out of its bounds or was not given, or a key is unknown.
     """
+    require(not OmegaConf.is_missing(composed, "stage") and composed.stage is not None, NO_STAGE)
+    for key in REQUIRED:  # first, as others may be taken from them
+        owner, _, name = key.partition(".")
+        part: Any = composed._get_node(owner)
+        lacks = isinstance(part, DictConfig) and name in list(part)
+        require(not lacks or not OmegaConf.is_missing(part, name), _not_given(key))
+    composed = fill_lengths(composed)
     try:
         cfg = OmegaConf.to_object(composed)
     except InterpolationValidationError as error:
@@ -223,9 +236,27 @@ def to_run(composed: DictConfig) -> TrainConfig:
             f"{error.full_key} is not given, and what it is taken from is null: give both, or set "
             f"{error.full_key}"
         ) from error
+    except MissingMandatoryValue as error:
+        raise InputError(_not_given(error.full_key or "name")) from error
+    except OmegaConfBaseException as error:
+        raise InputError(f"{error.full_key}: {str(error).splitlines()[0]}") from error
     assert isinstance(cfg, TrainConfig)
     refuse_unknown_keys(cfg, "")
     return cfg
+
+
+def _not_given(key: str) -> str:
+    """Ask for a value that only the user can give."""
+    if key in REQUIRED:
+        return f"{key} has no value: {REQUIRED[key]}"
+    return f"{key} has no value: give {key}=<value>, or choose a run with experiment=<name>"
+
+
+REQUIRED = {
+    "model.path": "give model.path=<directory, or org/name of the hub>",
+    "data.path": "give data.path=<file, directory, pattern, or org/name of the hub>",
+    "teacher.path": "give teacher.path=<directory, or org/name of the hub>",
+}
 
 
 def refuse_unknown_keys(value: Any, where: str) -> None:
@@ -238,5 +269,8 @@ def refuse_unknown_keys(value: Any, where: str) -> None:
     known = [field.name for field in fields(value)]
     for name, item in vars(value).items():
         kind = f" with {where}backend={value.backend.value}" if isinstance(value, UNIONS) else ""
-        require(name in known, f"there is no {where}{name}{kind}; known are {', '.join(known)}")
+        near = get_close_matches(name, known, 1, 0.6)
+        hint = f"did you mean {where}{near[0]}? " if near else ""
+        known_are = f"{hint}known are {', '.join(known)}"
+        require(name in known, f"there is no {where}{name}{kind}; {known_are}")
         refuse_unknown_keys(item, f"{where}{name}.")

@@ -1,9 +1,9 @@
 """What supervised fine-tuning does."""
 
-import math
 from dataclasses import dataclass
 from enum import Enum
-from fractions import Fraction
+
+from omegaconf import MISSING
 
 from marco_train.config.stage import StageConfig
 from marco_train.errors import require, require_positive
@@ -28,8 +28,9 @@ class SFTConfig(StageConfig):
     left. None: `num_steps` says it."""
     global_batch_size: int = 64
     """Conversations of one update, over all ranks."""
-    max_length: int = 4096
-    """Tokens of one conversation; `data.overlong` says what becomes of longer ones."""
+    max_length: int = MISSING
+    """Tokens of one conversation; `data.overlong` says what becomes of longer ones. Not given: as
+    many as the model has positions, 4096 at most."""
     loss_tokens: LossTokens = LossTokens.assistant
     eval_every: int | None = None
     """Steps between two measures of the held-out loss. None: off."""
@@ -52,31 +53,3 @@ class SFTConfig(StageConfig):
             f"stage.num_steps is {self.num_steps} and stage.num_epochs is {self.num_epochs}: give "
             "one of them, and null for the other",
         )
-
-
-def num_sft_steps(
-    num_steps: int | None, num_epochs: float | None, batch_size: int, epoch_rows: int | None
-) -> int:
-    """Count the updates of a run, before `max_steps` caps them.
-
-    Args:
-        num_steps: Updates that were asked for, or None.
-        num_epochs: Epochs that were asked for where updates were not.
-        batch_size: Samples of an update.
-        epoch_rows: Samples of an epoch; not needed where updates were asked for.
-    """
-    if num_steps is not None:
-        return num_steps
-    assert num_epochs is not None and epoch_rows is not None
-    return math.ceil(Fraction(num_sft_samples(num_epochs, epoch_rows), batch_size))
-
-
-def num_sft_samples(num_epochs: float, epoch_rows: int) -> int:
-    """Count the samples of so many epochs.
-
-    Args:
-        num_epochs: As it was written.
-        epoch_rows: Samples of an epoch.
-    """
-    # The decimal that was written: in floats, 1.1 epochs of 3000 rows are a little over 3300.
-    return math.ceil(Fraction(str(num_epochs)) * epoch_rows)

@@ -1,7 +1,9 @@
 """What the stages share."""
 
+import math
 from dataclasses import dataclass
 from enum import Enum
+from fractions import Fraction
 
 from omegaconf import MISSING
 
@@ -31,3 +33,31 @@ class StageConfig:
     def capped(self, num_steps: int) -> int:
         """Steps to take of `num_steps`."""
         return num_steps if self.max_steps is None else min(num_steps, self.max_steps)
+
+
+def steps_of(
+    num_steps: int | None, num_epochs: float | None, batch_size: int, epoch_rows: int | None
+) -> int:
+    """Count the updates of a run or of a phase, before `max_steps` caps them.
+
+    Args:
+        num_steps: Updates that were asked for, or None.
+        num_epochs: Epochs that were asked for where updates were not.
+        batch_size: Samples of an update.
+        epoch_rows: Samples of an epoch; not needed where updates were asked for.
+    """
+    if num_steps is not None:
+        return num_steps
+    assert num_epochs is not None and epoch_rows is not None
+    return math.ceil(Fraction(samples_of(num_epochs, epoch_rows), batch_size))
+
+
+def samples_of(num_epochs: float, epoch_rows: int) -> int:
+    """Count the samples of so many epochs.
+
+    Args:
+        num_epochs: As it was written.
+        epoch_rows: Samples of an epoch.
+    """
+    # The decimal that was written: in floats, 1.1 epochs of 3000 rows are a little over 3300.
+    return math.ceil(Fraction(str(num_epochs)) * epoch_rows)

@@ -8,7 +8,7 @@ from typing import Any
 
 from marco_train.config.data import SourceConfig
 from marco_train.data.cache import digest_of, read_json, write_json
-from marco_train.data.duplicates import distinct_rows
+from marco_train.data.duplicates import distinct_rows, share_of_prompts
 from marco_train.data.formats import STANDARD_COLUMNS, Format, Reading
 from marco_train.data.sources import open_rows
 from marco_train.data.turns import MOST_SHOWN, RowError
@@ -62,6 +62,7 @@ class Source:
         self._format = Format(
             dict(cfg.columns), {own.lower(): role for own, role in cfg.roles.items()}
         )
+        self._part: list[Any] = []  # of the prompts, where some are held out
         self._kept: Sequence[int] = range(len(self._rows))
         if cfg.unique_prompts or cfg.near_duplicates is not None:
             self._kept = self._distinct()
@@ -78,6 +79,24 @@ class Source:
             kept = list(distinct_rows(self._rows, self._format, self._cfg.near_duplicates))
             write_json(name, kept)
         return array("q", kept)
+
+    def keep_part(self, share: float, is_held_out: bool) -> None:
+        """Keep the rows of a share of the prompts, or all others; the same at every launch.
+
+        Args:
+            share: Of the distinct prompts; one at least, and never all.
+            is_held_out: Whether that share is kept, or the others.
+        """
+        read_by = [dict(self._cfg.columns), dict(self._cfg.roles), share]
+        name = f"held-out-{digest_of(self._rows.digest, read_by)}"
+        found = read_json(name)
+        if found is None:
+            found = list(share_of_prompts(self._rows, self._format, share))
+            write_json(name, found)
+        held_out = set(found)
+        kept = (row for row in self._kept if (row in held_out) == is_held_out)
+        self._kept = array("q", kept)
+        self._part = [share, is_held_out]
 
     def keep_first(self, num_rows: int) -> None:
         """Leave out all rows but the first."""
@@ -100,7 +119,8 @@ class Source:
         cfg = self._cfg
         labels = [cfg.category, cfg.category_column]
         unique = (cfg.unique_prompts, cfg.near_duplicates)
-        return [self.fingerprint, list(unique), dict(cfg.columns), dict(cfg.roles), labels]
+        read_by = [dict(cfg.columns), dict(cfg.roles)]
+        return [self.fingerprint, list(unique), *read_by, labels, self._part]
 
     def begins(self, row: int) -> str:
         """What a row begins with, by its place in the dataset."""

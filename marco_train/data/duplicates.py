@@ -1,4 +1,4 @@
-"""Rows that ask what another row asks, or nearly."""
+"""Rows that ask what another row asks, or nearly, and a share of what all of them ask."""
 
 from array import array
 from collections.abc import Sequence
@@ -50,6 +50,33 @@ def distinct_rows(rows: Rows, form: Format, near: float | None) -> Sequence[int]
             kept.append(row)
         seen |= {whole, prompt}
     return kept
+
+
+def share_of_prompts(rows: Rows, form: Format, share: float) -> Sequence[int]:
+    """The rows of a share of the prompts: of those whose digests are the least.
+
+    Rows of one prompt are all among them or none is, and a row at fault is not.
+
+    Args:
+        rows: Of a dataset.
+        form: How they are read.
+        share: Of the distinct prompts; one at least, and never all.
+    """
+    from tqdm import tqdm
+
+    columns = CONTENT_COLUMNS | set(form.columns.values())
+    by_prompt: dict[bytes, list[int]] = {}
+    shown = tqdm(rows.walk(columns), "prompts", len(rows), delay=3, disable=not is_main())
+    for row, found in enumerate(shown):
+        if isinstance(found, RowError):
+            continue
+        try:
+            by_prompt.setdefault(_digest(_asked(form.read(found))), []).append(row)
+        except RowError:
+            continue
+    count = min(max(1, round(share * len(by_prompt))), len(by_prompt) - 1)
+    chosen = sorted(by_prompt)[: max(0, count)]
+    return array("q", sorted(row for prompt in chosen for row in by_prompt[prompt]))
 
 
 def _asked(reading: Reading) -> str:

@@ -7,11 +7,12 @@ from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
-from marco_train.config.data import DataConfig, OnChange, Overlong, SourceConfig, Thinking
+from marco_train.config.data import DataConfig, OnChange, Overlong, Thinking
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resume import ResumeChange
 from marco_train.config.resumption import field_difference
-from marco_train.config.sft import LossTokens, SFTConfig, num_sft_samples, num_sft_steps
+from marco_train.config.sft import LossTokens, SFTConfig
+from marco_train.config.stage import samples_of, steps_of
 from marco_train.data.chat import (
     Tokenizer,
     check_marks,
@@ -83,7 +84,9 @@ class _Loader:
         self._batch_size = batch_size
         self._tokenizer = tokenizer
         self._render = render
-        self._stream = ConversationStream(data.sources, data.num_rows, seed)
+        share = None if data.held_out is None else data.held_out.share
+        self._stream = ConversationStream(data.sources, data.num_rows, seed, share)
+        self.epoch_rows = self._stream.num_rows
         self._identity = self._stream.identity() | tokenizer.digests()
         self._check_template()
         self._stream.judge(data, render, render.identity(), quarantine)
@@ -265,13 +268,10 @@ class SFTLoader(_Loader):
         self._stage = stage
         render = ExampleRenderer.of(tokenizer, data, stage.loss_tokens, stage.max_length)
         super().__init__(data, stage.global_batch_size, tokenizer, render, seed, quarantine)
-        self.epoch_rows = self._stream.num_rows
         if stage.num_epochs is not None:
-            self._num_samples = num_sft_samples(stage.num_epochs, self.epoch_rows)
+            self._num_samples = samples_of(stage.num_epochs, self.epoch_rows)
         self.num_steps = stage.capped(
-            num_sft_steps(
-                stage.num_steps, stage.num_epochs, stage.global_batch_size, self.epoch_rows
-            )
+            steps_of(stage.num_steps, stage.num_epochs, stage.global_batch_size, self.epoch_rows)
         )
 
     def __iter__(self) -> Iterator[list[Microbatch]]:
@@ -290,7 +290,9 @@ class SFTLoader(_Loader):
         if self._data.held_out is None or self._stage.eval_every is None:
             return []
         examples = held_out_share(
-            self._data.held_out, self._stage.num_eval_examples, lambda _, row: self._render(row)
+            held_out_stream(self._data),
+            self._stage.num_eval_examples,
+            lambda _, row: self._render(row),
         )
         return pack_examples(examples, self._data.max_tokens_per_microbatch)
 
@@ -320,6 +322,8 @@ class PromptLoader(_Loader):
         )
         size = stage.global_batch_size
         super().__init__(data, size, tokenizer, self._prompts, seed, quarantine)
+        if stage.whole_epochs is not None:
+            self._num_samples = samples_of(stage.whole_epochs, self.epoch_rows)
 
     def __iter__(self) -> Iterator[list[Prompt]]:
         return self
@@ -389,25 +393,39 @@ class PromptLoader(_Loader):
         if self._data.held_out is None:
             raise InputError(
                 "stage.cascade.*.early_switch measures the KL on held-out prompts: "
-                "set data.held_out"
+                "set data.held_out.share or data.held_out.sources"
             )
 
         def render(index: int, row: UsableRow) -> Prompt | str:
             found = self._prompts(row)
             return found if isinstance(found, str) else make_prompt(index, row, found)
 
-        return held_out_share(self._data.held_out, count, render)
+        return held_out_share(held_out_stream(self._data), count, render)
+
+
+def held_out_stream(data: DataConfig) -> ConversationStream:
+    """Open the rows that are measured on and not trained on.
+
+    Raises:
+        InputError: There are none.
+    """
+    require(data.held_out is not None, "no rows are held out: set data.held_out.share or sources")
+    assert data.held_out is not None
+    if data.held_out.share is None:
+        return ConversationStream(data.held_out.sources, None, seed=0)
+    return ConversationStream(data.sources, None, 0, data.held_out.share, is_held_out=True)
 
 
 def held_out_share(
-    sources: dict[str, SourceConfig], count: int, render: Callable[[int, UsableRow], T | str]
+    stream: ConversationStream, count: int, render: Callable[[int, UsableRow], T | str]
 ) -> list[T]:
-    """Render this rank's share of the first held-out samples.
+    """Render this rank's share of the first held-out samples; of a share of the rows, each once.
 
     Raises:
         InputError: None of them can be used.
     """
-    stream, dropped = ConversationStream(sources, None, seed=0), Tally()
+    dropped = Tally()
+    count = min(count, stream.num_rows) if stream.is_held_out else count
     kept = []
     for index in range(rank(), count, world_size()):
         found = stream.rendered(index, render)
@@ -436,7 +454,7 @@ class Question:
 
 
 def held_out_questions(
-    sources: dict[str, SourceConfig],
+    stream: ConversationStream,
     count: int,
     max_prompt_length: int,
     tokenizer: Tokenizer,
@@ -461,7 +479,7 @@ def held_out_questions(
         return Question(prompt, row.asked[-1].content, answer.content, row.verifier)
 
     check_template_kwargs([tokenizer.chat_template], tokenizer.template_kwargs)
-    shares = gather_objects(held_out_share(sources, count, render))
+    shares = gather_objects(held_out_share(stream, count, render))
     return sorted(chain.from_iterable(shares), key=lambda question: question.prompt.index)
 
 

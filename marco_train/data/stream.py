@@ -23,6 +23,7 @@ from marco_train.data.gate import (
 from marco_train.data.mixture import Mixture, exact_weights
 from marco_train.data.tokens import Render, TokenFiles, render_row
 from marco_train.distributed import is_main
+from marco_train.errors import require
 from marco_train.tracking import log_line
 from marco_train.types import Example, Row, UsableRow
 
@@ -36,9 +37,37 @@ class ConversationStream:
     """A mixture of sources, sampled by index."""
 
     def __init__(
-        self, sources: Mapping[str, SourceConfig], num_rows: int | None, seed: int
+        self,
+        sources: Mapping[str, SourceConfig],
+        num_rows: int | None,
+        seed: int,
+        held_out_share: float | None = None,
+        is_held_out: bool = False,
     ) -> None:
+        """Open the sources.
+
+        Args:
+            sources: By name.
+            num_rows: Budget of rows over all of them. None: there is none.
+            seed: Of the order of samples.
+            held_out_share: Share of the rows of each that is held out. None: none is.
+            is_held_out: Whether these are the rows that are held out, or the others.
+
+        Raises:
+            InputError: A source cannot be opened, or there are no rows.
+        """
+        self.is_held_out = is_held_out
         self.sources = {name: Source(name, cfg) for name, cfg in sorted(sources.items())}
+        if held_out_share is not None:
+            for source in self.sources.values():
+                source.keep_part(held_out_share, is_held_out)
+            # A source of one prompt has none to hold out.
+            self.sources = {name: source for name, source in self.sources.items() if len(source)}
+            require(
+                len(self.sources) > 0,
+                f"data.held_out.share is {held_out_share}, and no source has two prompts of which "
+                "one could be held out: name rows under data.held_out.sources",
+            )
         self._given_weights = {name: sources[name].weight for name in self.sources}
         weights = exact_weights(
             {name: sources[name].weight for name in self.sources},

@@ -9,7 +9,7 @@ from marco_train.config.architecture import ArchitectureConfig, read_architectur
 from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.rollout import NativeRolloutConfig
 from marco_train.data.chat import Tokenizer
-from marco_train.data.loader import Question, held_out_questions
+from marco_train.data.loader import Question, held_out_questions, held_out_stream
 from marco_train.distributed import is_main
 from marco_train.errors import InputError, require
 from marco_train.evaluation.accuracy import accuracy_by_category
@@ -48,9 +48,9 @@ def checked_questions(cfg: TrainConfig, tokenizer: Tokenizer) -> list[Question]:
     """
     stage: EvaluateConfig = cfg.stage
     if cfg.data.held_out is None:
-        raise InputError("an evaluation asks held-out prompts: set data.held_out")
+        raise InputError("an evaluation asks held-out prompts: set data.held_out.sources")
     questions = held_out_questions(
-        cfg.data.held_out,
+        held_out_stream(cfg.data),
         stage.num_prompts,
         stage.max_prompt_length,
         tokenizer,

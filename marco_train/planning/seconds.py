@@ -194,7 +194,9 @@ class Time:
         """Of the run. None: an epoch's rows have to be counted first."""
         stage = self._cfg.stage
         if isinstance(stage, OPDConfig):
-            return sum(stage.capped(phase.num_steps) for phase in stage.cascade.values())
+            numbers = [phase.num_steps for phase in stage.cascade.values()]
+            known = [stage.capped(number) for number in numbers if number is not None]
+            return sum(known) if len(known) == len(numbers) else None
         assert isinstance(stage, SFTConfig)
         return None if stage.num_steps is None else stage.capped(stage.num_steps)
 

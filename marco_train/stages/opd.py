@@ -93,12 +93,13 @@ def open_opd(
         cfg.model,
         cfg.optim,
         cfg.parallel,
-        schedule_steps(cfg),
+        schedule_steps(cfg, prepared.loader.epoch_rows),
         cfg.seed,
         prepared.tokenizer.chat_template,
     )
     cascade = prepared.cascade
-    run = Run.open(cfg, policy, prepared.loader, cascade, work=prepared.work)
+    parts = prepared.loader, cascade
+    run = Run.open(cfg, policy, *parts, epoch_rows=prepared.loader.epoch_rows, work=prepared.work)
     prepared.loader.log_plan(cascade.num_steps)
     cascade.save_early = run.save_early
     sampler = open_sampler(cfg, prepared.student, run.save_early)
@@ -149,7 +150,8 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
         files = checks.make(f"files of {owner}", check_teacher, opd, owner, teacher, *turns, kwargs)
         head = student.vocab_size, teacher.path, owner
         fit += [files, checks.after(files).make(f"head of {owner}", check_head_rows, *head)]
-    cascade = checks.after(*fit).make("cascade", Cascade, opd, *turns, student.vocab_size, kwargs)
+    sizes = student.vocab_size, loader.epoch_rows
+    cascade = checks.after(*fit).make("cascade", Cascade, opd, *turns, *sizes, kwargs)
     checks.make("groups", check_groups, cascade, loader)
     checks.make("teachers' turns", check_turns, cascade, loader)
 

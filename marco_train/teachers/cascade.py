@@ -104,6 +104,7 @@ class Cascade:
         student_tokenizer: str,
         chat_template: str,
         vocab_size: int,
+        epoch_rows: int | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         """Plan the phases; no file is read but the student's tokenizer.
@@ -113,6 +114,7 @@ class Cascade:
             student_tokenizer: Directory of the student's tokenizer.
             chat_template: What the run renders conversations with.
             vocab_size: Rows of the student's head.
+            epoch_rows: Prompts of an epoch. None: no phase is as long as epochs say.
             template_kwargs: Arguments of the template. None: there are none.
 
         Raises:
@@ -131,6 +133,7 @@ class Cascade:
             stop_token_ids(student_tokenizer)[0],
         )
         self._cfg = cfg
+        self._epoch_rows = epoch_rows
         self._chat_template = chat_template
         self._template_kwargs = template_kwargs or {}
         self._student_tokenizer = student_tokenizer
@@ -177,7 +180,7 @@ class Cascade:
         phases: list[Phase] = []
         first = 0
         for index, (name, cfg) in enumerate(self._cfg.cascade.items()):
-            end = self._converged.get(name, first + self._cfg.capped(cfg.num_steps))
+            end = self._converged.get(name, first + self._cfg.phase_steps(name, self._epoch_rows))
             phases.append(Phase(name, index, first, end, cfg))
             first = end
         return phases

@@ -18,13 +18,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from harness import REPEATS, do_job, in_turn, run_job
-from hydra import compose, initialize_config_dir
 from shapes import FIVE_MILLION, MEDIUM, MINI, QUICKSTART, dense
 
 from marco_train import distributed
-from marco_train.config import TrainConfig, to_run
+from marco_train.config import TrainConfig
+from marco_train.config.compose import read_run
 from marco_train.config.lengths import longest_sequence
-from marco_train.config.run import CONFIG_DIR, register_schemas
 from marco_train.data.chat import CHATML, load_tokenizer
 from marco_train.data.loader import PromptLoader
 from marco_train.losses.distillation import bucketed_kl
@@ -34,7 +33,6 @@ from marco_train.rollout.base import in_order
 from marco_train.rollout.sync import canary_sequences
 from marco_train.stages.opd import open_opd, run_opd, sync
 
-register_schemas()
 SHAPES = {
     "quickstart": QUICKSTART,
     "medium": MEDIUM,
@@ -63,8 +61,7 @@ Rounds = dict[str, list[list[Step]]]  # the steps of each side's run in each rou
 
 def compose_config(overrides: Sequence[str]) -> TrainConfig:
     """Read the config of a run."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-        return to_run(compose("train", overrides=[*RUN, *overrides]))
+    return read_run([*RUN, *overrides])
 
 
 def make_inputs(directory: Path, shape: str, args: argparse.Namespace) -> list[str]:

@@ -8,8 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
 from marco_train.config.data import SourceConfig, SourceKind
 from marco_train.config.model import DType
@@ -17,6 +15,7 @@ from marco_train.config.opd import Objective
 from marco_train.config.rollout import check_replay
 from marco_train.data.chat import load_tokenizer
 from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions
+from marco_train.data.stream import ConversationStream
 from marco_train.errors import InputError
 from marco_train.evaluation.answers import checked_questions
 from marco_train.evaluation.verifiers import check_verifier
@@ -123,11 +122,11 @@ REFUSED = [
 @pytest.mark.parametrize(("experiment", "override", "names"), REFUSED)
 def test_a_wrong_override_is_refused_by_name(experiment: str, override: str, names: str) -> None:
     given = ["model.path=weights"] if experiment.startswith("marco") else []
-    with pytest.raises((InputError, HydraException, OmegaConfBaseException)) as refusal:
+    with pytest.raises(InputError) as refusal:
         compose_config(experiment, *given, override)
-    # Hydra chains what OmegaConf said.
-    said = f"{refusal.value} {refusal.value.__cause__}"
+    said = str(refusal.value)
     assert names in said
+    assert "\n" not in said and "use +" not in said
 
 
 def test_an_evaluation_shares_no_engine_over_ranks() -> None:
@@ -446,14 +445,18 @@ def test_a_held_out_row_that_cannot_be_checked_is_refused(world: World, tmp_path
     source = SourceConfig(
         kind=SourceKind.jsonl, path=str(file), category="math", weight=1.0, subset=None
     )
+
+    def opened() -> ConversationStream:
+        return ConversationStream({"rows": source}, None, seed=0)
+
     file.write_text('{"messages": [{"role": "user", "content": "x"}]}\n')
     with pytest.raises(InputError, match=r"none of 3 .* the row is no question with its answer"):
-        held_out_questions({"rows": source}, 3, 64, tokenizer)
+        held_out_questions(opened(), 3, 64, tokenizer)
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     file.write_text(json.dumps({"messages": turns}) + "\n")
     with pytest.raises(InputError, match=r"none of 3 .* \(3 data/dropped_too_long in 'rows'\)"):
-        held_out_questions({"rows": source}, 3, 2, tokenizer)
-    (question, *_) = held_out_questions({"rows": source}, 3, 64, tokenizer)
+        held_out_questions(opened(), 3, 2, tokenizer)
+    (question, *_) = held_out_questions(opened(), 3, 64, tokenizer)
     with pytest.raises(InputError, match="column `verifier` names None; known are exact"):
         check_verifier(question.verifier)
 
@@ -533,7 +536,8 @@ def test_questions_that_cannot_be_checked_are_left_out_and_named(
     rows = [{"messages": turns, "verifier": {"name": "exact"}}, {"messages": turns}]
     file = tmp_path / "rows.jsonl"
     cfg = compose_config("quickstart_evaluate", f"root={world.root}", "stage.num_prompts=8")
-    for source in (cfg.data.held_out or {}).values():
+    assert cfg.data.held_out is not None
+    for source in cfg.data.held_out.sources.values():
         source.path = str(file)
     tokenizer = tokenizer_of(world.path("data", "tokenizer"))
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -5,25 +5,27 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra import compose, initialize_config_dir
 
-from marco_train.config import TrainConfig, to_run
+from marco_train.config import TrainConfig
+from marco_train.config.compose import read_run
 from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.model import DType
 from marco_train.config.opd import Objective, OPDConfig
 from marco_train.config.optim import Schedule
 from marco_train.config.rollout import TEMPERATURE
-from marco_train.config.run import CONFIG_DIR
 from marco_train.config.sft import LossTokens, SFTConfig
 from tests.helpers.configs import compose_config
 from tests.helpers.processes import REPOSITORY
 
 EXPERIMENTS = sorted(p.stem for p in (REPOSITORY / "configs" / "experiment").glob("*.yaml"))
-WEIGHTS = ["model.path=weights"]  # the paper's experiments name no directory
+WEIGHTS = ["model.path=weights"]
+OWN = [*WEIGHTS, "data=own", "data.path=rows.jsonl"]
+# What the user has to give, by what an experiment's name begins with.
+GIVEN = {"marco": WEIGHTS, "sft": OWN, "opd": [*OWN, "teacher.path=teacher"]}
 
 
 def composed(name: str) -> TrainConfig:
-    return compose_config(name, *(WEIGHTS if name.startswith("marco") else []))
+    return compose_config(name, *GIVEN.get(name.partition("_")[0], []))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
@@ -114,11 +116,8 @@ def test_opd_has_the_papers_numbers(name: str, steps: tuple[int, int]) -> None:
 
 
 def test_a_model_data_a_rate_and_a_length_are_a_run() -> None:
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-        given = ["stage=sft", "model.path=weights", "data=marco_sft"]
-        run = to_run(
-            compose("train", overrides=[*given, "optim.learning_rate=1e-5", "stage.num_steps=3"])
-        )
+    given = ["stage=sft", "model.path=weights", "data=marco_sft"]
+    run = read_run([*given, "optim.learning_rate=1e-5", "stage.num_steps=3"])
     assert isinstance(run.stage, SFTConfig)
     assert run.model.tokenizer == "weights"
     assert run.optim.rate_at(0, 3) == run.optim.rate_at(2, 3) == 1e-5
@@ -136,8 +135,7 @@ def test_an_evaluation_of_one_model_needs_neither_teachers_nor_what_training_nee
         "stage.max_prompt_length=64",
         "stage.max_response_length=64",
     ]
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-        run = to_run(compose("train", overrides=given))
+    run = read_run(given)
     assert run.optim is None
     assert run.stage.teachers == {}
     assert run.stage.num_kl_responses == 4

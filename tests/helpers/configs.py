@@ -1,18 +1,12 @@
 """Configs as the command line composes them."""
 
-from hydra import compose, initialize_config_dir
-
-from marco_train.config import TrainConfig, to_run
-from marco_train.config.run import CONFIG_DIR, register_schemas
-
-register_schemas()
+from marco_train.config import TrainConfig
+from marco_train.config.compose import read_run
 
 
 def compose_config(experiment: str, *overrides: str) -> TrainConfig:
     """Compose and check a config as the command line does."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
-        composed = compose("train", overrides=[f"experiment={experiment}", *overrides])
-    return to_run(composed)
+    return read_run([f"experiment={experiment}", *overrides])
 
 
 # What makes AdamW plain gradient descent with rate 1: Adam's own scaling would hide a gradient

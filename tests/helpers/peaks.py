@@ -32,11 +32,11 @@ def now() -> int:
 
 def main() -> None:
     """Run what the overrides say, and write the peak."""
-    from marco_train.commands.doctor import composed
+    from marco_train.config.compose import read_run
     from marco_train.train import run_stage
 
     file, *overrides = sys.argv[1:]
-    cfg = composed(overrides)
+    cfg = read_run(overrides)
     for module in LATE:
         importlib.import_module(module)
     before = now()

@@ -8,6 +8,7 @@ import pytest
 from marco_train.config import TrainConfig
 from marco_train.config.data import SourceConfig
 from marco_train.data.loader import held_out_questions
+from marco_train.data.stream import ConversationStream
 from tests.helpers.configs import compose_config
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import losses, overrides, run
@@ -79,7 +80,7 @@ def test_rows_at_fault_end_no_run(stage: str, world: World, tmp_path: Path) -> N
 
 def test_ranks_ask_the_same_questions(world: World, tmp_path: Path) -> None:
     tokenizer = tokenizer_of(world.path("data", "tokenizer"))
-    source = {"held_out": SourceConfig(path=str(rows(tmp_path)))}
+    source = ConversationStream({"held_out": SourceConfig(path=str(rows(tmp_path)))}, None, 0)
     found = held_out_questions(source, 16, 64, tokenizer)
     assert len(found) == 4
     assert run_on_ranks(2, held_out_questions, source, 16, 64, tokenizer) == [found, found]

@@ -21,7 +21,7 @@ PLANTED = {
     "datasets": ("data/loader.py", "datasets is known to marco_train.data.sources"),
     "hydra": (
         "run.py",
-        "hydra is known to marco_train.train, marco_train.config and marco_train.commands",
+        "hydra is known to marco_train.config",
     ),
     "torch": ("config/run.py", "A config is read without a tensor library"),
 }

@@ -8,8 +8,8 @@ import gc
 import pytest
 import torch
 
-from marco_train.commands.doctor import composed
 from marco_train.config import TrainConfig
+from marco_train.config.compose import read_run
 from marco_train.config.parallel import REDUCE_BUCKET_ELEMENTS
 from marco_train.distributed import expert_parallel_group
 from marco_train.engine.policy import Policy
@@ -36,7 +36,7 @@ SHAPE = {
 
 
 def config(*changes: str) -> TrainConfig:
-    return composed(
+    return read_run(
         [
             "stage=sft",
             "model=marco_mini",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from marco_train.commands.doctor import composed
+from marco_train.config.compose import read_run
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
 from marco_train.planning.check import CPU
@@ -82,7 +82,7 @@ def measured_gib(num_ranks: int, file: Path, overrides: list[str]) -> float:
 
 def planned_gib(num_ranks: int, overrides: list[str]) -> float:
     """What the plan says of the same run."""
-    cfg = composed(overrides)
+    cfg = read_run(overrides)
     assert cfg.model.architecture is not None
     memory = Memory(cfg, cfg.model.architecture, num_ranks, CPU, imbalance=1.0)
     return max(sum(parts.values()) for parts in memory.phases().values()) / GIB

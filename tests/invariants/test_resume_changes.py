@@ -312,7 +312,7 @@ def test_held_out_rows_are_known_from_when_they_decide(own_world: World, tmp_pat
     given += [f"{rule}measure_every=1", f"{rule}num_measures=9", f"{rule}num_prompts=4"]
     launch(opd(own_world, out, *given, "on_resume.allow=[objective]"), crash_at=3)
     file.write_text("".join(rows[2:]))
-    assert "data: data.held_out.math.path" in refusal(opd(own_world, out, *given))
+    assert "data: data.held_out.sources.math.path" in refusal(opd(own_world, out, *given))
 
 
 def test_a_copied_run_looks_at_what_its_files_hold(own_world: World, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from marco_train.config.data import DataConfig, SourceConfig, SourceKind
-from marco_train.config.sft import num_sft_steps
+from marco_train.config.stage import steps_of
 from marco_train.data.loader import PromptLoader, SFTLoader
 from marco_train.data.stream import ConversationStream
 from marco_train.errors import InputError
@@ -103,12 +103,12 @@ def test_tenths_that_floats_do_not_add_up_to_1_leave_nothing(tmp_path: Path) -> 
 
 def test_steps_of_epochs_are_counted_in_the_decimals_that_were_written() -> None:
     counted = [
-        num_sft_steps(None, epochs, batch_size=10, epoch_rows=3000)
+        steps_of(None, epochs, batch_size=10, epoch_rows=3000)
         for epochs in (1.0, 1.1, 0.7, 2.0001, 1e-9)
     ]
     assert 1.1 * 3000 / 10 > 330
     assert counted == [300, 330, 210, 601, 1]
-    assert num_sft_steps(7, None, batch_size=10, epoch_rows=None) == 7
+    assert steps_of(7, None, batch_size=10, epoch_rows=None) == 7
 
 
 LOADERS = {"sft": SFTLoader, "opd": PromptLoader}

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from marco_train.config.data import SourceConfig
+from marco_train.config.data import HeldOutConfig, SourceConfig
 from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions
-from marco_train.data.stream import MOST_NAMED
+from marco_train.data.stream import MOST_NAMED, ConversationStream
 from marco_train.errors import InputError
 from tests.helpers.rows import LOADERS, chat, config, loader_of, turns, write
 from tests.helpers.tokenizers import tokenizer_of
@@ -222,7 +222,7 @@ def test_each_row_at_fault_is_named_once_and_no_more_than_a_few(
 def held_out_of(stage: str, world: World, file: Path, rows: Path) -> int:
     """How many held-out rows a loader keeps."""
     cfg = config(stage, world, file)
-    cfg.data.held_out = one_source(rows)
+    cfg.data.held_out = HeldOutConfig(sources=one_source(rows))
     tokenizer = tokenizer_of(cfg.model.tokenizer)
     if stage == "opd":
         return len(PromptLoader(cfg.data, cfg.stage, tokenizer, cfg.seed).held_out(3))
@@ -258,7 +258,7 @@ def test_questions_at_fault_are_dropped_and_none_left_is_refused(
     no_answer = turns({"role": "user", "content": "x"})
     rows = write(tmp_path, GOOD[0], "{}", no_answer, GOOD[1])
     tokenizer = tokenizer_of(world.path("data", "tokenizer"))
-    found = held_out_questions(one_source(rows), 4, 64, tokenizer)
+    found = held_out_questions(ConversationStream(one_source(rows), None, 0), 4, 64, tokenizer)
     assert {(one.text, one.reference) for one in found} == {
         ("question 0", "no"),
         ("question 1", "no"),
@@ -268,4 +268,4 @@ def test_questions_at_fault_are_dropped_and_none_left_is_refused(
     assert "row 2 (from 0): the row is no question with its answer" in said
     write(tmp_path, "{}", no_answer)
     with pytest.raises(InputError, match=r"none of 2 held-out rows can be used .*malformed"):
-        held_out_questions(one_source(rows), 2, 64, tokenizer)
+        held_out_questions(ConversationStream(one_source(rows), None, 0), 2, 64, tokenizer)

@@ -15,7 +15,7 @@ from marco_train.data.chat import (
     render_example,
     render_prompt,
 )
-from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions
+from marco_train.data.loader import PromptLoader, SFTLoader, held_out_questions, held_out_stream
 from marco_train.errors import InputError
 from marco_train.types import Conversation, Message
 from tests.helpers.configs import compose_config
@@ -154,7 +154,7 @@ def test_an_argument_that_the_template_never_reads_is_refused(world: World) -> N
     with pytest.raises(InputError, match=unread):
         SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
     with pytest.raises(InputError, match=unread):
-        held_out_questions(cfg.data.sources, 3, 64, tokenizer)
+        held_out_questions(held_out_stream(cfg.data), 3, 64, tokenizer)
     with pytest.raises(InputError, match="chat_template_kwargs has messages, tokenize, which ever"):
         tokenizer_of(path, tokenize=False, messages=[])
 

@@ -185,7 +185,11 @@ def test_the_held_out_rows_are_of_the_data_where_they_end_a_phase(
 ) -> None:
     measured = "stage.cascade.first.early_switch.measure_every=2"
     leave_checkpoint(composed("opd", world, tmp_path, measured), 3)
-    given = [measured, "data.held_out.math.weight=0.15", "data.held_out.alignment.weight=0.05"]
+    given = [
+        measured,
+        "data.held_out.sources.math.weight=0.15",
+        "data.held_out.sources.alignment.weight=0.05",
+    ]
     with pytest.raises(InputError, match=r"on_resume.allow=\[data\]"):
         continuation(composed("opd", world, tmp_path, *given))
 
