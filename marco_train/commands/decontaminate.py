@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="decontaminate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="marco-train decontaminate", description=__doc__)
     add_source_arguments(parser)
     parser.add_argument(
         "--against",

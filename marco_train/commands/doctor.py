@@ -20,11 +20,20 @@ from marco_train.config.stage import StageKind
 from marco_train.errors import require
 from marco_train.train import is_first_rank
 
+USAGE = """usage: marco-train doctor experiment=<name> [key=value ...] [--config-dir DIR]
+
+Makes all of a run up to its first update, but for the optimizer, and says everything that is wrong.
+Ends with 0 where nothing is. Under torchrun the run is spread as it would be."""
+
 
 def main(words: Sequence[str] | None = None) -> None:
     """Examine the run of a command line; ends with 1 where something is wrong with it."""
     start = time.perf_counter()
-    faults = examine(sys.argv[1:] if words is None else words)
+    words = sys.argv[1:] if words is None else words
+    if {"--help", "-h"} & set(words):
+        print(USAGE)
+        return
+    faults = examine(words)
     if faults:
         sys.exit("\n".join(f"error: {fault}" for fault in faults) if is_first_rank() else 1)
     if is_first_rank():

@@ -85,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="inspect_data", description=__doc__)
+    parser = argparse.ArgumentParser(prog="marco-train inspect", description=__doc__)
     add_source_arguments(parser)
     parser.add_argument("--tokenizer", help="directory of one; without, lengths are in bytes")
     parser.add_argument(

@@ -1,6 +1,6 @@
 """Say whether a run fits, how long it takes, and what would make it fit.
 
-    scripts/plan.py experiment=marco_mini_opd [gpus=8] [gpu=h100-80] [key=value ...] [--json FILE]
+    marco-train plan experiment=marco_mini_opd [gpus=8] [gpu=h100-80] [key=value ...] [--json FILE]
 
 Needs neither weights nor a GPU: the shape of a model that is not here yet is known from the
 experiment, from a config.json under `model.path`, or from configs/model/. The factors of
@@ -28,6 +28,9 @@ NOT_HERE = "weights_that_are_not_here_yet"
 def main(arguments: Sequence[str] | None = None) -> None:
     """Plan the run of a command line; ends with 0 where it fits, with 1 where it does not."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    if {"--help", "-h"} & set(words):
+        print(__doc__)
+        return
     try:
         fits, said = answer(words)
     except InputError as error:

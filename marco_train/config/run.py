@@ -232,6 +232,8 @@ def to_run(composed: DictConfig) -> TrainConfig:
     try:
         cfg = OmegaConf.to_object(composed)
     except InterpolationValidationError as error:
+        if error.full_key == "data.sources.own.path":
+            raise InputError(_not_given("data.path")) from error
         raise InputError(
             f"{error.full_key} is not given, and what it is taken from is null: give both, or set "
             f"{error.full_key}"

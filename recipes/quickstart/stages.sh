@@ -21,7 +21,7 @@ prepare() {
 upcycle() {
   [ "${DRY_RUN:-0}" = 1 ] || [ "$root/student/config.json" -nt "$root/base/finished.json" ] ||
     timed student python scripts/upcycle.py --dense "$root/base/export" --out "$root/student" \
-      --num-experts 16 --expert-width 48 --top-k 4 --drop-ratio 0.25 --router-std 0.02 --seed "$seed"
+      --overwrite --num-experts 16 --expert-width 48 --top-k 4 --drop-ratio 0.25 --router-std 0.02 --seed "$seed"
 }
 
 # stage <name> <experiment> [overrides]: runs in $root/<name>.

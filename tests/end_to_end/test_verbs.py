@@ -1,0 +1,96 @@
+"""One command with verbs, each of which a script calls too."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from marco_train.commands.env import VARIABLES, facts
+from marco_train.commands.verbs import VERBS, main
+from tests.helpers.processes import REPOSITORY
+
+SCRIPTS = {
+    "doctor": "doctor.py",
+    "plan": "plan.py",
+    "inspect": "inspect_data.py",
+    "decontaminate": "decontaminate.py",
+    "upcycle": "upcycle.py",
+}
+
+
+def said(*words: str, capsys: pytest.CaptureFixture[str]) -> tuple[object, str]:
+    """The exit status of a command line, or what it ends with, and what it prints."""
+    try:
+        main(words)
+    except SystemExit as end:
+        return end.code, capsys.readouterr().out
+    return 0, capsys.readouterr().out
+
+
+def test_help_names_every_verb_and_imports_nothing_heavy() -> None:
+    program = (
+        "import sys\n"
+        "from marco_train.commands.verbs import main\n"
+        "main(['--help'])\n"
+        "assert not {'torch', 'hydra', 'omegaconf', 'transformers'} & set(sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert all(f"  {verb} " in done.stdout for verb in VERBS)
+
+
+@pytest.mark.parametrize("verb", ["train", *SCRIPTS, "env"])
+def test_a_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = said(verb, "--help", capsys=capsys)
+    assert code in {0, None}
+    assert f"marco-train {verb}" in " ".join(out.replace("[", "").replace("]", "").split())
+
+
+@pytest.mark.parametrize(("verb", "file"), SCRIPTS.items())
+def test_a_script_is_its_verb(verb: str, file: str) -> None:
+    module = VERBS[verb][0]
+    text = (REPOSITORY / "scripts" / file).read_text()
+    assert f"from {module} import main" in text
+    assert len(text.splitlines()) == 6
+
+
+def test_training_needs_no_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["experiment=quickstart_sft", "--cfg", "job"]
+    assert said(*words, capsys=capsys) == said("train", *words, capsys=capsys)
+    code, _ = said("optim.clip_norm=0", "experiment=quickstart_sft", capsys=capsys)
+    assert code == "error: optim.clip_norm is 0.0, and must be greater than 0"
+
+
+def test_an_unknown_verb_is_named_with_those_that_there_are(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    code, _ = said("docter", "experiment=quickstart_sft", capsys=capsys)
+    assert str(code).startswith("error: there is no verb 'docter'; did you mean doctor? known are ")
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out = said("--version", capsys=capsys)
+    assert code == 0
+    assert out.startswith("marco-train 0.")
+
+
+def test_env_tells_versions_and_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "a-secret")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    found = dict(facts())
+    assert {"marco-train", "torch", "vllm", "python", "driver", "commit"} <= found.keys()
+    assert "HF_HUB_OFFLINE=1" in found["set"]
+    text = str(found)
+    assert "a-secret" not in text and str(Path.home()) not in text
+    assert not [name for name in VARIABLES if "KEY" in name or "TOKEN" in name]
+
+
+def test_upcycle_does_not_overwrite_unasked(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    words = ["upcycle", "--dense", str(tmp_path / "dense"), "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="holds something already: choose another directory, or"):
+        main([*words, "--num-experts", "8", "--expert-width", "16", "--top-k", "2"])
+    assert (tmp_path / "notes.txt").read_text() == "mine"
