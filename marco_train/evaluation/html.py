@@ -73,10 +73,7 @@ def _numbered_style() -> str:
 def text(value: object) -> Markup:
     """Escape a text; what no page may hold becomes a replacement character."""
     whole = str(value).encode("utf-8", "replace").decode()
-    shown = "".join(
-        c if c.isprintable() or c in "\n\r\t" or c > "\x9f" else "\ufffd" for c in whole
-    )
-    return Markup(escape(shown))
+    return Markup(escape(NOT_SHOWN.sub("\ufffd", whole)))
 
 
 @dataclass(frozen=True)
