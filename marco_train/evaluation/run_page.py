@@ -176,10 +176,8 @@ def warned(run: RunFiles) -> list[str]:
             said.append(f"{metric} was no number at {len(lost)} steps, first at {lost[0]:.0f}")
     if run.num_torn:
         said.append(f"{run.num_torn} lines of metrics.jsonl are torn, and left out")
-    if run.faults:
-        reasons = Counter(str(row.get("kind")) for row in run.faults).most_common()
-        listed = ", ".join(f"{count} {reason}" for reason, count in reasons)
-        said.append(f"rows at fault, in quarantine.jsonl: {listed}")
+    sources = Counter(str(row.get("source")) for row in run.faults)
+    said += [f"{n} rows of {name!r} are at fault: quarantine.jsonl" for name, n in sources.items()]
     return said
 
 
