@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,14 @@ from marco_train.config.data import DataConfig
 from marco_train.config.lengths import MAX_LENGTH
 from marco_train.config.model import ChatTemplate, ModelConfig
 from marco_train.config.sft import LossTokens
-from marco_train.data.chat import CHATML, Tokenizer, check_marks, load_tokenizer, stretches
+from marco_train.data.chat import (
+    CHATML,
+    Tokenizer,
+    check_marks,
+    load_tokenizer,
+    marked_text,
+    stretches,
+)
 from marco_train.data.conversations import Source
 from marco_train.data.drops import Dropped
 from marco_train.data.gate import (
@@ -31,7 +37,7 @@ from marco_train.data.gate import (
 from marco_train.data.render import ExampleRenderer, PromptRenderer
 from marco_train.data.tokens import render_row
 from marco_train.errors import InputError
-from marco_train.types import Conversation, Example
+from marco_train.types import Conversation
 
 NUM_BARS = 8  # of the histogram
 BAR = 40  # characters of the longest
@@ -213,7 +219,7 @@ def _show_samples(
         learnt = [tokenizer.decode(ids) for ids in stretches(example)]
         text = tokenizer.decode(example.input_ids)
         report.samples.append({"row": row.row, "text": text, "learnt": learnt})
-        marked.append(_marked(tokenizer, example)[:MOST_SHOWN])
+        marked.append(marked_text(tokenizer, example)[:MOST_SHOWN])
 
 
 def _as_text(
@@ -252,13 +258,3 @@ def _histogram(lengths: list[int], unit: str) -> Iterable[str]:
         end = f"{(bar + 1) * width - 1:>7,}" if bar < NUM_BARS else "   more"
         filled = "#" * (BAR * counts[bar] // max(counts.values()))
         yield f"{bar * width:>9,} - {end} {filled} {counts[bar]:,}"
-
-
-def _marked(tokenizer: Tokenizer, example: Example) -> str:
-    """The text with marks around what is learnt."""
-    pairs = zip(example.input_ids, example.loss_mask, strict=True)
-    texts = []
-    for is_learnt, group in groupby(pairs, key=lambda pair: pair[1]):
-        text = tokenizer.decode([token for token, _ in group])
-        texts.append(f"»{text}«" if is_learnt else text)
-    return "".join(texts)

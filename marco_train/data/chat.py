@@ -494,3 +494,13 @@ def stretches(example: Example) -> Iterator[list[int]]:
     for is_marked, group in groupby(pairs, key=lambda pair: pair[1]):
         if is_marked:
             yield [token for token, _ in group]
+
+
+def marked_text(tokenizer: Tokenizer, example: Example) -> str:
+    """The text of an example, with » and « around what is learnt."""
+    pairs = zip(example.input_ids, example.loss_mask, strict=True)
+    texts = []
+    for is_learnt, group in groupby(pairs, key=lambda pair: pair[1]):
+        text = tokenizer.decode([token for token, _ in group])
+        texts.append(f"»{text}«" if is_learnt else text)
+    return "".join(texts)

@@ -16,6 +16,7 @@ from marco_train.config.stage import samples_of, steps_of
 from marco_train.data.chat import (
     Tokenizer,
     check_marks,
+    marked_text,
     with_thinking,
 )
 from marco_train.data.drops import DROPS, MALFORMED, TRUNCATED, Dropped, Tally
@@ -158,13 +159,39 @@ class _Loader:
         """Describe the last batch, over all ranks."""
         return self._metrics
 
-    def log_plan(self, num_steps: int) -> None:
-        """Say how often a run of so many steps, those behind it included, goes through sources."""
+    def num_samples(self, num_steps: int) -> int:
+        """Count the samples of a run of so many steps, those behind it included."""
         begin, left = self._positions[self._step].cursor, max(0, num_steps - self._step)
         end, last = begin + left * self._batch_size, self._num_samples
         if last is not None and begin < last < end:
             end -= (begin - last) % self._batch_size  # by which the batch that ends there is less
-        self._log_sources(end, f"in {num_steps}")
+        return end
+
+    def log_plan(self, num_steps: int) -> None:
+        """Say how often a run of so many steps, those behind it included, goes through sources."""
+        self._log_sources(self.num_samples(num_steps), f"in {num_steps}")
+
+    def header(self, num_steps: int) -> dict[str, Any]:
+        """Describe the data to a reader of the run; `stages/header.py` says what is what."""
+        num_samples, mean = self.num_samples(num_steps), self._stream.mean_length
+        return {
+            "rows": self._stream.num_rows,
+            "rows_judged": self._stream.num_judged,
+            "rows_lost": self._stream.lost,
+            "num_steps": num_steps,
+            "samples": num_samples,
+            "epochs": round(num_samples / self._stream.num_rows, 3),
+            "tokens": None if mean is None else round(num_samples * mean),
+            "example": self._marked_example(),
+        }
+
+    def _marked_example(self) -> str | None:
+        """The run's first sample that is used, marked; None: it is not among the first few."""
+        for index in range(NUM_MARKED):
+            found = self._stream.tokens(index, self._render)
+            if not isinstance(found, Dropped):
+                return marked_text(self._tokenizer, found[1])
+        return None
 
     def log_end(self) -> None:
         """Say how often the steps up to here went through each source, and what was dropped.

@@ -82,6 +82,7 @@ class ConversationStream:
         self._quarantine: Path | None = None
         self._structures: dict[str, Structure] = {}
         self._token_files: dict[str, TokenFiles] = {}
+        self._lost: Counter[str] = Counter()  # rows that were judged, by metric
         self._drawn: Counter[tuple[str, bool]] = Counter()  # of all ranks, as `fault_of` says
 
     def __getitem__(self, index: int) -> UsableRow | BadRow:
@@ -114,6 +115,7 @@ class ConversationStream:
             found, lost = judge_tokens(source, cfg, render, decided_by)
             if found is not None:
                 self._token_files[name] = found
+            self._lost.update(lost.counts)
             if is_main():
                 for line in describe(name, self._structures[name], lost):
                     log_line(line)
@@ -202,6 +204,24 @@ class ConversationStream:
     def is_all_judged(self) -> bool:
         """Whether every row was judged."""
         return all(found.is_complete for found in self._structures.values())
+
+    @property
+    def num_judged(self) -> int:
+        """Rows that were judged."""
+        return sum(found.num_judged for found in self._structures.values())
+
+    @property
+    def lost(self) -> dict[str, int]:
+        """How many of the rows that were judged no step will use, by metric."""
+        return {name: count for name, count in sorted(self._lost.items()) if count}
+
+    @property
+    def mean_length(self) -> float | None:
+        """Tokens of a sample in the mean; None where not all sources keep tokens."""
+        if self._token_files.keys() != self.sources.keys():
+            return None
+        weights = self._mixture.weights
+        return sum(float(weights[n]) * file.mean_length for n, file in self._token_files.items())
 
     def describe(self, num_samples: int) -> list[str]:
         """Say of each source how large it is and how often so many samples go through it."""

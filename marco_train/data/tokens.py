@@ -123,6 +123,12 @@ class TokenFiles:
             for part in range(kept["num_parts"])
         ]
 
+    @property
+    def mean_length(self) -> float:
+        """Tokens of a row that is used, in the mean."""
+        num_tokens = sum(int(part["ends"][-1]) for part in self._parts if len(part["ends"]))
+        return num_tokens / max(1, sum(int((part["codes"] <= 0).sum()) for part in self._parts))
+
     def __getitem__(self, index: int) -> tuple[Row, Example] | Dropped:
         """What `render_row` made of a row."""
         place, number = divmod(index, len(self._parts))

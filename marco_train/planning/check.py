@@ -1,5 +1,7 @@
 """The plan that a run makes of itself before it loads anything."""
 
+from dataclasses import dataclass
+
 import torch
 
 from marco_train.config import TrainConfig
@@ -21,22 +23,28 @@ OWN_GIB = 2.0
 CPU = Card("cpu", 0.0, 0.0, 0.0, is_gpu=False)
 
 
-def check_plan(cfg: TrainConfig, architecture: ArchitectureConfig) -> StepWork | None:
-    """Say in a line what the run needs, and refuse one that cannot fit.
+@dataclass(frozen=True)
+class RunPlan:
+    """What is known of a run before it loads anything."""
 
-    Returns:
-        What a step computes. None: the card is unknown, and so is what it can do.
+    gib: float | None = None
+    """Of a rank, at its peak; on a CPU of weights, masters and moments alone. None: not known."""
+    work: StepWork | None = None
+    """Of a step. None: the card is unknown, and so is what it can do."""
+
+
+def check_plan(cfg: TrainConfig, architecture: ArchitectureConfig) -> RunPlan:
+    """Say in a line what the run needs, and refuse one that cannot fit.
 
     Raises:
         InputError: The plan is over the card's memory by more than it may err, and
             `planning.check` is `refuse`; says what would make the run fit.
     """
     if cfg.planning.check is PlanCheck.off:
-        return None
+        return RunPlan()
     card = _own_card()
     if card is None or not card.is_gpu:
-        _say_state(cfg, architecture)
-        return None
+        return RunPlan(_say_state(cfg, architecture))
     memory = Memory(cfg, architecture, world_size(), card, Assumptions().imbalance)
     try:
         plan = make_plan(cfg, world_size(), card, advise=advise, architecture=architecture)
@@ -44,7 +52,7 @@ def check_plan(cfg: TrainConfig, architecture: ArchitectureConfig) -> StepWork |
         # A teacher of another family than ours has no shape here, and may well fit.
         if is_main():
             log_line(f"plan: none, as {error}")
-        return step_work(memory)
+        return RunPlan(work=step_work(memory))
     if is_main():
         log_line(plan.in_a_line())
     over = plan.peak_gib > plan.capacity_gib * (1 + STATED_ERROR)
@@ -60,7 +68,7 @@ def check_plan(cfg: TrainConfig, architecture: ArchitectureConfig) -> StepWork |
     if cfg.planning.check is PlanCheck.refuse:
         free, capacity = torch.cuda.mem_get_info()
         check_free(plan.peak_gib, free / GIB, capacity / GIB)
-    return step_work(memory)
+    return RunPlan(plan.peak_gib, step_work(memory))
 
 
 def check_free(needed_gib: float, free_gib: float, capacity_gib: float) -> None:
@@ -86,12 +94,17 @@ def _own_card() -> Card | None:
     return card_of_device(torch.cuda.get_device_name(), capacity / GIB)
 
 
-def _say_state(cfg: TrainConfig, architecture: ArchitectureConfig) -> None:
-    """Say what needs no trace, which would take seconds that a run on a CPU has better use for."""
+def _say_state(cfg: TrainConfig, architecture: ArchitectureConfig) -> float:
+    """Say what needs no trace, which would take seconds that a run on a CPU has better use for.
+
+    Returns:
+        GiB of a rank.
+    """
+    memory = Memory(cfg, architecture, world_size(), CPU, Assumptions().imbalance)
+    gib = (memory.weights + 12 * memory.partition) / GIB
     if is_main():
-        memory = Memory(cfg, architecture, world_size(), CPU, Assumptions().imbalance)
-        gib = (memory.weights + 12 * memory.partition) / GIB
         log_line(f"plan: {gib:.2f} GiB a rank of weights, masters and moments")
+    return gib
 
 
 def step_work(memory: Memory) -> StepWork:

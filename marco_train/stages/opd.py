@@ -22,9 +22,9 @@ from marco_train.evaluation.languages import LanguageJudge
 from marco_train.inference.engine import require_one_engine
 from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.losses.distillation import build_reverse_kl
-from marco_train.metrics import Metrics, StepWork, check_names
+from marco_train.metrics import Metrics, check_names
 from marco_train.models.hf_io import stop_token_ids, student_architecture
-from marco_train.planning.check import check_plan
+from marco_train.planning.check import RunPlan, check_plan
 from marco_train.rollout.base import InLanguage, Sampler
 from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.loops import without_loops
@@ -32,6 +32,7 @@ from marco_train.rollout.stream import RolloutStream
 from marco_train.rollout.sync import canary_of, sync_weights
 from marco_train.run import Run
 from marco_train.stages.checks import Checks
+from marco_train.stages.header import say_header
 from marco_train.teachers.cascade import Cascade, check_teacher, teachers_of
 from marco_train.teachers.preflight import NUM_ANSWERED, FirstOfEachKind
 from marco_train.teachers.vocab import check_head_rows, check_student_vocabulary
@@ -99,8 +100,10 @@ def open_opd(
     )
     cascade = prepared.cascade
     parts = prepared.loader, cascade
-    run = Run.open(cfg, policy, *parts, epoch_rows=prepared.loader.epoch_rows, work=prepared.work)
+    epoch_rows = prepared.loader.epoch_rows
+    run = Run.open(cfg, policy, *parts, epoch_rows=epoch_rows, work=prepared.plan.work)
     prepared.loader.log_plan(cascade.num_steps)
+    say_header(cfg, prepared.student, prepared.loader.header(cascade.num_steps), prepared.plan.gib)
     cascade.save_early = run.save_early
     sampler = open_sampler(cfg, prepared.student, run.save_early)
     prompts = prepared.loader, prepared.first_prompts, prepared.held_out, prepared.in_language
@@ -123,8 +126,7 @@ class Prepared:
     """This rank's share of those that convergence is measured on."""
     in_language: InLanguage | None
     """Judges responses, where the run asks for it."""
-    work: StepWork | None
-    """Of a step, where the cards are known."""
+    plan: RunPlan
 
 
 def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
@@ -135,7 +137,7 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
     """
     opd: OPDConfig = cfg.stage
     student = checks.make("student's files", student_architecture, cfg)
-    work = checks.make("plan", check_plan, cfg, student)
+    plan = checks.make("plan", check_plan, cfg, student)
     checks.make("student's vocabulary", check_student_vocabulary, cfg.model)
     sampler_fits = checks.make("sampler", check_sampler, opd, student, cfg.model.dtype)
     checks.make("engines of vLLM", require_one_engine, engine_owners(opd), device())
@@ -158,7 +160,7 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
     first = checks.after(sampler_fits).make("first prompts", loader.first, NUM_ANSWERED)
     held_out = checks.make("held-out prompts", loader.held_out, cascade.num_held_out)
     judge = checks.make("languages of responses", language_judge, opd, tokenizer, loader)
-    return Prepared(student, tokenizer, loader, cascade, first, held_out, judge, work)
+    return Prepared(student, tokenizer, loader, cascade, first, held_out, judge, plan)
 
 
 def language_judge(

@@ -11,11 +11,11 @@ from marco_train.data.loader import QUARANTINE, SFTLoader
 from marco_train.engine.policy import build_policy
 from marco_train.evaluation.held_out import evaluate
 from marco_train.losses.cross_entropy import cross_entropy
-from marco_train.metrics import StepWork
 from marco_train.models.hf_io import student_architecture
-from marco_train.planning.check import check_plan
+from marco_train.planning.check import RunPlan, check_plan
 from marco_train.run import Run, due
 from marco_train.stages.checks import Checks
+from marco_train.stages.header import say_header
 from marco_train.teachers.vocab import check_student_vocabulary
 from marco_train.types import Microbatch
 
@@ -33,8 +33,10 @@ def run_sft(cfg: TrainConfig) -> None:
         prepared.tokenizer.chat_template,
     )
     # A fresh run, or the last checkpoint's.
-    run = Run.open(cfg, policy, train_data, epoch_rows=train_data.epoch_rows, work=prepared.work)
+    plan, epoch_rows = prepared.plan, train_data.epoch_rows
+    run = Run.open(cfg, policy, train_data, epoch_rows=epoch_rows, work=plan.work)
     train_data.log_plan(train_data.num_steps)
+    say_header(cfg, prepared.student, train_data.header(train_data.num_steps), plan.gib)
 
     for step in run.steps(train_data):
         microbatches = next(train_data)  # this rank's share of the global batch
@@ -57,8 +59,7 @@ class Prepared:
     train_data: SFTLoader
     held_out: list[Microbatch]
     """This rank's share."""
-    work: StepWork | None
-    """Of a step, where the cards are known."""
+    plan: RunPlan
 
 
 def prepare_sft(cfg: TrainConfig, checks: Checks) -> Prepared:
@@ -70,10 +71,10 @@ def prepare_sft(cfg: TrainConfig, checks: Checks) -> Prepared:
     checks.make("student's vocabulary", check_student_vocabulary, cfg.model)
     tokenizer = checks.make("tokenizer and template", load_tokenizer, cfg.model)
     student = checks.make("student's files", student_architecture, cfg)
-    work = checks.make("plan", check_plan, cfg, student)
+    plan = checks.make("plan", check_plan, cfg, student)
     quarantine = Path(cfg.output_dir) / QUARANTINE if checks.writes_files else None
     train_data = checks.make(
         "data", SFTLoader, cfg.data, cfg.stage, tokenizer, cfg.seed, quarantine
     )
     held_out = checks.make("held-out rows", train_data.held_out)
-    return Prepared(student, tokenizer, train_data, held_out, work)
+    return Prepared(student, tokenizer, train_data, held_out, plan)

@@ -11,4 +11,4 @@ upcycle
 stage sft quickstart_sft "$@"
 stage opd quickstart_opd "$@"
 stage evaluate quickstart_evaluate "$@"
-[ "${DRY_RUN:-0}" = 1 ] || python recipes/quickstart/report.py --root "$root"
+[ "${DRY_RUN:-0}" = 1 ] || python recipes/quickstart/summary.py --root "$root"

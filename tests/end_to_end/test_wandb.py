@@ -13,7 +13,7 @@ import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
 from marco_train.config.run import LoggingBackend, LoggingConfig, WandbMode
-from marco_train.tracking import Tracker, _lost_after
+from marco_train.tracking.tracker import Tracker, _lost_after
 from tests.helpers.processes import REPOSITORY
 
 pytestmark = pytest.mark.slow

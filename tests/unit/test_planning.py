@@ -279,16 +279,16 @@ def test_a_run_that_cannot_fit_starts_where_it_is_asked_to(
     eight_h100: None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg = compose_config("marco_mini_sft", *MINI, *OVER, "planning.check=warn")
-    assert check.check_plan(cfg, student_shape(cfg)) is not None
+    assert check.check_plan(cfg, student_shape(cfg)).work is not None
     assert "the plan does not fit: parallel.recompute=" in capsys.readouterr().out
     cfg = compose_config("marco_mini_sft", *MINI, *OVER, "planning.check=off")
-    assert check.check_plan(cfg, student_shape(cfg)) is None
+    assert check.check_plan(cfg, student_shape(cfg)) == check.RunPlan()
     assert capsys.readouterr().out == ""
 
 
 def test_work_of_a_token_is_six_operations_for_each_of_its_parameters(eight_h100: None) -> None:
     cfg = compose_config("marco_mini_sft", *MINI)
-    work = check.check_plan(cfg, student_shape(cfg))
+    work = check.check_plan(cfg, student_shape(cfg)).work
     assert work is not None
     # Of a layer's matrices: queries to outputs, the router, 8 experts; norms are no products.
     layer = 1024 * 2048 * 2 + 1024 * 1024 * 2 + 1024 * 256 + 8 * 3 * 1024 * 768
@@ -301,7 +301,8 @@ def test_work_of_a_token_is_six_operations_for_each_of_its_parameters(eight_h100
 
 def test_without_a_gpu_nothing_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     cfg = compose_config("marco_mini_sft", *MINI, *OVER)
-    assert check.check_plan(cfg, student_shape(cfg)) is None
+    plan = check.check_plan(cfg, student_shape(cfg))
+    assert plan.work is None and plan.gib is not None and plan.gib > 0
     assert "GiB a rank of weights, masters and moments" in capsys.readouterr().out
 
 

@@ -12,7 +12,7 @@ from wandb.proto.wandb_internal_pb2 import HistoryItem, HistoryRecord, HistorySt
 
 from marco_train.config.run import LoggingBackend, LoggingConfig, WandbMode
 from marco_train.metrics import NAMES
-from marco_train.tracking import Tracker, _lost_after, format_eta, step_line
+from marco_train.tracking.tracker import Tracker, _lost_after, format_eta, step_line
 
 
 def logging(every: int = 1, backend: LoggingBackend = LoggingBackend.none) -> LoggingConfig:

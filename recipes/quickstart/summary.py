@@ -1,4 +1,4 @@
-"""Table, plot and summary.json of a finished quickstart: `report.py --root outputs/quickstart`."""
+"""Table, plot and summary.json of a finished quickstart: `summary.py --root outputs/quickstart`."""
 
 import argparse
 import json
