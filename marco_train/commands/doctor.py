@@ -15,8 +15,8 @@ from hydra import compose, initialize_config_dir
 
 from marco_train.commands.examination import Examination
 from marco_train.config import TrainConfig, to_run
+from marco_train.config.paths import CONFIG_DIR
 from marco_train.config.resumption import check_resume, continuation, is_finished
-from marco_train.config.run import CONFIG_DIR
 from marco_train.config.stage import StageKind
 from marco_train.errors import require
 from marco_train.train import is_first_rank

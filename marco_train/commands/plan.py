@@ -20,7 +20,7 @@ from omegaconf import OmegaConf, open_dict
 
 from marco_train.commands.examination import REFUSALS
 from marco_train.config import TrainConfig, to_run
-from marco_train.config.run import CONFIG_DIR
+from marco_train.config.paths import CONFIG_DIR
 from marco_train.errors import InputError, require
 from marco_train.train import in_one_line
 

@@ -1,5 +1,6 @@
 """How long a stage's sequences become, and which models have positions for them."""
 
+from marco_train.config.benchmark import BenchmarkConfig
 from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.opd import OPDConfig
 from marco_train.config.sft import SFTConfig
@@ -12,7 +13,7 @@ def longest_sequence(stage: StageConfig) -> int:
     match stage:
         case SFTConfig():
             return stage.max_length
-        case OPDConfig() | EvaluateConfig():
+        case OPDConfig() | EvaluateConfig() | BenchmarkConfig():
             return stage.max_prompt_length + stage.max_response_length
     raise TypeError(f"no such stage: {type(stage).__name__}")
 

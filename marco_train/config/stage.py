@@ -14,11 +14,12 @@ class StageKind(Enum):
     sft = "sft"
     opd = "opd"
     evaluate = "evaluate"
+    benchmark = "benchmark"
 
 
 @dataclass(kw_only=True)
 class StageConfig:
-    """What both training stages and the evaluation share."""
+    """What all stages share."""
 
     kind: StageKind = MISSING
     max_steps: int | None = None
@@ -31,3 +32,8 @@ class StageConfig:
     def capped(self, num_steps: int) -> int:
         """Steps to take of `num_steps`."""
         return num_steps if self.max_steps is None else min(num_steps, self.max_steps)
+
+
+@dataclass(kw_only=True)
+class UntrainedStageConfig(StageConfig):
+    """A stage that makes no update: it has no optimizer and leaves no checkpoint."""

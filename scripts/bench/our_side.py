@@ -24,7 +24,8 @@ from shapes import FIVE_MILLION, MEDIUM, MINI, QUICKSTART, dense
 from marco_train import distributed
 from marco_train.config import TrainConfig, to_run
 from marco_train.config.lengths import longest_sequence
-from marco_train.config.run import CONFIG_DIR, register_schemas
+from marco_train.config.paths import CONFIG_DIR
+from marco_train.config.run import register_schemas
 from marco_train.data.chat import CHATML, load_tokenizer
 from marco_train.data.loader import PromptLoader
 from marco_train.losses.distillation import bucketed_kl

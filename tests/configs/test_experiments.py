@@ -12,8 +12,8 @@ from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.model import DType
 from marco_train.config.opd import Objective, OPDConfig
 from marco_train.config.optim import Schedule
+from marco_train.config.paths import CONFIG_DIR
 from marco_train.config.rollout import TEMPERATURE
-from marco_train.config.run import CONFIG_DIR
 from marco_train.config.sft import LossTokens, SFTConfig
 from tests.helpers.configs import compose_config
 from tests.helpers.processes import REPOSITORY

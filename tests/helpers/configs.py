@@ -3,7 +3,8 @@
 from hydra import compose, initialize_config_dir
 
 from marco_train.config import TrainConfig, to_run
-from marco_train.config.run import CONFIG_DIR, register_schemas
+from marco_train.config.paths import CONFIG_DIR
+from marco_train.config.run import register_schemas
 
 register_schemas()
 
