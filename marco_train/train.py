@@ -11,8 +11,9 @@ import hydra
 from omegaconf import DictConfig, MissingMandatoryValue
 
 from marco_train.config import TrainConfig, to_run
+from marco_train.config.paths import CONFIG_DIR
 from marco_train.config.resumption import check_resume, continuation, is_finished
-from marco_train.config.run import CONFIG_DIR, register_schemas
+from marco_train.config.run import register_schemas
 from marco_train.config.stage import StageKind
 from marco_train.errors import (
     EXIT_STATUS,
@@ -111,8 +112,8 @@ def run_stage(cfg: TrainConfig) -> None:
     from marco_train import distributed, interruption
 
     distributed.start(cfg.parallel.timeout_seconds, deterministic=cfg.deterministic)
-    # An evaluation has no state to save, and nothing in it would look at what it is asked.
-    trains = cfg.stage.kind is not StageKind.evaluate
+    # Others have no state to save, and nothing in them would look at what it is asked.
+    trains = cfg.stage.kind in (StageKind.sft, StageKind.opd)
     with interruption.listening() if trains else nullcontext():
         run_kind(cfg)
     distributed.stop()
@@ -133,6 +134,10 @@ def run_kind(cfg: TrainConfig) -> None:
             from marco_train.stages.evaluate import run_evaluate
 
             run_evaluate(cfg)
+        case StageKind.benchmark:
+            from marco_train.stages.benchmark import run_benchmark
+
+            run_benchmark(cfg)
 
 
 if __name__ == "__main__":
