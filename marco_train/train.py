@@ -142,8 +142,8 @@ def run_stage(cfg: TrainConfig) -> None:
     from marco_train import distributed, interruption
 
     distributed.start(cfg.parallel.timeout_seconds, deterministic=cfg.deterministic)
-    # An evaluation has no state to save, and nothing in it would look at what it is asked.
-    trains = cfg.stage.kind is not StageKind.evaluate
+    # Others have no state to save, and nothing in them would look at what it is asked.
+    trains = cfg.stage.kind in (StageKind.sft, StageKind.opd)
     with interruption.listening() if trains else nullcontext():
         run_kind(cfg)
     distributed.stop()
@@ -164,6 +164,10 @@ def run_kind(cfg: TrainConfig) -> None:
             from marco_train.stages.evaluate import run_evaluate
 
             run_evaluate(cfg)
+        case StageKind.benchmark:
+            from marco_train.stages.benchmark import run_benchmark
+
+            run_benchmark(cfg)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from marco_train.config.run import CONFIG_DIR, TrainConfig, register_schemas, to_run
+from marco_train.config.paths import CONFIG_DIR
+from marco_train.config.run import TrainConfig, register_schemas, to_run
 from marco_train.errors import InputError, require
 
 register_schemas()

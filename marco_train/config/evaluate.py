@@ -5,13 +5,13 @@ from dataclasses import dataclass, field
 from omegaconf import II, MISSING
 
 from marco_train.config.rollout import TEMPERATURE, RolloutConfig, SamplerBackend, VLLMRolloutConfig
-from marco_train.config.stage import StageConfig
+from marco_train.config.stage import UntrainedStageConfig
 from marco_train.config.teacher import TeacherConfig
 from marco_train.errors import require, require_positive
 
 
 @dataclass(kw_only=True)
-class EvaluateConfig(StageConfig):
+class EvaluateConfig(UntrainedStageConfig):
     """Sampled accuracy and reverse KL of exported models on held-out prompts."""
 
     models: dict[str, str] = field(default_factory=dict)

@@ -5,6 +5,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from marco_train.config.architecture import read_config, text_config
+from marco_train.config.benchmark import BenchmarkConfig
 from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.opd import OPDConfig
 from marco_train.config.sft import SFTConfig
@@ -66,7 +67,7 @@ def longest_sequence(stage: StageConfig) -> int:
     match stage:
         case SFTConfig():
             return stage.max_length
-        case OPDConfig() | EvaluateConfig():
+        case OPDConfig() | EvaluateConfig() | BenchmarkConfig():
             return stage.max_prompt_length + stage.max_response_length
     raise TypeError(f"no such stage: {type(stage).__name__}")
 

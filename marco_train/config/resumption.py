@@ -18,11 +18,10 @@ from omegaconf import MISSING
 
 from marco_train.config.architecture import ArchitectureConfig, read_architecture
 from marco_train.config.data import OnChange
-from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resume import ChangedSchedule, ResumeChange
 from marco_train.config.run import TrainConfig
-from marco_train.config.stage import steps_of
+from marco_train.config.stage import UntrainedStageConfig, steps_of
 from marco_train.content import Content, is_same, look
 from marco_train.errors import InputError, require
 
@@ -79,6 +78,9 @@ KINDS: dict[str, tuple[str, ...]] = {
         "stage.num_eval_examples",
         "stage.max_sampler_mismatch",
         "stage.identify_languages",
+        "stage.plan",
+        "stage.plan_gpus",
+        "stage.plan_gpu",
         "stage.score_cache.**",
         "stage.rollout.batch_size",
         "stage.rollout.canary_tolerance",
@@ -151,6 +153,10 @@ KINDS: dict[str, tuple[str, ...]] = {
         "stage.num_examples_shown",
         "stage.signatures",
         "stage.temperature",
+        "stage.suite",
+        "stage.data_dir",
+        "stage.data_dirs.**",
+        "stage.languages",
     ),
     "objective": (
         "stage.loss_tokens",
@@ -329,7 +335,7 @@ def changes_of(noted: Mapping[str, Any], cfg: TrainConfig) -> list[Change]:
     Where files lie is left to those who compare what they hold.
     """
     then, now = with_defaults(noted["config"], cfg), plain_config(cfg)
-    if not isinstance(cfg.stage, EvaluateConfig):
+    if not isinstance(cfg.stage, UntrainedStageConfig):
         shapes = (
             noted.get("architecture") or then["model"]["architecture"],
             asdict(_student_shape(cfg)),
@@ -495,7 +501,7 @@ def continuation(cfg: TrainConfig, epoch_rows: int | None = None) -> Continuatio
     Raises:
         InputError: Something changed that is not allowed to, or a choice has to be made.
     """
-    checkpoint = None if isinstance(cfg.stage, EvaluateConfig) else find_checkpoint(cfg)
+    checkpoint = None if isinstance(cfg.stage, UntrainedStageConfig) else find_checkpoint(cfg)
     if checkpoint is None:
         return None
     state = read_note(checkpoint / STATE)
@@ -765,7 +771,7 @@ def is_finished(cfg: TrainConfig) -> bool:
     refuse_other_stage(noted, cfg, what)
     changes = changes_of(noted, cfg)
     anew = changed_content(noted, cfg, CONTENT)
-    if isinstance(cfg.stage, EvaluateConfig):
+    if isinstance(cfg.stage, UntrainedStageConfig):
         listed = "; ".join(str(change) for change in (changes + anew)[:5])
         for change in anew:
             _refuse_made_anew(change, cfg.output_dir, replace)

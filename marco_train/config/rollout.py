@@ -157,7 +157,7 @@ def kv_cache_bytes(architecture: ArchitectureConfig, dtype: DType, max_length: i
     """Memory for keys and values of one sequence of `max_length` tokens in an engine of vLLM."""
     # One block more is never given out.
     blocks = -(-max_length // KV_BLOCK_TOKENS) + 1
-    return blocks * KV_BLOCK_TOKENS * _bytes_a_token(architecture, dtype)
+    return blocks * KV_BLOCK_TOKENS * key_bytes_a_token(architecture, dtype)
 
 
 def check_kv_cache(
@@ -171,14 +171,16 @@ def check_kv_cache(
     if isinstance(cfg.kv_cache_gib, str):
         return
     needed = kv_cache_bytes(architecture, dtype, max_length)
+    a_token = key_bytes_a_token(architecture, dtype)
     require(
         cfg.kv_cache_gib * 2**30 >= needed,
         f"stage.rollout.kv_cache_gib is {cfg.kv_cache_gib}, and one sequence of {max_length} "
-        f"tokens needs {needed / 2**30:.4f}, {_bytes_a_token(architecture, dtype)} bytes a token: "
+        f"tokens needs {needed / 2**30:.4f}, {a_token} bytes a token: "
         "give as much or more, or lower stage.max_prompt_length + stage.max_response_length",
     )
 
 
-def _bytes_a_token(architecture: ArchitectureConfig, dtype: DType) -> int:
+def key_bytes_a_token(architecture: ArchitectureConfig, dtype: DType) -> int:
+    """Memory for the keys and values of one token."""
     width = architecture.num_key_value_heads * architecture.head_dim
     return 2 * architecture.num_hidden_layers * width * dtype.num_bytes

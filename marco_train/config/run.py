@@ -3,7 +3,6 @@
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
-from pathlib import Path
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -15,6 +14,7 @@ from omegaconf.errors import (
 )
 
 from marco_train.config.architecture import check_expert_parallel
+from marco_train.config.benchmark import BenchmarkConfig
 from marco_train.config.data import DataConfig
 from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.lengths import check_positions, fill_lengths, longest_sequence
@@ -33,7 +33,7 @@ from marco_train.config.rollout import (
     check_replay,
 )
 from marco_train.config.sft import SFTConfig
-from marco_train.config.stage import StageConfig
+from marco_train.config.stage import StageConfig, UntrainedStageConfig
 from marco_train.config.teacher import (
     HFTeacherConfig,
     NativeTeacherConfig,
@@ -43,13 +43,7 @@ from marco_train.config.teacher import (
 )
 from marco_train.errors import InputError, require, require_positive
 
-PACKAGE = Path(__file__).resolve().parents[1]
-# Beside the package in a checkout, inside it in a wheel; absolute, so that the console script
-# works from any directory.
-CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
-
-
-NO_STAGE = "no stage was chosen: add experiment=<name>, or stage=sft|opd|evaluate"
+NO_STAGE = "no stage was chosen: add experiment=<name>, or stage=sft|opd|evaluate|benchmark"
 
 
 class LoggingBackend(Enum):
@@ -160,8 +154,8 @@ class TrainConfig:
             0 <= self.seed < 2**31, f"seed is {self.seed}, and must lie between 0 and {2**31 - 1}"
         )
         require(isinstance(self.stage, StageConfig), NO_STAGE)
-        if isinstance(self.stage, EvaluateConfig):
-            require(self.optim is None, "an evaluation trains nothing: leave optim out")
+        if isinstance(self.stage, UntrainedStageConfig):
+            require(self.optim is None, "this stage trains nothing: leave optim out")
         else:
             require(
                 isinstance(self.optim, OptimConfig),
@@ -185,7 +179,8 @@ class TrainConfig:
                 check_replay(self.stage.rollout, architecture)
                 check_expert_shares(self.stage.rollout, architecture, num_ranks=1)
         require(
-            longest <= self.data.max_tokens_per_microbatch,
+            isinstance(self.stage, BenchmarkConfig)  # which packs nothing
+            or longest <= self.data.max_tokens_per_microbatch,
             f"data.max_tokens_per_microbatch is {self.data.max_tokens_per_microbatch}, below the "
             f"longest sequence the stage allows, {longest} tokens",
         )
@@ -205,7 +200,13 @@ def register_schemas() -> None:
     # Any name may stand here, and without `+`.
     OmegaConf.set_struct(run.model.chat_template_kwargs, False)
     store.store(name="run", group="schema", node=run)
-    for kind, stage in (("sft", SFTConfig), ("opd", OPDConfig), ("evaluate", EvaluateConfig)):
+    stages = {
+        "sft": SFTConfig,
+        "opd": OPDConfig,
+        "evaluate": EvaluateConfig,
+        "benchmark": BenchmarkConfig,
+    }
+    for kind, stage in stages.items():
         store.store(name=kind, group="schema/stage", node=stage)
     store.store(name="adamw", group="schema/optim", node=OptimConfig)
     for group, union in (("rollout", ROLLOUTS), ("teacher", TEACHERS)):

@@ -16,11 +16,12 @@ class StageKind(Enum):
     sft = "sft"
     opd = "opd"
     evaluate = "evaluate"
+    benchmark = "benchmark"
 
 
 @dataclass(kw_only=True)
 class StageConfig:
-    """What both training stages and the evaluation share."""
+    """What all stages share."""
 
     kind: StageKind = MISSING
     max_steps: int | None = None
@@ -61,3 +62,8 @@ def samples_of(num_epochs: float, epoch_rows: int) -> int:
     """
     # The decimal that was written: in floats, 1.1 epochs of 3000 rows are a little over 3300.
     return math.ceil(Fraction(str(num_epochs)) * epoch_rows)
+
+
+@dataclass(kw_only=True)
+class UntrainedStageConfig(StageConfig):
+    """A stage that makes no update: it has no optimizer and leaves no checkpoint."""

@@ -195,6 +195,20 @@ def _open_hub(name: str, cfg: SourceConfig) -> Rows:
     return _Table(found, "")
 
 
+def subset_names(path: str, revision: str | None) -> list[str]:
+    """Name the configurations of a set of the hub.
+
+    Raises:
+        InputError: It cannot be asked.
+    """
+    import datasets
+
+    try:
+        return list(datasets.get_dataset_config_names(path, revision=revision))
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"{path!r} cannot be opened: {_why(error)}") from error
+
+
 def _why(error: BaseException) -> str:
     """What is at the bottom of an error of `datasets`, which hides it behind one of its own."""
     while error.__cause__ is not None:

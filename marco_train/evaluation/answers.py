@@ -103,7 +103,7 @@ class AnswerSampler:
             WeightSyncError: The model's weights did not arrive in it.
         """
         stage: EvaluateConfig = self._cfg.stage
-        sampler = self._sampler_of(model)
+        sampler = self.sampler_of(model)
         prompts = [question.prompt for question in questions]
         rollouts = in_order(sampler.sample(prompts, stage.responses_per_prompt))
         sampler.sleep()
@@ -123,8 +123,12 @@ class AnswerSampler:
             self._engine.close()
         self._engine = None
 
-    def _sampler_of(self, model: Qwen3Moe) -> Sampler:
-        """The run's sampler, with the weights of a model."""
+    def sampler_of(self, model: Qwen3Moe) -> Sampler:
+        """The run's sampler, with the weights of a model.
+
+        Raises:
+            WeightSyncError: The model's weights did not arrive in it.
+        """
         cfg, stage = self._cfg, self._cfg.stage
         stop_ids = stop_token_ids(cfg.model.tokenizer)
         if isinstance(stage.rollout, NativeRolloutConfig):

@@ -68,13 +68,20 @@ class LanguageJudge:
         """Whether a response is in its prompt's language, whichever the script.
 
         The answer is judged and not the thinking before it, which is English in many a data set
-        whose answers are not. None: the prompt has no language, or one that the identifier does not
-        know; or the answer is too short to tell, beside code, formulas and addresses.
+        whose answers are not. None: it cannot be told, as `matches` says.
         """
-        wanted = self._language(rollout.prompt.language)
+        return self.matches(self._answer(rollout), rollout.prompt.language)
+
+    def matches(self, text: str, code: str) -> bool | None:
+        """Whether a text is in a language, whichever the script.
+
+        None: there is no language, or one that the identifier does not know; or the text is too
+        short to tell, beside code, formulas and addresses.
+        """
+        wanted = self._language(code)
         if wanted not in self._candidates:
             return None
-        prose = NOT_PROSE.sub(" ", self._answer(rollout))
+        prose = NOT_PROSE.sub(" ", text)
         letters = "".join(filter(str.isalpha, prose))
         if len(letters.encode()) < MIN_LETTER_BYTES:
             return None

@@ -42,7 +42,7 @@ def check_plan(cfg: TrainConfig, architecture: ArchitectureConfig) -> RunPlan:
     """
     if cfg.planning.check is PlanCheck.off:
         return RunPlan()
-    card = _own_card()
+    card = own_card()
     if card is None or not card.is_gpu:
         return RunPlan(_say_state(cfg, architecture))
     memory = Memory(cfg, architecture, world_size(), card, Assumptions().imbalance)
@@ -86,8 +86,8 @@ def check_free(needed_gib: float, free_gib: float, capacity_gib: float) -> None:
     )
 
 
-def _own_card() -> Card | None:
-    """The card of this rank; of no name where it is none that is known."""
+def own_card() -> Card | None:
+    """The card of this rank; None: one of which is not known what it can do."""
     if not torch.cuda.is_available():
         return CPU
     _, capacity = torch.cuda.mem_get_info()

@@ -6,9 +6,9 @@ from typing import Any
 
 from marco_train.config import TrainConfig
 from marco_train.config.architecture import ArchitectureConfig, check_expert_parallel
-from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.lengths import check_positions
 from marco_train.config.opd import OPDConfig
+from marco_train.config.stage import UntrainedStageConfig
 from marco_train.config.teacher import NativeTeacherConfig
 from marco_train.errors import require, require_positive
 from marco_train.planning.cards import Card
@@ -84,8 +84,8 @@ def make_plan(
     """
     assumed = assumed or Assumptions()
     require(
-        not isinstance(cfg.stage, EvaluateConfig),
-        "an evaluation trains nothing, and has no plan: choose an experiment of SFT or OPD",
+        not isinstance(cfg.stage, UntrainedStageConfig),
+        "this stage trains nothing, and has no plan of memory: choose an experiment of SFT or OPD",
     )
     architecture = architecture or student_shape(cfg)
     check_ranks(cfg, architecture, gpus)

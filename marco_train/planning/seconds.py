@@ -7,6 +7,7 @@ GPU yet.
 import math
 from dataclasses import asdict, dataclass, fields
 
+from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.lengths import longest_sequence
 from marco_train.config.opd import OPDConfig
 from marco_train.config.rollout import NativeRolloutConfig, VLLMRolloutConfig
@@ -67,6 +68,15 @@ NAMES = {field.name: field.type for field in fields(Assumptions)}
 def executed(work: Work) -> float:
     """Operations of a pass on a card, whose kernels leave out half of causal attention."""
     return work.layers + work.attention / 2 + work.head
+
+
+def weights_a_step(architecture: ArchitectureConfig, batch: int) -> int:
+    """Weights that a step of decoding reads: all dense ones, and the experts that a batch takes."""
+    sizes = sizes_of(architecture, 1)
+    if architecture.num_experts is None or architecture.num_experts_per_tok is None:
+        return sizes.dense
+    missed = (1 - architecture.num_experts_per_tok / architecture.num_experts) ** batch
+    return sizes.dense + int(sizes.experts * (1 - missed))
 
 
 class Time:
@@ -143,12 +153,8 @@ class Time:
         if keys:
             batch = min(batch, max(1, int(keys / (a_token * self.mean_length))))
         batch = min(batch, responses)
-        cfg = memory.architecture
-        weights = sizes_of(cfg, 1).dense
-        if cfg.num_experts is not None and cfg.num_experts_per_tok is not None:
-            missed = (1 - cfg.num_experts_per_tok / cfg.num_experts) ** batch
-            weights += int(sizes_of(cfg, 1).experts * (1 - missed))
-        read = weights * self._cfg.model.dtype.num_bytes + batch * a_token * self.mean_length / 2
+        weights = weights_a_step(memory.architecture, batch) * self._cfg.model.dtype.num_bytes
+        read = weights + batch * a_token * self.mean_length / 2
         bandwidth = memory.card.bandwidth_gb * 1e9 * self._assumed.sampling_efficiency
         steps = max(opd.max_response_length, responses * self._mean_response / batch)
         return float(steps * read / bandwidth)

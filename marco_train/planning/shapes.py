@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from marco_train.config import TrainConfig
 from marco_train.config.architecture import ArchitectureConfig, read_architecture
-from marco_train.config.run import CONFIG_DIR
+from marco_train.config.paths import CONFIG_DIR
 from marco_train.errors import InputError
 
 # Models of the hub whose shapes stand in configs/model/, by the beginning of their names.

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from marco_train.config.architecture import ArchitectureConfig
+from marco_train.config.benchmark import BenchmarkConfig
 from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.lengths import longest_sequence
 from marco_train.config.model import DType
@@ -24,7 +25,7 @@ from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.models.weights import empty_model, torch_dtype
 from marco_train.rollout.base import Sampler, SamplerSpec
 
-SampledStage = OPDConfig | EvaluateConfig
+SampledStage = OPDConfig | EvaluateConfig | BenchmarkConfig
 """Of which a sampler makes the responses."""
 
 

@@ -31,6 +31,7 @@ from typing import Protocol
 from torch import Tensor
 
 from marco_train.config.architecture import ArchitectureConfig
+from marco_train.config.benchmark import BenchmarkConfig
 from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.lengths import longest_sequence
 from marco_train.config.model import DType
@@ -93,7 +94,9 @@ def canary_sequences(vocab_size: int, max_length: int) -> list[list[int]]:
 
 
 def canary_of(
-    stage: OPDConfig | EvaluateConfig, architecture: ArchitectureConfig, dtype: DType
+    stage: OPDConfig | EvaluateConfig | BenchmarkConfig,
+    architecture: ArchitectureConfig,
+    dtype: DType,
 ) -> Canary:
     """Make the canary of a stage's sampler for a model of this shape."""
     return Canary(

@@ -18,6 +18,10 @@ PLANTED = {
     "vllm": ("data/chat.py", "vllm is known to marco_train.inference.engine"),
     "deepspeed": ("models/moe.py", "deepspeed is known to marco_train.engine"),
     "wandb": ("stages/opd.py", "wandb is known to marco_train.tracking"),
+    "lm_eval": (
+        "evaluation/benchmark/grading.py",
+        "lm_eval is known to marco_train.evaluation.benchmark.harness",
+    ),
     "datasets": ("data/loader.py", "datasets is known to marco_train.data.sources"),
     "hydra": (
         "run.py",
@@ -31,8 +35,11 @@ EXTRAS = [
     "babel",
     "jsonschema",
     "lingua",
+    "lm_eval",
+    "math_verify",
     "matplotlib",
     "reasoning_gym",
+    "sacrebleu",
     "pytest",
     "ruff",
     "mypy",

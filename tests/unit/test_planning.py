@@ -218,7 +218,7 @@ def test_a_node_without_enough_memory_does_not_fit() -> None:
         (lambda: Assumptions(imbalance=0), "imbalance is 0, and must be greater than 0"),
         (
             lambda: make_plan(compose_config("quickstart_evaluate"), 1, H100),
-            "an evaluation trains nothing",
+            "this stage trains nothing",
         ),
     ],
 )
@@ -261,7 +261,7 @@ def test_what_is_traced_leaves_torch_as_it_was() -> None:
 
 @pytest.fixture
 def eight_h100(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(check, "_own_card", lambda: H100)
+    monkeypatch.setattr(check, "own_card", lambda: H100)
     monkeypatch.setattr(check, "world_size", lambda: 8)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (78 * 2**30, 80 * 2**30))
 

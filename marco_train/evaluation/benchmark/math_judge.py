@@ -1,0 +1,118 @@
+"""Whether two mathematical answers are equal, judged in a process that may be killed."""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import time
+from decimal import Decimal, InvalidOperation
+from functools import lru_cache
+from pathlib import Path
+
+from marco_train.errors import InputError
+
+WORKER = Path(__file__).with_name("math_worker.py")
+SECONDS = 20.0  # for an answer; the process has shorter limits of its own
+SECONDS_TO_START = 120.0
+
+
+class VerifierError(RuntimeError):
+    """A verifier could not judge an answer, which counts as wrong; the report counts these."""
+
+
+class MathJudge:
+    """Asks a worker process, which is started with the first question and again where it died."""
+
+    def __init__(self, seconds: float = SECONDS, worker: Path = WORKER) -> None:
+        self._seconds = seconds
+        self._worker = worker
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def equal(self, gold: str, answer: str) -> bool:
+        """Whether an answer equals the reference.
+
+        Raises:
+            VerifierError: It could not be judged: it took too long or too much memory.
+            InputError: math-verify is not installed.
+        """
+        fresh = self._process is None
+        process = self._started()
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps({"gold": gold, "answer": answer}).encode() + b"\n")
+            process.stdin.flush()
+            line = self._line(process, SECONDS_TO_START if fresh else self._seconds)
+        except (OSError, TimeoutError) as error:
+            self.close()
+            raise VerifierError(f"{type(error).__name__} on {answer[:60]!r}") from error
+        said = json.loads(line)
+        if "error" in said:
+            raise VerifierError(f"{said['error']} on {answer[:60]!r}")
+        return bool(said["right"])
+
+    def close(self) -> None:
+        """End the process."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+        self._process = None
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        if self._process is None:
+            require_math_verify()
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", str(self._worker)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
+        return self._process
+
+    @staticmethod
+    def _line(process: subprocess.Popen[bytes], seconds: float) -> bytes:
+        """Read a line of the process.
+
+        Raises:
+            TimeoutError: It took longer.
+            OSError: It died.
+        """
+        assert process.stdout is not None
+        end, found = time.monotonic() + seconds, b""
+        while not found.endswith(b"\n"):
+            ready, _, _ = select.select([process.stdout], [], [], max(0.0, end - time.monotonic()))
+            if not ready:
+                raise TimeoutError(f"no answer within {seconds:.0f} s")
+            part = os.read(process.stdout.fileno(), 2**16)
+            if not part:
+                raise OSError("the process died")
+            found += part
+        return found
+
+
+def require_math_verify() -> None:
+    """Refuse to go on without math-verify.
+
+    Raises:
+        InputError: Says what to install.
+    """
+    from importlib.util import find_spec
+
+    if find_spec("math_verify") is None:
+        raise InputError(
+            "math answers need the package math-verify: pip install 'marco-train[benchmark]'"
+        )
+
+
+@lru_cache(maxsize=1)
+def math_judge() -> MathJudge:
+    """The judge of this process."""
+    return MathJudge()
+
+
+def same_number(gold: str, answer: str) -> bool | None:
+    """Whether two decimals are equal; None: one of them is no decimal."""
+    try:
+        return Decimal(gold) == Decimal(answer)
+    except InvalidOperation:
+        return None
