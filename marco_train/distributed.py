@@ -113,12 +113,22 @@ def name_interface() -> None:
             environment.setdefault("GLOO_SOCKET_IFNAME", found)
 
 
+def address_towards(host: str | None) -> str:
+    """This machine's address on the way to an IPv4 host.
+
+    Raises:
+        OSError: There is no way.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host or "localhost", 9))  # sends nothing
+        return str(probe.getsockname()[0])
+
+
 def interface_to(host: str) -> str | None:
     """Name of the network interface from which an IPv4 host is reached; None if there is none."""
     try:
+        own = address_towards(host)
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-            probe.connect((host, 9))  # sends nothing
-            own = probe.getsockname()[0]
             for _, name in socket.if_nameindex():
                 asked = struct.pack("256s", name.encode())
                 with suppress(OSError):  # one without an address

@@ -90,6 +90,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "stage.rollout.expert_parallel",
         "stage.rollout.servers.**",
         "stage.rollout.sync_path",
+        "stage.rollout.weights_by",
         *(
             f"{teacher}.{name}"
             for teacher in (

@@ -30,6 +30,17 @@ class SamplerBackend(Enum):
     vllm_server = "vllm_server"
 
 
+class WeightsBy(Enum):
+    """How weights reach servers.
+
+    file: a file that trainer and servers reach; nccl: vLLM's weight transfer, from the first rank's
+    GPU to those of the servers.
+    """
+
+    file = "file"
+    nccl = "nccl"
+
+
 @dataclass(kw_only=True)
 class RolloutConfig:
     """What all samplers share."""
@@ -112,6 +123,11 @@ class VLLMServerRolloutConfig(RolloutConfig):
     sync_path: str = MISSING
     """Directory that trainer and servers reach under the same name, through which the weights go;
     of one run at a time."""
+    weights_by: WeightsBy = WeightsBy.file
+    """nccl takes servers that were started with --weight-transfer-config '{"backend": "nccl"}', and
+    memory of the first rank's machine for all weights: the file is then written from there, while
+    servers sample, for one that comes back, that was lost on the way or that cannot be met. It has
+    not been run."""
     max_staleness: int = 0
     """Updates that the policy may be ahead of the weights that sampled. 0: on-policy; 1: servers
     sample for the coming step while this one trains."""

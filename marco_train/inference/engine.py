@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from enum import Enum
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -29,6 +29,8 @@ from marco_train.errors import InputError, require
 from marco_train.inference.layout import kept_weights
 from marco_train.models.checksums import checksums_of
 from marco_train.models.weights import ALL_EXPERTS, ExpertShare
+
+T = TypeVar("T")
 
 # Settings of the process that vLLM reads; each is as in the engines that were measured.
 ENVIRONMENT = {
@@ -466,6 +468,8 @@ def replace_weights(model: Any, weights: Iterable[tuple[str, Tensor]], config: A
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import layerwise
 
+    # Ends a reload that broke off, whose half layers would count towards this one.
+    layerwise.finalize_layerwise_reload(model, config.model_config)
     needed = {name for name, _ in model.named_parameters()}
     if next(model.parameters()).device.type == "cpu":
         forget_packed_experts(model)
@@ -503,8 +507,8 @@ def forget_packed_experts(model: Any) -> None:
 
 
 def with_tied_head(
-    weights: Iterable[tuple[str, Tensor]], names: Container[str]
-) -> Iterator[tuple[str, Tensor]]:
+    weights: Iterable[tuple[str, T]], names: Container[str]
+) -> Iterator[tuple[str, T]]:
     """Pass on a stream with the head of a model that ties it, whose `names` have none.
 
     On a CPU vLLM packs it for a kernel of its own, which would go on with the old one.

@@ -83,7 +83,7 @@ def nothing_to_save() -> bool:
     return False
 
 
-class _TransientError(Exception):
+class TransientError(Exception):
     """A request failed in a way that may pass."""
 
 
@@ -135,10 +135,14 @@ class ServerPool:
 
         No request is open meanwhile.
         """
+        for future in self.as_answered(self.submit_unchecked(self._health_check, servers)):
+            future.result()
+
+    def submit_unchecked(self, work: Work[T], servers: Sequence[Server]) -> list[Future[T]]:
+        """Ask each of several servers for what comes before their health checks."""
         for server in self.servers:
             server.healthy = True
-        for future in self.as_answered([self.submit(self._health_check, s) for s in servers]):
-            future.result()
+        return [self.submit(work, server) for server in servers]
 
     def as_answered(
         self, futures: Sequence[Future[T]], may_reject: bool = False
@@ -221,7 +225,7 @@ class ServerPool:
                         return await self._attempt(work, chosen)
                     except InputError:  # a `ValueError`, and no malformed answer
                         raise
-                    except (_TransientError, UntrustedServerError) as error:
+                    except (TransientError, UntrustedServerError) as error:
                         self.last_error = str(error)
                     except (UnusableAnswerError, *MALFORMED) as error:
                         in_words = isinstance(error, UnusableAnswerError)
@@ -269,13 +273,14 @@ class ServerPool:
 
         Raises:
             InputError: The server refuses the request.
+            TransientError: It did not answer, or said that it cannot now.
         """
         method, url = "GET" if body is None else "POST", server.url + path
         try:
             response = await self._client.request(method, url, json=body)
         except httpx.RequestError as error:
             server.cool_down()
-            raise _TransientError(f"{server.url}: {type(error).__name__}: {error}") from error
+            raise TransientError(f"{server.url}: {type(error).__name__}: {error}") from error
         status, text = response.status_code, response.text[:500]
         if status in BUSY:
             self._max_open = max(1.0, self._max_open / 2)
@@ -284,5 +289,5 @@ class ServerPool:
         elif status >= 400:
             raise InputError(f"{url} refuses a request with {status}: {text}")
         if status >= 400:
-            raise _TransientError(f"{server.url}: {status} {text}")
+            raise TransientError(f"{server.url}: {status} {text}")
         return response.json()

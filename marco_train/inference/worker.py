@@ -4,12 +4,15 @@ vLLM mixes `Receiver` into its worker class (`--worker-extension-cls`), and its 
 called over HTTP.
 """
 
+import json
 import os
 import signal
 import threading
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from marco_train.errors import require
 from marco_train.inference.engine import checksums_kept, replace_weights, with_tied_head
@@ -20,12 +23,22 @@ OWNER_VARIABLE = "MARCO_TRAIN_OWNER"
 WATCH_SECONDS = 1.0
 
 
+class Held(NamedTuple):
+    """What the weights in a worker are."""
+
+    version: str
+    shapes: dict[str, tuple[int, ...]]
+    """By checkpoint names, experts joined."""
+    dtype: torch.dtype
+    """In which they came."""
+
+
 class Receiver:
-    """Takes weights from a checkpoint."""
+    """Takes weights from a checkpoint, and says what it holds."""
 
     model_runner: Any  # the worker's, as are all attributes
     vllm_config: Any
-    loaded_from: Path
+    held: Held
 
     def load_checkpoint(self, path: str, num_weights: str) -> None:
         """Replace all weights by the `num_weights` of a safetensors file, experts joined.
@@ -34,8 +47,8 @@ class Receiver:
             InputError: The file is cut short or another; nothing was touched.
             RuntimeError: The model has weights that the file did not reach.
         """
-        self.loaded_from = Path(path)
-        stored = read_header(self.loaded_from)
+        file = Path(path)
+        stored = read_header(file)
         require(
             len(stored) == int(num_weights),
             f"{path} has {len(stored)} weights, and the trainer wrote {num_weights}",
@@ -46,19 +59,24 @@ class Receiver:
             with_tied_head(weights, stored),
             self.vllm_config,
         )
+        (dtype,) = {DTYPES[place.dtype] for place in stored.values()}
+        shapes = {name: place.shape for name, place in stored.items()}
+        self.held = Held(file.stem, shapes, dtype)
+
+    def note_transfer(self, version: str, shapes: str, dtype: str) -> None:
+        """Note what came by vLLM's weight transfer: the version, shapes as JSON, and type."""
+        named = {name: tuple(shape) for name, shape in json.loads(shapes).items()}
+        self.held = Held(version, named, getattr(torch, dtype))
 
     def checksums(self) -> dict[str, Any]:
-        """Digest the weights that are kept as they came; `load_checkpoint` comes first.
+        """Digest the weights that are kept as they came; some have to have come.
 
         Returns:
-            `version`, the name of the file that they were loaded from, and `weights`, by
-            checkpoint names.
+            `version`, and `weights` by checkpoint names.
         """
-        stored = read_header(self.loaded_from)
-        shapes = {name: place.shape for name, place in stored.items()}
-        (dtype,) = {DTYPES[place.dtype] for place in stored.values()}
-        found = checksums_kept(self.model_runner.get_model(), shapes, dtype)
-        return {"version": self.loaded_from.stem, "weights": found}
+        held = self.held
+        found = checksums_kept(self.model_runner.get_model(), held.shapes, held.dtype)
+        return {"version": held.version, "weights": found}
 
 
 def end_with_owner() -> None:

@@ -14,6 +14,7 @@ from marco_train.config.rollout import (
     NativeRolloutConfig,
     VLLMRolloutConfig,
     VLLMServerRolloutConfig,
+    WeightsBy,
     check_expert_shares,
     check_kv_cache,
     check_replay,
@@ -49,6 +50,13 @@ def check_sampler(stage: SampledStage, student: ArchitectureConfig, dtype: DType
         )
         if cfg.expert_parallel:
             require_shared_experts(device())
+    if isinstance(cfg, VLLMServerRolloutConfig) and cfg.weights_by is WeightsBy.nccl:
+        require_vllm()
+        require(
+            torch.cuda.is_available(),
+            "stage.rollout.weights_by is nccl, and there is no GPU here to send from: set it to "
+            "file",
+        )
 
 
 def build_sampler(

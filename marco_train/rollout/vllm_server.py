@@ -1,16 +1,18 @@
 """The sampler behind servers of vLLM: prompts go out as token ids, responses come back.
 
-Weights go through a file that trainer and servers reach. A server that ends and comes back has
-random weights under another version: it is found out before it answers anything, gets the file
-again, and has to say of fixed sequences what the others said. A request is made anew until it is
-answered. On a CPU its response is the same wherever and whenever it is made; on GPUs only up to
-rounding by the batch, unless servers are started with VLLM_BATCH_INVARIANT=1, which has not run.
+Weights go through a file that trainer and servers reach, or over NCCL with the file for those that
+have none yet. A server that ends and comes back has random weights under another version: it is
+found out before it answers anything, gets the file, and has to say of fixed sequences what the
+others said. A request is made anew until it is answered. On a CPU its response is the same wherever
+and whenever it is made; on GPUs only up to rounding by the batch, unless servers are started with
+VLLM_BATCH_INVARIANT=1, which has not run.
 """
 
 import asyncio
+import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,11 +22,13 @@ import torch
 from torch import Tensor
 
 from marco_train.config.model import DType
-from marco_train.config.rollout import VLLMServerRolloutConfig
+from marco_train.config.rollout import VLLMServerRolloutConfig, WeightsBy
 from marco_train.distributed import barrier, gather_objects, is_main, rank, world_size
-from marco_train.errors import UntrustedServerError, UnusableAnswerError
+from marco_train.errors import InputError, UntrustedServerError, UnusableAnswerError
 from marco_train.inference import protocol
-from marco_train.inference.pool import SaveEarly, Server, ServerPool, Work
+from marco_train.inference.engine import with_tied_head
+from marco_train.inference.pool import SaveEarly, Server, ServerPool, TransientError, Work
+from marco_train.inference.transfer import Join, Transfer, join_over_nccl
 from marco_train.models.agreement import same_answer, spread_of
 from marco_train.models.safetensors_io import ShardFile
 from marco_train.models.weights import (
@@ -37,18 +41,29 @@ from marco_train.models.weights import (
 from marco_train.rollout.base import NO_WEIGHTS, Sampler, SamplerSpec, response_seed
 from marco_train.rollout.sync import FLOAT32_TOLERANCE
 from marco_train.rollout.vllm import rollout_of
+from marco_train.tracking import log_line
 from marco_train.types import Prompt, Rollout
 
 T = TypeVar("T")
+Shape = tuple[int, ...]
 
 PREFIX = "sync-"  # of the files that come and go
+UNFINISHED = ".unfinished"
+# What one request to a server raises.
+UNANSWERED = (InputError, UnusableAnswerError, TransientError)
+# What a server that cannot be met raises beside.
+UNMET = (AttributeError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 class ServerSampler(Sampler):
     """Samples over HTTP; every rank asks for its own prompts."""
 
     def __init__(
-        self, cfg: VLLMServerRolloutConfig, spec: SamplerSpec, save_early: SaveEarly
+        self,
+        cfg: VLLMServerRolloutConfig,
+        spec: SamplerSpec,
+        save_early: SaveEarly,
+        join: Join = join_over_nccl,
     ) -> None:
         """Nothing is asked yet: servers may still be starting."""
         self._spec = spec
@@ -65,9 +80,15 @@ class ServerSampler(Sampler):
         self._in_flight: list[Future[Rollout]] = []
         self._weight_version: int | None = None
         self._pool = ServerPool(cfg.servers, "sampler", self._health_check, save_early)
+        self._join = join if cfg.weights_by is WeightsBy.nccl else None
+        # Of the first rank, to servers that could be met; the others get the file.
+        self._transfers: dict[Server, Transfer] = {}
+        self._unmet: set[Server] = set()
+        self._writer = ThreadPoolExecutor(1, "writes weights")
+        self._written: Future[None] | None = None  # the file, where it is written by the way
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
-        """Write a complete stream of named weights and have every server load it.
+        """Have every server take a complete stream of named weights.
 
         Raises:
             InputError: A weight is missing, doubled, unknown or misshapen; or a server cannot
@@ -75,21 +96,107 @@ class ServerSampler(Sampler):
             ServersUnavailable: A server does not answer.
         """
         self._weight_version = self._canary = self._held = None
-        file = Path(f"{self._file_prefix}-{version}.safetensors")
-        shard = ShardFile(file, torch_dtype(self._spec.dtype), self._shapes)
+        self._file = Path(f"{self._file_prefix}-{version}.safetensors")
+        if self._join is not None:
+            self._open_transfers(self._join)
+        stream = accounted(weights, self._shapes)  # every rank takes part in it
+        sent: list[Future[bool]] = []
         if is_main():
-            file.parent.mkdir(parents=True, exist_ok=True)
-            for former in file.parent.glob(f"{PREFIX}*"):  # of this run, or of one that died
-                former.unlink()
-            shard.create()
-        for name, weight in accounted(weights, self._shapes):  # every rank takes part in the stream
-            if is_main():
-                shard.write(name, weight)
+            sent = self._send(stream)
+        else:
+            for _ in stream:
+                pass
+        arrived = [future.result() for future in self._pool.as_answered(sent)]
+        if self._written is not None and not all(arrived):
+            self._written.result()
         barrier()
-        self._file = file
         # Other ranks have theirs load these; every answer is checked for its weight version.
         self._pool.check(self._pool.servers[rank() :: world_size()])
         self._weight_version = version
+
+    def _open_transfers(self, join: Join) -> None:
+        """Have the first rank meet the workers of each server that it has not met; collective."""
+        missing = [s for s in self._pool.servers if s not in self._transfers.keys() | self._unmet]
+        asked = self._pool.submit_unchecked(partial(self._open, join), missing if is_main() else [])
+        list(self._pool.as_answered(asked))
+
+    async def _open(self, join: Join, server: Server) -> None:
+        await self._pool.ask(server, "/v1/models")  # it may still be starting
+        try:
+            self._transfers[server] = await Transfer.open(self._pool, server, join)
+        except (*UNANSWERED, *UNMET) as error:
+            self._unmet.add(server)
+            log_line(
+                f"{server.url} cannot be met over NCCL, and gets its weights by "
+                f"{self._file.parent}: {type(error).__name__}: {error}"
+            )
+
+    def _send(self, stream: Iterable[tuple[str, Tensor]]) -> list[Future[bool]]:
+        """Write the file, or send the weights to servers that were met and write it by the way.
+
+        Returns:
+            Of each such server, whether it took them all.
+        """
+        if self._written is not None:
+            self._written.result()
+            self._written = None
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        for former in self._file.parent.glob(f"{PREFIX}*"):  # of this run, or of one that died
+            former.unlink()
+        unfinished = self._file.with_suffix(UNFINISHED)
+        shard = ShardFile(unfinished, torch_dtype(self._spec.dtype), self._shapes)
+        shard.create()
+        if not self._transfers:
+            for name, weight in stream:
+                shard.write(name, weight)
+            unfinished.rename(self._file)
+            return []
+        transfers = list(self._transfers.values())
+        # A server that is lost on the way is met again at the next sync.
+        asked = self._pool.submit_unchecked(self._receive, list(self._transfers))
+        writes, announced = [], iter(_with_tied_head(self._shapes))
+        try:
+            for name, weight in with_tied_head(stream, self._shapes):
+                in_order = name == next(announced, None)
+                for transfer in transfers:
+                    if in_order:
+                        transfer.send(weight)
+                    else:  # something is missing; `accounted` says what
+                        transfer.close()
+                if name in self._shapes:
+                    writes.append(self._writer.submit(shard.write, name, _on_host(weight)))
+        except BaseException:
+            for transfer in transfers:
+                transfer.close()
+            raise
+        self._written = self._writer.submit(_finish, writes, unfinished, self._file)
+        return asked
+
+    async def _receive(self, server: Server) -> bool:
+        """Have a server take the weights that are sent; whether it did."""
+        dtype = torch_dtype(self._spec.dtype)
+        noted = {
+            "version": self._file.stem,
+            "shapes": json.dumps(self._shapes),
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        try:
+            await self._transfers[server].receive(_with_tied_head(self._shapes), dtype)
+            rpc = {"method": "note_transfer", "kwargs": noted}
+            await self._pool.ask(server, "/collective_rpc", rpc)
+            await self._take_version(server)
+        except UNANSWERED as error:
+            self._transfers.pop(server).close()
+            log_line(f"{server.url} was lost on the way, and gets the file: {error}")
+            return False
+        return True
+
+    async def _take_version(self, server: Server) -> None:
+        """Have a server answer with the weights that it has taken."""
+        if not (await self._pool.ask(server, "/reset_prefix_cache", {}))["success"]:
+            raise UnusableAnswerError(f"{server.url} is still computing with old weights")
+        new = {"new_version": self._file.stem}
+        await self._pool.ask(server, "/update_weight_version", new)
 
     async def _health_check(self, server: Server) -> None:
         """See that a server has the weights that it has to have, by its word and by numbers.
@@ -104,9 +211,7 @@ class ServerSampler(Sampler):
         if (await ask("/weight_info"))["weight_version"] != version:
             given = {"path": str(self._file), "num_weights": str(len(self._shapes))}
             await ask("/collective_rpc", {"method": "load_checkpoint", "kwargs": given})
-            if not (await ask("/reset_prefix_cache", {}))["success"]:
-                raise UnusableAnswerError(f"{server.url} is still computing with old weights")
-            await ask("/update_weight_version", {"new_version": version})
+            await self._take_version(server)
         if self._held is not None:
             self._compare_held(server, await self._checksums(server))
         if self._canary is not None:
@@ -248,5 +353,27 @@ class ServerSampler(Sampler):
     def close(self) -> None:
         """Drop the connections and the file of weights."""
         self._pool.close()
+        for transfer in self._transfers.values():
+            transfer.close()
+        self._writer.shutdown()
         if is_main():
-            self._file.unlink(missing_ok=True)
+            for file in (self._file, self._file.with_suffix(UNFINISHED)):
+                file.unlink(missing_ok=True)
+
+
+def _with_tied_head(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """The shapes of `with_tied_head`'s stream."""
+    return dict(with_tied_head(shapes.items(), shapes))
+
+
+def _on_host(weight: Tensor) -> Tensor:
+    """A copy in the host's memory, where a GPU copies to fast and torch keeps what is freed."""
+    copy = torch.empty(weight.shape, dtype=weight.dtype, pin_memory=weight.is_cuda)
+    return copy.copy_(weight)
+
+
+def _finish(writes: Sequence[Future[None]], unfinished: Path, file: Path) -> None:
+    """Give a file its name once it is whole."""
+    for write in writes:
+        write.result()
+    unfinished.rename(file)

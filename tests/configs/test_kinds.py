@@ -29,7 +29,7 @@ OWN = {
     ("rollout", "vllm"): {
         *("batch_size", "max_tokens_per_batch", "kv_cache_gib", "reserve_gib", "expert_parallel")
     },
-    ("rollout", "vllm_server"): {"servers", "sync_path", "max_staleness"},
+    ("rollout", "vllm_server"): {"servers", "sync_path", "weights_by", "max_staleness"},
     ("teacher", "hf"): {"max_tokens_per_batch"},
     ("teacher", "native"): {"max_tokens_per_batch", "expert_parallel_size"},
     ("teacher", "vllm"): {"max_tokens_per_batch", "kv_cache_gib"},
@@ -45,7 +45,12 @@ CLASSES: dict[tuple[str, str], type[RolloutConfig] | type[TeacherConfig]] = {
     ("teacher", "vllm_server"): VLLMServerTeacherConfig,
 }
 PLACES = {"rollout": "stage.rollout", "teacher": "stage.cascade.first.teacher"}
-VALUES = {"sync_path": "x", "servers": "{urls:['http://a:1']}", "kv_cache_gib": "0.5"}
+VALUES = {
+    "sync_path": "x",
+    "weights_by": "nccl",
+    "servers": "{urls:['http://a:1']}",
+    "kv_cache_gib": "0.5",
+}
 # Each kind, with each field that only others have.
 FOREIGN = {
     (group, kind, name)

@@ -15,25 +15,29 @@ from torch import Tensor
 from marco_train.config import TrainConfig
 from marco_train.config.model import DType
 from marco_train.config.opd import OPDConfig
+from marco_train.config.rollout import VLLMServerRolloutConfig, WeightsBy
+from marco_train.config.servers import SamplerServersConfig
 from marco_train.errors import InputError, ServersUnavailable, WeightSyncError
 from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.inference.worker import Receiver
 from marco_train.losses.logprobs import sequence_logprobs
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.weights import ALL_EXPERTS, ExpertShare, named_weights, random_model
-from marco_train.rollout.base import Sampler, in_order, response_seed
+from marco_train.rollout.base import Sampler, SamplerSpec, in_order, response_seed
 from marco_train.rollout.build import build_sampler
 from marco_train.rollout.sync import Canary, canary_sequences, sync_weights
+from marco_train.rollout.vllm_server import ServerSampler
 from marco_train.stages import opd
 from marco_train.types import FinishReason, Prompt, Rollout
 from tests.helpers.configs import compose_config
 from tests.helpers.fake_sampler import FakeSampler, draw, fake_samplers
-from tests.helpers.fake_server import NEUTRAL
+from tests.helpers.fake_server import NEUTRAL, stop_all
 from tests.helpers.models import VOCAB_SIZE, architecture, sparse_mlps
 from tests.helpers.processes import soon
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import distil, learnt, num_steps_of, saved_steps
 from tests.helpers.samplers import Stream, with_one_twice, without_one
+from tests.helpers.weight_transfer import TransferSampler, join_by_wire
 from tests.helpers.world import World
 
 pytestmark = pytest.mark.slow
@@ -95,6 +99,28 @@ def sampler_of(
     ).stage
     shape = architecture()
     OPENED.append(build_sampler(cfg, shape, DType.float32, STOP_IDS, 5, save_early))
+    return OPENED[-1]
+
+
+def transfer_sampler(servers: Sequence[TransferSampler], path: Path) -> Sampler:
+    """Its weights go by a wire, as over NCCL."""
+    urls = [server.url for server in servers]
+    cfg = VLLMServerRolloutConfig(
+        servers=SamplerServersConfig(urls=urls, max_requests=4, request_timeout_seconds=10.0),
+        sync_path=str(path),
+        weights_by=WeightsBy.nccl,
+    )
+    spec = SamplerSpec(
+        architecture(),
+        DType.float32,
+        STOP_IDS,
+        max_length=81,
+        max_response_length=LIMIT,
+        num_topk=TOP_K,
+        replay_routing=False,
+        seed=5,
+    )
+    OPENED.append(ServerSampler(cfg, spec, nothing_to_save, join_by_wire))
     return OPENED[-1]
 
 
@@ -442,6 +468,99 @@ def test_the_worker_refuses_a_file_before_it_touches_a_weight(
         Receiver().load_checkpoint(str(file), "3")
 
 
+@pytest.fixture
+def takers() -> Iterator[list[TransferSampler]]:
+    """Servers that take weights by transfer."""
+    found = [TransferSampler(), TransferSampler()]
+    yield found
+    stop_all(found)
+
+
+def sample_by_transfer(
+    takers: list[TransferSampler], path: Path, *listening: int
+) -> list[list[Rollout]]:
+    for each in listening:
+        os.close(each)
+    sampler = transfer_sampler(takers, path)
+    found = []
+    for version in (1, 2):
+        sync(Fixed(version), sampler, version)
+        mine = prompts()[dist.get_rank() :: dist.get_world_size()]
+        found.append(in_order(sampler.sample(mine, 2)))
+        dist.barrier()
+    sampler.close()
+    return found
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_weights_cross_to_the_processes_of_servers_without_the_file(
+    num_ranks: int, takers: list[TransferSampler], tmp_path: Path
+) -> None:
+    shares = run_on_ranks(num_ranks, sample_by_transfer, takers, tmp_path, *sockets(takers))
+    for number, version in enumerate((1, 2)):
+        found = in_order(rollout for share in shares for rollout in share[number])
+        assert found == expected(Fixed(version).model, version)
+    for taker in takers:
+        assert (taker.num_taken, taker.num_loaded) == (2, 0)
+        assert [each.rpartition("-")[2] for each in taker.loads] == ["1", "2"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_server_that_comes_back_between_syncs_gets_the_file_and_is_met_again(
+    takers: list[TransferSampler], tmp_path: Path
+) -> None:
+    sampler = transfer_sampler(takers, tmp_path)
+    sync(Fixed(1), sampler)
+    takers[0].script = ["dies mid-answer"]
+    takers[0].begin_anew()
+    assert in_order(sampler.sample(prompts(), 2)) == expected(Fixed(1).model)
+    soon(lambda: bool(takers[0].num_loaded and takers[0].version != "default"))
+    for version in (2, 3):  # the first finds that its group is gone
+        sync(Fixed(version), sampler, version)
+    assert in_order(sampler.sample(prompts(), 2)) == expected(Fixed(3).model, 3)
+    assert [(t.num_taken, t.num_loaded) for t in takers] == [(2, 2), (3, 0)]
+
+
+def test_a_server_that_is_lost_in_a_transfer_gets_the_file_and_holds_up_no_other(
+    takers: list[TransferSampler], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sampler = transfer_sampler(takers, tmp_path)
+    takers[0].leave_after = 5
+    sync(Fixed(1), sampler)
+    assert [(t.num_taken, t.num_loaded) for t in takers] == [(0, 1), (1, 0)]
+    assert f"{takers[0].url} was lost on the way, and gets the file" in capsys.readouterr().out
+    assert in_order(sampler.sample(prompts(), 2)) == expected(Fixed(1).model)
+    sync(Fixed(2), sampler, 2)
+    assert [(t.num_taken, t.num_loaded) for t in takers] == [(1, 1), (2, 0)]
+
+
+def test_a_server_that_cannot_be_met_gets_the_file_which_is_said_once(
+    takers: list[TransferSampler], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    takers[0].is_configured = False
+    sampler = transfer_sampler(takers, tmp_path)
+    for version in (1, 2):
+        sync(Fixed(version), sampler, version)
+    assert [(t.num_taken, t.num_loaded) for t in takers] == [(0, 2), (2, 0)]
+    (said,) = [line for line in capsys.readouterr().out.splitlines() if "NCCL" in line]
+    assert f"{takers[0].url} cannot be met over NCCL, and gets its weights by {tmp_path}" in said
+    assert "Weight transfer not configured" in said
+
+
+def test_a_transfer_that_is_not_complete_or_not_right_is_caught(
+    takers: list[TransferSampler], tmp_path: Path
+) -> None:
+    sampler, policy = transfer_sampler(takers, tmp_path), Fixed(2)
+    sync(Fixed(1), sampler)
+    takers[1].spoil = double_embeddings
+    with pytest.raises(WeightSyncError, match=r"1 of \d+ weights .*: model.embed_tokens.weight"):
+        sync(policy, sampler, 2)
+    stream = without_one(policy.named_weights())
+    policy.named_weights = lambda *_: stream  # type: ignore[method-assign]
+    with pytest.raises(InputError, match=r"1 weights are missing: .*k_proj"):
+        sync(policy, sampler, 3)
+
+
 NUM_STEPS = 5
 
 
@@ -471,7 +590,7 @@ def config(
     )
 
 
-def sockets(servers: list[FakeSampler]) -> list[int]:
+def sockets(servers: Sequence[FakeSampler]) -> list[int]:
     """Descriptors of all that listen; a fork has to close them."""
     return [server.socket for server in servers if server.is_up]
 

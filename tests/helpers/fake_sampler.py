@@ -60,6 +60,7 @@ class FakeSampler(FakeServer):
 
     def __init__(self) -> None:
         self.loads: list[str] = []  # versions, in turn
+        self.num_loaded = 0  # of them from a file
         self.answered: list[tuple[str, list[int]]] = []  # version and prompt of each response
         self.spoil: Callable[[Qwen3Moe], None] = lambda _: None  # what a load does beside
         self.names_experts = False
@@ -108,10 +109,11 @@ class FakeSampler(FakeServer):
         return 200, self._response(ids, params, fault)
 
     def _load(self, path: str, num_weights: str) -> tuple[int, Any]:
+        stored = read_header(Path(path))
         self.loads.append(Path(path).stem)
+        self.num_loaded += 1
         time.sleep(self.load_seconds)
         if not self.deaf:
-            stored = read_header(Path(path))
             assert len(stored) == int(num_weights)
             model = random_model(architecture(), torch.float32, seed=0)
             receive_weights(model, ((name, read(place)) for name, place in stored.items()))

@@ -15,7 +15,7 @@ from tests.helpers.processes import REPOSITORY
 TESTS = REPOSITORY / "tests"
 # By library: a module that may not know it, and the contract that says so.
 PLANTED = {
-    "vllm": ("data/chat.py", "vllm is known to marco_train.inference.engine"),
+    "vllm": ("data/chat.py", "vllm is known to marco_train.inference"),
     "deepspeed": ("models/moe.py", "deepspeed is known to marco_train.engine"),
     "wandb": ("stages/opd.py", "wandb is known to marco_train.tracking"),
     "lm_eval": (
