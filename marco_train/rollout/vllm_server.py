@@ -26,7 +26,6 @@ from marco_train.errors import UntrustedServerError, UnusableAnswerError
 from marco_train.inference import protocol
 from marco_train.inference.pool import SaveEarly, Server, ServerPool, Work
 from marco_train.models.agreement import same_answer, spread_of
-from marco_train.models.safetensors_io import ShardFile
 from marco_train.models.weights import (
     accounted,
     joined_shapes,
@@ -37,6 +36,7 @@ from marco_train.models.weights import (
 from marco_train.rollout.base import NO_WEIGHTS, Sampler, SamplerSpec, response_seed
 from marco_train.rollout.sync import FLOAT32_TOLERANCE
 from marco_train.rollout.vllm import rollout_of
+from marco_train.safetensors_io import ShardFile
 from marco_train.types import Prompt, Rollout
 
 T = TypeVar("T")
