@@ -18,6 +18,7 @@ from torch import Tensor
 from xxhash import xxh3_128
 
 from marco_train.errors import InputError
+from marco_train.files import CHUNK_BYTES
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types that weights may be stored in."""
@@ -34,7 +35,6 @@ BITS = {
 }
 """Of one number, by the type's name in the format (safetensors 0.8.0)."""
 LENGTH_BYTES = 8
-CHUNK_BYTES = 2**22  # digested while it is in a processor's cache
 LFS_POINTER = b"version https://git-lfs"
 
 
@@ -186,7 +186,7 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> str:
     """Write a file of tensors, of which one at a time is copied where it is not on the host.
 
     Returns:
-        The digest of the file, as `digest_of` finds it.
+        The digest of the file, as `files.digest_of` finds it.
     """
     header = Header({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
     digest = xxh3_128()
@@ -202,16 +202,6 @@ def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> str:
         write(memoryview(header.content))
         for tensor in tensors.values():
             write(_bytes(tensor.detach().cpu().contiguous()))
-    return digest.hexdigest()
-
-
-def digest_of(file: Path) -> str:
-    """Digest what a file holds: xxh3 of 128 bits, which finds every accident and no malice."""
-    digest = xxh3_128()
-    chunk = bytearray(CHUNK_BYTES)
-    with file.open("rb", buffering=0) as content:
-        while count := content.readinto(chunk):
-            digest.update(memoryview(chunk)[:count])
     return digest.hexdigest()
 
 

@@ -27,8 +27,7 @@ from marco_train.checkpoint.shards import (
 from marco_train.config.resumption import MANIFEST, STATE, complete_checkpoints
 from marco_train.distributed import barrier, gather_objects, is_main, rank, world_size
 from marco_train.errors import InputError
-from marco_train.files import replace_directory
-from marco_train.safetensors_io import digest_of
+from marco_train.files import digest_of, replace_directory
 
 
 def save_checkpoint(
