@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from marco_train.checkpoint import (
+    BackgroundSaves,
     StateSource,
     TrainingState,
     checkpoint_path,
@@ -134,6 +135,9 @@ class Run:
         self._started = time.perf_counter()
         self._step_started = self._started
         self._saved: int | None = None
+        self._background: BackgroundSaves | None = None
+        if cfg.checkpoint.asynchronous:
+            self._background = BackgroundSaves(checkpoints_of(cfg), cfg.checkpoint.keep_last)
         self._interruption = Interruption(self._directory, cfg.checkpoint.seconds)
         self._tracker: Tracker | None = None
         if is_main():
@@ -226,6 +230,7 @@ class Run:
         Raises:
             RunInterrupted: The run was asked to end; it is saved.
         """
+        self._publish(wait=False)
         wish, reason = self._interruption.ask()
         if due(step, self._cfg.checkpoint.save_every) or wish >= Wish.save:
             self._save(step + 1)
@@ -233,6 +238,7 @@ class Run:
             self._end_early(step + 1, wish, reason)
 
     def _end_early(self, num_updates: int, wish: Wish, reason: str) -> NoReturn:
+        self._publish(wait=True)
         if self._tracker is not None:
             self._tracker.close()
         path = checkpoint_path(checkpoints_of(self._cfg), num_updates)
@@ -254,24 +260,33 @@ class Run:
         learnt = self._policy.num_updates > self._first
         if learnt:
             self._save(self._policy.num_updates)
+            self._publish(wait=True)
         return learnt
 
     def _save(self, num_updates: int) -> None:
         """Save a checkpoint, unless there is one of so many updates; all ranks take part."""
+        self._publish(wait=True)  # one at a time
         if self._saved == num_updates:
             return
-        self._saved = num_updates
         state: dict[str, Any] = {part.name: part.state_at(num_updates) for part in self._parts}
         state |= self._noted
         state |= {"num_updates": num_updates, "schedule_steps": self._policy.schedule_steps}
-        save_checkpoint(
-            checkpoints_of(self._cfg),
-            num_updates,
-            self._policy.state(),
-            generator_tensors(),
-            state,
-            self._cfg.checkpoint.keep_last,
-        )
+        training, generators = self._policy.state(), generator_tensors()
+        if self._background is not None:
+            self._background.start(num_updates, training, generators, state)
+            return
+        directory, keep_last = checkpoints_of(self._cfg), self._cfg.checkpoint.keep_last
+        save_checkpoint(directory, num_updates, training, generators, state, keep_last)
+        self._saved = num_updates
+
+    def _publish(self, wait: bool) -> None:
+        """Let a checkpoint appear that was written beside training; all ranks take part.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        published = None if self._background is None else self._background.publish(wait)
+        self._saved = self._saved if published is None else published
 
     def export(self, name: str) -> None:
         """Write the policy as a Hugging Face directory under the run's; all ranks take part."""
@@ -281,6 +296,7 @@ class Run:
         """Save, export the policy and mark the run as finished; with more steps it can go on."""
         if self._cfg.checkpoint.save_every is not None:
             self._save(self._policy.num_updates)
+            self._publish(wait=True)
         self.export("export")
         barrier()  # what follows may take long, and no rank has to wait for it
         if self._tracker is not None:

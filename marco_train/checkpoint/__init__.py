@@ -1,5 +1,6 @@
 """What a run can be resumed from: directories, tensors and generators."""
 
+from marco_train.checkpoint.background import BackgroundSaves
 from marco_train.checkpoint.generators import generator_tensors, load_generators
 from marco_train.checkpoint.shards import (
     KINDS,
@@ -20,6 +21,7 @@ from marco_train.checkpoint.store import (
 
 __all__ = [
     "KINDS",
+    "BackgroundSaves",
     "Piece",
     "Snapshot",
     "StateSource",

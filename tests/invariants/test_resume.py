@@ -72,6 +72,24 @@ def test_three_a_crash_and_three_more_are_six_updates(
         assert files[0] == files[1]
 
 
+def test_a_checkpoint_that_is_written_beside_training_is_the_same(
+    world: World, tmp_path: Path
+) -> None:
+    given = ["model.dtype=bfloat16", "parallel.zero_stage=2"]
+    for name in ("blocking", "beside"):
+        more = [*given, f"checkpoint.asynchronous={name == 'beside'}"]
+        cfg = compose_config("quickstart_sft", *overrides("sft", world, tmp_path / name, 2), *more)
+        run_on_ranks(2, run, cfg, "sft", None)
+    for step in ("step_000003", "step_000006"):
+        paths = [tmp_path / name / "checkpoints" / step for name in ("blocking", "beside")]
+        same_state(*paths)
+        same_generators(*paths)
+        assert (
+            sorted(paths[0].iterdir())[0].read_text() == sorted(paths[1].iterdir())[0].read_text()
+        )
+    assert losses(tmp_path / "blocking") == losses(tmp_path / "beside")
+
+
 def test_a_phase_converges_at_the_same_step_after_a_resumption(
     world: World, tmp_path: Path
 ) -> None:
