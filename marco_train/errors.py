@@ -2,6 +2,7 @@
 
 RunError
     InputError: what a user gave cannot be used
+    CheckpointError: a checkpoint could not be written
     ServersUnavailable: servers are away, and the run can be resumed (exit status 75)
     RunInterrupted: the run was told to end, is saved, and can be resumed (exit status 143 or 75)
     WeightSyncError: policy and sampler disagree after a sync
@@ -29,6 +30,10 @@ class RunError(Exception):
 
 class InputError(RunError, ValueError):
     """What a user gave cannot be used; the message says what, the bound, and the fix."""
+
+
+class CheckpointError(RunError):
+    """A checkpoint could not be written; those before it are intact."""
 
 
 class ServersUnavailable(RunError):  # noqa: N818

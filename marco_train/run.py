@@ -7,14 +7,16 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
-from torch import Tensor
-
 from marco_train.checkpoint import (
+    BackgroundSaves,
+    StateSource,
+    TrainingState,
     checkpoint_path,
     generator_tensors,
     load_checkpoint,
     load_generators,
     read_state,
+    refuse_other_shapes,
     save_checkpoint,
     set_aside_newer,
 )
@@ -52,7 +54,6 @@ from marco_train.errors import (
     EXIT_STATUS,
     TOLD_TO_END,
     TRY_AGAIN_LATER,
-    InputError,
     RunInterrupted,
 )
 from marco_train.files import replaces
@@ -68,11 +69,11 @@ class Trainable(Protocol):
     schedule_steps: int
     """Updates that the learning rate's course spans."""
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Everything of this rank that an exact resume needs."""
+    def state(self) -> TrainingState:
+        """What this rank's share of the optimizer holds."""
 
-    def load_state(self, tensors: dict[str, Tensor], num_updates: int) -> None:
-        """Put it back."""
+    def load_state(self, source: StateSource, num_updates: int) -> None:
+        """Take up a state of as many updates, weights included; all ranks take part."""
 
     def export(self, path: Path) -> None:
         """Write a Hugging Face directory; all ranks take part."""
@@ -134,6 +135,9 @@ class Run:
         self._started = time.perf_counter()
         self._step_started = self._started
         self._saved: int | None = None
+        self._background: BackgroundSaves | None = None
+        if cfg.checkpoint.asynchronous:
+            self._background = BackgroundSaves(checkpoints_of(cfg), cfg.checkpoint.keep_last)
         self._interruption = Interruption(self._directory, cfg.checkpoint.seconds)
         self._tracker: Tracker | None = None
         if is_main():
@@ -226,6 +230,7 @@ class Run:
         Raises:
             RunInterrupted: The run was asked to end; it is saved.
         """
+        self._publish(wait=False)
         wish, reason = self._interruption.ask()
         if due(step, self._cfg.checkpoint.save_every) or wish >= Wish.save:
             self._save(step + 1)
@@ -233,6 +238,7 @@ class Run:
             self._end_early(step + 1, wish, reason)
 
     def _end_early(self, num_updates: int, wish: Wish, reason: str) -> NoReturn:
+        self._publish(wait=True)
         if self._tracker is not None:
             self._tracker.close()
         path = checkpoint_path(checkpoints_of(self._cfg), num_updates)
@@ -254,20 +260,33 @@ class Run:
         learnt = self._policy.num_updates > self._first
         if learnt:
             self._save(self._policy.num_updates)
+            self._publish(wait=True)
         return learnt
 
     def _save(self, num_updates: int) -> None:
         """Save a checkpoint, unless there is one of so many updates; all ranks take part."""
+        self._publish(wait=True)  # one at a time
         if self._saved == num_updates:
             return
-        self._saved = num_updates
         state: dict[str, Any] = {part.name: part.state_at(num_updates) for part in self._parts}
         state |= self._noted
         state |= {"num_updates": num_updates, "schedule_steps": self._policy.schedule_steps}
-        tensors = self._policy.state_tensors() | generator_tensors()
-        save_checkpoint(
-            checkpoints_of(self._cfg), num_updates, tensors, state, self._cfg.checkpoint.keep_last
-        )
+        training, generators = self._policy.state(), generator_tensors()
+        if self._background is not None:
+            self._background.start(num_updates, training, generators, state)
+            return
+        directory, keep_last = checkpoints_of(self._cfg), self._cfg.checkpoint.keep_last
+        save_checkpoint(directory, num_updates, training, generators, state, keep_last)
+        self._saved = num_updates
+
+    def _publish(self, wait: bool) -> None:
+        """Let a checkpoint appear that was written beside training; all ranks take part.
+
+        Raises:
+            CheckpointError: It could not be written.
+        """
+        published = None if self._background is None else self._background.publish(wait)
+        self._saved = self._saved if published is None else published
 
     def export(self, name: str) -> None:
         """Write the policy as a Hugging Face directory under the run's; all ranks take part."""
@@ -277,6 +296,7 @@ class Run:
         """Save, export the policy and mark the run as finished; with more steps it can go on."""
         if self._cfg.checkpoint.save_every is not None:
             self._save(self._policy.num_updates)
+            self._publish(wait=True)
         self.export("export")
         barrier()  # what follows may take long, and no rank has to wait for it
         if self._tracker is not None:
@@ -302,11 +322,12 @@ def resume_from(
         InputError: The checkpoint is damaged, or is another run's.
     """
     path, step = found.checkpoint, found.num_updates
-    tensors, state = load_checkpoint(path)
+    stored, state = load_checkpoint(path)
     changed = resume_parts(found, cfg, parts, state)
-    refuse_other_tensors(path, policy.state_tensors(), tensors)
-    policy.load_state(tensors, step)
-    load_generators(tensors)
+    refuse_other_shapes(path, stored, policy.state())
+    policy.load_state(stored, step)
+    if generators := stored.generators(rank()):  # of a new rank they stay as it was seeded
+        load_generators(generators)
     if is_main():
         log_line(f"resumed from {path}")
         for sentence in (*found.sentences, *map(said_of_allowed, changed)):
@@ -350,7 +371,7 @@ def check_resumption(
 ) -> None:
     """Refuse what the run would refuse of the checkpoint that it goes on from.
 
-    Tensors are not compared, nor the number of ranks.
+    Tensors are not compared.
 
     Raises:
         InputError: Says what is wrong with it.
@@ -373,21 +394,6 @@ def digests_at_start(cfg: TrainConfig, known: Mapping[str, str | None]) -> dict[
         digests = {name: known.get(name) or digest(path) for name, path in paths.items()}
         mine = observed(cfg, digests)
     return gather_objects(mine)[0]
-
-
-def refuse_other_tensors(path: Path, own: dict[str, Tensor], saved: dict[str, Tensor]) -> None:
-    """Refuse a checkpoint of other tensors than the policy's.
-
-    Raises:
-        InputError: Names the first.
-    """
-    for name, tensor in own.items():
-        if name not in saved or saved[name].shape != tensor.shape:
-            there = list(saved[name].shape) if name in saved else "absent"
-            raise InputError(
-                f"{path} is of another model: {name} is {there} there and {list(tensor.shape)} "
-                "here; bring back its model.path, or start with resume=never"
-            )
 
 
 def begin(cfg: TrainConfig) -> None:

@@ -1,60 +1,98 @@
 """What a run can be resumed from: a directory that appears when it is complete.
 
     checkpoints/step_000300/
-        rank_000.safetensors   this rank's weights, masters, moments and generators
+        rank_000.safetensors   what rank 0 updates: masters and moments, and its generators
+        index.json             where the pieces of each parameter lie, see `shards`
         state.json             updates made, data cursor, phase of the cascade, the run's config
-        manifest.json          size and SHA-256 of every file; written last
+        manifest.json          size and digest of every file; written last
 
-safetensors and JSON only. A checkpoint resumes on as many ranks as saved it.
+safetensors and JSON only. A checkpoint resumes on any number of ranks.
 """
 
 import json
 import shutil
-from hashlib import file_digest
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from marco_train.checkpoint.shards import (
+    INDEX,
+    StoredState,
+    TrainingState,
+    build_index,
+    write_shard,
+)
 from marco_train.config.resumption import MANIFEST, STATE, complete_checkpoints
 from marco_train.distributed import barrier, gather_objects, is_main, rank, world_size
 from marco_train.errors import InputError
-from marco_train.files import replace_directory, sync_to_disk
+from marco_train.files import digest_of, replace_directory
 
 
 def save_checkpoint(
-    directory: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep_last: int
+    directory: Path,
+    step: int,
+    training: TrainingState,
+    generators: Mapping[str, Tensor],
+    state: dict[str, Any],
+    keep_last: int,
 ) -> None:
     """Write a checkpoint of `step` updates; all ranks take part.
 
     Args:
         directory: Holds the checkpoints of a run.
         step: Updates made.
-        tensors: This rank's.
+        training: This rank's.
+        generators: This rank's.
         state: The same on every rank; JSON.
         keep_last: Complete checkpoints to keep, this one included.
     """
-    partial = directory / f".partial_{step:06d}"
+    partial = begin_checkpoint(directory, step)
+    shard = write_shard(partial, rank(), training, generators)
+    publish_checkpoint(directory, step, shard, state, keep_last)
+
+
+def begin_checkpoint(directory: Path, step: int) -> Path:
+    """Make the directory that ranks write into; all ranks take part."""
+    partial = partial_path(directory, step)
     if is_main():
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
     barrier()
-    shard = partial / f"rank_{rank():03d}.safetensors"
-    save_file(
-        {name: t.detach().to("cpu", copy=True).contiguous() for name, t in tensors.items()}, shard
-    )
-    entries: dict[str, dict[str, Any]] = dict(gather_objects((shard.name, _entry(shard))))
+    return partial
+
+
+def publish_checkpoint(
+    directory: Path, step: int, shard: dict[str, Any], state: dict[str, Any], keep_last: int
+) -> None:
+    """Let a checkpoint appear once every rank has written its shard; all ranks take part.
+
+    Args:
+        directory: Holds the checkpoints of a run.
+        step: Updates made.
+        shard: What `write_shard` says of this rank's.
+        state: The same on every rank; JSON.
+        keep_last: Complete checkpoints to keep, this one included.
+    """
+    partial = partial_path(directory, step)
+    shards = gather_objects(shard)
     if is_main():
-        state_file = partial / STATE
-        state_file.write_text(json.dumps(state, indent=2, sort_keys=True))
-        entries[state_file.name] = _entry(state_file)
+        entries = {each["name"]: {k: each[k] for k in ("bytes", "digest")} for each in shards}
+        for name, content in ((STATE, state), (INDEX, build_index(shards))):
+            (partial / name).write_text(json.dumps(content, indent=2, sort_keys=True))
+            entries[name] = _entry(partial / name)
         manifest = {"step": step, "world_size": world_size(), "files": entries}
         (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
         replace_directory(checkpoint_path(directory, step), partial)
         for old in complete_checkpoints(directory)[keep_last:]:
             shutil.rmtree(old)
     barrier()
+
+
+def partial_path(directory: Path, step: int) -> Path:
+    """Where the checkpoint of `step` updates lies until it is complete."""
+    return directory / f".partial_{step:06d}"
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -76,21 +114,23 @@ def set_aside_newer(directory: Path, step: int) -> None:
             path.rename(aside / path.name)
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read this rank's tensors and the state, after checking every file's size and digest.
+def load_checkpoint(path: Path) -> tuple[StoredState, dict[str, Any]]:
+    """Open the tensors and read the state, after checking every file; all ranks take part.
 
     Raises:
-        InputError: Another number of ranks saved it, or a file is not what was written.
+        InputError: A file is not what was written, on every rank.
     """
-    manifest = json.loads((path / MANIFEST).read_text())
-    if manifest["world_size"] != world_size():
-        raise InputError(
-            f"{path} was saved by {manifest['world_size']} ranks and this launch has "
-            f"{world_size()}; launch with --nproc_per_node={manifest['world_size']}"
-        )
-    mine = f"rank_{rank():03d}.safetensors"
-    _verify(path / mine, manifest["files"][mine])
-    return load_file(path / mine), read_state(path)
+    files = json.loads((path / MANIFEST).read_text())["files"]
+    fault = None
+    for name in sorted(files)[rank() :: world_size()]:
+        try:
+            _verify(path / name, files[name])
+        except InputError as error:
+            fault = str(error)
+    faults = [found for found in gather_objects(fault) if found is not None]
+    if faults:
+        raise InputError(faults[0])
+    return StoredState(path), read_state(path)
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -105,19 +145,16 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def _verify(file: Path, expected: dict[str, Any]) -> None:
-    found: dict[str, Any] = {"bytes": 0, "sha256": "absent"}
+    found: dict[str, Any] = {"bytes": 0, "digest": "absent"}
     if file.is_file():
         found = _entry(file)
     if found != expected:
         raise InputError(
-            f"{file} is damaged: {found['bytes']} bytes, digest {found['sha256'][:12]}, where "
-            f"{expected['bytes']} bytes, digest {expected['sha256'][:12]} were written; resume "
+            f"{file} is damaged: {found['bytes']} bytes, digest {found['digest'][:12]}, where "
+            f"{expected['bytes']} bytes, digest {expected['digest'][:12]} were written; resume "
             "from another checkpoint with resume=<path>"
         )
 
 
 def _entry(file: Path) -> dict[str, Any]:
-    sync_to_disk(file)
-    with file.open("rb") as content:
-        digest = file_digest(content, "sha256").hexdigest()
-    return {"bytes": file.stat().st_size, "sha256": digest}
+    return {"bytes": file.stat().st_size, "digest": digest_of(file)}

@@ -34,6 +34,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from marco_train.checkpoint import Snapshot
 from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.compose import read_run
 from marco_train.config.parallel import Recompute
@@ -437,12 +438,13 @@ def check_determinism(bench: Bench, figures: Figures) -> None:
     batch = bench.microbatches(1)
     with bench.policy(4) as policy:
         policy.train_step(batch, cross_entropy)
-        start = {name: tensor.clone() for name, tensor in policy.state_tensors().items()}
+        start = Snapshot(policy.state())
 
         def update() -> dict[str, Tensor]:
             policy.load_state(start, 1)
             policy.train_step(batch, cross_entropy)
-            return {name: tensor.clone() for name, tensor in policy.state_tensors().items()}
+            pieces = Snapshot(policy.state()).state.pieces
+            return {f"{kind}.{p.parameter}": t for p in pieces for kind, t in p.tensors.items()}
 
         for name, is_asked in (("as_it_is", False), ("deterministic", True)):
             torch.use_deterministic_algorithms(is_asked, warn_only=True)
@@ -459,7 +461,7 @@ def check_determinism(bench: Bench, figures: Figures) -> None:
             figures |= _named(name, {"tensors_differing": differing, "update_ms": 1e3 * took})
             texts = [str(w.message) for w in caught]
         said = {text.split(" does not")[0] for text in texts if "determin" in text}
-        figures |= {"tensors": len(start), "not_deterministic": ", ".join(sorted(said))}
+        figures |= {"tensors": len(one), "not_deterministic": ", ".join(sorted(said))}
     assert bench.is_cuda or not figures["as_it_is_tensors_differing"], "a CPU repeats an update"
 
 

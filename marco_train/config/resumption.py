@@ -71,9 +71,11 @@ KINDS: dict[str, tuple[str, ...]] = {
         "data.judge_rows",
         "data.on_change",
         "parallel.dispatch",
+        "parallel.expert_parallel_size",
         "parallel.recompute",
         "parallel.timeout_seconds",
         "parallel.offload_while_sampling",
+        "parallel.zero_stage",
         "stage.eval_every",
         "stage.num_eval_examples",
         "stage.max_sampler_mismatch",
@@ -113,8 +115,6 @@ KINDS: dict[str, tuple[str, ...]] = {
     ),
     "layout": (
         "stage.kind",
-        "parallel.zero_stage",
-        "parallel.expert_parallel_size",
         "model.dtype",
         *(
             f"model.architecture.{name}"

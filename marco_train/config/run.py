@@ -82,6 +82,10 @@ class CheckpointConfig:
     """Steps. None: never."""
     keep_last: int = 1
     """Complete checkpoints kept; older ones are deleted after a new one is complete."""
+    asynchronous: bool = False
+    """Whether training stops for a copy to the host's memory only, of 12 bytes for each parameter
+    that this rank updates, and the copy is written meanwhile. A checkpoint appears after the first
+    step by whose end all ranks have written."""
     must_save_by: str | None = None
     """Hours, minutes and seconds of a launch, as 3:50:00, before which the run is saved and ends
     with exit status 75, to be queued again. The longest step so far is left as room."""

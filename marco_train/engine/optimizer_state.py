@@ -1,7 +1,7 @@
 """The optimizer's state on this rank: saved, put back, and off the device between updates.
 
 masters    its partition of each parameter group, which the optimizer updates
-moments    of the masters, with the number of updates
+moments    of the masters
 gradients  a buffer that only stage 1 in bfloat16 keeps from update to update, zero between them
 """
 
@@ -12,11 +12,14 @@ import torch
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from torch import Tensor
 
+from marco_train.checkpoint import KINDS, Piece, StateSource, TrainingState, host_memory
 from marco_train.metrics import Metrics
+from marco_train.models.qwen3_moe import Qwen3Moe
+from marco_train.models.weights import held_ranges
 
 
 class OptimizerState:
-    """What DeepSpeed's optimizer around a fused AdamW holds, under the names of a checkpoint."""
+    """What DeepSpeed's optimizer around a fused AdamW holds, and whose elements they are."""
 
     def __init__(self, optimizer: Any, offload: bool) -> None:
         """Give the masters their moments, and take all of it off the device.
@@ -25,6 +28,7 @@ class OptimizerState:
             optimizer: DeepSpeed's, before its first update.
             offload: Whether it stays on the device only for an update; else it never leaves.
         """
+        self._optimizer = optimizer
         self._moments = optimizer.optimizer.state
         # DeepSpeed has a class of its own for bfloat16 weights in stage 1.
         own_class = isinstance(optimizer, BF16_Optimizer)
@@ -47,15 +51,39 @@ class OptimizerState:
         self._seconds = 0.0
         self.offload()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """`masters.<group>` and `adam.<group>.<name>`; on the host while they are away."""
-        return dict(self._copies) if self._away else self._on_device()
+    def state(self, model: Qwen3Moe) -> TrainingState:
+        """Name what this rank holds; its tensors are on the host while they are away."""
+        held = self._copies if self._away else self._on_device()
+        ranges = held_ranges(model)
+        pieces = []
+        for name, parameter in model.named_parameters():
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:
+                continue  # others update all of it
+            shape, first = ranges[name]
+            place = mapping.hp_fragment_address
+            tensors = {
+                kind: held[f"{kind}.{mapping.param_group_index}"].narrow(
+                    0, place.start, place.numel
+                )
+                for kind in KINDS
+            }
+            dtype = str(parameter.dtype).removeprefix("torch.")
+            start = first + mapping.lp_fragment_address.start
+            pieces.append(Piece(name, dtype, shape, start, tensors))
+        (steps,) = {int(moments["step"]) for moments in self._moments.values()}
+        return TrainingState(pieces, steps)
 
     @torch.no_grad()
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `tensors` gave on the same ranks, wherever it is kept now."""
-        for name, tensor in self.tensors().items():
-            tensor.copy_(tensors[name])
+    def load(self, model: Qwen3Moe, source: StateSource) -> None:
+        """Fill masters, moments and weights; all ranks take part."""
+        for piece in self.state(model).pieces:
+            source.fill(piece)
+        self.reload()
+        for moments in self._moments.values():
+            moments["step"].fill_(source.optimizer_steps)
+        self._optimizer.update_lp_params()
+        self.offload()
 
     @torch.no_grad()
     def offload(self) -> Metrics:
@@ -107,19 +135,15 @@ class OptimizerState:
     def _on_device(self) -> dict[str, Tensor]:
         found = {}
         for group, master in enumerate(self._masters):
-            found[f"masters.{group}"] = master.detach()
-            for name, value in self._moments[master].items():
-                found[f"adam.{group}.{name}"] = value
+            moments = self._moments[master]
+            found[f"master.{group}"] = master.detach()
+            for kind in KINDS[1:]:
+                found[f"{kind}.{group}"] = moments[kind]
         return found
 
 
 def _host_copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Memory for copies of float32 tensors, in one piece; pinned where they are on a GPU."""
+    """Memory for copies of float32 tensors."""
     sizes = [tensor.numel() for tensor in tensors.values()]
-    buffer = torch.empty(sum(sizes), dtype=torch.float32)
-    if torch.cuda.is_available():
-        # torch's own pinned memory is rounded up to a power of two, to twice as much at worst.
-        runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-        torch.cuda.check_error(runtime.cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0))
-    parts = zip(tensors.items(), torch.split(buffer, sizes), strict=True)
-    return {name: part.view(tensor.shape) for (name, tensor), part in parts}
+    parts = torch.split(host_memory(sum(sizes)), sizes)
+    return dict(zip(tensors, parts, strict=True))

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from torch import Tensor
 
+from marco_train.checkpoint import StateSource, TrainingState
 from marco_train.config.model import ModelConfig
 from marco_train.config.optim import OptimConfig
 from marco_train.config.parallel import ParallelConfig
@@ -143,21 +143,13 @@ class Policy(Student):
         """Write a Hugging Face directory with the tokenizer; all ranks take part."""
         save_model(self.model, path, self._tokenizer_dir, self._chat_template)
 
-    def state_tensors(self) -> dict[str, Tensor]:
-        """Everything of this rank that an exact resume needs, except the number of updates.
+    def state(self) -> TrainingState:
+        """What this rank's share of the optimizer holds; the weights are its masters, rounded."""
+        return self._state.state(self.model)
 
-        `weights.*` are this rank's weights, `masters.*` its float32 partition of each parameter
-        group, and `adam.*` the moments of that partition.
-        """
-        weights = {f"weights.{name}": p.detach() for name, p in self.model.named_parameters()}
-        return weights | self._state.tensors()
-
-    @torch.no_grad()
-    def load_state(self, tensors: dict[str, Tensor], num_updates: int) -> None:
-        """Put back what `state_tensors` gave on the same ranks."""
-        for name, parameter in self.model.named_parameters():
-            parameter.copy_(tensors[f"weights.{name}"])
-        self._state.load(tensors)
+    def load_state(self, source: StateSource, num_updates: int) -> None:
+        """Take up the state of a policy of as many parameters on any ranks; all ranks take part."""
+        self._state.load(self.model, source)
         self.num_updates = num_updates
 
 

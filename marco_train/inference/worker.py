@@ -16,7 +16,7 @@ import torch
 
 from marco_train.errors import require
 from marco_train.inference.engine import checksums_kept, replace_weights, with_tied_head
-from marco_train.models.safetensors_io import DTYPES, read, read_header
+from marco_train.safetensors_io import DTYPES, read, read_header
 
 # The process whose end ends the server.
 OWNER_VARIABLE = "MARCO_TRAIN_OWNER"

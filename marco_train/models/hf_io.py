@@ -37,14 +37,6 @@ from marco_train.distributed import gather_objects, is_main, rank, world_size
 from marco_train.errors import InputError, require
 from marco_train.files import replace_directory
 from marco_train.models.qwen3_moe import Qwen3Moe
-from marco_train.models.safetensors_io import (
-    DTYPES,
-    ShardFile,
-    StoredTensor,
-    read,
-    read_header,
-    read_into,
-)
 from marco_train.models.tokenizer_files import read_tokenizer
 from marco_train.models.weights import (
     FUSED,
@@ -54,6 +46,14 @@ from marco_train.models.weights import (
     name_first,
     refuse_broken,
     weight_shapes,
+)
+from marco_train.safetensors_io import (
+    DTYPES,
+    ShardFile,
+    StoredTensor,
+    read,
+    read_header,
+    read_into,
 )
 
 SHARD_BYTES = 4 * 2**30

@@ -26,7 +26,7 @@ from torch import Tensor
 from marco_train.config.architecture import ArchitectureConfig, read_architecture
 from marco_train.errors import require
 from marco_train.models.hf_io import stored_weights, write_directory
-from marco_train.models.safetensors_io import DTYPES, read
+from marco_train.safetensors_io import DTYPES, read
 
 
 class Scaling(Enum):

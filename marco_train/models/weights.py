@@ -177,6 +177,16 @@ def accounted(
         raise InputError(f"{len(missing)} weights are missing: {name_first(list(missing))}")
 
 
+def held_ranges(model: Qwen3Moe) -> dict[str, tuple[tuple[int, ...], int]]:
+    """Of each parameter, its shape with all experts, and where this rank's elements begin in it."""
+    shapes = joined_shapes(model)
+    held = _held_share(model.ep_group).number
+    return {
+        name: (shapes[name], held * parameter.numel() if FUSED.match(name) else 0)
+        for name, parameter in model.named_parameters()
+    }
+
+
 def receive_weights(model: Qwen3Moe, weights: Iterable[tuple[str, Tensor]]) -> None:
     """Fill this rank's share of a model from a complete stream of `named_weights`.
 

@@ -490,21 +490,20 @@ class Memory:
     @property
     def state(self) -> int:
         """Bytes of this rank's state in a checkpoint."""
-        return self.weights + 12 * self.partition
+        return 12 * self.partition
 
     def host(self, ranks_per_node: int) -> int:
         """Bytes of a node's memory at the worst moment, with the processes themselves."""
         offloaded = 12 * self.partition if self.cfg.parallel.offload_while_sampling else 0
-        saved = self.state if self.cfg.checkpoint.save_every is not None else 0
+        saves = self.cfg.checkpoint
+        saved = self.state if saves.asynchronous and saves.save_every is not None else 0
         # transformers loads a teacher on the CPU first.
         loaded = max(
             (self._bytes_of_teacher(t) for t in self._teachers() if isinstance(t, HFTeacherConfig)),
             default=0,
         )
         process = PROCESS if self.card.is_gpu else 0
-        return ranks_per_node * (
-            offloaded + max(saved, loaded if self.card.is_gpu else 0) + process
-        )
+        return ranks_per_node * (offloaded + saved + (loaded if self.card.is_gpu else 0) + process)
 
     def disk(self) -> int:
         """Bytes of checkpoints, the one that is being written too, and of exports."""

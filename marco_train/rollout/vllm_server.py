@@ -30,7 +30,6 @@ from marco_train.inference.engine import with_tied_head
 from marco_train.inference.pool import SaveEarly, Server, ServerPool, TransientError, Work
 from marco_train.inference.transfer import Join, Transfer, join_over_nccl
 from marco_train.models.agreement import same_answer, spread_of
-from marco_train.models.safetensors_io import ShardFile
 from marco_train.models.weights import (
     accounted,
     joined_shapes,
@@ -41,6 +40,7 @@ from marco_train.models.weights import (
 from marco_train.rollout.base import NO_WEIGHTS, Sampler, SamplerSpec, response_seed
 from marco_train.rollout.sync import FLOAT32_TOLERANCE
 from marco_train.rollout.vllm import rollout_of
+from marco_train.safetensors_io import ShardFile
 from marco_train.tracking import log_line
 from marco_train.types import Prompt, Rollout
 

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from marco_train.checkpoint import load_checkpoint, save_checkpoint
 from marco_train.commands.doctor import examine
 from marco_train.config import TrainConfig
 from marco_train.data.chat import CHATML
@@ -20,6 +19,7 @@ from marco_train.stages.checks import Checks
 from marco_train.stages.evaluate import prepare_evaluate
 from marco_train.stages.opd import prepare_opd, run_opd
 from marco_train.stages.sft import prepare_sft
+from tests.helpers.checkpoints import edit_state
 from tests.helpers.configs import compose_config
 from tests.helpers.processes import REPOSITORY
 from tests.helpers.ranks import run_on_ranks
@@ -296,9 +296,9 @@ def test_a_phase_that_converged_before_it_taught_is_passed_over(
     (tmp_path / "run" / "finished.json").unlink()
     checkpoints = tmp_path / "run" / "checkpoints"
     shutil.rmtree(checkpoints / "step_000002")
-    tensors, state = load_checkpoint(checkpoints / "step_000001")
-    state["cascade"]["converged"] = {"second": 1}
-    save_checkpoint(checkpoints, 1, tensors, state, keep_last=1)
+    edit_state(
+        checkpoints / "step_000001", lambda state: state["cascade"].update(converged={"second": 1})
+    )
 
     done = doctor("experiment=quickstart_opd", *given)
     assert done.returncode == 0, done.stdout + done.stderr

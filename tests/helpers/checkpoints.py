@@ -1,12 +1,14 @@
-"""Checkpoints without weights, and models with other ones."""
+"""What checkpoints hold, some without weights, and models with other ones."""
 
 import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from xxhash import xxh3_128_hexdigest
 
 from marco_train.config import TrainConfig
 from marco_train.config.resumption import describe
@@ -29,6 +31,58 @@ def leave_checkpoint(cfg: TrainConfig, step: int, **more: Any) -> Path:
     (path / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
     (path / "manifest.json").write_text("{}")
     return path
+
+
+def optimizer_state(path: Path) -> dict[str, Tensor]:
+    """Masters and moments of every parameter in a checkpoint, with all experts, joined by hand.
+
+    Found in the files of all ranks, by what the index says of their pieces.
+    """
+    found = {}
+    index = json.loads((path / "index.json").read_text())
+    files = {file.name: load_file(file) for file in path.glob("rank_*.safetensors")}
+    for name, entry in index["parameters"].items():
+        for kind in ("master", "exp_avg", "exp_avg_sq"):
+            parts = [files[piece["file"]][f"{kind}.{name}"] for piece in entry["pieces"]]
+            sizes = [piece["stop"] - piece["start"] for piece in entry["pieces"]]
+            assert [len(part) for part in parts] == sizes
+            found[f"{kind}.{name}"] = torch.cat(parts).view(entry["shape"])
+    return found
+
+
+def same_state(one: Path, other: Path) -> None:
+    """Compare masters and moments of two checkpoints, bit for bit."""
+    mine, theirs = optimizer_state(one), optimizer_state(other)
+    assert mine.keys() == theirs.keys()
+    assert any(name.startswith("exp_avg_sq.") and t.any() for name, t in mine.items())
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, theirs[name]), name
+
+
+def same_generators(one: Path, other: Path) -> None:
+    """Compare the generators of all ranks of two checkpoints."""
+    files = sorted(file.name for file in one.glob("rank_*.safetensors"))
+    assert files and files == sorted(file.name for file in other.glob("rank_*.safetensors"))
+    for file in files:
+        mine, theirs = load_file(one / file), load_file(other / file)
+        names = [name for name in mine if name.startswith("generator.")]
+        assert names
+        for name in names:
+            assert torch.equal(mine[name], theirs[name]), (file, name)
+
+
+def edit_state(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change what a checkpoint says of a run as if it had been saved so."""
+    file = path / "state.json"
+    state = json.loads(file.read_text())
+    change(state)
+    file.write_text(json.dumps(state))
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"][file.name] = {
+        "bytes": file.stat().st_size,
+        "digest": xxh3_128_hexdigest(file.read_bytes()),
+    }
+    (path / "manifest.json").write_text(json.dumps(manifest))
 
 
 Weights = dict[str, Tensor]

@@ -16,8 +16,8 @@ from marco_train.inference.layout import KEPT_ON_CPU
 from marco_train.models.checksums import checksums_of
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.routing import Routing
-from marco_train.models.safetensors_io import read, read_header
 from marco_train.models.weights import named_weights, random_model, receive_weights
+from marco_train.safetensors_io import read, read_header
 from tests.helpers.fake_server import FakeServer, stop_all
 from tests.helpers.models import architecture
 

@@ -13,8 +13,8 @@ from marco_train.config.architecture import ArchitectureConfig, read_architectur
 from marco_train.errors import InputError
 from marco_train.models import hf_io, load_model, save_model
 from marco_train.models.hf_io import check_architecture, stop_token_ids
-from marco_train.models.safetensors_io import StoredTensor, read_into
 from marco_train.models.weights import local_weights, named_weights, random_model
+from marco_train.safetensors_io import StoredTensor, read_into
 from tests.helpers.models import DENSE, architecture
 from tests.helpers.world import World
 

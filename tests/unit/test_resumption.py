@@ -111,8 +111,9 @@ CHANGES: list[tuple[str, list[str], list[str], str]] = [
     ("sft", [], ["stage.loss_tokens=all"], "objective"),
     ("sft", [], ["optim.learning_rate=2e-3"], "optim"),
     ("sft", [], ["optim.warmup_steps=3", "optim.clip_norm=0.5"], "optim"),
-    ("sft", [], ["parallel.zero_stage=2"], "layout"),
-    ("sft", [], ["parallel.expert_parallel_size=1"], "layout"),
+    ("sft", [], ["parallel.zero_stage=2"], "free"),
+    ("sft", [], ["parallel.expert_parallel_size=1"], "free"),
+    ("sft", [], ["model.dtype=bfloat16"], "layout"),
     ("sft", [], ["model.dtype=bfloat16"], "layout"),
     ("opd", [], ["stage.max_sampler_mismatch=0.5", "stage.rollout.canary_tolerance=1e-2"], "free"),
     ("opd", [], ["stage.rollout.batch_size=8", "stage.score_cache.path=cache"], "free"),
@@ -171,13 +172,13 @@ def test_a_change_is_free_or_said_or_asked_or_refused(
 
 def test_all_groups_that_a_resumption_needs_are_named_at_once(world: World, tmp_path: Path) -> None:
     leave_checkpoint(composed("sft", world, tmp_path), 3)
-    given = ["seed=1", "optim.eps=1e-6", "parallel.zero_stage=2", "on_resume.allow=[objective]"]
+    given = ["seed=1", "optim.eps=1e-6", "model.dtype=bfloat16", "on_resume.allow=[objective]"]
     with pytest.raises(InputError) as refused:
         continuation(composed("sft", world, tmp_path, *given))
     said = str(refused.value)
     assert "data: seed: 0 -> 1; optim: optim.eps: 1e-08 -> 1e-06; " in said
     assert "on_resume.allow=[data,objective,optim] goes on with the new values" in said
-    assert "parallel.zero_stage: 1 -> 2: the checkpoint cannot be loaded so" in said
+    assert "model.dtype: float32 -> bfloat16: the checkpoint cannot be loaded so" in said
 
 
 def test_the_held_out_rows_are_of_the_data_where_they_end_a_phase(

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 
 from marco_train import run as run_module
+from marco_train.checkpoint import TrainingState
 from marco_train.run import Run
 from tests.helpers.configs import compose_config
 from tests.helpers.world import World
@@ -28,8 +28,8 @@ class Untrained:
     num_updates = 0
     schedule_steps = 9
 
-    def state_tensors(self) -> dict[str, Any]:
-        return {}
+    def state(self) -> TrainingState:
+        return TrainingState([], 0)
 
 
 @pytest.fixture

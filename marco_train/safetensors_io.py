@@ -15,11 +15,15 @@ from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
+from xxhash import xxh3_128
 
 from marco_train.errors import InputError
+from marco_train.files import CHUNK_BYTES
 
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 """Types that weights may be stored in."""
+ALL_DTYPES = {**DTYPES, "U8": torch.uint8}
+"""Types that are read and written, by their names in the format."""
 BITS = {
     **dict.fromkeys(("F4",), 4),
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -46,7 +50,7 @@ class StoredTensor:
     @property
     def num_bytes(self) -> int:
         """Size in the file."""
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return math.prod(self.shape) * ALL_DTYPES[self.dtype].itemsize
 
     def part(self, index: int, num_parts: int) -> "StoredTensor":
         """One of equal parts along the first dimension."""
@@ -54,6 +58,12 @@ class StoredTensor:
         shape = (self.shape[0] // num_parts, *self.shape[1:])
         found = replace(self, shape=shape)
         return replace(found, offset=self.offset + index * found.num_bytes)
+
+    def elements(self, start: int, stop: int) -> "StoredTensor":
+        """A range of the flattened tensor."""
+        assert 0 <= start <= stop <= math.prod(self.shape)
+        offset = self.offset + start * ALL_DTYPES[self.dtype].itemsize
+        return replace(self, shape=(stop - start,), offset=offset)
 
     def without_first_dimension(self) -> "StoredTensor":
         """[1, ...] as [...]."""
@@ -124,8 +134,8 @@ def _are_sizes(value: Any) -> TypeGuard[list[int]]:
 
 def read_into(stored: StoredTensor, target: Tensor) -> None:
     """Read a tensor to its place, converting its type where they differ."""
-    same = target.dtype == DTYPES[stored.dtype] and target.device.type == "cpu"
-    place = target if same else torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+    same = target.dtype == ALL_DTYPES[stored.dtype] and target.device.type == "cpu"
+    place = target if same else torch.empty(stored.shape, dtype=ALL_DTYPES[stored.dtype])
     view = _bytes(place)
     with stored.file.open("rb", buffering=0) as content:
         content.seek(stored.offset)
@@ -146,9 +156,53 @@ def _bytes(tensor: Tensor) -> memoryview:
 
 def read(stored: StoredTensor) -> Tensor:
     """Read a tensor in the type it is stored in."""
-    target = torch.empty(stored.shape, dtype=DTYPES[stored.dtype])
+    target = torch.empty(stored.shape, dtype=ALL_DTYPES[stored.dtype])
     read_into(stored, target)
     return target
+
+
+class Header:
+    """The first bytes of a file of tensors that lie one after the other."""
+
+    def __init__(self, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]) -> None:
+        """Lay out tensors of these types and shapes, in their order."""
+        codes = {known: code for code, known in ALL_DTYPES.items()}
+        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        end = 0
+        starts = {}
+        for name, (dtype, shape) in tensors.items():
+            starts[name] = end
+            end += math.prod(shape) * dtype.itemsize
+            offsets = [starts[name], end]
+            header[name] = {"dtype": codes[dtype], "shape": shape, "data_offsets": offsets}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
+        self.content = len(text).to_bytes(LENGTH_BYTES, "little") + text
+        self.offsets = {name: len(self.content) + offset for name, offset in starts.items()}
+        self.file_bytes = len(self.content) + end
+
+
+def write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> str:
+    """Write a file of tensors, of which one at a time is copied where it is not on the host.
+
+    Returns:
+        The digest of the file, as `files.digest_of` finds it.
+    """
+    header = Header({name: (t.dtype, tuple(t.shape)) for name, t in tensors.items()})
+    digest = xxh3_128()
+    with file.open("wb", buffering=0) as content:
+
+        def write(view: memoryview) -> None:
+            for start in range(0, len(view), CHUNK_BYTES):
+                chunk = view[start : start + CHUNK_BYTES]
+                digest.update(chunk)
+                while len(chunk):
+                    chunk = chunk[content.write(chunk) :]
+
+        write(memoryview(header.content))
+        for tensor in tensors.values():
+            write(_bytes(tensor.detach().cpu().contiguous()))
+    return digest.hexdigest()
 
 
 class ShardFile:
@@ -158,25 +212,13 @@ class ShardFile:
         self._file = file
         self._dtype = dtype
         self._shapes = dict(shapes)
-        code = next(code for code, known in DTYPES.items() if known == dtype)
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-        end = 0
-        starts = {}
-        for name, shape in shapes.items():
-            starts[name] = end
-            end += math.prod(shape) * dtype.itemsize
-            header[name] = {"dtype": code, "shape": shape, "data_offsets": [starts[name], end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        self._header = text + b" " * (-len(text) % 8)  # the tensors begin at a multiple of 8
-        start = LENGTH_BYTES + len(self._header)
-        self._offsets = {name: start + offset for name, offset in starts.items()}
-        self._size = start + end
+        self._header = Header({name: (dtype, shape) for name, shape in shapes.items()})
 
     def create(self) -> None:
         """Write the header and reserve the rest; one process does, before any writes."""
         with self._file.open("wb") as content:
-            content.write(len(self._header).to_bytes(LENGTH_BYTES, "little") + self._header)
-            content.truncate(self._size)
+            content.write(self._header.content)
+            content.truncate(self._header.file_bytes)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Write one tensor; only it is copied, where it is on a GPU or has strides."""
@@ -185,7 +227,7 @@ class ShardFile:
         place = tensor.detach().cpu().contiguous()
         view = _bytes(place)
         with self._file.open("r+b", buffering=0) as content:
-            content.seek(self._offsets[name])
+            content.seek(self._header.offsets[name])
             done = 0
             while done < len(view):
                 done += content.write(view[done:])
