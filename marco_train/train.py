@@ -45,6 +45,8 @@ def main(words: Sequence[str] | None = None) -> None:
         note_exit(cfg, 0, "finished")
     except InputError as error:
         note_exit(cfg, 1, str(error))
+        if not is_first_rank():  # it may be another's too, and is said once then
+            time.sleep(SECONDS_TO_SAY_IT)
         sys.exit(f"error: {error}")
     except ServersUnavailable as error:  # the same on every rank
         note_exit(cfg, TRY_AGAIN_LATER, str(error))

@@ -81,9 +81,7 @@ def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_from_it(
         process.send_signal(told)
     code, output = ended(process)
     assert code == 143, output
-    assert (
-        f'File "{REPOSITORY / "marco_train"}' not in output
-    )  # torchrun has a traceback of its own
+    assert "Traceback" not in output
     status = exit_status(tmp_path)
     step, reason = status["step"], status["reason"]  # a launcher may pass SIGINT on as SIGTERM
     path = tmp_path / "checkpoints" / f"step_{step:06d}"
