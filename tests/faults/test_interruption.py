@@ -161,7 +161,7 @@ def test_an_evaluation_ends_at_once(experiment: str, caught: bool) -> None:
 
 def test_a_launch_forgets_how_the_last_one_ended(tmp_path: Path) -> None:
     (tmp_path / "exit_status.json").write_text("{}")
-    begin(compose_config("quickstart_sft", f"output_dir={tmp_path}"))
+    begin(compose_config("quickstart_sft", f"output_dir={tmp_path}"), {})
     assert not (tmp_path / "exit_status.json").exists()
 
 
