@@ -175,7 +175,7 @@ class Run:
         else:
             noted |= resume_from(found, cfg, policy, parts)
         if is_main():
-            begin(cfg)
+            begin(cfg, noted["content"])
             set_aside_newer(checkpoints_of(cfg), policy.num_updates)
         barrier()
         run = cls(cfg, policy, parts, found is not None, noted, work)
@@ -396,13 +396,20 @@ def digests_at_start(cfg: TrainConfig, known: Mapping[str, str | None]) -> dict[
     return gather_objects(mine)[0]
 
 
-def begin(cfg: TrainConfig) -> None:
-    """Write config.json, and delete what an earlier launch left of its end."""
+def begin(cfg: TrainConfig, content: Mapping[str, Content]) -> None:
+    """Write config.json, and delete what an earlier launch left of its end.
+
+    Args:
+        cfg: The run.
+        content: What its files hold, as `observed` notes it; config.json keeps the digests.
+    """
     directory = Path(cfg.output_dir)
     directory.mkdir(parents=True, exist_ok=True)
     for told in (FINISHED, EXIT_STATUS):
         (directory / told).unlink(missing_ok=True)
-    (directory / "config.json").write_text(json.dumps(plain_config(cfg), indent=2))
+    digests = {name: each["digest"] for name, each in content.items() if each["digest"]}
+    written = plain_config(cfg) | {"digests": digests}
+    (directory / "config.json").write_text(json.dumps(written, indent=2))
 
 
 def mark_finished(

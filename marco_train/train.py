@@ -17,7 +17,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from marco_train.config import TrainConfig, to_run
+from marco_train.config import TrainConfig
 from marco_train.config.compose import compose, sweep_refusal
 from marco_train.config.resumption import check_resume, continuation, is_finished
 from marco_train.config.stage import StageKind
@@ -30,6 +30,7 @@ from marco_train.errors import (
     require,
 )
 from marco_train.files import replaces
+from marco_train.hub import read_settled
 
 # Other ranks wait this long, so that rank 0 can print the error before torchrun ends the job.
 SECONDS_TO_SAY_IT = 10
@@ -45,6 +46,8 @@ def main(words: Sequence[str] | None = None) -> None:
         note_exit(cfg, 0, "finished")
     except InputError as error:
         note_exit(cfg, 1, str(error))
+        if not is_first_rank():  # it may be another's too, and is said once then
+            time.sleep(SECONDS_TO_SAY_IT)
         sys.exit(f"error: {error}")
     except ServersUnavailable as error:  # the same on every rank
         note_exit(cfg, TRY_AGAIN_LATER, str(error))
@@ -75,7 +78,7 @@ def read(words: Sequence[str]) -> TrainConfig | None:
         if {"--cfg", "-c"} & set(words):
             print_config(words)
             return None
-        cfg = to_run(compose(words))
+        cfg = read_settled(words)
         check_resume(cfg)
         if not is_finished(cfg):
             continuation(cfg)  # refuses what it may not change, before anything is loaded

@@ -37,7 +37,8 @@ launch() {
       --master_addr "${MASTER_ADDR:?more than one node needs MASTER_ADDR}"
       --master_port "${MASTER_PORT:-29500}")
   fi
-  local command=(torchrun "${rendezvous[@]}" --nproc_per_node "$processes"
+  # torchrun, which leaves the last word to the ranks.
+  local command=(python -m marco_train.commands.launch "${rendezvous[@]}" --nproc_per_node "$processes"
     -m marco_train.train "experiment=$experiment" "$@")
   if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "${command[@]}"; echo; return; fi
   # Microbatches differ in shape, and pieces of freed memory would not fit the next. An engine of vLLM
@@ -46,7 +47,7 @@ launch() {
   OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(count_threads "$processes")} watched "${command[@]}"
 }
 
-# watched <torchrun ...>: passes SIGTERM, SIGINT and SIGUSR1 on to the ranks, which save then, and ends
+# watched <command>: passes SIGTERM, SIGINT and SIGUSR1 on to the ranks, which save then, and ends
 # with their exit status where torchrun itself knows only 1: 75 to be queued again, 143 if told to end.
 watched() {
   local status=0 file pid

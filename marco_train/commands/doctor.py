@@ -14,10 +14,10 @@ from pathlib import Path
 
 from marco_train.commands.examination import Examination
 from marco_train.config import TrainConfig
-from marco_train.config.compose import read_run
 from marco_train.config.resumption import check_resume, continuation, is_finished
 from marco_train.config.stage import StageKind
 from marco_train.errors import require
+from marco_train.hub import read_settled
 from marco_train.train import is_first_rank
 
 USAGE = """usage: marco-train doctor experiment=<name> [key=value ...] [--config-dir DIR]
@@ -43,7 +43,7 @@ def main(words: Sequence[str] | None = None) -> None:
 def examine(words: Sequence[str]) -> list[str]:
     """Make all checks of a run; gives what is wrong, each in a sentence."""
     checks = Examination()
-    cfg = checks.make("config", read_run, words)
+    cfg = checks.make("config", read_settled, words)
     if checks.faults:
         return checks.faults
     checks.make("output directory", check_output, cfg)

@@ -37,6 +37,7 @@ from marco_train.data.gate import (
 from marco_train.data.render import ExampleRenderer, PromptRenderer
 from marco_train.data.tokens import render_row
 from marco_train.errors import InputError
+from marco_train.hub import fetch, is_hub_id
 from marco_train.types import Conversation
 
 NUM_BARS = 8  # of the histogram
@@ -93,7 +94,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="marco-train inspect", description=__doc__)
     add_source_arguments(parser)
-    parser.add_argument("--tokenizer", help="directory of one; without, lengths are in bytes")
+    parser.add_argument(
+        "--tokenizer",
+        help="directory of one, or org/name[@revision] of the hub; without, lengths are in bytes",
+    )
     parser.add_argument(
         "--chat-template",
         choices=[template.value for template in ChatTemplate],
@@ -110,6 +114,8 @@ def _tokenizer(args: argparse.Namespace, opened: ExitStack) -> Tokenizer:
     if path is None:
         path = opened.enter_context(tempfile.TemporaryDirectory())
         _write_byte_tokenizer(Path(path))
+    elif is_hub_id(path):
+        path = str(fetch(path, weights=False))
     template = args.chat_template or ("tokenizer" if args.tokenizer else "chatml")
     return load_tokenizer(ModelConfig(tokenizer=path, chat_template=ChatTemplate(template)))
 

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf, open_dict
 from marco_train.config import TrainConfig, to_run
 from marco_train.config.compose import compose
 from marco_train.errors import InputError, require
+from marco_train.hub import with_those_here
 
 DEFAULTS = {"gpus": "8", "gpu": "h100-80"}
 NOT_HERE = "weights_that_are_not_here_yet"
@@ -129,7 +130,7 @@ def composed_without_weights(overrides: list[str]) -> TrainConfig:
     Raises:
         InputError: They are not, and no shape is given either.
     """
-    found = compose(overrides)
+    found = with_those_here(compose(overrides))
     if OmegaConf.is_missing(found.model, "path"):
         require(
             found.model.architecture is not None,

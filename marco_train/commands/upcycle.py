@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from marco_train.errors import InputError, require
+from marco_train.hub import fetch, is_hub_id
 from marco_train.models.upcycle import Scaling, UpcycleConfig, upcycle
 
 
@@ -23,8 +24,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
         router_std=args.router_std,
         seed=args.seed,
     )
-    dense = Path(args.dense)
-    tokenizer = dense if (dense / "tokenizer.json").is_file() else None
 
     start = time.perf_counter()
 
@@ -38,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"--out: {args.out} holds something already: choose another directory, or give "
             "--overwrite to replace it",
         )
+        dense = fetch(args.dense) if is_hub_id(args.dense) else Path(args.dense)
+        tokenizer = dense if (dense / "tokenizer.json").is_file() else None
         found = upcycle(dense, args.out, cfg, tokenizer, show)
     except InputError as error:
         sys.exit(f"error: {error}")
@@ -61,7 +62,11 @@ def _parser() -> argparse.ArgumentParser:
         "an expert's width, each slice is copied, and part of each copy is drawn anew "
         "(Marco-MoE section 2.2, arXiv 2604.25578).",
     )
-    parser.add_argument("--dense", required=True, help="directory of a dense Qwen3, or org/name")
+    parser.add_argument(
+        "--dense",
+        required=True,
+        help="directory of a dense Qwen3, or org/name[@revision] of the hub",
+    )
     parser.add_argument(
         "--out",
         type=Path,

@@ -15,7 +15,8 @@ class EvaluateConfig(UntrainedStageConfig):
     """Sampled accuracy and reverse KL of exported models on held-out prompts."""
 
     models: dict[str, str] = field(default_factory=dict)
-    """Hugging Face directories of students, by name: accuracy and KL to each teacher."""
+    """Hugging Face directories of students, or org/name[@revision] of the hub, by name: accuracy
+    and KL to each teacher."""
     teachers: dict[str, TeacherConfig] = field(default_factory=dict)
     """Accuracy only, and the yardsticks of the KL."""
     num_prompts: int = MISSING

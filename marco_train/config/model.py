@@ -34,9 +34,11 @@ class ModelConfig:
     """The student: which weights to start from."""
 
     path: str | None = MISSING
-    """Hugging Face directory to start from. None: random weights of `architecture`."""
+    """Hugging Face directory to start from, or org/name[@revision] of the hub. None: random weights
+    of `architecture`."""
     tokenizer: str = II("model.path")
-    """Hugging Face directory of the tokenizer and its chat template."""
+    """Hugging Face directory of the tokenizer and its chat template, or org/name[@revision] of the
+    hub. Not given: the model's own."""
     chat_template: ChatTemplate = ChatTemplate.tokenizer
     """tokenizer: the tokenizer's own. Where it does not mark the assistant's tokens with
     {% generation %}, SFT learns the answers whose prompts the whole conversation holds as sampling

@@ -63,6 +63,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "logging.**",
         "checkpoint.**",
         "planning.**",
+        "hub.**",  # what the files hold counts
         "teacher.**",  # as the cascade has it
         "data.path",  # as the sources have it
         "data.max_tokens_per_microbatch",

@@ -139,6 +139,9 @@ class TrainConfig:
     otherwise the path of a checkpoint, also of another run's, with which an output_dir of its own
     begins."""
     on_resume: OnResumeConfig = field(default_factory=OnResumeConfig)
+    hub: dict[str, str] = field(default_factory=dict)
+    """Which commit each model of the hub is, as org/name@commit by the field that names it; the run
+    fills it in."""
     model: ModelConfig = MISSING
     teacher: Any = None
     """The teacher of experiment=opd, where stage.cascade.own.teacher takes it from; of other

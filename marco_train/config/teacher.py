@@ -31,7 +31,8 @@ class TeacherConfig:
     backend: TeacherBackend = MISSING
     """What the group teacher@<place> was set to."""
     path: str = MISSING
-    """Hugging Face directory; of `vllm_server`, its tokenizer and config are enough."""
+    """Hugging Face directory, or org/name[@revision] of the hub; of `vllm_server`, its tokenizer
+    and config are enough."""
     dtype: DType = DType.bfloat16
     """Of `vllm_server`, what the servers were started with."""
     stop_id: int | None = None

@@ -67,7 +67,7 @@ def open_evaluate(
     prepared = prepare_evaluate(cfg, checks)
     content = observed(cfg, digests={})  # before the models are read
     if is_main():
-        begin(cfg)
+        begin(cfg, content)
     with ExitStack() as stack:
         teachers = open_teachers(cfg, prepared, checks)
         for teacher in teachers.values():

@@ -113,8 +113,8 @@ def test_opd_has_the_papers_numbers(name: str, steps: tuple[int, int]) -> None:
     assert TEMPERATURE == 1.0
     assert list(stage.cascade) == ["first", "second"]
     assert tuple(phase.num_steps for phase in stage.cascade.values()) == steps
-    assert stage.cascade["first"].teacher.path == "Qwen3-30B-A3B-Instruct-2507"
-    assert stage.cascade["second"].teacher.path == "Qwen3-Next-80B-A3B-Instruct"
+    assert stage.cascade["first"].teacher.path == "Qwen/Qwen3-30B-A3B-Instruct-2507"
+    assert stage.cascade["second"].teacher.path == "Qwen/Qwen3-Next-80B-A3B-Instruct"
     optim = cfg.optim
     assert (optim.learning_rate, optim.min_learning_rate) == (1e-6, 1e-6)
     assert optim.schedule is Schedule.constant

@@ -19,6 +19,7 @@ from tests.helpers.processes import REPOSITORY
 RECIPES = sorted(
     p.relative_to(REPOSITORY) for p in REPOSITORY.glob("recipes/*/*.sh") if os.access(p, os.X_OK)
 )
+LAUNCH = "python -m marco_train.commands.launch"
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +183,7 @@ def test_every_recipe_prints_its_launches_without_a_gpu(recipe: Path) -> None:
     lines = [line.strip() for line in done.stdout.splitlines()]
     assert lines
     for line in lines:
-        assert line.startswith("torchrun --standalone --nproc_per_node 2 -m marco_train.train ")
+        assert line.startswith(f"{LAUNCH} --standalone --nproc_per_node 2 -m marco_train.train ")
         assert line.endswith("seed=5")
 
 
@@ -197,7 +198,7 @@ def test_two_nodes_meet_at_a_master() -> None:
         MASTER_ADDR="10.0.0.1",
     )
     assert done.stdout.strip() == (
-        "torchrun --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 29500 "
+        f"{LAUNCH} --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 29500 "
         "--nproc_per_node 8 -m marco_train.train experiment=marco_mini_opd"
     )
 
@@ -220,7 +221,7 @@ def test_a_launch_has_the_visible_gpus_and_shares_the_cores(
     programs = {
         "nvidia-smi": "printf 'GPU %d: H100\\n' 0 1 2 3 4 5 6 7",
         "nproc": f"echo {cores}",
-        "torchrun": 'echo "$OMP_NUM_THREADS threads: $*"',
+        "python": 'echo "$OMP_NUM_THREADS threads: $*"',
     }
     for name, line in programs.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{line}\n")
@@ -230,7 +231,8 @@ def test_a_launch_has_the_visible_gpus_and_shares_the_cores(
     path = f"{tmp_path}:/usr/bin:/bin"
     done = run(tmp_path, "there/recipes/marco_mini/sft.sh", PATH=path, **given)
     assert done.stdout.startswith(
-        f"{threads} threads: --standalone --nproc_per_node {launched} -m marco_train.train "
+        f"{threads} threads: -m marco_train.commands.launch --standalone --nproc_per_node "
+        f"{launched} -m marco_train.train "
     )
 
 

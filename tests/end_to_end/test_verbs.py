@@ -1,5 +1,6 @@
 """One command with verbs, each of which a script calls too."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -94,3 +95,46 @@ def test_upcycle_does_not_overwrite_unasked(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="holds something already: choose another directory, or"):
         main([*words, "--num-experts", "8", "--expert-width", "16", "--top-k", "2"])
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def launched(*words: str) -> subprocess.CompletedProcess[str]:
+    """A recipe's launch of two ranks."""
+    script = 'source recipes/launch.sh; launch "$@"'
+    return subprocess.run(
+        ["bash", "-c", script, "_", *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=REPOSITORY,
+        env=os.environ | {"NPROC": "2", "PYTHONPATH": str(REPOSITORY)},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["optim.clip_norm=0"], "error: optim.clip_norm is 0.0, and must be greater than 0\n"),
+        (["model.path=nowhere", "root=nowhere"], "error: model.tokenizer: no tokenizer.json in"),
+    ],
+)
+def test_a_refusal_of_several_ranks_is_printed_once_and_last(words: list[str], says: str) -> None:
+    done = launched("quickstart_sft", *words)
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 1
+    assert done.stderr.splitlines()[-1].startswith(says.rstrip("\n"))
+    assert "Traceback" not in done.stderr and "torch.distributed" not in done.stderr
+
+
+@pytest.mark.slow
+def test_the_report_of_ranks_that_were_killed_is_printed(tmp_path: Path) -> None:
+    (tmp_path / "dies.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "marco_train.commands.launch", "--standalone", tmp_path / "dies.py"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 1
+    assert "Signal 9 (SIGKILL)" in done.stderr

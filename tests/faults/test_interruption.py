@@ -81,9 +81,7 @@ def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_from_it(
         process.send_signal(told)
     code, output = ended(process)
     assert code == 143, output
-    assert (
-        f'File "{REPOSITORY / "marco_train"}' not in output
-    )  # torchrun has a traceback of its own
+    assert "Traceback" not in output
     status = exit_status(tmp_path)
     step, reason = status["step"], status["reason"]  # a launcher may pass SIGINT on as SIGTERM
     path = tmp_path / "checkpoints" / f"step_{step:06d}"
@@ -163,7 +161,7 @@ def test_an_evaluation_ends_at_once(experiment: str, caught: bool) -> None:
 
 def test_a_launch_forgets_how_the_last_one_ended(tmp_path: Path) -> None:
     (tmp_path / "exit_status.json").write_text("{}")
-    begin(compose_config("quickstart_sft", f"output_dir={tmp_path}"))
+    begin(compose_config("quickstart_sft", f"output_dir={tmp_path}"), {})
     assert not (tmp_path / "exit_status.json").exists()
 
 

@@ -1,0 +1,63 @@
+"""torchrun, whose report is kept back where the ranks have said themselves why they ended.
+
+    python -m marco_train.commands.launch <torchrun's options> -m marco_train.train <overrides>
+
+`recipes/launch.sh` calls it. A rank that ends by a refusal, or is told to end, says so in a
+sentence and leaves its status in the file $MARCO_TRAIN_EXIT_STATUS; pages of torchrun's own would
+only hide the sentence. Of a rank that was killed, which could say nothing, its report is printed.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+class HeldBack(logging.Filter):
+    """Keeps what torchrun logs of its processes from a handler."""
+
+    def __init__(self, handler: logging.Handler) -> None:
+        super().__init__()
+        self._handler = handler
+        self._records: list[logging.LogRecord] = []
+        handler.addFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Keep a record, unless it is of something else."""
+        if not record.name.startswith("torch.distributed.elastic"):
+            return True
+        self._records.append(record)
+        return False
+
+    def print(self) -> None:
+        """Print what was kept."""
+        for record in self._records:
+            self._handler.emit(record)
+
+
+def main(words: Sequence[str] | None = None) -> None:
+    """Run torchrun; ends as it does."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    kept = [HeldBack(handler) for handler in logging.getLogger("torch.distributed").handlers]
+    try:
+        torchrun(list(sys.argv[1:] if words is None else words))
+    except (ChildFailedError, SignalException):
+        if ranks_have_said_why():
+            sys.exit(1)
+        for held in kept:
+            held.print()
+        raise
+
+
+def ranks_have_said_why() -> bool:
+    """Whether a rank of this node ended by itself, and left a status that is no success."""
+    file = Path(os.environ.get("MARCO_TRAIN_EXIT_STATUS", ""))
+    return file.is_file() and file.read_text().strip() not in {"", "0"}
+
+
+if __name__ == "__main__":
+    main()
