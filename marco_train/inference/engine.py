@@ -468,8 +468,11 @@ def replace_weights(model: Any, weights: Iterable[tuple[str, Tensor]], config: A
     from vllm.config import set_current_vllm_config
     from vllm.model_executor.model_loader.reload import layerwise
 
-    # Ends a reload that broke off, whose half layers would count towards this one.
-    layerwise.finalize_layerwise_reload(model, config.model_config)
+    for layer in model.modules():
+        left = layerwise.get_layerwise_info(layer)
+        if left.can_load():  # of a reload that broke off; what came would count towards this one
+            layerwise._place_kernel_tensors(layer, left)
+            left.reset()
     needed = {name for name, _ in model.named_parameters()}
     if next(model.parameters()).device.type == "cpu":
         forget_packed_experts(model)

@@ -48,6 +48,7 @@ DONE, WAITING, AWAY, GIVEN_UP = range(4)
 # Times that a request is made whose answers cannot be used.
 MAX_UNUSABLE = 3
 BUSY = {429, 503}
+JSON = {"content-type": "application/json"}
 # What the lack of a field in an answer, or another type of it, raises.
 MALFORMED = (AttributeError, EOFError, LookupError, TypeError, ValueError)
 
@@ -268,16 +269,20 @@ class ServerPool:
             async with self._room:
                 self._room.notify_all()
 
-    async def ask(self, server: Server, path: str, body: dict[str, Any] | None = None) -> Any:
-        """POST a body to one server once, or GET without one; the JSON of the answer.
+    async def ask(
+        self, server: Server, path: str, body: dict[str, Any] | bytes | None = None
+    ) -> Any:
+        """POST a body, or one in JSON, to one server once, or GET without; the answer's JSON.
 
         Raises:
             InputError: The server refuses the request.
             TransientError: It did not answer, or said that it cannot now.
         """
         method, url = "GET" if body is None else "POST", server.url + path
+        written = isinstance(body, bytes)
+        sent: dict[str, Any] = {"content": body, "headers": JSON} if written else {"json": body}
         try:
-            response = await self._client.request(method, url, json=body)
+            response = await self._client.request(method, url, **sent)
         except httpx.RequestError as error:
             server.cool_down()
             raise TransientError(f"{server.url}: {type(error).__name__}: {error}") from error

@@ -8,6 +8,7 @@ Legend: R tokens of a response, K likeliest tokens.
 
 import base64
 import io
+import json
 import math
 from typing import Any
 
@@ -20,6 +21,8 @@ from marco_train.inference.engine import Generation, neutral_sampling
 
 # What JSON has no sign for: vLLM writes minus infinity as this.
 NO_NUMBER = -9999.0
+# Where numbers are written into JSON.
+IDS, ROWS = "<ids>", "<rows>"
 # By which a log-probability may lie above 0.
 ROUNDING = 1e-3
 
@@ -32,23 +35,36 @@ def generation(ids: list[int], sampling: dict[str, Any]) -> tuple[str, dict[str,
 
 
 def scoring(
-    ids: list[int], first: int, given: list[list[int]], num_likeliest: int | None
-) -> tuple[str, dict[str, Any]]:
+    ids: list[int], first: int, given: list[list[int]] | None, num_likeliest: int | None
+) -> tuple[str, bytes]:
     """Path and body of a request for log-probabilities of given tokens, as an array.
 
     Args:
         ids: A prompt and its response.
         first: Where the response begins.
-        given: Token ids that are told of in each place of the response, [R, K].
+        given: Token ids that are told of in each place of the response, [R, K]. None: the
+            response's own, K is 1.
         num_likeliest: Likeliest tokens to be named in every place beside them, as JSON; None:
             nothing but the array.
     """
-    wanted = {"prompt_logprob_token_ids": given, "prompt_logprob_start": first - 1}
+    wanted: dict[str, Any] = {"prompt_logprob_start": first - 1}
     if num_likeliest is not None:
-        return generation(ids, wanted | {"prompt_logprobs": num_likeliest})
-    path, body = generation(ids, wanted)
-    # A server refuses rows that are not those of the prompt: it need not say what it scored.
-    return path, body | {"return_token_ids": False}
+        wanted["prompt_logprobs"] = num_likeliest
+    path, body = generation([], wanted)
+    # Without likeliest tokens a server need not say what it scored: it refuses rows that are not
+    # those of the prompt.
+    body["return_token_ids"] = num_likeliest is not None
+    # Each id is written once: most of a client's time went into lists of one.
+    words = list(map(str, ids))
+    rows = f"[[{'],['.join(words[first:])}]]" if given is None else _compact(given)
+    body["sampling_params"]["prompt_logprob_token_ids"] = ROWS
+    body["token_ids"] = IDS
+    text = _compact(body).replace(f'"{ROWS}"', rows).replace(f'"{IDS}"', f"[{','.join(words)}]")
+    return path, text.encode()
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
 
 
 def served_model(url: str, answer: Any, needed: int) -> str:

@@ -217,9 +217,8 @@ class ServerTeacher(Teacher):
         """Have a server score the tokens from `first` on, [R]; not a number where it has none."""
         if not self._scores_given.get(server.url, False):
             return protocol.read_tokens(await self._complete(server, ids, 0), ids, first)
-        rows = [[token] for token in ids[first:]]
-        answer = await self._pool.ask(server, *protocol.scoring(ids, first, rows, None))
-        return protocol.read_given(answer, len(rows), 1)[:, 0]
+        answer = await self._pool.ask(server, *protocol.scoring(ids, first, None, None))
+        return protocol.read_given(answer, len(ids) - first, 1)[:, 0]
 
     async def _complete(self, server: Server, ids: list[int], num_topk: int) -> Any:
         """Ask for log-probabilities of ids and of the likeliest tokens in each place."""

@@ -41,11 +41,9 @@ class Side:
     def ask(self) -> bytes:
         """Client: the request's bytes, as httpx makes them."""
         if self._in_array:
-            rows = [[token] for token in self._ids[self._first :]]
-            body = protocol.scoring(self._ids, self._first, rows, None)[1]
-        else:
-            wanted = {"model": "teacher", "prompt": self._ids, "prompt_logprobs": 0}
-            body = neutral_sampling(max_tokens=1) | wanted | {"return_token_ids": True}
+            return protocol.scoring(self._ids, self._first, None, None)[1]
+        wanted = {"model": "teacher", "prompt": self._ids, "prompt_logprobs": 0}
+        body = neutral_sampling(max_tokens=1) | wanted | {"return_token_ids": True}
         return json.dumps(body, separators=(",", ":")).encode()
 
     def understand(self, request: bytes) -> None:

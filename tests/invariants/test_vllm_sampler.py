@@ -235,6 +235,61 @@ def test_a_norm_in_vllm_that_is_hardly_off_is_named_and_embeddings_and_norms_are
     )
 
 
+class LostGroup:
+    """In place of NCCL: gives weights in turn, so many."""
+
+    def __init__(self, weights: list[tuple[str, Tensor]], until: int) -> None:
+        self._weights = iter([weight for _, weight in weights[:until]])
+
+    def broadcast(self, tensor: Tensor, src: int, stream: object) -> None:
+        tensor.copy_(next(self._weights))
+
+
+def take_by_transfer(model: Any, weights: Stream, config: Any, until: int = 10_000) -> None:
+    """Have vLLM's own class for a worker receive weights, in place of `replace_weights`."""
+    from vllm.config import set_current_vllm_config
+    from vllm.config.weight_transfer import WeightTransferConfig
+    from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
+
+    vllm_engine.forget_packed_experts(model)
+    device = torch.device("cpu")
+    engine = NCCLWeightTransferEngine(WeightTransferConfig(backend="nccl"), config, device, model)
+    sent = list(weights)
+    engine.model_update_group = LostGroup(sent, until)
+    info = {
+        "names": [name for name, _ in sent],
+        "dtype_names": ["float32"] * len(sent),
+        "shapes": [list(weight.shape) for _, weight in sent],
+    }
+    with pytest.MonkeyPatch.context() as monkeypatch, set_current_vllm_config(config):
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: None)
+        engine.start_weight_update()
+        engine.receive_weights(engine.parse_update_info(info))
+        engine.finish_weight_update()
+
+
+def sync_by_transfer() -> None:
+    """Sync by vLLM's weight transfer, and from a stream after one that broke off."""
+    sampler, whole = shared(), vllm_engine.replace_weights
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(vllm_engine, "replace_weights", take_by_transfer)
+        for version in (1, 2):
+            sync(spread(version), sampler, version)
+        for until in (3, 10):  # between two of the matrices that vLLM joins, and of an expert
+            broken = functools.partial(take_by_transfer, until=until)
+            monkeypatch.setattr(vllm_engine, "replace_weights", broken)
+            with pytest.raises(StopIteration):
+                sync(spread(3), sampler, version=3)
+            monkeypatch.setattr(vllm_engine, "replace_weights", whole)
+            sync(spread(4), sampler, version=4)
+
+
+def test_vllms_weight_transfer_takes_a_stream_and_leaves_nothing_where_it_breaks_off(
+    rank: Rank,
+) -> None:
+    rank.call(sync_by_transfer)
+
+
 class CachingEngine(VLLMEngine):
     """Keeps keys of prompts that begin alike, until the weights change."""
 
