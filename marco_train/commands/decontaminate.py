@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,10 +22,11 @@ from marco_train.data.contamination import (
 )
 from marco_train.data.conversations import BadRow, Source
 from marco_train.errors import InputError, require
+from marco_train.evaluation.benchmark.tasks import questions_of
 from marco_train.files import replaces
 from marco_train.types import TokenRow
 
-TO_COME = ("fixture", "card")
+SUITES = ("fixture", "card")
 MOST_NAMED = 5  # rows of a benchmark that the table names
 
 
@@ -51,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             is_open = os.access(parent, os.W_OK)
             require(is_open, f"--json: {str(parent)!r} may not be written to; choose another")
         with redirect_stdout(sys.stderr):
-            benchmarks = Benchmarks(read_benchmarks(_directory(args.against)))
+            benchmarks = Benchmarks(_texts(args.against, args.data_dir))
             report = look(open_source(args), benchmarks)
     except InputError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
@@ -68,19 +69,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--against",
         required=True,
-        help="directory of .jsonl files whose text columns are questions; a file is a benchmark",
+        help="directory of .jsonl files whose text columns are questions, a file a benchmark; or "
+        "fixture or card, the questions that stage=benchmark asks",
+    )
+    parser.add_argument(
+        "--data-dir",
+        help="directory with a folder for each set of the card that is read from files",
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the hits")
     return parser
 
 
-def _directory(against: str) -> Path:
-    if against in TO_COME:
-        raise InputError(
-            f"--against {against} is not there yet, as no benchmark comes with this version: give "
-            "a directory of .jsonl files whose text columns are the questions"
-        )
-    return Path(against)
+def _texts(against: str, data_dir: str | None) -> Iterator[tuple[str, str]]:
+    """Texts to look for, each with its benchmark: of a suite's tasks, or of a directory."""
+    if against in SUITES:
+        return questions_of(against, data_dir)
+    return read_benchmarks(Path(against))
 
 
 def look(source: Source, benchmarks: Benchmarks) -> Report:

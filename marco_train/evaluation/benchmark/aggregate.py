@@ -135,7 +135,7 @@ class Corpora:
     def resampled(self, resamples: int, seed: int) -> Floats:
         """Scores of corpora drawn from the items with replacement, [R]."""
         drawn = [
-            _resampled_bleu(counts, resamples, seed, number)
+            resampled_bleu(counts, resamples, seed, number)
             for number, counts in enumerate(self.statistics.values())
         ]
         return np.asarray(np.mean(drawn, axis=0), dtype=np.float64)
@@ -155,9 +155,10 @@ def weights_of(num_items: int, resamples: int, seed: int, number: int) -> Floats
     return drawn
 
 
-def _resampled_bleu(
+def resampled_bleu(
     counts: NDArray[np.int64], resamples: int, seed: int, number: int
 ) -> list[float]:
+    """BLEU of corpora drawn from a language's sentences, [R], from their statistics [N, k, S]."""
     num_items, k, width = counts.shape
     drawn = weights_of(num_items, resamples, seed, number)
     sums = (drawn @ counts.reshape(num_items, -1)).reshape(resamples, k, width)
@@ -255,13 +256,11 @@ def _translation_score(items: Sequence[Translated], seed: int) -> RowScore:
 
 def resampled_means(shares: Sequence[Floats], seed: int) -> Floats:
     """Means of languages' means over resamples of their items, [R], from L times [N]."""
-    count = RESAMPLES["accuracy"]
-    means = []
-    for number, right in enumerate(shares):
-        generator = np.random.default_rng([seed, number])
-        drawn = [right[generator.integers(0, len(right), len(right))].mean() for _ in range(count)]
-        means.append(drawn)
-    found: Floats = np.mean(means, axis=0)
+    drawn = [
+        weights_of(len(right), RESAMPLES["accuracy"], seed, number) @ right / len(right)
+        for number, right in enumerate(shares)
+    ]
+    found: Floats = np.mean(drawn, axis=0)
     return found
 
 

@@ -54,10 +54,11 @@ SAID = re.compile(
     re.IGNORECASE,
 )
 ALONE = re.compile(
-    rf"[\W_]*([{re.escape(SIGNS)}])(?:[\W_]*$|\s*[.):：、）]\s*(?P<rest>.*)$)", re.DOTALL
+    rf"[\W_]*([{re.escape(SIGNS)}])(?:[\W_]*$|\s*[.):：、）]\s*(?P<rest>.*)$)",
+    re.DOTALL | re.IGNORECASE,
 )
 # LaTeX that only dresses what it holds.
-DRESS = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mathsf|operatorname|bf|rm)\s*")
+DRESS = re.compile(r"\\(?:textbf|textit|text|mathrm|mathbf|mathsf|operatorname|bf|rm)\s*")
 BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 HASHES = re.compile(r"####\s*(.+)")
 SAID_LINE = re.compile(

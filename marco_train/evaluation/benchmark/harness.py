@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from marco_train.config.benchmark import (
     BENCHMARK_DIR,
     CARD_LITE,
-    FIXTURE,
     LITE_SHARE,
     PREFIX,
     BenchmarkConfig,
@@ -31,7 +30,7 @@ from marco_train.distributed import barrier, gather_objects, is_main, rank, worl
 from marco_train.errors import require
 from marco_train.evaluation.benchmark.grading import Graded, Translated
 from marco_train.evaluation.benchmark.store import TOO_LONG, Answer, AnswerStore, digest_of
-from marco_train.evaluation.benchmark.tasks import Items
+from marco_train.evaluation.benchmark.tasks import Items, check_access, where_of
 from marco_train.rollout.base import Sampler
 from marco_train.tracking import format_eta, log_line
 from marco_train.types import Message, Prompt, Rollout
@@ -91,13 +90,11 @@ def load_tasks(stage: BenchmarkConfig) -> list[BenchmarkTask]:
     require_lm_eval()
     from lm_eval.tasks import TaskManager
 
-    is_fixture = stage.suite == FIXTURE
-    metadata = {
-        "data_dir": str(BENCHMARK_DIR / FIXTURE) if is_fixture else stage.data_dir,
-        "data_dirs": stage.data_dirs,
+    where = where_of(stage.suite, stage.data_dir, stage.data_dirs)
+    check_access(tasks_of(stage.suite), where)
+    metadata = where | {
         "languages": stage.languages,
         "share": LITE_SHARE if stage.suite == CARD_LITE else None,
-        "is_partial": is_fixture,
     }
     with _quiet():
         manager = TaskManager(

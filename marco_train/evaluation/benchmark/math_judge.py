@@ -45,7 +45,7 @@ class MathJudge:
             line = self._line(process, SECONDS_TO_START if fresh else self._seconds)
         except (OSError, TimeoutError) as error:
             self.close()
-            raise VerifierError(f"{type(error).__name__} on {answer[:60]!r}") from error
+            raise VerifierError(f"{error} on {answer[:60]!r}") from error
         said = json.loads(line)
         if "error" in said:
             raise VerifierError(f"{said['error']} on {answer[:60]!r}")

@@ -46,7 +46,10 @@ class SetRows:
             directory = below if below.is_dir() else None
         rows = cls(task_set, directory)
         if directory is not None:
-            require(directory.is_dir(), f"there is no directory {str(directory)!r}{rows.how}")
+            require(
+                directory.is_dir(),
+                f"{task_set.row}: there is no directory {str(directory)!r}{rows.how}",
+            )
         require(
             directory is not None or task_set.access.value != "script",
             f"{task_set.row}: {task_set.path} on the hub is a program that makes rows, which is "
@@ -64,11 +67,13 @@ class SetRows:
             if this.access.value == "gated"
             else ""
         )
-        subset = next(iter(this.subsets.values()))[0].replace("*", "x")
+        subset = next(iter(this.subsets.values()))[0]
+        subset = "<subset>" if "*" in subset else subset
         revision = f" --revision {this.revision}" if this.revision else ""
         return (
-            f" ({this.row}): {terms}fetch its files with `hf download {this.path} --repo-type "
-            f"dataset{revision} --local-dir DIR` and give stage.data_dirs.{this.mirror}=DIR; "
+            f": {terms}fetch its files with `hf download {this.path} --repo-type "
+            f"dataset{revision} --local-dir DIR` and give stage.data_dirs.{this.mirror}=DIR, or "
+            f"stage.data_dir of a directory that has them in its folder {this.mirror}; "
             f"expected are DIR/{subset}/{this.splits[0]}.parquet, .jsonl or .csv, or "
             f"DIR/{subset}.parquet where there is one split, with the columns "
             f"{', '.join(name for name, is_needed in this.column_names.items() if is_needed)}"
@@ -89,8 +94,8 @@ class SetRows:
             require(
                 not absent,
                 f"{what}: row {number} has no column {', '.join(map(repr, absent))}, but "
-                f"{', '.join(map(repr, row))}: the set is another, or has changed; give files of "
-                f"revision {self.task_set.revision or 'of before'}{self.how}",
+                f"{', '.join(map(repr, row))}; the set is another one, or has changed"
+                f"{self.how}",
             )
             yield row
 

@@ -14,12 +14,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import cache
 from hashlib import blake2b
-from pathlib import Path
 from random import Random
 from typing import Any
 
-from marco_train.config.benchmark import BENCHMARK_DIR
-from marco_train.errors import require
+import yaml
+
+from marco_train.config.benchmark import BENCHMARK_DIR, FIXTURE, tasks_of
+from marco_train.errors import InputError, require
 from marco_train.evaluation.benchmark.extraction import LETTERS, boxed, plain_number
 from marco_train.evaluation.benchmark.mirrors import SetRows, subsets_of
 
@@ -164,8 +165,9 @@ class TaskSet:
 class Items(list[dict[str, Any]]):
     """The items of a task, as lm-eval takes the rows of a split.
 
-    Each has `id` (the same wherever the set lies), `language`, `group`, `kind`, `prompt` (what the
-    user says), `gold`, and for a choice `choices`, for a translation `target_language`.
+    Each has `id` (the same wherever the set lies), `language`, `group`, `kind`, `question` (as the
+    set has it), `prompt` (what the user says), `gold`, `choices` (empty where there are none),
+    `weight` (of its group), and of a translation `target_language`.
     """
 
     num_faulty: int = 0
@@ -270,6 +272,7 @@ def _items_of(
 def _item(task_set: TaskSet, row: Mapping[str, Any], identifier: str) -> dict[str, Any] | None:
     """What an item is beside where it comes from; None: its key points nowhere."""
     named = {name: _text(_cell(task_set, row, name)) for name in task_set.columns}
+    question = named["question"]
     if task_set.kind is Kind.choice:
         choices = _choices(task_set, row)
         answer = _text(_cell(task_set, row, "answer"))
@@ -286,11 +289,12 @@ def _item(task_set: TaskSet, row: Mapping[str, Any], identifier: str) -> dict[st
             return None
         lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False)]
         prompt = render(task_set.prompt, named | {"options": "\n".join(lines)})
-        return {"prompt": prompt, "gold": gold, "choices": choices}
+        return {"question": question, "prompt": prompt, "gold": gold, "choices": choices}
     gold = _gold(task_set.answer, named["answer"])
     if not gold:
         return None
-    return {"prompt": render(task_set.prompt, named), "gold": gold, "choices": []}
+    prompt = render(task_set.prompt, named)
+    return {"question": question, "prompt": prompt, "gold": gold, "choices": []}
 
 
 def _gold(form: AnswerForm, answer: str) -> str:
@@ -376,6 +380,8 @@ def _translations(
             "language": language,
             "group": subset,
             "kind": task_set.kind.value,
+            "weight": 1.0,
+            "question": source,
             "prompt": render(task_set.prompt, {"text": source, **names}),
             "gold": target,
             "choices": [],
@@ -404,7 +410,52 @@ def prompt_text(name: str) -> str:
     return (BENCHMARK_DIR / "prompts" / f"{name}.txt").read_text(encoding="utf-8").rstrip("\n")
 
 
-def task_files() -> dict[str, Path]:
-    """Files of the tasks, by the short names of these."""
-    folder = BENCHMARK_DIR / "tasks"
-    return {file.stem: file for file in sorted(folder.glob("*.yaml")) if file.stem[0] != "_"}
+@cache
+def task_set_of(task: str) -> Mapping[str, Any]:
+    """What `metadata.set` of a task's file says."""
+
+    class Loader(yaml.SafeLoader):
+        """Takes functions by their names."""
+
+    Loader.add_constructor("!function", Loader.construct_scalar)
+    file = BENCHMARK_DIR / "tasks" / f"{task}.yaml"
+    return dict(yaml.load(file.read_text(encoding="utf-8"), Loader)["metadata"]["set"])
+
+
+def where_of(
+    suite: str, data_dir: str | None = None, data_dirs: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Arguments of `load` that say where a suite's rows lie."""
+    if suite == FIXTURE:
+        return {"data_dir": str(BENCHMARK_DIR / FIXTURE), "is_partial": True}
+    return {"data_dir": data_dir, "data_dirs": dict(data_dirs or {})}
+
+
+def check_access(tasks: Sequence[str], where: Mapping[str, Any]) -> None:
+    """Refuse tasks whose rows cannot be read where they should be, before any is read.
+
+    Raises:
+        InputError: Names them all, and how their rows are got.
+    """
+    refused = []
+    for task in tasks:
+        task_set = TaskSet.of(task_set_of(task))
+        try:
+            SetRows.of(task_set, where.get("data_dir"), where.get("data_dirs") or {})
+        except InputError as error:
+            refused.append(str(error))
+    require(not refused, "\n       ".join(refused))
+
+
+def questions_of(suite: str, data_dir: str | None = None) -> Iterator[tuple[str, str]]:
+    """Questions and sentences of a suite, each with the name of its row.
+
+    Raises:
+        InputError: The rows of a task cannot be read.
+    """
+    where = where_of(suite, data_dir)
+    check_access(tasks_of(suite), where)
+    for task in tasks_of(suite):
+        task_set = task_set_of(task)
+        for item in load(set=task_set, **where)["test"]:
+            yield task_set["row"], item["question"]
