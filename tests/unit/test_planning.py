@@ -194,7 +194,7 @@ def test_where_no_setting_helps_other_hardware_is_named() -> None:
 def test_a_node_without_enough_memory_does_not_fit() -> None:
     cfg = compose_config("marco_mini_opd", *MINI)
     assert make_plan(cfg, 8, H100).fits
-    assert not make_plan(cfg, 8, H100, Assumptions(host_gib_per_node=300)).fits
+    assert not make_plan(cfg, 8, H100, Assumptions(host_gib_per_node=200)).fits
 
 
 @pytest.mark.parametrize(
