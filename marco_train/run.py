@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from torch import Tensor
+from torch.profiler import record_function
 
 from marco_train.checkpoint import (
     checkpoint_path,
@@ -58,6 +59,7 @@ from marco_train.errors import (
 from marco_train.files import replaces
 from marco_train.interruption import Interruption, Wish
 from marco_train.metrics import Metrics, StepWork
+from marco_train.profiling import StepProfiler
 from marco_train.tracking import Tracker, log_line
 
 
@@ -128,6 +130,7 @@ class Run:
         self._noted = describe(cfg) if noted is None else noted
         self._work = work
         self._directory = Path(cfg.output_dir)
+        self._profiler = StepProfiler(cfg.profile.bounds, self._directory)
         self._timers: dict[str, float] = {}
         self._first = policy.num_updates
         self._until = self._first
@@ -192,14 +195,16 @@ class Run:
             self._until = plan.num_steps
             self._timers = {}
             self._step_started = time.perf_counter()
-            yield step
+            with self._profiler.step(step + 1):
+                yield step
             step += 1
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
         """Take the time of a block as this step's `time/<name>`, in seconds."""
         start = time.perf_counter()
-        yield
+        with record_function(name):
+            yield
         self._timers[name] = time.perf_counter() - start
 
     def log(self, step: int, metrics: Metrics, phase: str | None = None) -> None:

@@ -64,6 +64,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "logging.**",
         "checkpoint.**",
         "planning.**",
+        "profile.**",
         "data.max_tokens_per_microbatch",
         "data.max_bad_rows",
         "data.max_lost_rows",

@@ -18,6 +18,7 @@ from marco_train.config.opd import OPDConfig
 from marco_train.config.optim import OptimConfig
 from marco_train.config.parallel import ParallelConfig
 from marco_train.config.planning import PlanningConfig
+from marco_train.config.profile import ProfileConfig
 from marco_train.config.resume import OnResumeConfig
 from marco_train.config.rollout import (
     NativeRolloutConfig,
@@ -143,6 +144,7 @@ class TrainConfig:
     logging: LoggingConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
     planning: PlanningConfig = field(default_factory=PlanningConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         require(
@@ -154,6 +156,11 @@ class TrainConfig:
         )
         if isinstance(self.stage, EvaluateConfig):
             require(self.optim is None, "an evaluation trains nothing: leave optim out")
+            require(
+                self.profile.steps is None,
+                f"profile.steps is {self.profile.steps}, and an evaluation makes no steps: leave "
+                "it out",
+            )
         else:
             require(
                 isinstance(self.optim, OptimConfig),

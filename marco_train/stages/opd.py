@@ -150,6 +150,7 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
         head = student.vocab_size, teacher.path, owner
         fit += [files, checks.after(files).make(f"head of {owner}", check_head_rows, *head)]
     cascade = checks.after(*fit).make("cascade", Cascade, opd, *turns, student.vocab_size, kwargs)
+    checks.make("profile", cfg.profile.check, cascade.num_steps)
     checks.make("groups", check_groups, cascade, loader)
     checks.make("teachers' turns", check_turns, cascade, loader)
 
