@@ -16,7 +16,7 @@ NUM_ROWS = 40
 class StepProfiler:
     """Records the chosen steps of this rank; every other step costs nothing.
 
-    Writes `profile/rank_<n>.json`, a trace for chrome://tracing or ui.perfetto.dev, and
+    Writes `profile/rank_<n>.json.gz`, a trace for chrome://tracing or ui.perfetto.dev, and
     `profile/rank_<n>.txt`, under the run's directory, after the last of them or where the run ends
     before it.
     """
@@ -54,12 +54,12 @@ class StepProfiler:
     def _write(self, recorded: profile) -> None:
         recorded.stop()
         self._directory.mkdir(parents=True, exist_ok=True)
-        file = self._directory / f"rank_{rank()}.json"
+        file = self._directory / f"rank_{rank()}.json.gz"
         recorded.export_chrome_trace(str(file))
         device = "device" if torch.cuda.is_available() else "cpu"
         averages = recorded.key_averages()
         table = averages.table(sort_by=f"self_{device}_time_total", row_limit=NUM_ROWS)
-        file.with_suffix(".txt").write_text(table)
+        (self._directory / f"rank_{rank()}.txt").write_text(table)
 
 
 def _activities() -> list[ProfilerActivity]:
