@@ -45,7 +45,7 @@ from marco_train.distributed import (
     is_main,
     peak_bytes,
     rank,
-    reduce_max,
+    reduce_maxima,
     seed_everything,
     world_size,
 )
@@ -138,6 +138,7 @@ class Run:
         self._step_started = self._started
         self._saved: int | None = None
         self._interruption = Interruption(self._directory, cfg.checkpoint.seconds)
+        self._asked = Wish.go_on, ""
         self._tracker: Tracker | None = None
         if is_main():
             plain = plain_config(cfg)
@@ -216,7 +217,7 @@ class Run:
         rate = metrics["data/num_tokens"] / seconds
         metrics["perf/tokens_per_second"] = rate
         metrics["perf/tokens_per_second_per_gpu"] = rate / world_size()
-        metrics["memory/peak_gib"] = reduce_max(peak_bytes()) / 2**30
+        metrics["memory/peak_gib"] = self._agree() / 2**30
         if self._work is not None:
             updating = self._timers.get("train", seconds)
             metrics["perf/mfu"] = self._work.utilization(metrics, updating)
@@ -225,13 +226,22 @@ class Run:
         if self._tracker is not None:
             self._tracker.log(step + 1, self._until, phase, metrics, eta)
 
+    def _agree(self) -> int:
+        """Agree on what the run is asked, in the exchange that finds the peak bytes of a rank."""
+        wish, why = self._interruption.asked_here()
+        peak, strongest = reduce_maxima([peak_bytes(), wish])
+        self._asked = self._interruption.agreed(Wish(strongest), wish, why)
+        return peak
+
     def save_if_due(self, step: int) -> None:
         """Save a checkpoint every `checkpoint.save_every` updates, or if asked; by all ranks.
+
+        What the run is asked was agreed on when the step was logged.
 
         Raises:
             RunInterrupted: The run was asked to end; it is saved.
         """
-        wish, reason = self._interruption.ask()
+        wish, reason = self._asked
         if due(step, self._cfg.checkpoint.save_every) or wish >= Wish.save:
             self._save(step + 1)
         if wish >= Wish.end:

@@ -108,7 +108,8 @@ class Policy(Student):
             # DeepSpeed averages gradients over ranks; undo that.
             self._engine.backward(loss * world_size(), scale_wrt_gas=False)
             totals.add(output, on_device)
-        metrics = totals.mean(num_tokens) | routers.metrics()
+        metrics, of_routers = totals.mean_beside(num_tokens, routers.sums)
+        metrics |= routers.metrics(of_routers)
         self._refuse_non_finite(metrics)
         metrics |= {"data/num_loss_tokens": num_tokens, "data/num_tokens": num_inputs}
         metrics["optim/lr"] = self.learning_rate
