@@ -7,6 +7,7 @@ servers or writes files, without a GPU that waits with it.
 
 import fcntl
 import os
+import pickle
 import random
 import resource
 import socket
@@ -35,6 +36,10 @@ UNSPLIT_PRODUCTS = {"CUBLAS_WORKSPACE_CONFIG": ":16:8", "CUBLASLT_WORKSPACE_SIZE
 # Read at vLLM's import. Not set on a CPU: there vLLM would put kernels for GPUs in place of this
 # process's softmax, mean and batched product.
 BATCH_INVARIANCE = {"VLLM_BATCH_INVARIANT": "1"}
+
+# Of what ranks tell each other in one exchange, and of its size in front.
+GATHERED_AT_ONCE = 2**14
+LENGTH_BYTES = 8
 
 # The request of Linux for an interface's address; see netdevice(7).
 SIOCGIFADDR = 0x8915
@@ -215,20 +220,44 @@ def all_reduce_sum(values: Tensor) -> Tensor:
 
 def reduce_max(value: int) -> int:
     """Largest value over all ranks."""
+    return reduce_maxima([value])[0]
+
+
+def reduce_maxima(values: Sequence[int]) -> list[int]:
+    """Largest of each value over all ranks, in one call."""
     if world_size() == 1:
-        return value
-    total = torch.tensor(value, dtype=torch.int64)
+        return list(values)
+    total = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(total, op=dist.ReduceOp.MAX, group=Groups.agreements)
-    return int(total.item())
+    return [int(value) for value in total.tolist()]
 
 
 def gather_objects(value: T) -> list[T]:
-    """Collect one picklable value of each rank, in the order of ranks."""
+    """Collect one picklable value of each rank, in the order of ranks.
+
+    In one exchange where no rank's is larger than `GATHERED_AT_ONCE` bytes; else a second one takes
+    what is over.
+    """
     if world_size() == 1:
         return [value]
-    found: list[T] = [value] * world_size()
-    dist.all_gather_object(found, value, group=Groups.agreements)
-    return found
+    mine = pickle.dumps(value)
+    length = len(mine).to_bytes(LENGTH_BYTES, "little")
+    first = _gather_bytes(length + mine[:GATHERED_AT_ONCE], LENGTH_BYTES + GATHERED_AT_ONCE)
+    lengths = [int.from_bytes(part[:LENGTH_BYTES], "little") for part in first]
+    longest = max(lengths)
+    rest = [b""] * world_size()
+    if longest > GATHERED_AT_ONCE:
+        rest = _gather_bytes(mine[GATHERED_AT_ONCE:], longest - GATHERED_AT_ONCE)
+    whole = (a[LENGTH_BYTES:] + b for a, b in zip(first, rest, strict=True))
+    return [pickle.loads(part[:n]) for part, n in zip(whole, lengths, strict=True)]  # noqa: S301
+
+
+def _gather_bytes(mine: bytes, size: int) -> list[bytes]:
+    """Collect bytes of each rank, filled up to a size that is the same on all."""
+    sent = torch.frombuffer(bytearray(mine.ljust(size, b"\0")), dtype=torch.uint8)
+    found = [torch.empty_like(sent) for _ in range(world_size())]
+    dist.all_gather(found, sent, group=Groups.agreements)
+    return [part.numpy().tobytes() for part in found]
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import ClassVar
 
-from marco_train.distributed import gather_objects, is_main, reduce_max
+from marco_train.distributed import gather_objects, is_main
 
 # A launcher passes a signal on that a terminal has sent to all its processes.
 SECONDS_OF_ONE_SIGNAL = 3.0
@@ -79,16 +79,22 @@ class Interruption:
         self._longest_step = 0.0
         self._looked_at = time.monotonic()
 
-    def ask(self) -> tuple[Wish, str]:
-        """What any rank is asked, and by what; all ranks take part, once a step."""
-        wish, why = self._asked_here()
-        strongest = Wish(reduce_max(wish))
+    @staticmethod
+    def agreed(strongest: Wish, wish: Wish, why: str) -> tuple[Wish, str]:
+        """The strongest wish of all ranks and by what it is asked; all ranks take part.
+
+        Args:
+            strongest: Of all ranks.
+            wish: This rank's.
+            why: By what.
+        """
         if strongest is Wish.go_on:
             return strongest, ""
         said = [reason for found, reason in gather_objects((wish, why)) if found == strongest]
         return strongest, said[0]
 
-    def _asked_here(self) -> tuple[Wish, str]:
+    def asked_here(self) -> tuple[Wish, str]:
+        """What this rank is asked, and by what; once a step."""
         now = time.monotonic()
         self._longest_step = max(self._longest_step, now - self._looked_at)
         self._looked_at = now

@@ -157,14 +157,25 @@ class MetricSums:
 
     def mean(self, num_tokens: float) -> Metrics:
         """Divide by numbers of tokens, once, after one exchange between the ranks."""
-        sums = {
-            group: {name: value.item() for name, value in found.items()}
-            for group, found in self._sums.items()
-        }
+        return self.mean_beside(num_tokens, None)[0]
+
+    def mean_beside(
+        self, num_tokens: float, beside: Tensor | None
+    ) -> tuple[Metrics, Tensor | None]:
+        """`mean`, and in the same exchange the sum over all ranks of a tensor of each, on the host.
+
+        Args:
+            num_tokens: Of all ranks.
+            beside: Of one shape on all ranks, or on all of them None.
+        """
+        sums = self._on_host()
         counts = {name: found.cpu() for name, found in self._counts.items()}
         totals: dict[str, dict[str, float]] = {}
         spreads: dict[str, Tensor] = {}
-        for sums_of_rank, counts_of_rank in gather_objects((sums, counts)):
+        of_ranks = gather_objects((sums, counts, None if beside is None else beside.cpu()))
+        others = [other for *_, other in of_ranks if other is not None]
+        joint = torch.stack(others).sum(0) if others else None
+        for sums_of_rank, counts_of_rank, _ in of_ranks:
             for group, found in sums_of_rank.items():
                 known = totals.setdefault(group, {})
                 for name, value in found.items():
@@ -179,7 +190,15 @@ class MetricSums:
         for name, bins in spreads.items():
             for share, value in zip(QUANTILES, _quantiles(bins), strict=True):
                 metrics[f"{name}/p{round(100 * share):02d}"] = value
-        return metrics
+        return metrics, joint
+
+    def _on_host(self) -> dict[str, dict[str, float]]:
+        """The sums as numbers, for which a GPU is waited for once."""
+        scalars = [value for found in self._sums.values() for value in found.values()]
+        values = iter(torch.stack(scalars).tolist() if scalars else [])
+        return {
+            group: {name: next(values) for name in found} for group, found in self._sums.items()
+        }
 
 
 COUNT = "tokens"

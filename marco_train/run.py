@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
+from torch.profiler import record_function
+
 from marco_train.checkpoint import (
     BackgroundSaves,
     StateSource,
@@ -46,7 +48,7 @@ from marco_train.distributed import (
     is_main,
     peak_bytes,
     rank,
-    reduce_max,
+    reduce_maxima,
     seed_everything,
     world_size,
 )
@@ -59,6 +61,7 @@ from marco_train.errors import (
 from marco_train.files import replaces
 from marco_train.interruption import Interruption, Wish
 from marco_train.metrics import Metrics, StepWork
+from marco_train.profiling import StepProfiler
 from marco_train.tracking import Tracker, log_line
 
 
@@ -129,6 +132,7 @@ class Run:
         self._noted = describe(cfg) if noted is None else noted
         self._work = work
         self._directory = Path(cfg.output_dir)
+        self._profiler = StepProfiler(cfg.profile.bounds, self._directory)
         self._timers: dict[str, float] = {}
         self._first = policy.num_updates
         self._until = self._first
@@ -139,6 +143,7 @@ class Run:
         if cfg.checkpoint.asynchronous:
             self._background = BackgroundSaves(checkpoints_of(cfg), cfg.checkpoint.keep_last)
         self._interruption = Interruption(self._directory, cfg.checkpoint.seconds)
+        self._asked = Wish.go_on, ""
         self._tracker: Tracker | None = None
         if is_main():
             plain = plain_config(cfg)
@@ -196,14 +201,16 @@ class Run:
             self._until = plan.num_steps
             self._timers = {}
             self._step_started = time.perf_counter()
-            yield step
+            with self._profiler.step(step + 1):
+                yield step
             step += 1
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
         """Take the time of a block as this step's `time/<name>`, in seconds."""
         start = time.perf_counter()
-        yield
+        with record_function(name):
+            yield
         self._timers[name] = time.perf_counter() - start
 
     def log(self, step: int, metrics: Metrics, phase: str | None = None) -> None:
@@ -215,7 +222,7 @@ class Run:
         rate = metrics["data/num_tokens"] / seconds
         metrics["perf/tokens_per_second"] = rate
         metrics["perf/tokens_per_second_per_gpu"] = rate / world_size()
-        metrics["memory/peak_gib"] = reduce_max(peak_bytes()) / 2**30
+        metrics["memory/peak_gib"] = self._agree() / 2**30
         if self._work is not None:
             updating = self._timers.get("train", seconds)
             metrics["perf/mfu"] = self._work.utilization(metrics, updating)
@@ -224,14 +231,23 @@ class Run:
         if self._tracker is not None:
             self._tracker.log(step + 1, self._until, phase, metrics, eta)
 
+    def _agree(self) -> int:
+        """Agree on what the run is asked, in the exchange that finds the peak bytes of a rank."""
+        wish, why = self._interruption.asked_here()
+        peak, strongest = reduce_maxima([peak_bytes(), wish])
+        self._asked = self._interruption.agreed(Wish(strongest), wish, why)
+        return peak
+
     def save_if_due(self, step: int) -> None:
         """Save a checkpoint every `checkpoint.save_every` updates, or if asked; by all ranks.
+
+        What the run is asked was agreed on when the step was logged.
 
         Raises:
             RunInterrupted: The run was asked to end; it is saved.
         """
         self._publish(wait=False)
-        wish, reason = self._interruption.ask()
+        wish, reason = self._asked
         if due(step, self._cfg.checkpoint.save_every) or wish >= Wish.save:
             self._save(step + 1)
         if wish >= Wish.end:

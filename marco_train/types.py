@@ -250,7 +250,7 @@ class Microbatch:
     input_ids: Tensor  # [1, T] int64
     position_ids: Tensor  # [1, T] int64, restarts with every sequence
     targets: Tensor  # [T] int64, the next token of the same sequence
-    loss_mask: Tensor  # [T] bool, whether the target is learnt
+    loss_places: Tensor  # [N] int64, of the tokens with loss: those whose target is learnt
     num_tokens: int  # T, or 0 where a token only stands in for a rank without sequences
     num_loss_tokens: int
     groups: tuple[str, ...]
@@ -272,16 +272,16 @@ class Microbatch:
 class SampledMicrobatch(Microbatch):
     """For the sampled-token objective."""
 
-    sampler_logprobs: Tensor  # [T] float32, of the targets
-    teacher_logprobs: Tensor  # [T] float32, of the targets
+    sampler_logprobs: Tensor  # [N] float32, of the targets at the N loss tokens, in order
+    teacher_logprobs: Tensor  # [N] float32
 
 
 @dataclass(frozen=True)
 class TopKMicrobatch(Microbatch):
     """For the top-k objective."""
 
-    sampler_logprobs: Tensor  # [T] float32, of the targets
-    topk_ids: Tensor  # [N, K] int64, at the N loss tokens, in order
+    sampler_logprobs: Tensor  # [N] float32, of the targets at the N loss tokens, in order
+    topk_ids: Tensor  # [N, K] int64
     teacher_topk_logprobs: Tensor  # [N, K] float32
     topk_overlap: Tensor  # [N] float32
 
@@ -290,8 +290,8 @@ class TopKMicrobatch(Microbatch):
 class FullMicrobatch(Microbatch):
     """For the full-vocabulary objective."""
 
-    sampler_logprobs: Tensor  # [T] float32, of the targets
-    teacher_hidden: Tensor  # [N, D], at the N loss tokens, in order
+    sampler_logprobs: Tensor  # [N] float32, of the targets at the N loss tokens, in order
+    teacher_hidden: Tensor  # [N, D]
 
 
 @dataclass(frozen=True)

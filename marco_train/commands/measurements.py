@@ -9,7 +9,6 @@ Legend: T tokens, D width, V vocabulary, H query heads, G key-value heads, d hea
 
 import gc
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -42,7 +41,7 @@ from marco_train.data.chat import CHATML
 from marco_train.data.packing import pack_examples
 from marco_train.losses import logprobs
 from marco_train.losses.cross_entropy import cross_entropy
-from marco_train.models.attention import PackedSequences
+from marco_train.models.attention import PackedSequences, takes_packed
 from marco_train.models.hf_io import hf_config, save_model
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.weights import (
@@ -276,17 +275,18 @@ def check_profile(bench: Bench, figures: Figures) -> None:
 
 
 def check_attention(bench: Bench, figures: Figures) -> None:
-    """Packed attention against each sequence alone, and against varlen; what SDPA takes."""
+    """Attention of packed sequences, packed and padded, against each alone; what SDPA takes."""
     arch = bench.architecture(1)
     heads, kv_heads, width = arch.num_attention_heads, arch.num_key_value_heads, arch.head_dim
     (batch,) = bench.microbatches(1)
-    packed = PackedSequences(batch.position_ids.to(bench.device))
+    packed = PackedSequences(batch.position_ids).to(bench.device)
     lengths = packed.lengths.tolist()
     q, k, v = (bench.random(sum(lengths), n, width) for n in (heads, kv_heads, kv_heads))
     upstream = bench.random(sum(lengths), heads, width)
-    ways = {"packed": partial(packed.attend, 0), "alone": partial(_each_alone, lengths)}
-    if bench.is_cuda:
-        ways["varlen"] = partial(_varlen, lengths)
+    ways: dict[str, Callable[..., Tensor]] = {"padded": packed.attend_padded}
+    if takes_packed(q, k):
+        ways["packed"] = packed.attend_packed
+    ways["alone"] = partial(_each_alone, lengths)
     figures |= {"sequences": len(lengths), "tokens": sum(lengths)}
     found: dict[str, list[Tensor]] = {}
     for name, attend in ways.items():
@@ -319,24 +319,6 @@ def _each_alone(lengths: list[int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         for qkv in zip(*parts, strict=True)
     ]
     return torch.cat(outs, 2)[0].transpose(0, 1)
-
-
-def _varlen(lengths: list[int], q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention without padding, under the signatures of torch 2.11 to 2.13."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    starts = torch.tensor([0, *lengths], device=q.device).cumsum(0).to(torch.int32)
-    known = inspect.signature(varlen_attn).parameters
-    options: dict[str, Any] = {"is_causal": True}
-    if "window_size" in known:
-        options = {"window_size": (-1, 0)}
-    if "enable_gqa" in known:
-        options["enable_gqa"] = True
-    else:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
-    out = varlen_attn(q, k, v, starts, starts, max(lengths), max(lengths), **options)
-    assert isinstance(out, Tensor)
-    return out
 
 
 def _backend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> str:

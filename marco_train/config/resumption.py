@@ -66,6 +66,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "hub.**",  # what the files hold counts
         "teacher.**",  # as the cascade has it
         "data.path",  # as the sources have it
+        "profile.**",
         "data.max_tokens_per_microbatch",
         "data.max_bad_rows",
         "data.max_lost_rows",

@@ -23,6 +23,7 @@ from marco_train.config.opd import OPDConfig
 from marco_train.config.optim import OptimConfig
 from marco_train.config.parallel import ParallelConfig
 from marco_train.config.planning import PlanningConfig
+from marco_train.config.profile import ProfileConfig
 from marco_train.config.resume import OnResumeConfig
 from marco_train.config.rollout import (
     NativeRolloutConfig,
@@ -155,6 +156,7 @@ class TrainConfig:
     logging: LoggingConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
     planning: PlanningConfig = field(default_factory=PlanningConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
 
     def __post_init__(self) -> None:
         require(
@@ -163,6 +165,11 @@ class TrainConfig:
         require(isinstance(self.stage, StageConfig), NO_STAGE)
         if isinstance(self.stage, UntrainedStageConfig):
             require(self.optim is None, "this stage trains nothing: leave optim out")
+            require(
+                self.profile.steps is None,
+                f"profile.steps is {self.profile.steps}, and this stage makes no steps: "
+                "leave it out",
+            )
         else:
             require(
                 isinstance(self.optim, OptimConfig),

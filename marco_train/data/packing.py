@@ -62,8 +62,8 @@ def _sampled_microbatch(scored: Sequence[ScoredRollout]) -> SampledMicrobatch:
     joined, known = _join_rollouts(scored)
     return SampledMicrobatch(
         **vars(joined),
-        sampler_logprobs=_spread(joined, _sampler_logprobs(scored)[known]),
-        teacher_logprobs=_spread(joined, _lay([s.teacher_logprobs for s in scores])[known]),
+        sampler_logprobs=_sampler_logprobs(scored)[known],
+        teacher_logprobs=_lay([s.teacher_logprobs for s in scores])[known],
     )
 
 
@@ -75,7 +75,7 @@ def _topk_microbatch(scored: Sequence[ScoredRollout]) -> TopKMicrobatch:
     logprobs = [s.teacher_topk_logprobs for s in scores]
     return TopKMicrobatch(
         **vars(joined),
-        sampler_logprobs=_spread(joined, _sampler_logprobs(scored)[known]),
+        sampler_logprobs=_sampler_logprobs(scored)[known],
         topk_ids=torch.cat(ids)[known] if ids else torch.zeros(0, 0, dtype=torch.int64),
         teacher_topk_logprobs=torch.cat(logprobs)[known] if logprobs else torch.zeros(0, 0),
         topk_overlap=_lay([s.topk_overlap for s in scores])[known],
@@ -88,7 +88,7 @@ def _full_microbatch(scored: Sequence[ScoredRollout]) -> FullMicrobatch:
     joined, known = _join_rollouts(scored)
     return FullMicrobatch(
         **vars(joined),
-        sampler_logprobs=_spread(joined, _sampler_logprobs(scored)[known]),
+        sampler_logprobs=_sampler_logprobs(scored)[known],
         teacher_hidden=_lay(scores)[known],
     )
 
@@ -138,12 +138,6 @@ def _sampler_logprobs(scored: Sequence[ScoredRollout]) -> Tensor:
     return torch.tensor([x for s in scored for x in s.rollout.sampler_logprobs])
 
 
-def _spread(microbatch: Microbatch, values: Tensor) -> Tensor:
-    """Put one value at each token with loss, [N] -> [T]; zero elsewhere."""
-    spread = torch.zeros(len(microbatch.targets))
-    return spread.masked_scatter(microbatch.loss_mask, values)
-
-
 def _join(examples: Sequence[Example]) -> Microbatch:
     """Lay sequences end to end; each loses its last input and its first target."""
     input_ids: list[int] = []
@@ -163,7 +157,7 @@ def _join(examples: Sequence[Example]) -> Microbatch:
         input_ids=torch.tensor([input_ids]),
         position_ids=torch.tensor([positions]),
         targets=torch.tensor(targets),
-        loss_mask=torch.tensor(loss_mask),
+        loss_places=torch.tensor(loss_mask).nonzero()[:, 0],
         num_tokens=num_tokens,
         num_loss_tokens=sum(loss_mask),
         groups=(),

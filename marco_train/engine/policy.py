@@ -18,7 +18,7 @@ from marco_train.engine.expert_groups import mark_experts
 from marco_train.engine.optim import LearningRate, build_schedule, parameter_groups
 from marco_train.engine.optimizer_state import OptimizerState
 from marco_train.engine.routing import UpdateRouting
-from marco_train.engine.student import Student, load_student, routing_of
+from marco_train.engine.student import Student, layout_of, load_student, routing_of
 from marco_train.engine.zero import deepspeed_config
 from marco_train.errors import InputError
 from marco_train.metrics import Metrics, MetricSums
@@ -101,14 +101,15 @@ class Policy(Student):
         totals = MetricSums()
         routers = UpdateRouting(self._optim, num_inputs)
         for microbatch in microbatches:
-            on_device = microbatch.to(device())
+            layout, on_device = layout_of(microbatch), microbatch.to(device())
             routing = routing_of(on_device)
-            output = loss_fn(self.forward(on_device, routing), on_device)
+            output = loss_fn(self.forward(on_device, layout, routing), on_device)
             loss = output.loss / num_tokens + routers.loss(routing, microbatch.num_tokens)
             # DeepSpeed averages gradients over ranks; undo that.
             self._engine.backward(loss * world_size(), scale_wrt_gas=False)
             totals.add(output, on_device)
-        metrics = totals.mean(num_tokens) | routers.metrics()
+        metrics, of_routers = totals.mean_beside(num_tokens, routers.sums)
+        metrics |= routers.metrics(of_routers)
         self._refuse_non_finite(metrics)
         metrics |= {"data/num_loss_tokens": num_tokens, "data/num_tokens": num_inputs}
         metrics["optim/lr"] = self.learning_rate

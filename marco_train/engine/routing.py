@@ -64,12 +64,18 @@ class UpdateRouting:
         self._load_of_all = load if self._load_of_all is None else self._load_of_all + load
         return self._load_of_all
 
-    def metrics(self) -> Metrics:
-        """Losses and loads of the whole update over all ranks, in all and by layer."""
+    @property
+    def sums(self) -> Tensor | None:
+        """Of this rank's microbatches, [2 L E + 4 L]; None: no router ran."""
         if self._sums is None:
+            return None
+        return torch.cat([x.flatten() for x in self._sums])
+
+    def metrics(self, total: Tensor | None) -> Metrics:
+        """Losses and loads of the whole update, in all and by layer; `total` is all ranks' sums."""
+        if self._sums is None or total is None:
             return {}
         sizes = [x.numel() for x in self._sums]
-        total = all_reduce_sum(torch.cat([x.flatten() for x in self._sums]))
         parts = torch.split(total, sizes)
         load, probability, entropy, squared_logsumexp, replayed = (
             x.view_as(like) for x, like in zip(parts, self._sums, strict=True)

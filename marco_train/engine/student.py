@@ -11,6 +11,7 @@ from marco_train.config.parallel import ParallelConfig
 from marco_train.distributed import device, expert_parallel_group, reduce_sums
 from marco_train.losses.logprobs import sequence_logprobs
 from marco_train.metrics import Metrics, MetricSums
+from marco_train.models.attention import PackedSequences
 from marco_train.models.hf_io import check_architecture, load_model
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.routing import Routing
@@ -37,9 +38,13 @@ class Student:
         self.model = model
         self._module = module
 
-    def forward(self, microbatch: Microbatch, routing: Routing | None = None) -> PolicyOutput:
-        """Compute hidden states [T, D] of a microbatch on this rank's device."""
-        hidden = self._module(microbatch.input_ids, microbatch.position_ids, routing=routing)
+    def forward(
+        self, microbatch: Microbatch, layout: PackedSequences, routing: Routing | None = None
+    ) -> PolicyOutput:
+        """Compute hidden states [T, D] of a microbatch on this rank's device, laid out there."""
+        hidden = self._module(
+            microbatch.input_ids, microbatch.position_ids, layout=layout, routing=routing
+        )
         return PolicyOutput(hidden=hidden, head=self.model.head)
 
     @torch.no_grad()
@@ -49,8 +54,8 @@ class Student:
         (num_tokens,) = reduce_sums([sum(mb.num_loss_tokens for mb in microbatches)])
         totals = MetricSums()
         for microbatch in microbatches:
-            on_device = microbatch.to(device())
-            output = loss_fn(self.forward(on_device, routing_of(on_device)), on_device)
+            layout, on_device = layout_of(microbatch), microbatch.to(device())
+            output = loss_fn(self.forward(on_device, layout, routing_of(on_device)), on_device)
             totals.add(output, on_device)
         return totals.mean(max(1.0, num_tokens))
 
@@ -66,6 +71,11 @@ class Student:
     def named_weights(self, share: ExpertShare = ALL_EXPERTS) -> Iterator[tuple[str, Tensor]]:
         """Stream all weights, of the experts those of `share`, joined; every rank takes part."""
         return named_weights(self.model, share)
+
+
+def layout_of(microbatch: Microbatch) -> PackedSequences:
+    """Lay a microbatch's sequences out while it is on the host, which need not wait for a GPU."""
+    return PackedSequences(microbatch.position_ids).to(device())
 
 
 def routing_of(microbatch: Microbatch) -> Routing:

@@ -1,12 +1,11 @@
 """The SFT loss."""
 
-from marco_train.losses.logprobs import token_logprobs
+from marco_train.losses.logprobs import at_loss_tokens, token_logprobs
 from marco_train.types import LossOutput, Microbatch, PolicyOutput
 
 
 def cross_entropy(output: PolicyOutput, microbatch: Microbatch) -> LossOutput:
     """Sum -log p(target) over the tokens with loss; the caller divides by their global number."""
-    mask = microbatch.loss_mask
-    logprobs, entropy = token_logprobs(output.hidden[mask], output.head, microbatch.targets[mask])
+    logprobs, entropy = token_logprobs(*at_loss_tokens(output, microbatch))
     values = {"loss/cross_entropy": -logprobs.detach(), "loss/entropy": entropy}
     return LossOutput(-logprobs.sum(), values, spreads={})

@@ -38,6 +38,7 @@ from marco_train.config.opd import Objective, OPDConfig
 from marco_train.losses.logprobs import (
     HeadGradient,
     RunningSoftmax,
+    at_loss_tokens,
     float32_logits,
     gather_logprobs,
     pick,
@@ -65,12 +66,9 @@ class SampledReverseKL:
 
     def __call__(self, output: PolicyOutput, microbatch: SampledMicrobatch) -> LossOutput:
         """Sum -min(ratio, C) * A over the sampled tokens; the gradient is that of TIS (above)."""
-        mask = microbatch.loss_mask
-        policy_logprobs, entropy = token_logprobs(
-            output.hidden[mask], output.head, microbatch.targets[mask]
-        )
-        sampler_logprobs = microbatch.sampler_logprobs[mask]
-        advantage = microbatch.teacher_logprobs[mask] - sampler_logprobs
+        policy_logprobs, entropy = token_logprobs(*at_loss_tokens(output, microbatch))
+        sampler_logprobs = microbatch.sampler_logprobs
+        advantage = microbatch.teacher_logprobs - sampler_logprobs
         log_ratio = policy_logprobs - sampler_logprobs
         weight = log_ratio.detach().exp()
         values = {
@@ -127,9 +125,9 @@ class TopKReverseKL:
 
     def __call__(self, output: PolicyOutput, microbatch: TopKMicrobatch) -> LossOutput:
         """Sum the bucketed reverse KL over the places of the sampled tokens."""
-        mask = microbatch.loss_mask
-        ids = torch.cat([microbatch.topk_ids, microbatch.targets[mask, None]], 1)
-        logprobs, entropy = gather_logprobs(output.hidden[mask], output.head, ids)
+        hidden, head, targets = at_loss_tokens(output, microbatch)
+        ids = torch.cat([microbatch.topk_ids, targets[:, None]], 1)
+        logprobs, entropy = gather_logprobs(hidden, head, ids)
         policy_topk, policy_logprobs = logprobs[:, :-1], logprobs[:, -1].detach()
         teacher_topk = microbatch.teacher_topk_logprobs
         losses = bucketed_kl(policy_topk, teacher_topk)
@@ -141,7 +139,7 @@ class TopKReverseKL:
             "kl/teacher_mass": teacher_topk.exp().sum(1),
             "kl/topk_overlap": microbatch.topk_overlap,
             "loss/entropy": entropy,
-        } | _sampler_values(policy_logprobs - microbatch.sampler_logprobs[mask])
+        } | _sampler_values(policy_logprobs - microbatch.sampler_logprobs)
         return LossOutput(losses.sum(), values, spreads={})
 
 
@@ -235,16 +233,16 @@ class FullReverseKL:
 
     def __call__(self, output: PolicyOutput, microbatch: FullMicrobatch) -> LossOutput:
         """Sum the reverse KL over the places of the sampled tokens."""
-        mask = microbatch.loss_mask
+        hidden, head, targets = at_loss_tokens(output, microbatch)
         found = full_reverse_kl(
-            output.hidden[mask],
-            output.head,
+            hidden,
+            head,
             # [0] float32 where no rollout told the width and the type.
             microbatch.teacher_hidden.view(-1, self.teacher_head.shape[1]).to(
                 self.teacher_head.dtype
             ),
             self.teacher_head,
-            microbatch.targets[mask],
+            targets,
         )
         values = {
             "loss/objective": found.reverse.detach(),
@@ -252,7 +250,7 @@ class FullReverseKL:
             "kl/forward": found.forward,
             "kl/teacher_entropy": found.teacher_entropy,
             "loss/entropy": found.entropy,
-        } | _sampler_values(found.logprobs - microbatch.sampler_logprobs[mask])
+        } | _sampler_values(found.logprobs - microbatch.sampler_logprobs)
         return LossOutput(found.reverse.sum(), values, spreads={})
 
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from marco_train.types import Microbatch, PolicyOutput
+
 # Logits that exist at once: on a CPU a tile should stay in the cache (16 MiB in float32), on a GPU
 # it should keep the matrix units busy (256 MiB).
 TILE_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
@@ -146,6 +148,13 @@ def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tenso
     """`gather_logprobs` of one token in each place: targets [N] -> logprobs [N], entropy [N]."""
     logprobs, entropy = gather_logprobs(hidden, head, targets[:, None])
     return logprobs[:, 0], entropy
+
+
+def at_loss_tokens(output: PolicyOutput, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states [N, D] of the tokens with loss, the head [V, D], and their targets [N]."""
+    # By places and not by a mask: to count one, the host would wait for a GPU.
+    hidden = output.hidden.index_select(0, microbatch.loss_places)
+    return hidden, output.head, microbatch.targets.index_select(0, microbatch.loss_places)
 
 
 @torch.no_grad()

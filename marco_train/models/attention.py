@@ -4,8 +4,11 @@ Legend: T packed tokens, B sequences, L longest sequence of a group, H query hea
 heads, d head width.
 """
 
+import inspect
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,11 +31,46 @@ class _Group:
     length: int
 
 
+# Devices whose packed sequences need no padding; the planner's stand-in for a GPU joins them.
+PACKED_DEVICES = {"cuda"}
+
+
+def takes_packed(q: Tensor, k: Tensor) -> bool:
+    """Whether q [T, H, d] and k [T, G, d] attend as they are packed, by flash attention's kernel.
+
+    Others are padded: what is not on a GPU, float32, and shared keys where torch's function for
+    packed sequences does not take them.
+    """
+    if q.device.type not in PACKED_DEVICES or q.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    return q.is_meta or _kernel_takes(q, k)
+
+
+def _kernel_takes(q: Tensor, k: Tensor) -> bool:
+    fits = q.shape[2] % 8 == 0 and q.shape[2] <= 256
+    fits = fits and torch.cuda.get_device_capability(q.device) >= (8, 0)
+    known = _varlen_arguments()
+    return fits and "window_size" in known and (q.shape[1] == k.shape[1] or "enable_gqa" in known)
+
+
+@cache
+def _varlen_arguments() -> frozenset[str]:
+    """Names of the arguments of torch's `varlen_attn`, which differ from torch 2.11 to 2.13."""
+    # Its import takes seconds, for a compiler.
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
 class PackedSequences:
     """Packed tokens that attend causally within their own sequence and never across."""
 
     def __init__(self, position_ids: Tensor) -> None:
-        """Read the sequences off their positions, [1, T], which restart at 0."""
+        """Read the sequences off their positions, [1, T], which restart at 0.
+
+        The host reads them: of positions on a GPU it has to wait for it, so that those that are
+        known on the host are laid out there, and brought to the GPU with `to`.
+        """
         positions = position_ids[0]
         starts = (positions == 0).nonzero()[:, 0]
         sequence_of_token = (positions == 0).cumsum(0) - 1
@@ -41,6 +79,8 @@ class PackedSequences:
         )  # [B]
         self._groups: list[_Group] = []
         lengths = self.lengths.tolist()
+        self._longest = max(lengths, default=0)
+        self._ends = F.pad(self.lengths.cumsum(0), (1, 0)).to(torch.int32)  # [B + 1], from 0
         sizes = [SHORTEST_GROUP << max(0, (n - 1) // SHORTEST_GROUP).bit_length() for n in lengths]
         for size in sorted(set(sizes)):
             members = [row for row, s in enumerate(sizes) if s == size]
@@ -54,16 +94,42 @@ class PackedSequences:
 
     def to(self, device: torch.device) -> "PackedSequences":
         """Lay the same sequences out on a device, without reading them there."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.to(device, non_blocking=True)
+
         there = copy(self)
-        there.lengths = self.lengths.to(device)
+        there.lengths, there._ends = move(self.lengths), move(self._ends)
         there._groups = [
-            replace(group, tokens=group.tokens.to(device), cells=group.cells.to(device))
+            replace(group, tokens=move(group.tokens), cells=move(group.cells))
             for group in self._groups
         ]
         return there
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attend; q [T, H, d], k and v [T, G, d] -> [T, H, d]."""
+        if self._groups and takes_packed(q, k):
+            return self.attend_packed(q, k, v)
+        return self.attend_padded(q, k, v)
+
+    def attend_packed(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend without padding; shapes as in `attend`."""
+        from torch.nn.attention.varlen import varlen_attn
+
+        shared: dict[str, Any] = {"enable_gqa": True} if q.shape[1] != k.shape[1] else {}
+        ends, longest = self._ends, self._longest
+        # No token sees one to its right, and each sees all to its left.
+        found = varlen_attn(q, k, v, ends, ends, longest, longest, window_size=(-1, 0), **shared)
+        assert isinstance(found, Tensor)
+        return found
+
+    @property
+    def num_pairs(self) -> int:
+        """Pairs of two tokens that padded attention computes, whether one sees the other or not."""
+        return sum(group.num_rows * group.length**2 for group in self._groups)
+
+    def attend_padded(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attend in groups of sequences of similar length, padded; shapes as in `attend`."""
         if len(self._groups) == 1:
             return self._attend_group(self._groups[0], q, k, v)
         if not self._groups:

@@ -30,7 +30,7 @@ from marco_train.losses.balance import balance_loss, router_z_loss
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.losses.distillation import FullReverseKL, SampledReverseKL, TopKReverseKL
 from marco_train.losses.logprobs import TILE_ELEMENTS, token_logprobs
-from marco_train.models.attention import PackedSequences
+from marco_train.models.attention import PACKED_DEVICES, PackedSequences
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.routing import Routing
 from marco_train.models.weights import meta_model, torch_dtype
@@ -189,6 +189,29 @@ class _FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
+class _PackedAttention(torch.autograd.Function):
+    """A GPU's kernel for packed sequences, which keeps what it takes and gives, and a number a row.
+
+    Every key of a sequence's rectangle counts, as in `ATTENTION`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, num_pairs: int, ledger: "_Ledger"
+    ) -> Tensor:
+        out = torch.empty_like(q)
+        ctx.save_for_backward(q, k, v, out, q.new_empty(q.shape[:2], dtype=torch.float32))
+        ctx.ledger, ctx.product = ledger, 2.0 * num_pairs * q.shape[1] * q.shape[2]
+        ledger.work["attention"] += 2 * ctx.product
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, *_ = ctx.saved_tensors
+        ctx.ledger.work["attention"] += 5 * ctx.product  # the scores again, and four gradients
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), None, None
+
+
 @contextmanager
 def kernels_of(is_gpu: bool, ledger: "_Ledger") -> Iterator[None]:
     """Let the meta device have the kernels of the run's, and its tiles of logits."""
@@ -212,16 +235,26 @@ def kernels_of(is_gpu: bool, ledger: "_Ledger") -> Iterator[None]:
             return left.new_empty(left.shape[0], right.shape[2])
         return left.new_empty(offs.shape[0], left.shape[0], right.shape[1])
 
+    def attend_packed(sequences: PackedSequences, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        pairs = sequences.num_pairs
+        found: Tensor = _PackedAttention.apply(q, k, v, pairs, ledger)  # type: ignore[no-untyped-call]
+        return found
+
     theirs = F.scaled_dot_product_attention, F.rms_norm, F.grouped_mm
+    packed = PackedSequences.attend_packed
     F.scaled_dot_product_attention = attend  # type: ignore[assignment]
     if is_gpu:
         F.rms_norm = rms_norm  # type: ignore[assignment] # a CPU has none of its own either
+        PACKED_DEVICES.add("meta")
+        PackedSequences.attend_packed = attend_packed  # type: ignore[method-assign,assignment]
     F.grouped_mm = grouped_mm  # type: ignore[assignment]
     TILE_ELEMENTS["meta"] = TILE_ELEMENTS["cuda" if is_gpu else "cpu"]
     try:
         yield
     finally:
         F.scaled_dot_product_attention, F.rms_norm, F.grouped_mm = theirs
+        PackedSequences.attend_packed = packed  # type: ignore[method-assign]
+        PACKED_DEVICES.discard("meta")
         del TILE_ELEMENTS["meta"]
 
 
@@ -491,8 +524,7 @@ def _batch(shapes: Shapes) -> tuple[Microbatch, LossFn]:
         "input_ids": torch.empty(1, T, dtype=torch.int64),
         "position_ids": torch.empty(1, T, dtype=torch.int64),
         "targets": torch.empty(T, dtype=torch.int64),
-        # All of them have loss; their places, as a mask would have to be counted.
-        "loss_mask": torch.empty(T, dtype=torch.int64),
+        "loss_places": torch.empty(T, dtype=torch.int64),  # all of them
         "num_tokens": T,
         "num_loss_tokens": T,
         "groups": (),

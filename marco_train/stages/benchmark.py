@@ -125,7 +125,7 @@ def open_benchmark(
     cfg, tokenizer = prepared.cfg, prepared.tokenizer
     content = observed(cfg, digests={})  # before the model is read
     if is_main():
-        begin(cfg)
+        begin(cfg, content)
     made_by = {
         "model": look(str(cfg.model.path)),
         "tokenizer": tokenizer.digests(),

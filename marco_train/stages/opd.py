@@ -154,6 +154,7 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
         fit += [files, checks.after(files).make(f"head of {owner}", check_head_rows, *head)]
     sizes = student.vocab_size, loader.epoch_rows
     cascade = checks.after(*fit).make("cascade", Cascade, opd, *turns, *sizes, kwargs)
+    checks.make("profile", cfg.profile.check, cascade.num_steps)
     checks.make("groups", check_groups, cascade, loader)
     checks.make("teachers' turns", check_turns, cascade, loader)
 

@@ -76,5 +76,6 @@ def prepare_sft(cfg: TrainConfig, checks: Checks) -> Prepared:
     train_data = checks.make(
         "data", SFTLoader, cfg.data, cfg.stage, tokenizer, cfg.seed, quarantine
     )
+    checks.make("profile", cfg.profile.check, train_data.num_steps)
     held_out = checks.make("held-out rows", train_data.held_out)
     return Prepared(student, tokenizer, train_data, held_out, plan)

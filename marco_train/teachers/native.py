@@ -12,6 +12,7 @@ from marco_train.config.architecture import check_expert_parallel, read_architec
 from marco_train.config.teacher import NativeTeacherConfig
 from marco_train.distributed import device, expert_parallel_group, reduce_max
 from marco_train.models import load_model
+from marco_train.models.attention import PackedSequences
 from marco_train.models.weights import local_weights, torch_dtype
 from marco_train.teachers.base import ScoreSpec, Teacher, head_for_student, scores_from_hidden
 from marco_train.teachers.identity import memory_identity
@@ -56,9 +57,11 @@ class NativeTeacher(Teacher):
         # The state at a token predicts the next one, so the last token is not needed.
         ids = [token for rollout in batch for token in rollout.input_ids[:-1]]
         places = [place for rollout in batch for place in range(len(rollout.input_ids) - 1)]
+        positions = torch.tensor([places], dtype=torch.int64)
         hidden = self._model(
             torch.tensor([ids], dtype=torch.int64, device=device()),
-            torch.tensor([places], dtype=torch.int64, device=device()),
+            positions.to(device()),
+            PackedSequences(positions).to(device()),
         )
         scored = []
         lengths = [len(rollout.input_ids) - 1 for rollout in batch]

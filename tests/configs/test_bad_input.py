@@ -27,6 +27,7 @@ from marco_train.stages import evaluate, opd
 from marco_train.stages.checks import Checks
 from marco_train.stages.evaluate import prepare_evaluate
 from marco_train.stages.opd import engine_owners, prepare_opd, run_opd
+from marco_train.stages.sft import prepare_sft
 from marco_train.teachers.vocab import check_student_vocabulary
 from tests.helpers.checkpoints import leave_checkpoint
 from tests.helpers.configs import compose_config
@@ -59,6 +60,10 @@ REFUSED = [
     ("quickstart_opd", "optim=adamw", "optim is adamw, and the stage trains"),
     ("quickstart_evaluate", "+optim.learning_rate=1", "this stage trains nothing"),
     ("quickstart_sft", "optim.beta2=1.0", "beta2 is 1.0"),
+    ("quickstart_sft", "profile.steps=ten", "profile.steps is 'ten': write the first and the last"),
+    ("quickstart_sft", "profile.steps=12-10", "profile.steps is '12-10': write"),
+    ("quickstart_sft", "profile.steps=0-3", "profile.steps is '0-3': write"),
+    ("quickstart_evaluate", "profile.steps=3", "profile.steps is 3, and an evaluation makes no"),
     ("quickstart_sft", "seed=-3", "seed is -3"),
     ("quickstart_sft", "parallel.zero_stage=3", "zero_stage is 3"),
     (
@@ -437,6 +442,20 @@ def test_a_missing_value_is_asked_for_in_one_sentence() -> None:
     assert nothing.stderr.startswith("error: ")
     assert "experiment=<name>" in nothing.stderr
     assert "Traceback" not in done.stderr + nothing.stderr
+
+
+@pytest.mark.parametrize(("stage", "num_steps"), [("sft", 300), ("opd", 7)])
+def test_steps_to_profile_that_the_run_does_not_make_are_refused(
+    stage: str, num_steps: int, world: World
+) -> None:
+    lengths = ["stage.cascade.first.num_steps=4", "stage.cascade.second.num_steps=3"]
+    given = [f"root={world.root}", *(lengths if stage == "opd" else [])]
+    prepare = {"sft": prepare_sft, "opd": prepare_opd}[stage]
+    last = f"profile.steps={num_steps}"
+    prepare(compose_config(f"quickstart_{stage}", *given, last), Checks())
+    beyond = f"profile.steps={num_steps}-{num_steps + 1}"
+    with pytest.raises(InputError, match=f"and the run makes {num_steps} steps: name some"):
+        prepare(compose_config(f"quickstart_{stage}", *given, beyond), Checks())
 
 
 def test_a_held_out_row_that_cannot_be_checked_is_refused(world: World, tmp_path: Path) -> None:

@@ -127,16 +127,19 @@ def test_a_run_that_is_refused_keeps_its_exit_status(world: World, tmp_path: Pat
 
 def test_time_is_left_for_the_longest_step(tmp_path: Path) -> None:
     asked = Interruption(tmp_path, seconds=1.0)
-    assert asked.ask()[0] is Wish.go_on
+    assert asked.asked_here()[0] is Wish.go_on
     time.sleep(0.6)
-    assert asked.ask() == (Wish.end_for_time, "checkpoint.must_save_by")  # 0.6 s more are too many
+    assert asked.asked_here() == (
+        Wish.end_for_time,
+        "checkpoint.must_save_by",
+    )  # 0.6 s more are too many
 
 
 def test_what_a_launch_has_loaded_counts_to_its_time(tmp_path: Path) -> None:
     with listening():
         time.sleep(0.3)
-        assert Interruption(tmp_path, seconds=0.2).ask()[0] is Wish.end_for_time
-    assert Interruption(tmp_path, seconds=0.2).ask()[0] is Wish.go_on
+        assert Interruption(tmp_path, seconds=0.2).asked_here()[0] is Wish.end_for_time
+    assert Interruption(tmp_path, seconds=0.2).asked_here()[0] is Wish.go_on
 
 
 def is_listened_to(cfg: TrainConfig) -> bool:
@@ -170,10 +173,10 @@ def test_signals_ask_once_and_only_while_a_run_listens(tmp_path: Path) -> None:
     asked = Interruption(tmp_path, seconds=None)
     with listening():
         signal.raise_signal(signal.SIGUSR1)
-        assert [asked.ask() for _ in range(2)] == [(Wish.save, "SIGUSR1"), (Wish.go_on, "")]
+        assert [asked.asked_here() for _ in range(2)] == [(Wish.save, "SIGUSR1"), (Wish.go_on, "")]
         signal.raise_signal(signal.SIGTERM)
         signal.raise_signal(signal.SIGTERM)  # the same, passed on by a launcher
-        assert asked.ask() == (Wish.end, "SIGTERM")
+        assert asked.asked_here() == (Wish.end, "SIGTERM")
     assert signal.getsignal(signal.SIGTERM) is before
     assert Signals.to_end is None
 

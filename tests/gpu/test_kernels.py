@@ -12,6 +12,7 @@ from torch import Tensor
 
 from marco_train.config.parallel import Dispatch
 from marco_train.losses.logprobs import token_logprobs
+from marco_train.models.attention import PackedSequences
 from marco_train.models.moe import SparseMLP
 
 pytestmark = pytest.mark.gpu
@@ -114,3 +115,25 @@ def test_an_exchange_waits_for_the_device_once(kind: Dispatch, group: dist.Proce
     hidden = torch.randn(TOKENS, WIDTH, device="cuda", dtype=torch.bfloat16)
     block(hidden)
     assert count_waits(block, hidden) == 1
+
+
+def test_packed_sequences_attend_like_each_alone_in_float64() -> None:
+    lengths = [5, 70, 300, 9]
+    positions = torch.cat([torch.arange(n) for n in lengths])[None]
+    packed = PackedSequences(positions).to(torch.device("cuda"))
+    q, k, v = (torch.randn(sum(lengths), n, 64, device="cuda").bfloat16() for n in (4, 2, 2))
+    upstream = torch.randn_like(q)
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    packed.attend(0, *leaves).backward(upstream)
+    exact = [x.double().requires_grad_() for x in (q, k, v)]
+    parts = [x.transpose(0, 1).split(lengths, 1) for x in exact]
+    outs = [
+        F.scaled_dot_product_attention(q64, k64, v64, is_causal=True, enable_gqa=True)
+        for q64, k64, v64 in zip(*parts, strict=True)
+    ]
+    wanted = torch.cat(outs, 1).transpose(0, 1)
+    wanted.backward(upstream.double())
+    assert relative_error(packed.attend(0, q, k, v), wanted.detach()) <= 1e-2
+    for leaf, expected in zip(leaves, exact, strict=True):
+        assert leaf.grad is not None and expected.grad is not None
+        assert relative_error(leaf.grad, expected.grad) <= 1e-2

@@ -44,12 +44,14 @@ INDEXED = {
 class HostValues(TorchDispatchMode):
     """Keeps a twin on the CPU of each integer tensor that follows from others with twins.
 
-    Every other rank of a group is taken to send what this one does. `calls` lists the operations.
+    Every other rank of a group is taken to send what this one does. `calls` lists the operations,
+    and `waits` those for which the host would wait for the GPU.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[Any] = []
+        self.waits: list[Any] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -57,6 +59,8 @@ class HostValues(TorchDispatchMode):
         """Run an operation on the fakes, and on the twins where all are known."""
         self.calls.append(func)
         args, kwargs = tree_map_only(Tensor, _as_fake, (args, kwargs or {}))
+        if _waits(func, args, kwargs):
+            self.waits.append(func)
         if func is aten._local_scalar_dense.default:
             return _on_host(func, *args) if _is_integer(args[0]) else NOT_KNOWN
         if func in SIZED_BY_VALUES:
@@ -80,6 +84,18 @@ class HostValues(TorchDispatchMode):
             for fake, twin in zip(made, _tensors(_on_host(func, *args, **kwargs)), strict=True):
                 fake.twin = twin
         return out
+
+
+def _waits(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation gives the host numbers of the GPU, or a size that depends on some."""
+    if not any(fake.device.type == "cuda" for fake in _fakes(args)):
+        return False
+    if func is aten._to_copy.default:
+        return str(kwargs.get("device")) == "cpu" and not kwargs.get("non_blocking")
+    if func in INDEXED:
+        return any(index is not None and index.dtype == torch.bool for index in args[1])
+    sized = func in SIZED_BY_VALUES and kwargs.get("output_size") is None
+    return sized or func is aten._local_scalar_dense.default
 
 
 def _is_integer(tensor: Tensor) -> bool:

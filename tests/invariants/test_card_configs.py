@@ -110,7 +110,7 @@ def test_rows_that_call_functions_are_rendered_with_them(world: World, tmp_path:
     loader = loader_of("sft", world, file, "stage.max_length=1024", "stage.global_batch_size=4")
     (batch,) = next(loader)
     assert loader.metrics()["data/num_sequences"] == 4
-    text = tokenizer_of(world.path("data", "tokenizer")).decode(batch.targets[batch.loss_mask])
+    text = tokenizer_of(world.path("data", "tokenizer")).decode(batch.targets[batch.loss_places])
     assert text.count('<tool_call>\n{"name": "weather", "arguments": {"city": "') == 4
     assert text.count("It is 20 degrees.<|im_end|>") == 4
     assert "You may call" not in text

@@ -79,7 +79,7 @@ def microbatch(targets: Tensor, mask: Tensor) -> Microbatch:
         input_ids=torch.zeros(1, len(targets), dtype=torch.int64),
         position_ids=torch.arange(len(targets))[None],
         targets=targets,
-        loss_mask=mask,
+        loss_places=mask.nonzero()[:, 0],
         num_tokens=len(targets),
         num_loss_tokens=int(mask.sum()),
         groups=(),
@@ -188,8 +188,8 @@ def test_the_expected_sampled_gradient_is_the_gradient_of_the_reverse_kl() -> No
             targets = torch.full((TOKENS,), v)
             batch = SampledMicrobatch(
                 **vars(microbatch(targets, torch.arange(TOKENS) == place)),
-                sampler_logprobs=logp[:, v],
-                teacher_logprobs=logq[:, v],
+                sampler_logprobs=logp[place, v][None],
+                teacher_logprobs=logq[place, v][None],
             )
             output = objective(PolicyOutput(s["hidden"], s["head"]), batch)
             gradients = torch.autograd.grad(output.loss, [s["hidden"], s["head"]])
@@ -284,7 +284,7 @@ def test_a_microbatch_without_loss_tokens_has_zero_loss_and_a_whole_graph(
     s = setting(dtype)
     empty = microbatch(s["targets"], torch.zeros(TOKENS, dtype=torch.bool))
     output = PolicyOutput(s["hidden"], s["head"])
-    zeros = torch.zeros(TOKENS)
+    zeros = torch.zeros(0)
     full = FullMicrobatch(**vars(empty), sampler_logprobs=zeros, teacher_hidden=torch.zeros(0, 0))
     sampled = SampledMicrobatch(**vars(empty), sampler_logprobs=zeros, teacher_logprobs=zeros)
     topk = TopKMicrobatch(

@@ -125,8 +125,8 @@ def refuse(cfg: TrainConfig, loss_scale: float, mask: bool) -> str:
     before = {name: weight.clone() for name, weight in policy.named_weights()}
     batches = next(data)
     if mask:
-        nothing = torch.zeros_like(batches[0].loss_mask)
-        batches = [replace(batches[0], loss_mask=nothing, num_loss_tokens=0)]
+        nothing = torch.zeros(0, dtype=torch.int64)
+        batches = [replace(batches[0], loss_places=nothing, num_loss_tokens=0)]
 
     def loss(output: PolicyOutput, batch: Microbatch) -> LossOutput:
         found = cross_entropy(output, batch)
@@ -192,8 +192,8 @@ def gradient_by_hand(cfg: TrainConfig) -> dict[str, torch.Tensor]:
             seen.squared_logsumexp, tokens
         )
         losses = torch.nn.functional.cross_entropy(logits, batch.targets, reduction="none")
-        total = total + (losses * batch.loss_mask).sum()
-        num_tokens += int(batch.loss_mask.sum())
+        total = total + losses[batch.loss_places].sum()
+        num_tokens += len(batch.loss_places)
     (total / num_tokens + routers).backward()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -9,11 +9,13 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
 
 from marco_train import checkpoint, distributed
 from marco_train.config.architecture import ArchitectureConfig
@@ -26,7 +28,8 @@ from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.losses.distillation import FullReverseKL, SampledReverseKL, TopKReverseKL
 from marco_train.losses.logprobs import sequence_logprobs, topk_logprobs
 from marco_train.metrics import MetricSums
-from marco_train.models.attention import KVCache
+from marco_train.models import attention
+from marco_train.models.attention import KVCache, PackedSequences
 from marco_train.models.dispatch import dispatch
 from marco_train.models.qwen3_moe import Linear, Qwen3Moe
 from marco_train.models.routing import Routing
@@ -77,12 +80,12 @@ def mini() -> ArchitectureConfig:
     return replace(found, num_hidden_layers=1)
 
 
-def fake_model(group: dist.ProcessGroup | None = None) -> Qwen3Moe:
+def fake_model(group: dist.ProcessGroup | None = None, num_layers: int = 1) -> Qwen3Moe:
     """Weights of Mini's width in bfloat16 on the GPU."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         with GPU:
-            return Qwen3Moe(mini(), group)
+            return Qwen3Moe(replace(mini(), num_hidden_layers=num_layers), group)
     finally:
         torch.set_default_dtype(torch.float32)
 
@@ -96,8 +99,8 @@ def examples() -> Microbatch:
 
 def run(model: Qwen3Moe, batch: Microbatch, loss_fn: LossFn, routing: Routing) -> LossOutput:
     """A forward and backward pass; every gradient is what its weight is."""
-    on_device = batch.to(GPU)
-    hidden = model(on_device.input_ids, on_device.position_ids, routing=routing)
+    layout, on_device = PackedSequences(batch.position_ids).to(GPU), batch.to(GPU)
+    hidden = model(on_device.input_ids, on_device.position_ids, layout=layout, routing=routing)
     assert (hidden.dtype, hidden.device) == (torch.bfloat16, GPU)
     found = loss_fn(PolicyOutput(hidden, model.head), on_device)
     assert (found.loss.dtype, found.loss.device, found.loss.shape) == (torch.float32, GPU, ())
@@ -206,6 +209,84 @@ def check_dispatch(kind: Dispatch) -> tuple[list[int], list[int]]:
 def test_experts_over_eight_ranks_are_trained(kind: Dispatch, gpu: FakeGPU) -> None:
     found, expected = gpu.call(check_dispatch, kind)
     assert found == expected
+
+
+def check_waits(over_ranks: bool, kind: Dispatch) -> list[str]:
+    """For what the host waits in a pass over three layers; their tokens go to all ranks."""
+    batch = examples()
+    taken = experts_to_take(batch.num_tokens).repeat(3, 1, 1)
+    with fake_group(RANK, RANKS) as group, fake_cuda() as seen:
+        model = fake_model(group if over_ranks else None, num_layers=3)
+        model.set_dispatch(kind)
+        run(model, batch, cross_entropy, Routing(taken.to(GPU)))
+    return [str(func) for func in seen.waits]
+
+
+@pytest.mark.parametrize("kind", Dispatch, ids=lambda kind: kind.value)
+@pytest.mark.parametrize("over_ranks", [False, True], ids=["experts here", "over eight ranks"])
+def test_the_host_waits_once_a_layer_and_only_for_numbers_of_rows(
+    over_ranks: bool, kind: Dispatch, gpu: FakeGPU
+) -> None:
+    waits = gpu.call(check_waits, over_ranks, kind)
+    # One list a layer, of which a fake tensor gives each number by itself: rows to each rank, from
+    # each, and pairs where rows are not pairs. `tests/gpu` counts the waits of a real exchange.
+    numbers = RANKS * (3 if kind is Dispatch.deduplicated else 2)
+    assert waits == ["aten._local_scalar_dense.default"] * (3 * numbers * over_ranks)
+
+
+def check_attention(dtype: torch.dtype, heads: int, varlen: bool) -> tuple[list[Any], list[str]]:
+    """Arguments of the kernel for packed sequences, and the names of attention's operations."""
+    lengths = torch.tensor([5, 70, 9])
+    positions = torch.cat([torch.arange(n) for n in lengths.tolist()])[None]
+    asked: list[Any] = []
+
+    def noted(*args: Any, **kwargs: Any) -> Tensor:
+        asked.append((*(x.tolist() for x in args[3:5]), *args[5:], kwargs))
+        return varlen_attn(*args, **kwargs)  # type: ignore[return-value]
+
+    known = frozenset({"window_size", "enable_gqa"} if varlen else {"is_causal"})
+    with (
+        fake_cuda() as seen,
+        mock.patch.object(torch.nn.attention.varlen, "varlen_attn", noted),
+        mock.patch.object(attention, "_varlen_arguments", return_value=known),
+    ):
+        packed = PackedSequences(positions).to(GPU)
+        q, k, v = (
+            torch.zeros(84, n, 64, dtype=dtype, device=GPU, requires_grad=True)
+            for n in (heads, 2, 2)
+        )
+        out = packed.attend(0, q, k, v)
+        assert (out.shape, out.dtype, out.device) == (q.shape, dtype, GPU)
+        out.sum().backward()
+        for x in (q, k, v):
+            assert x.grad is not None and (x.grad.dtype, x.grad.device) == (dtype, GPU)
+    names = [str(func) for func in seen.calls]
+    return asked, sorted({name for name in names if "attn" in name or "attention" in name})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads", "varlen", "is_packed"),
+    [
+        (torch.bfloat16, 4, True, True),
+        (torch.bfloat16, 2, True, True),
+        (torch.bfloat16, 4, False, False),  # torch 2.11's, which knows no shared keys
+        (torch.float32, 4, True, False),
+    ],
+)
+def test_packed_sequences_attend_without_padding_where_a_kernel_takes_them(
+    dtype: torch.dtype, heads: int, varlen: bool, is_packed: bool, gpu: FakeGPU
+) -> None:
+    asked, names = gpu.call(check_attention, dtype, heads, varlen)
+    if not is_packed:
+        assert asked == [] and not any("varlen" in name for name in names)
+        return
+    ends = [0, 5, 75, 84]
+    shared = {"enable_gqa": True} if heads > 2 else {}
+    assert asked == [(ends, ends, 70, 70, {"window_size": (-1, 0), **shared})]
+    assert names == [
+        "torch_attn._varlen_attn.default",
+        "torch_attn._varlen_attn_backward.default",
+    ]
 
 
 def check_shares() -> list[str]:

@@ -29,7 +29,7 @@ def microbatch(groups: tuple[str, ...], ids: list[list[int]]) -> Microbatch:
         input_ids=torch.zeros(1, count, dtype=torch.int64),
         position_ids=torch.arange(count)[None],
         targets=torch.zeros(count, dtype=torch.int64),
-        loss_mask=torch.ones(count, dtype=torch.bool),
+        loss_places=torch.arange(count),
         num_tokens=count,
         num_loss_tokens=count,
         groups=groups,

@@ -58,7 +58,7 @@ def microbatch(num_tokens: int, length: int) -> Microbatch:
         input_ids=torch.randint(10, 20_000, (1, num_tokens)),
         position_ids=torch.arange(length).repeat(num_tokens // length)[None],
         targets=torch.randint(10, 20_000, (num_tokens,)),
-        loss_mask=torch.ones(num_tokens, dtype=torch.bool),
+        loss_places=torch.arange(num_tokens),
         num_tokens=num_tokens,
         num_loss_tokens=num_tokens,
         groups=(),

@@ -140,7 +140,7 @@ def update_token_by_token(cfg: TrainConfig) -> Outcome:
     batch = replace(batch, routed_experts=foreign_choice(batch))
     logits, foreign = forward_token_by_token(model, batch)
     losses = F.cross_entropy(logits, batch.targets, reduction="none")
-    loss = (losses * batch.loss_mask).sum() / batch.num_loss_tokens
+    loss = losses[batch.loss_places].sum() / batch.num_loss_tokens
     loss.backward()
     with torch.no_grad():
         for parameter in model.parameters():

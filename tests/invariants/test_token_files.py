@@ -103,7 +103,8 @@ def drawn(stage: str, world: World, file: Path, cache: str) -> Drawn:
 def parts(packed: Microbatch) -> list[list[int]]:
     """The sequences of a microbatch, with the loss mask behind each."""
     positions = packed.position_ids[0].tolist()
-    ids, mask = packed.input_ids[0].tolist(), packed.loss_mask.tolist()
+    ids, learnt = packed.input_ids[0].tolist(), set(packed.loss_places.tolist())
+    mask = [place in learnt for place in range(len(ids))]
     starts = [place for place, position in enumerate(positions) if position == 0]
     ends = [*starts[1:], len(ids)]
     found = [ids[start:end] + mask[start:end] for start, end in zip(starts, ends, strict=True)]

@@ -32,7 +32,7 @@ def test_two_examples_are_joined_and_shifted_within_themselves() -> None:
     assert batch.input_ids.tolist() == [[4, 5, 6, 1, 2]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 0, 1]]
     assert batch.targets.tolist() == [5, 6, 7, 2, 3]
-    assert batch.loss_mask.tolist() == [False, False, True, True, True]
+    assert batch.loss_places.tolist() == [2, 3, 4]
     assert batch.num_loss_tokens == 3
 
 
@@ -61,9 +61,9 @@ def test_scores_stand_at_the_tokens_they_belong_to() -> None:
     assert isinstance(batch, SampledMicrobatch)
     assert batch.input_ids.tolist() == [[1, 2, 3, 5, 6, 7]]
     assert batch.targets.tolist() == [2, 3, 4, 6, 7, 8]
-    assert batch.loss_mask.tolist() == [False, True, True, False, False, True]
-    assert batch.sampler_logprobs.tolist() == [0, -0.5, -0.25, 0, 0, -0.125]
-    assert batch.teacher_logprobs.tolist() == [0, -1, -2, 0, 0, -3]
+    assert batch.loss_places.tolist() == [1, 2, 5]
+    assert batch.sampler_logprobs.tolist() == [-0.5, -0.25, -0.125]
+    assert batch.teacher_logprobs.tolist() == [-1, -2, -3]
 
 
 def test_hidden_states_lie_in_the_order_of_the_loss_tokens() -> None:
@@ -73,7 +73,7 @@ def test_hidden_states_lie_in_the_order_of_the_loss_tokens() -> None:
     ]
     (batch,) = pack_rollouts(scored, Objective.full, max_tokens=16)
     assert isinstance(batch, FullMicrobatch)
-    assert batch.targets[batch.loss_mask].tolist() == [4, 5, 2]
+    assert batch.targets[batch.loss_places].tolist() == [4, 5, 2]
     assert batch.teacher_hidden[:, 0].tolist() == [2, 2, 1]
 
 
@@ -89,10 +89,10 @@ def test_likeliest_tokens_lie_in_the_order_of_the_loss_tokens() -> None:
     ]
     (batch,) = pack_rollouts(scored, Objective.topk, max_tokens=16)
     assert isinstance(batch, TopKMicrobatch)
-    assert batch.targets[batch.loss_mask].tolist() == [4, 5, 2]
+    assert batch.targets[batch.loss_places].tolist() == [4, 5, 2]
     assert batch.topk_ids.tolist() == [[5, 6], [9, 1], [7, 8]]
     assert batch.teacher_topk_logprobs.tolist() == [[-5, -6], [-9, -1], [-7, -8]]
-    assert batch.sampler_logprobs[batch.loss_mask].tolist() == [-1, -2, -1]
+    assert batch.sampler_logprobs.tolist() == [-1, -2, -1]
     assert batch.topk_overlap.tolist() == [5, 9, 7]
 
 
@@ -163,9 +163,9 @@ def test_places_that_the_teacher_did_not_score_have_no_loss() -> None:
     # In whichever order they come, those of one length are laid by prompt and sample.
     (sampled,) = pack_rollouts(tokens[::-1], Objective.sampled, max_tokens=16)
     assert isinstance(sampled, SampledMicrobatch)
-    assert sampled.targets[sampled.loss_mask].tolist() == [3, 5, 8]
+    assert sampled.targets[sampled.loss_places].tolist() == [3, 5, 8]
     assert sampled.num_loss_tokens == len(sampled.group_ids) == 3
-    found = sampled.sampler_logprobs[sampled.loss_mask], sampled.teacher_logprobs[sampled.loss_mask]
+    found = sampled.sampler_logprobs, sampled.teacher_logprobs
     torch.testing.assert_close(torch.stack(found), torch.tensor([[-0.1, -0.3, -0.5], [-1, -3, -5]]))
 
     def likeliest(logprobs: list[list[float]]) -> TopKScores:
@@ -183,7 +183,7 @@ def test_places_that_the_teacher_did_not_score_have_no_loss() -> None:
         max_tokens=16,
     )
     assert isinstance(topk, TopKMicrobatch)
-    assert topk.targets[topk.loss_mask].tolist() == [3, 5, 8]
+    assert topk.targets[topk.loss_places].tolist() == [3, 5, 8]
     assert topk.topk_ids.tolist() == [[0, 1], [4, 5], [2, 3]]
     assert topk.teacher_topk_logprobs.tolist() == [[-1, -2], [-3, -4], [-5, -6]]
     assert topk.topk_overlap.tolist() == [0, 0.5, 0.25]
