@@ -63,7 +63,7 @@ REFUSED = [
     ("quickstart_sft", "profile.steps=ten", "profile.steps is 'ten': write the first and the last"),
     ("quickstart_sft", "profile.steps=12-10", "profile.steps is '12-10': write"),
     ("quickstart_sft", "profile.steps=0-3", "profile.steps is '0-3': write"),
-    ("quickstart_evaluate", "profile.steps=3", "profile.steps is 3, and an evaluation makes no"),
+    ("quickstart_evaluate", "profile.steps=3", "profile.steps is 3, and this stage makes no"),
     ("quickstart_sft", "seed=-3", "seed is -3"),
     ("quickstart_sft", "parallel.zero_stage=3", "zero_stage is 3"),
     (
