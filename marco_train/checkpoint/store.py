@@ -11,7 +11,7 @@ safetensors and JSON only. A checkpoint resumes on any number of ranks.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,10 @@ def save_checkpoint(
         keep_last: Complete checkpoints to keep, this one included.
     """
     partial = begin_checkpoint(directory, step)
-    shard = write_shard(partial, rank(), training, generators)
-    publish_checkpoint(directory, step, shard, state, keep_last)
+    shards = gather_objects(write_shard(partial, rank(), training, generators))
+    if is_main():
+        publish_checkpoint(directory, step, shards, state, keep_last)
+    barrier()
 
 
 def begin_checkpoint(directory: Path, step: int) -> Path:
@@ -64,30 +66,31 @@ def begin_checkpoint(directory: Path, step: int) -> Path:
 
 
 def publish_checkpoint(
-    directory: Path, step: int, shard: dict[str, Any], state: dict[str, Any], keep_last: int
+    directory: Path,
+    step: int,
+    shards: Sequence[dict[str, Any]],
+    state: dict[str, Any],
+    keep_last: int,
 ) -> None:
-    """Let a checkpoint appear once every rank has written its shard; all ranks take part.
+    """Let a checkpoint appear, once every rank has written its shard; the main rank does.
 
     Args:
         directory: Holds the checkpoints of a run.
         step: Updates made.
-        shard: What `write_shard` says of this rank's.
-        state: The same on every rank; JSON.
+        shards: What `write_shard` says of each rank's.
+        state: JSON.
         keep_last: Complete checkpoints to keep, this one included.
     """
     partial = partial_path(directory, step)
-    shards = gather_objects(shard)
-    if is_main():
-        entries = {each["name"]: {k: each[k] for k in ("bytes", "digest")} for each in shards}
-        for name, content in ((STATE, state), (INDEX, build_index(shards))):
-            (partial / name).write_text(json.dumps(content, indent=2, sort_keys=True))
-            entries[name] = _entry(partial / name)
-        manifest = {"step": step, "world_size": world_size(), "files": entries}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
-        replace_directory(checkpoint_path(directory, step), partial)
-        for old in complete_checkpoints(directory)[keep_last:]:
-            shutil.rmtree(old)
-    barrier()
+    entries = {each["name"]: {k: each[k] for k in ("bytes", "digest")} for each in shards}
+    for name, content in ((STATE, state), (INDEX, build_index(shards))):
+        (partial / name).write_text(json.dumps(content, indent=2, sort_keys=True))
+        entries[name] = _entry(partial / name)
+    manifest = {"step": step, "world_size": world_size(), "files": entries}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
+    replace_directory(checkpoint_path(directory, step), partial)
+    for old in complete_checkpoints(directory)[keep_last:]:
+        shutil.rmtree(old)
 
 
 def partial_path(directory: Path, step: int) -> Path:
