@@ -1,6 +1,6 @@
 """What a checkpoint costs: saving, digesting, the stall of a save beside training, and loading.
 
-    python scripts/bench/checkpoint.py --gigabytes 1 --repeats 3 --directory /tmp
+    python scripts/bench/saves.py --gigabytes 1 --repeats 3 --directory /tmp
 
 One process that updates all parameters, without a model: a state is masters and two moments. Sides
 take turns, round by round; figures are medians and ranges over the rounds.
