@@ -13,6 +13,7 @@ from marco_train.checkpoint.shards import (
 from marco_train.checkpoint.snapshot import Snapshot, host_memory
 from marco_train.checkpoint.store import (
     checkpoint_path,
+    faults_of,
     load_checkpoint,
     read_state,
     save_checkpoint,
@@ -28,6 +29,7 @@ __all__ = [
     "StoredState",
     "TrainingState",
     "checkpoint_path",
+    "faults_of",
     "generator_tensors",
     "host_memory",
     "load_checkpoint",

@@ -1,12 +1,12 @@
 """A checkpoint that is written while training goes on; training stops for a copy to the host only.
 
-The thread that writes takes part in no collective: what ranks have to agree on, that all have
-written and what failed, they ask each other between steps, in the thread that trains.
+Threads that write take part in no collective: whether all have written, and what failed, ranks ask
+each other between steps, in the thread that trains. Then the main rank publishes, in a thread too.
 """
 
 import shutil
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +21,16 @@ from marco_train.distributed import gather_objects, is_main, rank, sharing_error
 from marco_train.errors import CheckpointError
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pending:
-    """A checkpoint that this rank writes its shard of."""
+    """A checkpoint that is being written, and then published."""
 
     step: int
     state: dict[str, Any]
-    shard: Future[dict[str, Any]]
+    shard: Future[Any]
+    """What `write_shard` says of this rank's."""
+    published: Future[Any] | None = None
+    """By the main rank, once all shards are written."""
 
 
 class BackgroundSaves:
@@ -54,17 +57,15 @@ class BackgroundSaves:
             self._snapshot = Snapshot(training)
         else:
             self._snapshot.take(training)
-        shard: Future[dict[str, Any]] = Future()
-        given = partial, rank(), self._snapshot.state, generators
-        # A daemon: a process that ends by an error does not wait for its disk.
-        threading.Thread(target=_write, args=(shard, *given), daemon=True).start()
+        snapshot = self._snapshot.state
+        shard = _beside(lambda: write_shard(partial, rank(), snapshot, generators))
         self._pending = Pending(step, state, shard)
 
     def publish(self, wait: bool) -> int | None:
         """Let the checkpoint appear that is being written, once all ranks have written it.
 
         Args:
-            wait: Whether to wait for that. Else it is left for a later call.
+            wait: Whether to wait for that. Else a later call sees to what is not done yet.
 
         Returns:
             The updates of one that appeared.
@@ -73,25 +74,48 @@ class BackgroundSaves:
             CheckpointError: On all ranks, where one could not write; what was written is removed.
         """
         pending = self._pending
-        if pending is None or not (wait or all(gather_objects(pending.shard.done()))):
+        if pending is None:
             return None
-        self._pending = None
         try:
+            if pending.published is None and _is_due(pending.shard, wait):
+                pending.published = self._publish(pending)
+            if pending.published is None or not _is_due(pending.published, wait):
+                return None
             with sharing_errors(CheckpointError, OSError):
-                shard = pending.shard.result()
+                pending.published.result()
         except CheckpointError as error:
+            self._pending = None
             if is_main():
                 shutil.rmtree(partial_path(self._directory, pending.step), ignore_errors=True)
             raise CheckpointError(
                 f"the checkpoint of step {pending.step} was not saved ({error}); those before it "
                 "are intact"
             ) from error
-        publish_checkpoint(self._directory, pending.step, shard, pending.state, self._keep_last)
+        self._pending = None
         return pending.step
 
+    def _publish(self, pending: Pending) -> Future[Any]:
+        with sharing_errors(CheckpointError, OSError):
+            shard = pending.shard.result()
+        shards = gather_objects(shard)
+        given = self._directory, pending.step, shards, pending.state, self._keep_last
+        return _beside(lambda: publish_checkpoint(*given) if is_main() else None)
 
-def _write(shard: Future[dict[str, Any]], *given: Any) -> None:
-    try:
-        shard.set_result(write_shard(*given))
-    except BaseException as error:
-        shard.set_exception(error)
+
+def _is_due(future: Future[Any], wait: bool) -> bool:
+    """Whether to look at what every rank does: to wait for it, or as it is done on all of them."""
+    return wait or all(gather_objects(future.done()))
+
+
+def _beside(work: Callable[[], Any]) -> Future[Any]:
+    """Do some work in a thread, for which a process that ends by an error does not wait."""
+    done: Future[Any] = Future()
+
+    def do() -> None:
+        try:
+            done.set_result(work())
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=do, daemon=True).start()
+    return done

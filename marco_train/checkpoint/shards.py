@@ -139,8 +139,8 @@ class StoredState:
         self._path = path
         if not (path / INDEX).is_file():
             raise InputError(
-                f"{path} has no {INDEX}: a version of marco_train before 0.2 saved it, which alone "
-                "can go on from it; or start with resume=never"
+                f"{path} has no {INDEX}: an earlier version of marco_train saved it, which alone "
+                "can go on from it; start with resume=never"
             )
         index = json.loads((path / INDEX).read_text())
         self.optimizer_steps = int(index["optimizer_steps"])
@@ -154,10 +154,14 @@ class StoredState:
         """Of each parameter with all experts, by its name."""
         return {name: tuple(entry["shape"]) for name, entry in self._parameters.items()}
 
-    @property
-    def dtypes(self) -> dict[str, torch.dtype]:
-        """Of each parameter's weights."""
-        return {name: getattr(torch, entry["dtype"]) for name, entry in self._parameters.items()}
+    def dtype(self, name: str) -> torch.dtype:
+        """Of a parameter's weights."""
+        found: torch.dtype = getattr(torch, self._parameters[name]["dtype"])
+        return found
+
+    def files(self, name: str) -> list[str]:
+        """That hold pieces of a parameter, in their order."""
+        return [piece["file"] for piece in self._parameters[name]["pieces"]]
 
     @cached_property
     def _files(self) -> dict[str, dict[str, StoredTensor]]:
@@ -172,7 +176,7 @@ class StoredState:
     def weight(self, name: str) -> Tensor:
         """Read a parameter's weights in their type."""
         entry = self._parameters[name]
-        whole = torch.empty(math.prod(entry["shape"]), dtype=getattr(torch, entry["dtype"]))
+        whole = torch.empty(math.prod(entry["shape"]), dtype=self.dtype(name))
         self._read(name, KINDS[0], 0, whole)
         return whole.view(entry["shape"])
 

@@ -11,7 +11,7 @@ safetensors and JSON only. A checkpoint resumes on any number of ranks.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +49,10 @@ def save_checkpoint(
         keep_last: Complete checkpoints to keep, this one included.
     """
     partial = begin_checkpoint(directory, step)
-    shard = write_shard(partial, rank(), training, generators)
-    publish_checkpoint(directory, step, shard, state, keep_last)
+    shards = gather_objects(write_shard(partial, rank(), training, generators))
+    if is_main():
+        publish_checkpoint(directory, step, shards, state, keep_last)
+    barrier()
 
 
 def begin_checkpoint(directory: Path, step: int) -> Path:
@@ -64,30 +66,31 @@ def begin_checkpoint(directory: Path, step: int) -> Path:
 
 
 def publish_checkpoint(
-    directory: Path, step: int, shard: dict[str, Any], state: dict[str, Any], keep_last: int
+    directory: Path,
+    step: int,
+    shards: Sequence[dict[str, Any]],
+    state: dict[str, Any],
+    keep_last: int,
 ) -> None:
-    """Let a checkpoint appear once every rank has written its shard; all ranks take part.
+    """Let a checkpoint appear, once every rank has written its shard; the main rank does.
 
     Args:
         directory: Holds the checkpoints of a run.
         step: Updates made.
-        shard: What `write_shard` says of this rank's.
-        state: The same on every rank; JSON.
+        shards: What `write_shard` says of each rank's.
+        state: JSON.
         keep_last: Complete checkpoints to keep, this one included.
     """
     partial = partial_path(directory, step)
-    shards = gather_objects(shard)
-    if is_main():
-        entries = {each["name"]: {k: each[k] for k in ("bytes", "digest")} for each in shards}
-        for name, content in ((STATE, state), (INDEX, build_index(shards))):
-            (partial / name).write_text(json.dumps(content, indent=2, sort_keys=True))
-            entries[name] = _entry(partial / name)
-        manifest = {"step": step, "world_size": world_size(), "files": entries}
-        (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
-        replace_directory(checkpoint_path(directory, step), partial)
-        for old in complete_checkpoints(directory)[keep_last:]:
-            shutil.rmtree(old)
-    barrier()
+    entries = {each["name"]: {k: each[k] for k in ("bytes", "digest")} for each in shards}
+    for name, content in ((STATE, state), (INDEX, build_index(shards))):
+        (partial / name).write_text(json.dumps(content, indent=2, sort_keys=True))
+        entries[name] = _entry(partial / name)
+    manifest = {"step": step, "world_size": world_size(), "files": entries}
+    (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
+    replace_directory(checkpoint_path(directory, step), partial)
+    for old in complete_checkpoints(directory)[keep_last:]:
+        shutil.rmtree(old)
 
 
 def partial_path(directory: Path, step: int) -> Path:
@@ -120,17 +123,22 @@ def load_checkpoint(path: Path) -> tuple[StoredState, dict[str, Any]]:
     Raises:
         InputError: A file is not what was written, on every rank.
     """
-    files = json.loads((path / MANIFEST).read_text())["files"]
-    fault = None
-    for name in sorted(files)[rank() :: world_size()]:
-        try:
-            _verify(path / name, files[name])
-        except InputError as error:
-            fault = str(error)
-    faults = [found for found in gather_objects(fault) if found is not None]
-    if faults:
-        raise InputError(faults[0])
+    faults = gather_objects(next(faults_of(path, rank(), world_size()), None))
+    fault = next((each for each in faults if each is not None), None)
+    if fault is not None:
+        raise InputError(f"{fault}; resume from another checkpoint with resume=<path>")
     return StoredState(path), read_state(path)
+
+
+def faults_of(
+    path: Path, number: int = 0, num_shares: int = 1, *, sizes_only: bool = False
+) -> Iterator[str]:
+    """Say which files of a checkpoint are not what was written, looking at a share of them."""
+    files = json.loads((path / MANIFEST).read_text())["files"]
+    for name in sorted(files)[number::num_shares]:
+        fault = _fault(path / name, files[name], sizes_only)
+        if fault is not None:
+            yield fault
 
 
 def read_state(path: Path) -> dict[str, Any]:
@@ -140,20 +148,24 @@ def read_state(path: Path) -> dict[str, Any]:
         InputError: It is not what was written.
     """
     manifest = json.loads((path / MANIFEST).read_text())
-    _verify(path / STATE, manifest["files"][STATE])
+    fault = _fault(path / STATE, manifest["files"][STATE])
+    if fault is not None:
+        raise InputError(f"{fault}; resume from another checkpoint with resume=<path>")
     return dict(json.loads((path / STATE).read_text()))
 
 
-def _verify(file: Path, expected: dict[str, Any]) -> None:
-    found: dict[str, Any] = {"bytes": 0, "digest": "absent"}
-    if file.is_file():
-        found = _entry(file)
-    if found != expected:
-        raise InputError(
-            f"{file} is damaged: {found['bytes']} bytes, digest {found['digest'][:12]}, where "
-            f"{expected['bytes']} bytes, digest {expected['digest'][:12]} were written; resume "
-            "from another checkpoint with resume=<path>"
-        )
+def _fault(file: Path, expected: dict[str, Any], sizes_only: bool = False) -> str | None:
+    if not file.is_file():
+        return f"{file} is missing"
+    if sizes_only and file.stat().st_size == expected["bytes"]:
+        return None
+    found = _entry(file)
+    if found == expected:
+        return None
+    return (
+        f"{file} is damaged: {found['bytes']} bytes, digest {found['digest'][:12]}, where "
+        f"{expected['bytes']} bytes, digest {expected['digest'][:12]} were written"
+    )
 
 
 def _entry(file: Path) -> dict[str, Any]:

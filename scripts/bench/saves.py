@@ -1,0 +1,178 @@
+"""What a checkpoint costs: saving, digesting, the stall of a save beside training, and loading.
+
+    python scripts/bench/saves.py --gigabytes 1 --repeats 3 --directory /tmp
+
+One process that updates all parameters, without a model: a state is masters and two moments. Sides
+take turns, round by round; figures are medians and ranges over the rounds.
+"""
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from harness import MIB, peak_bytes
+from torch import Tensor
+from xxhash import xxh3_128
+
+from marco_train.checkpoint import (
+    KINDS,
+    BackgroundSaves,
+    Piece,
+    Snapshot,
+    StoredState,
+    TrainingState,
+    save_checkpoint,
+)
+from marco_train.checkpoint.shards import INDEX, build_index, write_shard
+from marco_train.files import CHUNK_BYTES, digest_of
+
+CPU = torch.device("cpu")
+NUM_PARAMETERS = 24
+
+
+def make_state(gigabytes: float) -> TrainingState:
+    """Parameters of one size each."""
+    size = int(gigabytes * 1e9) // (12 * NUM_PARAMETERS)
+    pieces = [
+        Piece(f"{n}", "bfloat16", (size,), 0, {kind: torch.randn(size) for kind in KINDS})
+        for n in range(NUM_PARAMETERS)
+    ]
+    return TrainingState(pieces, 1)
+
+
+def part_of(state: TrainingState, number: int, num_parts: int) -> TrainingState:
+    """What one of several ranks would update of it."""
+    pieces = []
+    for piece in state.pieces:
+        bounds = [piece.stop * n // num_parts for n in (number, number + 1)]
+        tensors = {kind: t[slice(*bounds)] for kind, t in piece.tensors.items()}
+        pieces.append(Piece(piece.parameter, piece.dtype, piece.shape, bounds[0], tensors))
+    return TrainingState(pieces, state.optimizer_steps)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """That a call takes."""
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def write_as(directory: Path, state: TrainingState, num_ranks: int) -> Path:
+    """The tensors of a checkpoint of so many ranks."""
+    path = directory / f"of_{num_ranks}"
+    path.mkdir()
+    shards = [write_shard(path, n, part_of(state, n, num_ranks), {}) for n in range(num_ranks)]
+    (path / INDEX).write_text(json.dumps(build_index(shards)))
+    return path
+
+
+def load(path: Path, state: TrainingState) -> None:
+    """Verify what a checkpoint holds, and read it into its places."""
+    for file in path.iterdir():
+        digest_of(file)
+    stored = StoredState(path)
+    for piece in state.pieces:
+        stored.fill(piece)
+
+
+def digest(state: TrainingState) -> str:
+    """Digest the tensors as they are digested while they are written."""
+    found = xxh3_128()
+    for piece in state.pieces:
+        for tensor in piece.tensors.values():
+            content = tensor.view(torch.uint8).numpy().data
+            for start in range(0, len(content), CHUNK_BYTES):
+                found.update(content[start : start + CHUNK_BYTES])
+    return found.hexdigest()
+
+
+class Training:
+    """Products of matrices, in place of updates."""
+
+    def __init__(self) -> None:
+        self._matrix: Tensor = torch.randn(512, 512)
+
+    def step(self) -> float:
+        """Seconds of some products."""
+        return seconds(lambda: [self._matrix @ self._matrix for _ in range(20)])
+
+
+def stall(
+    saves: BackgroundSaves, step: int, state: TrainingState, training: Training
+) -> tuple[float, float]:
+    """Seconds that training waits for a save beside it, from its start to its appearance.
+
+    The second number is what a core works of them: others may use it too.
+    """
+    before = time.thread_time()
+    waited = seconds(lambda: saves.start(step, state, {}, {}))
+    worked = time.thread_time() - before
+    published: list[int | None] = [None]
+
+    def ask() -> None:
+        published[0] = saves.publish(wait=False)
+
+    while published[0] is None:
+        training.step()
+        waited += seconds(ask)
+    return waited, worked
+
+
+def main() -> None:
+    """Measure, and print."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="Of state, 10^9 bytes.")
+    parser.add_argument("--repeats", type=int, default=3, help="Rounds.")
+    parser.add_argument("--directory", type=Path, help="On the disk to write to.")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    state, training = make_state(args.gigabytes), Training()
+    largest = state.pieces[0].tensors[KINDS[0]].nbytes
+    with tempfile.TemporaryDirectory(dir=args.directory) as name:
+        directory = Path(name)
+        found: dict[str, list[float]] = {}
+
+        def take(what: str, value: float) -> None:
+            found.setdefault(what, []).append(value)
+
+        saves = BackgroundSaves(directory / "beside", keep_last=1)
+        one, four = (write_as(directory, state, num_ranks) for num_ranks in (1, 4))
+        for number in range(args.repeats + 1):
+
+            def save() -> None:
+                save_checkpoint(directory / "blocking", number, state, {}, {}, keep_last=1)  # noqa: B023
+
+            blocking = seconds(save)
+            waited, worked = stall(saves, number, state, training)
+            before = time.thread_time()
+            digest(state)
+            digesting = time.thread_time() - before
+            plain, elastic = (seconds(lambda: load(p, state)) for p in (one, four))  # noqa: B023
+            if number == 0:
+                continue  # memory is new, and files are read from the disk
+            take("blocking save, s", blocking)
+            take("stall of a save beside training, s", waited)
+            take("of it work of a core, s", worked)
+            take("stall / blocking save", waited / blocking)
+            take("digesting, s of a core", digesting)
+            take("load by one rank of one rank's, s", plain)
+            take("load by one rank of four ranks' / of one's", elastic / plain)
+            take("peak of a blocking save / largest tensor", peak_bytes(save, CPU) / largest)
+        del saves
+        snapshot = peak_bytes(lambda: take("snapshot", Snapshot(state).optimizer_steps), CPU)
+        shutil.rmtree(directory / "beside")
+    found.pop("snapshot")
+    print(f"{args.gigabytes:g} GB in {NUM_PARAMETERS} parameters; largest {largest / MIB:.0f} MiB")
+    for what, values in found.items():
+        print(f"{what}: {median(values):.3g} ({min(values):.3g}-{max(values):.3g})")
+    print(f"a snapshot / the state: {snapshot / (args.gigabytes * 1e9):.3g}")
+
+
+if __name__ == "__main__":
+    main()

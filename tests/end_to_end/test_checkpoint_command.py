@@ -1,0 +1,81 @@
+"""What a person can ask of checkpoints, without a launcher."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.configs import compose_config
+from tests.helpers.processes import REPOSITORY
+from tests.helpers.ranks import run_on_ranks
+from tests.helpers.runs import overrides, run
+from tests.helpers.world import World
+
+pytestmark = pytest.mark.slow
+
+
+def ask(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(REPOSITORY / "scripts" / "checkpoint.py"), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+@pytest.fixture(scope="module")
+def trained(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out: Path = tmp_path_factory.mktemp("run")
+    given = [*overrides("sft", world, out, 2), "model.dtype=bfloat16"]
+    run_on_ranks(2, run, compose_config("quickstart_sft", *given), "sft", None)
+    return out
+
+
+def test_a_checkpoint_of_two_ranks_is_exported_as_the_run_exports(
+    trained: Path, tmp_path: Path
+) -> None:
+    done = ask("export", trained / "checkpoints" / "step_000006", tmp_path / "model")
+    assert done.returncode == 0, done.stderr
+    exported = sorted((trained / "export").iterdir())
+    assert [file.name for file in exported] == sorted(
+        p.name for p in (tmp_path / "model").iterdir()
+    )
+    for file in exported:
+        assert file.read_bytes() == (tmp_path / "model" / file.name).read_bytes(), file.name
+
+
+def test_checkpoints_are_listed_and_their_parameters_shown(trained: Path) -> None:
+    listed = ask("list", trained)
+    assert listed.returncode == 0, listed.stderr
+    header, newest, oldest = listed.stdout.splitlines()
+    assert header.split() == ["updates", "saved", "MiB", "ranks", "phase"]
+    assert newest.split()[0] == "000006" and oldest.split()[0] == "000003"
+    assert newest.split()[-2:] == ["2", "complete"]
+    shown = ask("show", trained / "checkpoints" / "step_000003")
+    assert shown.returncode == 0, shown.stderr
+    (experts,) = (line for line in shown.stdout.splitlines() if "1.mlp.experts.down_proj" in line)
+    assert experts.split(maxsplit=1)[1].startswith("bfloat16  [8, 32, 16]  rank_000.safetensors, ")
+    assert "3 updates" in shown.stdout
+
+
+def test_a_flipped_bit_is_found_and_named(trained: Path) -> None:
+    assert ask("verify", trained).returncode == 0
+    shard = trained / "checkpoints" / "step_000003" / "rank_001.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-5] + bytes([whole[-5] ^ 1]) + whole[-4:])
+    found = ask("verify", trained)
+    refused = ask("export", trained / "checkpoints" / "step_000003", trained / "never")
+    shard.write_bytes(whole[:-5])
+    listed = ask("list", trained)
+    shard.write_bytes(whole)
+    assert found.returncode == 1 and listed.returncode == 1
+    assert "rank_001.safetensors is damaged" in found.stdout
+    assert "step_000006 is what was written" in found.stdout
+    assert "rank_001.safetensors is damaged" in listed.stdout.splitlines()[2]
+    assert refused.returncode == 1 and refused.stderr.startswith("error: ")
+    assert not (trained / "never").exists()
+
+
+def test_a_directory_without_checkpoints_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    done = ask("list", tmp_path)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"error: {tmp_path} holds no complete checkpoint (checkpoints/step_*/manifest.json)\n"
+    )
