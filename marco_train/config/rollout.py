@@ -88,10 +88,11 @@ class VLLMRolloutConfig(RolloutConfig):
     """Tokens of one forward pass on one rank."""
     kv_cache_gib: int | float | str = AUTO
     """Memory for keys and values on one rank. auto: on a GPU what is free beside the trainer, the
-    engine's weights and reserve_gib, but not more than batch_size sequences need; on a CPU 4."""
-    reserve_gib: float = 16
-    """What kv_cache_gib=auto leaves free on a GPU: for CUDA graphs, for workspaces, and for a
-    teacher in this process, which is opened later."""
+    engine's weights, teachers in this process as they are planned, and reserve_gib, but not more
+    than batch_size sequences need; on a CPU 4."""
+    reserve_gib: float = 6.4
+    """What kv_cache_gib=auto leaves free on a GPU: for vLLM's CUDA graphs and workspaces, of which
+    a plan counts 2.6, and for what allocators cannot use."""
     expert_parallel: bool = False
     """Whether the engines share the student's experts: each holds an equal part of them instead of
     all, and computes it for the tokens of all ranks, up to max_tokens_per_batch of each; all

@@ -139,6 +139,11 @@ class ServerPool:
         for future in self.as_answered(self.submit_unchecked(self._health_check, servers)):
             future.result()
 
+    def check_again(self) -> None:
+        """Have each server pass its health check once more before its next answer."""
+        for server in self.servers:
+            server.healthy = False
+
     def submit_unchecked(self, work: Work[T], servers: Sequence[Server]) -> list[Future[T]]:
         """Ask each of several servers for what comes before their health checks."""
         for server in self.servers:

@@ -71,6 +71,14 @@ def check_plan(cfg: TrainConfig, architecture: ArchitectureConfig) -> RunPlan:
     return RunPlan(plan.peak_gib, step_work(memory))
 
 
+def planned_teacher_bytes(cfg: TrainConfig, architecture: ArchitectureConfig) -> int:
+    """What teachers will take of this rank's memory; 0 where one's shape is not known."""
+    try:
+        return Memory(cfg, architecture, world_size(), CPU, imbalance=1.0).teacher_bytes()
+    except InputError:
+        return 0
+
+
 def check_free(needed_gib: float, free_gib: float, capacity_gib: float) -> None:
     """Refuse a card of whose memory others hold what the run needs; nothing is loaded yet.
 

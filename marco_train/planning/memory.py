@@ -250,7 +250,7 @@ class Memory:
 
     def train(self) -> Components:
         """The worst moment of an update: of a backward pass, or of the optimizer's step."""
-        teacher, asleep = self._teacher_bytes(), self._asleep()
+        teacher, asleep = self.teacher_bytes(), self._asleep()
         state = {} if self.cfg.parallel.offload_while_sampling else self.optimizer
         held = self.update.backward
         backward = self._components(
@@ -317,8 +317,8 @@ class Memory:
             found += int(teacher.kv_cache_gib * GIB)
         return found
 
-    def _teacher_bytes(self) -> int:
-        """Of the phase whose teachers are largest."""
+    def teacher_bytes(self) -> int:
+        """Bytes of the teachers in this process, of the phase where they are largest."""
         return max((sum(map(self._bytes_of_teacher, p)) for p in self._phases()), default=0)
 
     def _teachers_at_a_switch(self) -> int:
@@ -391,7 +391,7 @@ class Memory:
         # As at the start of a run, before a teacher is opened.
         held = sum(self._components(**self._resting()).values())
         one = self.bytes_a_sequence
-        reserve = int(rollout.reserve_gib * GIB)
+        reserve = int(rollout.reserve_gib * GIB) + self.teacher_bytes()
         free = int(self.card.capacity_gib * GIB) - held
         try:
             return share_for_keys(free, self._sampler_weights, reserve, one, rollout.batch_size)
@@ -424,7 +424,7 @@ class Memory:
         )
         keys = 0 if self.card.is_gpu else self._engine_keys()
         later = self._components(
-            **resting, **sampler, activations=moving, kv_cache=keys, teacher=self._teacher_bytes()
+            **resting, **sampler, activations=moving, kv_cache=keys, teacher=self.teacher_bytes()
         )
         return max(first, later, key=lambda parts: sum(parts.values()))
 
@@ -439,7 +439,7 @@ class Memory:
             keys, working, logits = self._native_sampling(rollout)
         return self._components(
             **self._resting(),
-            teacher=self._teacher_bytes(),
+            teacher=self.teacher_bytes(),
             sampler_weights=self._sampler_weights,
             kv_cache=keys,
             activations=working,
@@ -470,7 +470,7 @@ class Memory:
     def checkpoint(self) -> Components:
         """State is written, tensor by tensor from where it lies."""
         return self._components(
-            **_added(self._resting(), self._asleep()), teacher=self._teacher_bytes()
+            **_added(self._resting(), self._asleep()), teacher=self.teacher_bytes()
         )
 
     def phases(self) -> dict[str, Components]:

@@ -66,10 +66,18 @@ def build_sampler(
     stop_ids: Sequence[int],
     seed: int,
     save_early: SaveEarly = nothing_to_save,
+    teacher_bytes: int = 0,
 ) -> Sampler:
     """Make the sampler of a run, without weights yet; every rank takes part.
 
-    `save_early` saves the run while servers are away.
+    Args:
+        cfg: The stage.
+        architecture: The student's.
+        dtype: Of the weights.
+        stop_ids: With which a response ends.
+        seed: The run's.
+        save_early: Saves the run while servers are away.
+        teacher_bytes: Memory of this rank that is left to teachers, which are opened later.
     """
     sampling = SamplerSpec(
         architecture,
@@ -96,7 +104,7 @@ def build_sampler(
         case VLLMRolloutConfig() as rollout:
             from marco_train.rollout.vllm import VLLMSampler
 
-            return VLLMSampler(rollout, sampling)
+            return VLLMSampler(rollout, sampling, teacher_bytes)
         case VLLMServerRolloutConfig() as rollout:
             from marco_train.rollout.vllm_server import ServerSampler
 

@@ -42,8 +42,10 @@ KV_CACHE_BYTES_ON_CPU = 4 * 2**30
 class VLLMSampler(Sampler):
     """Samples on this rank; every rank builds one at the same time."""
 
-    def __init__(self, cfg: VLLMRolloutConfig, sampling: SamplerSpec) -> None:
-        """Build the engine of a model of this shape."""
+    def __init__(
+        self, cfg: VLLMRolloutConfig, sampling: SamplerSpec, teacher_bytes: int = 0
+    ) -> None:
+        """Build the engine of a model of this shape; `teacher_bytes` are left to teachers."""
         self._sampling = sampling
         if cfg.expert_parallel:
             self.share = ExpertShare(rank(), world_size())
@@ -57,7 +59,7 @@ class VLLMSampler(Sampler):
                 sampling.dtype.value,
                 max_length=sampling.max_length,
                 max_tokens_per_batch=cfg.max_tokens_per_batch,
-                kv_cache_bytes=_kv_cache_bytes(cfg, sampling, self._shapes.values()),
+                kv_cache_bytes=_kv_cache_bytes(cfg, sampling, self._shapes.values(), teacher_bytes),
                 max_sequences=cfg.batch_size,
                 with_weights=False,
                 with_experts=sampling.replay_routing,
@@ -133,7 +135,10 @@ class VLLMSampler(Sampler):
 
 
 def _kv_cache_bytes(
-    cfg: VLLMRolloutConfig, spec: SamplerSpec, shapes: Iterable[tuple[int, ...]]
+    cfg: VLLMRolloutConfig,
+    spec: SamplerSpec,
+    shapes: Iterable[tuple[int, ...]],
+    teacher_bytes: int,
 ) -> int:
     """Memory for keys and values, the same on every rank."""
     if not isinstance(cfg.kv_cache_gib, str):
@@ -145,7 +150,8 @@ def _kv_cache_bytes(
     weights = sum(math.prod(shape) for shape in shapes) * spec.dtype.num_bytes
     least = -reduce_max(-free)
     one = kv_cache_bytes(spec.architecture, spec.dtype, spec.max_length)
-    return share_for_keys(least, weights, int(cfg.reserve_gib * 2**30), one, cfg.batch_size)
+    reserve = int(cfg.reserve_gib * 2**30) + teacher_bytes
+    return share_for_keys(least, weights, reserve, one, cfg.batch_size)
 
 
 def share_for_keys(free: int, weights: int, reserve: int, one: int, batch_size: int) -> int:
@@ -154,7 +160,7 @@ def share_for_keys(free: int, weights: int, reserve: int, one: int, batch_size: 
     Args:
         free: Of the device, beside the trainer, on the rank that has the least.
         weights: Of the engine.
-        reserve: To leave free.
+        reserve: To leave free, for teachers too.
         one: What one sequence of the longest needs.
         batch_size: Sequences that are decoded together.
 
@@ -166,10 +172,10 @@ def share_for_keys(free: int, weights: int, reserve: int, one: int, batch_size: 
     require(
         found >= one,
         f"{free / gib:.1f} GiB of a GPU are free beside the trainer, of which vLLM's copy of the "
-        f"weights takes {weights / gib:.1f} and stage.rollout.reserve_gib {reserve / gib:.1f}; one "
-        f"sequence of the longest needs {one / gib:.4f} of keys and values: end what else has "
-        "memory there, set parallel.offload_while_sampling=true, give fewer reserve_gib, or choose "
-        "rollout@stage.rollout=vllm_server",
+        f"weights takes {weights / gib:.1f}, and stage.rollout.reserve_gib with teachers in this "
+        f"process {reserve / gib:.1f}; one sequence of the longest needs {one / gib:.4f} of keys "
+        "and values: end what else has memory there, set parallel.offload_while_sampling=true, "
+        "give fewer reserve_gib, or choose rollout@stage.rollout=vllm_server",
     )
     return found
 

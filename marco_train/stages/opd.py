@@ -24,7 +24,7 @@ from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.losses.distillation import build_reverse_kl
 from marco_train.metrics import Metrics, check_names
 from marco_train.models.hf_io import stop_token_ids, student_architecture
-from marco_train.planning.check import RunPlan, check_plan
+from marco_train.planning.check import RunPlan, check_plan, planned_teacher_bytes
 from marco_train.rollout.base import InLanguage, Sampler
 from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.loops import without_loops
@@ -207,8 +207,15 @@ def open_sampler(
     cfg: TrainConfig, student: ArchitectureConfig, save_early: SaveEarly = nothing_to_save
 ) -> Sampler:
     """Open the run's sampler, without weights yet; `save_early` saves while servers are away."""
-    stop_ids = stop_token_ids(cfg.model.tokenizer)
-    return build_sampler(cfg.stage, student, cfg.model.dtype, stop_ids, cfg.seed, save_early)
+    return build_sampler(
+        cfg.stage,
+        student,
+        cfg.model.dtype,
+        stop_token_ids(cfg.model.tokenizer),
+        cfg.seed,
+        save_early,
+        planned_teacher_bytes(cfg, student),
+    )
 
 
 def sync(cfg: TrainConfig, policy: Student, sampler: Sampler, step: int) -> Metrics:

@@ -92,7 +92,11 @@ class ServerTeacher(Teacher):
         return self.collect(self.submit(rollouts))
 
     def submit(self, rollouts: Iterable[Rollout]) -> Submitted:
-        """Ask for each rollout as it comes."""
+        """Ask for each rollout as it comes, of servers that have scored the probe as before.
+
+        A server may have been started again with other weights, between two requests.
+        """
+        self._pool.check_again()
         asked_at = time.perf_counter()
         pairs = [(each, self._pool.submit(partial(self._score, each))) for each in rollouts]
         return Submitted([r for r, _ in pairs], (asked_at, [future for _, future in pairs]))

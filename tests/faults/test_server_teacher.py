@@ -426,6 +426,17 @@ def test_a_server_that_comes_back_with_other_weights_is_waited_for_until_it_has_
         assert saves == [1]
 
 
+def test_a_server_that_was_never_seen_away_and_has_other_weights_scores_nothing(
+    world: World, servers: list[FakeServer]
+) -> None:
+    teacher, asked = open_teacher(world, servers), rollouts()
+    check_tokens(teacher.score(asked), asked)
+    servers[0].weights = 1
+    before = servers[0].outcomes.copy()
+    check_tokens(teacher.score(asked), asked)
+    assert servers[0].outcomes == before  # only its probe was asked
+
+
 def test_a_server_that_keeps_other_weights_ends_the_wait_as_one_that_is_away(world: World) -> None:
     with fake_servers(1) as (server,):
         bounds: dict[str, Any] = {"save_after_seconds": 0.5, "give_up_after_seconds": 2.0}

@@ -22,6 +22,7 @@ from marco_train.planning.plan import make_plan
 from marco_train.planning.seconds import Assumptions
 from marco_train.planning.shapes import student_shape, teacher_architecture
 from marco_train.planning.trace import PlannedGroup, Shapes, trace_update
+from marco_train.stages import opd
 from tests.helpers.configs import compose_config
 from tests.helpers.models import DENSE, architecture
 
@@ -145,13 +146,34 @@ def test_stage_2_keeps_a_partition_of_gradients() -> None:
     assert memory.gradient_buffer == 4 * memory.partition
 
 
-def test_keys_take_what_the_trainer_and_the_reserve_leave() -> None:
+def test_keys_take_what_the_trainer_the_teacher_and_the_reserve_leave() -> None:
     cfg = compose_config("marco_mini_opd", *MINI)
     plan = make_plan(cfg, 8, H100)
     sample = plan.phases["sample"].components_gib
     trainer = sample["weights"] + sample["context"] + sample["communicators"]
-    left = H100.capacity_gib - trainer - sample["sampler_weights"] - cfg.stage.rollout.reserve_gib
+    others = sample["sampler_weights"] + sample["teacher"] + cfg.stage.rollout.reserve_gib
+    assert sample["teacher"] > 9
+    left = H100.capacity_gib - trainer - others
     assert sample["kv_cache"] == pytest.approx(left, abs=0.01)
+
+
+def test_a_sampler_leaves_room_for_the_teachers_that_are_opened_in_this_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cfg = compose_config("marco_mini_opd", *MINI)
+    student = cfg.model.architecture
+    assert student is not None
+    given: list[Any] = []
+    monkeypatch.setattr(opd, "build_sampler", lambda *args: given.append(args[-1]))
+    monkeypatch.setattr(opd, "stop_token_ids", lambda _: [])
+    opd.open_sampler(cfg, student)
+    planned = make_plan(cfg, 8, H100).phases["sample"].components_gib["teacher"]
+    assert given[0] / GIB == pytest.approx(planned, abs=1e-3)
+    cfg.stage.cascade["first"].teacher.path = "a/model/of/another/family"
+    opd.open_sampler(cfg, student)
+    del cfg.stage.cascade["first"]  # the other one is on servers
+    opd.open_sampler(cfg, student)
+    assert given[1:] == [0, 0]
 
 
 def test_offload_takes_the_optimizer_off_the_card_but_for_an_update() -> None:

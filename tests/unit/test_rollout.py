@@ -187,10 +187,10 @@ def test_an_engine_is_given_memory_for_keys_by_number_or_by_what_is_free(
     model = random_model(architecture(), torch.float32, seed=0)
     num_weights = sum(weight.numel() for _, weight in named_weights(model))
 
-    def given(**fields: Any) -> int:
+    def given(teacher_bytes: int = 0, **fields: Any) -> int:
         built: dict[str, Any] = {}
         monkeypatch.setattr(rollout_vllm, "VLLMEngine", lambda *_, **kwargs: built.update(kwargs))
-        VLLMSampler(VLLMRolloutConfig(**fields), sampling)
+        VLLMSampler(VLLMRolloutConfig(**{"reserve_gib": 16} | fields), sampling, teacher_bytes)
         return int(built["kv_cache_bytes"])
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -204,6 +204,7 @@ def test_an_engine_is_given_memory_for_keys_by_number_or_by_what_is_free(
     one = 2 * 128 * 2 * 2 * 2 * 8 * 2
     assert given(batch_size=3) == 3 * one
     assert given(batch_size=10**6) == gib - 2 * num_weights
+    assert given(gib // 4, batch_size=10**6) == gib * 3 // 4 - 2 * num_weights
     # Of two ranks that share the experts each holds half of them.
     num_expert_weights = 2 * 8 * 3 * 16 * 32
     monkeypatch.setattr(rollout_vllm, "world_size", lambda: 2)
@@ -220,8 +221,8 @@ def test_keys_get_what_is_free_beside_trainer_weights_and_reserve() -> None:
     assert share_for_keys(31 * gib, 20 * gib, 10 * gib, one=gib, batch_size=256) == gib
     with pytest.raises(
         InputError,
-        match=r"30\.9 GiB of a GPU are free .* weights takes 20\.0 and .*reserve_gib 10\.0; one .* "
-        r"needs 1\.0000 of keys .*offload_while_sampling=true",
+        match=r"30\.9 GiB of a GPU are free .* weights takes 20\.0, and .*reserve_gib .* 10\.0; "
+        r"one .* needs 1\.0000 of keys .*offload_while_sampling=true",
     ):
         share_for_keys(31 * gib - gib // 10, 20 * gib, 10 * gib, one=gib, batch_size=256)
 
