@@ -58,7 +58,7 @@ from marco_train.errors import (
 from marco_train.files import replaces
 from marco_train.interruption import Interruption, Wish
 from marco_train.metrics import Metrics, StepWork
-from marco_train.tracking import Tracker, log_line
+from marco_train.tracking import Sample, Tracker, log_line
 
 
 class Trainable(Protocol):
@@ -219,6 +219,11 @@ class Run:
         eta = (now - self._started) / made * (self._until - step - 1)
         if self._tracker is not None:
             self._tracker.log(step + 1, self._until, phase, metrics, eta)
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Record responses of a step, before what it measured is."""
+        if self._tracker is not None and samples:
+            self._tracker.log_samples(step + 1, samples)
 
     def save_if_due(self, step: int) -> None:
         """Save a checkpoint every `checkpoint.save_every` updates, or if asked; by all ranks.

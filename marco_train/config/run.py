@@ -1,7 +1,6 @@
 """The whole of a run: from what Hydra composed to a checked config."""
 
 from dataclasses import dataclass, field, fields, is_dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -36,40 +35,13 @@ from marco_train.config.teacher import (
     VLLMServerTeacherConfig,
     VLLMTeacherConfig,
 )
+from marco_train.config.tracking import LoggingConfig
 from marco_train.errors import InputError, require, require_positive
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Beside the package in a checkout, inside it in a wheel; absolute, so that the console script
 # works from any directory.
 CONFIG_DIR = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"
-
-
-class LoggingBackend(Enum):
-    """Where metrics go beside the console and `metrics.jsonl`."""
-
-    none = "none"
-    wandb = "wandb"
-
-
-class WandbMode(Enum):
-    """`offline` needs neither account nor network."""
-
-    online = "online"
-    offline = "offline"
-
-
-@dataclass(kw_only=True)
-class LoggingConfig:
-    """What a person sees."""
-
-    backend: LoggingBackend = MISSING
-    console_every: int = 1
-    """Steps between two printed lines; `metrics.jsonl` has every step."""
-    project: str = "marco_train"
-    mode: WandbMode = WandbMode.offline
-
-    def __post_init__(self) -> None:
-        require_positive("logging", console_every=self.console_every)
 
 
 @dataclass(kw_only=True)
