@@ -62,7 +62,7 @@ from marco_train.files import replaces
 from marco_train.interruption import Interruption, Wish
 from marco_train.metrics import Metrics, StepWork
 from marco_train.profiling import StepProfiler
-from marco_train.tracking import Tracker, log_line
+from marco_train.tracking import Sample, Tracker, log_line
 
 
 class Trainable(Protocol):
@@ -237,6 +237,11 @@ class Run:
         peak, strongest = reduce_maxima([peak_bytes(), wish])
         self._asked = self._interruption.agreed(Wish(strongest), wish, why)
         return peak
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Record responses of a step, before what it measured is."""
+        if self._tracker is not None and samples:
+            self._tracker.log_samples(step + 1, samples)
 
     def save_if_due(self, step: int) -> None:
         """Save a checkpoint every `checkpoint.save_every` updates, or if asked; by all ranks.

@@ -149,7 +149,21 @@ def run_stage(cfg: TrainConfig) -> None:
     trains = cfg.stage.kind in (StageKind.sft, StageKind.opd)
     with interruption.listening() if trains else nullcontext():
         run_kind(cfg)
+    if cfg.logging.report and distributed.is_main():
+        write_report(Path(cfg.output_dir))
     distributed.stop()
+
+
+def write_report(directory: Path) -> None:
+    """Make the page of a run at its end, which no fault of the page may spoil."""
+    from marco_train.evaluation.run_page import REPORT, write_run_page
+    from marco_train.tracking import log_line
+
+    try:
+        write_run_page(directory, directory / REPORT)
+        log_line(f"report: {directory / REPORT}")
+    except Exception as error:
+        log_line(f"no {REPORT} ({type(error).__name__}: {error}); the run itself is whole")
 
 
 def run_kind(cfg: TrainConfig) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from marco_train.errors import InputError
-from marco_train.evaluation.run_page import write_run_page
+from marco_train.evaluation.run_page import REPORT, write_run_page
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,7 +15,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("directory", type=Path, help="output_dir of a run, which may go on")
     parser.add_argument("--output", type=Path, help="file to write (report.html in the directory)")
     args = parser.parse_args(arguments)
-    output: Path = args.output or args.directory / "report.html"
+    output: Path = args.output or args.directory / REPORT
     try:
         write_run_page(args.directory, output)
     except InputError as error:

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
-from enum import Enum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -42,37 +41,10 @@ from marco_train.config.teacher import (
     VLLMServerTeacherConfig,
     VLLMTeacherConfig,
 )
+from marco_train.config.tracking import LoggingConfig
 from marco_train.errors import InputError, require, require_positive
 
 NO_STAGE = "no stage was chosen: add experiment=<name>, or stage=sft|opd|evaluate|benchmark"
-
-
-class LoggingBackend(Enum):
-    """Where metrics go beside the console and `metrics.jsonl`."""
-
-    none = "none"
-    wandb = "wandb"
-
-
-class WandbMode(Enum):
-    """`offline` needs neither account nor network."""
-
-    online = "online"
-    offline = "offline"
-
-
-@dataclass(kw_only=True)
-class LoggingConfig:
-    """What a person sees."""
-
-    backend: LoggingBackend = MISSING
-    console_every: int = 1
-    """Steps between two printed lines; `metrics.jsonl` has every step."""
-    project: str = "marco_train"
-    mode: WandbMode = WandbMode.offline
-
-    def __post_init__(self) -> None:
-        require_positive("logging", console_every=self.console_every)
 
 
 @dataclass(kw_only=True)

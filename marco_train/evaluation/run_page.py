@@ -26,6 +26,7 @@ from marco_train.evaluation.html import (
 from marco_train.evaluation.run_files import RunFiles, flattened, read_run
 from marco_train.files import replaces
 
+REPORT = "report.html"
 MOST_PARTS = 32
 """Curves of one chart."""
 MOST_SAMPLES = 24

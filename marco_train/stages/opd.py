@@ -19,6 +19,7 @@ from marco_train.engine.policy import Policy, build_policy
 from marco_train.engine.student import Student
 from marco_train.errors import RolloutMismatchError
 from marco_train.evaluation.languages import LanguageJudge
+from marco_train.evaluation.samples import SampleRecorder
 from marco_train.inference.engine import require_one_engine
 from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.losses.distillation import build_reverse_kl
@@ -46,7 +47,7 @@ def run_opd(cfg: TrainConfig) -> None:
     token, and lowers the reverse KL  E_{x~policy}[log policy(x) - log teacher(x)].
     """
     opd = cfg.stage
-    with open_opd(cfg) as (policy, prompts, sampler, cascade, run):
+    with open_opd(cfg) as (policy, prompts, sampler, cascade, samples, run):
         for step in run.steps(cascade):
             if cascade.measure_due(step):
                 with run.timer("evaluate"):  # syncs, sleeps and scores on its own
@@ -68,9 +69,11 @@ def run_opd(cfg: TrainConfig) -> None:
             with run.timer("train"):
                 scored, dropped = without_loops(scored, step, are_dropped=opd.drop_repetitive)
                 batch = pack_rollouts(scored, opd.objective, cfg.data.max_tokens_per_microbatch)
-                metrics |= policy.train_step(batch, build_reverse_kl(opd, teacher.head))
+                loss_fn = samples.watching(step, scored, build_reverse_kl(opd, teacher.head))
+                metrics |= policy.train_step(batch, loss_fn)
 
             metrics |= dropped | prompts.metrics(submitted.rollouts) | cascade.metrics(step)
+            run.log_samples(step, samples.collected(step))
             run.log(step, metrics, cascade.phase_at(step).name)
             refuse_mismatch(step, metrics["kl/sampler_mismatch"], opd.max_sampler_mismatch)
             if cascade.ends_at(step):
@@ -83,7 +86,7 @@ def run_opd(cfg: TrainConfig) -> None:
 @contextmanager
 def open_opd(
     cfg: TrainConfig,
-) -> Iterator[tuple[Policy, RolloutStream, Sampler, Cascade, Run]]:
+) -> Iterator[tuple[Policy, RolloutStream, Sampler, Cascade, SampleRecorder, Run]]:
     """Build what a run is made of, and close sampler and teachers, however it ends.
 
     Raises:
@@ -106,9 +109,11 @@ def open_opd(
     say_header(cfg, prepared.student, prepared.loader.header(cascade.num_steps), prepared.plan.gib)
     cascade.save_early = run.save_early
     sampler = open_sampler(cfg, prepared.student, run.save_early)
+    samples = SampleRecorder(cfg.logging, prepared.tokenizer)
     prompts = prepared.loader, prepared.first_prompts, prepared.held_out, prepared.in_language
     with closing(sampler), closing(cascade):
-        yield policy, RolloutStream(cfg.stage, sampler, *prompts), sampler, cascade, run
+        stream = RolloutStream(cfg.stage, sampler, *prompts)
+        yield policy, stream, sampler, cascade, samples, run
     prepared.loader.log_end()
 
 
@@ -136,6 +141,7 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
         InputError: Something is wrong with it.
     """
     opd: OPDConfig = cfg.stage
+    checks.make("logging", cfg.logging.check_installed)
     student = checks.make("student's files", student_architecture, cfg)
     plan = checks.make("plan", check_plan, cfg, student)
     checks.make("student's vocabulary", check_student_vocabulary, cfg.model)

@@ -68,6 +68,7 @@ def prepare_sft(cfg: TrainConfig, checks: Checks) -> Prepared:
     Raises:
         InputError: Something is wrong with it.
     """
+    checks.make("logging", cfg.logging.check_installed)
     checks.make("student's vocabulary", check_student_vocabulary, cfg.model)
     tokenizer = checks.make("tokenizer and template", load_tokenizer, cfg.model)
     student = checks.make("student's files", student_architecture, cfg)

@@ -1,34 +1,47 @@
-"""Console line, metrics.jsonl and W&B behind one `log(step, metrics)`; on the main rank only."""
+"""Console, files and backends behind one `log(step, metrics)`; on the main rank only."""
 
 import json
-import socket
-import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TextIO
-from urllib.parse import urlsplit
-from urllib.request import getproxies
-from uuid import uuid4
+from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
-from marco_train.config.run import LoggingBackend, LoggingConfig, WandbMode
+from marco_train.config.tracking import LoggingBackend, LoggingConfig
 from marco_train.files import replaces
 from marco_train.metrics import Metrics, check_names
+from marco_train.tracking.console import log_line, step_line
+from marco_train.tracking.samples import Sample
+from marco_train.tracking.tensorboard_run import TensorboardRun
+from marco_train.tracking.trackio_run import TrackioRun
+from marco_train.tracking.wandb_run import WandbRun
+from marco_train.tracking.warnings import Watch
 
-SECONDS_TO_CONNECT = 5.0
+METRICS, SAMPLES, WARNINGS = "metrics.jsonl", "samples.jsonl", "warnings.jsonl"
 
 
-def log_line(text: str) -> None:
-    """Print one line, past a progress bar if there is one."""
-    tqdm.write(text, file=sys.stdout)
-    sys.stdout.flush()
+class Backend(Protocol):
+    """A service or a format that records runs."""
+
+    name: str
+
+    def start(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Begin after these lines of metrics, of earlier launches."""
+
+    def log(self, step: int, metrics: Metrics) -> None:
+        """Record a step."""
+
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Record samples of a step that is logged next."""
+
+    def close(self) -> None:
+        """Write everything."""
 
 
 class Tracker:
-    """Writes what a run measures."""
+    """Writes what a run measures and says."""
 
     def __init__(
         self,
@@ -38,70 +51,76 @@ class Tracker:
         run_config: Mapping[str, Any],
         resumed: bool = False,
     ) -> None:
-        self._every = cfg.console_every
-        self._jsonl = directory / "metrics.jsonl"
-        self._file: TextIO | None = None
+        self._cfg = cfg
+        self._directory = directory
+        self._files: dict[str, TextIO] = {}
         self._bar: Any = None
-        self._wandb: Any = None
-        self._lost_after: int | None = None
-        self._warned: set[str] = set()
-        if cfg.backend is LoggingBackend.wandb:
-            run_id = _wandb_id(directory, resumed)
-            # What is in these files is not recorded again; in online mode W&B has it.
-            written = sorted(directory.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb"))
-            self._wandb = _open_wandb(cfg, directory, name, run_config, run_id)
-            if self._wandb.settings.mode == WandbMode.offline.value:
-                self._lost_after = _lost_after(written)
-            # W&B cannot replace a step that is made again after a crash; this is what it sorts by.
-            self._wandb.define_metric("*", step_metric="step")
+        self._failed: set[str] = set()
+        self._watch = Watch()
+        self._backends: list[Backend] = []
+        for backend in dict.fromkeys(cfg.backends):
+            match backend:
+                case LoggingBackend.wandb:
+                    opened: Backend = WandbRun(cfg, directory, name, run_config, resumed)
+                case LoggingBackend.tensorboard:
+                    opened = TensorboardRun(directory)
+                case LoggingBackend.trackio:
+                    opened = TrackioRun(cfg, name, run_config, resumed)
+            self._backends.append(opened)
 
     def start(self, first: int, until: int) -> None:
-        """Announce the steps to come, and drop the lines of `metrics.jsonl` past `first`.
+        """Announce the steps to come, and drop what the files tell of steps past `first`.
 
         Those steps were made after the last checkpoint and are made again.
         """
-        kept = self._lines_until(first)
-        with self._only_watching("metrics.jsonl"):
-            with replaces(self._jsonl) as partial:
-                partial.write_text("".join(line + "\n" for line in kept))
-            self._file = self._jsonl.open("a")
-        if self._lost_after is not None:
-            for line in map(json.loads, kept):
-                if line["step"] > self._lost_after:
-                    self._record(line)
+        kept: dict[str, list[str]] = {}
+        for name in (METRICS, SAMPLES, WARNINGS):
+            file = self._directory / name
+            kept[name] = _lines_until(first, file)
+            with self._only_watching(name):
+                if name == METRICS or file.is_file():
+                    with replaces(file) as partial:
+                        partial.write_text("".join(line + "\n" for line in kept[name]))
+                self._files[name] = file.open("a")
+        lines = list(map(json.loads, kept[METRICS]))
+        for backend in self._backends:
+            with self._only_watching(backend.name):
+                backend.start(lines)
         if sys.stderr.isatty():
             self._bar = tqdm(total=until, initial=first, unit="step", dynamic_ncols=True)
-
-    def _lines_until(self, step: int) -> list[str]:
-        """Lines of an earlier launch up to a step; what a power cut tore is left out."""
-        kept = []
-        content = self._jsonl.read_bytes() if self._jsonl.is_file() else b""
-        for line in content.decode(errors="replace").splitlines():
-            try:
-                if json.loads(line)["step"] <= step:
-                    kept.append(line)
-            except (ValueError, TypeError, LookupError):
-                log_line(f"{self._jsonl}: left out a torn line")
-        return kept
 
     def log(self, step: int, until: int, phase: str | None, metrics: Metrics, eta: float) -> None:
         """Record the metrics of the update that made `step` updates complete."""
         check_names(metrics)
-        if self._file is not None:
-            with self._only_watching("metrics.jsonl"):
-                self._file.write(json.dumps({"step": step} | metrics) + "\n")
-                self._file.flush()
-        if self._wandb is not None:
-            self._record({"step": step} | metrics)
+        self._write(METRICS, {"step": step} | metrics)
+        for backend in self._backends:
+            with self._only_watching(backend.name):
+                backend.log(step, metrics)
         if self._bar is not None:
             self._bar.update(1)
-        if step % self._every == 0 or step == until:
+        is_held_out = any(name.startswith("eval/") for name in metrics)
+        if step % self._cfg.console_every == 0 or step == until or is_held_out:
             log_line(step_line(step, until, phase, metrics, eta))
+        for sentence in self._watch.sentences(metrics):
+            log_line(f"warning at step {step}: {sentence}")
+            self._write(WARNINGS, {"step": step, "text": sentence})
 
-    def _record(self, line: Mapping[str, Any]) -> None:
-        """Give W&B a step, under its own number unless W&B is past it, and have it counted."""
-        with self._only_watching("W&B"):
-            self._wandb.log(line, step=max(line["step"], self._wandb.step), commit=True)
+    def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
+        """Record responses of a step, whose metrics are logged next."""
+        for sample in samples:
+            self._write(SAMPLES, sample.facts)
+            if self._cfg.console_samples:
+                for line in sample_lines(step, sample):
+                    log_line(line)
+        for backend in self._backends:
+            with self._only_watching(backend.name):
+                backend.log_samples(step, samples)
+
+    def _write(self, name: str, line: Mapping[str, Any]) -> None:
+        if name in self._files:
+            with self._only_watching(name):
+                self._files[name].write(json.dumps(line) + "\n")
+                self._files[name].flush()
 
     @contextmanager
     def _only_watching(self, what: str) -> Iterator[None]:
@@ -109,158 +128,44 @@ class Tracker:
         try:
             yield
         except Exception as error:  # W&B lists none that its process may end with
-            if what not in self._warned:
+            if what not in self._failed:
                 log_line(
                     f"{what} takes no metrics ({type(error).__name__}: {error}); the run goes on"
                 )
-            self._warned.add(what)
+            self._failed.add(what)
 
     def close(self) -> None:
         """Flush everything."""
-        if self._file is not None:
-            with self._only_watching("metrics.jsonl"):
-                self._file.close()
+        for name, file in self._files.items():
+            with self._only_watching(name):
+                file.close()
         if self._bar is not None:
             self._bar.close()
-        if self._wandb is not None:
-            with self._only_watching("W&B"):
-                self._wandb.finish()
+        for backend in self._backends:
+            with self._only_watching(backend.name):
+                backend.close()
 
 
-def _open_wandb(
-    cfg: LoggingConfig, directory: Path, name: str, run_config: Mapping[str, Any], run_id: str
-) -> Any:
-    """Begin or go on with a run of W&B; offline, and said so, where W&B cannot be reached."""
-    import wandb
-
-    mode = cfg.mode
-
-    def begin() -> Any:
-        return wandb.init(
-            project=cfg.project,
-            name=name,
-            dir=str(directory),
-            config=dict(run_config),
-            mode=mode.value,
-            resume="allow",
-            id=run_id,
-        )
-
-    try:
-        if mode is WandbMode.online:
-            _connect(wandb.setup().settings.base_url)
-        return begin()
-    except (OSError, wandb.errors.Error) as error:
-        if mode is WandbMode.offline:
-            raise
-        log_line(
-            f"W&B is not reached ({error}): the run is recorded offline, under {directory}/wandb; "
-            "send it later with `wandb sync`"
-        )
-        mode = WandbMode.offline
-        return begin()
+def _lines_until(step: int, file: Path) -> list[str]:
+    """Lines of an earlier launch up to a step; what a power cut tore is left out."""
+    kept = []
+    content = file.read_bytes() if file.is_file() else b""
+    for line in content.decode(errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, TypeError, LookupError):
+            log_line(f"{file}: left out a torn line")
+    return kept
 
 
-def _connect(url: str) -> None:
-    """Find out in seconds whether a server listens; W&B itself takes minutes. Not over a proxy.
-
-    Raises:
-        OSError: None does.
-    """
-    address = urlsplit(url)
-    if not getproxies().get(address.scheme):
-        port = address.port or {"http": 80}.get(address.scheme, 443)
-        socket.create_connection((address.hostname or "", port), SECONDS_TO_CONNECT).close()
-
-
-def _wandb_id(directory: Path, resumed: bool) -> str:
-    """One id for a run and its resumptions, another for a run that starts over."""
-    file = directory / "wandb_id"
-    if not (resumed and file.is_file()):
-        file.write_text(uuid4().hex[:12])
-    return file.read_text()
-
-
-def _lost_after(files: list[Path]) -> int | None:
-    """Last step in what offline launches wrote, where the latest was killed; None: it was not.
-
-    W&B writes 32 KiB at a time, and what a killed launch had not written is lost to it.
-    """
-    steps, ended = [0], True
-    for file in files:
-        ended = False
-        for record in _wandb_records(file):
-            ended |= record.HasField("exit")
-            steps.append(record.history.step.num)  # 0 of any other record
-    return None if ended else max(steps)
-
-
-def _wandb_records(file: Path) -> Iterator[Any]:
-    """Read a file of W&B up to where it is torn.
-
-    After 7 bytes a log of LevelDB: blocks of 32 KiB with fragments of records, each headed by its
-    checksum, length and type (1: whole, 2: first, 3: middle, 4: last); no header crosses a block.
-    https://github.com/google/leveldb/blob/main/doc/log_format.md
-    """
-    from google.protobuf.message import DecodeError
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    content, place, block, header = file.read_bytes(), 7, 2**15, struct.Struct("<IHB")
-    fragments = b""
-    while place + header.size <= len(content):
-        if block - place % block < header.size:
-            place += block - place % block
-            continue
-        _, length, kind = header.unpack_from(content, place)
-        place += header.size + length
-        fragments += content[place - length : place]
-        if kind in {1, 4}:
-            record = Record()
-            try:
-                record.ParseFromString(fragments)
-            except DecodeError:
-                return
-            fragments = b""
-            yield record
-
-
-def step_line(step: int, until: int, phase: str | None, metrics: Metrics, eta: float) -> str:
-    """Format one step for a reader."""
-    parts = [f"step {step}/{until}"]
-    if phase is not None:
-        parts.append(f"phase {phase}")
-    for label, name, form in (
-        ("loss", "loss/cross_entropy", ".3f"),
-        ("held-out", "eval/cross_entropy", ".3f"),
-        ("kl", "kl/reverse", ".3f"),
-        ("grad", "optim/grad_norm", ".2f"),
-        ("lr", "optim/lr", ".1e"),
-        ("length", "rollout/response_length", ".1f"),
-    ):
-        if name in metrics:
-            parts.append(f"{label} {metrics[name]:{form}}")
-    if "perf/tokens_per_second" in metrics:
-        parts.append(f"{metrics['perf/tokens_per_second'] / 1e3:.1f}k tok/s")
-    timers = [
-        f"{name} {format_seconds(metrics[f'time/{name}'])}"
-        for name in ("sync", "sample", "score", "train")
-        if f"time/{name}" in metrics
+def sample_lines(step: int, sample: Sample) -> list[str]:
+    """A prompt and its response for a terminal, which obeys nothing that they say."""
+    facts, mean = sample.facts, sample.mean_kl
+    groups = ", ".join(facts[name] for name in ("category", "language") if facts[name])
+    kl = "" if mean is None else f", {mean:.3f} nats a token"
+    texts = {"prompt": facts["prompt"], "response": sample.response}
+    return [f"sample of step {step}: {groups}{kl}"] + [
+        f"  {name:9}" + "".join(c if c.isprintable() else "·" for c in text.replace("\n", "⏎"))
+        for name, text in texts.items()
     ]
-    if timers:
-        parts.append(" ".join(timers))
-    parts.append(f"eta {format_eta(eta)}")
-    return " | ".join(parts)
-
-
-def format_seconds(seconds: float) -> str:
-    """Milliseconds below one second."""
-    return f"{seconds * 1e3:.0f}ms" if seconds < 1 else f"{seconds:.1f}s"
-
-
-def format_eta(seconds: float) -> str:
-    """Hours, minutes and seconds without leading zeros."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}h{minutes:02d}m"
-    return f"{minutes}m{rest:02d}s" if minutes else f"{rest}s"

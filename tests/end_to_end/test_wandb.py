@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from wandb.proto.wandb_internal_pb2 import Record
 
-from marco_train.config.run import LoggingBackend, LoggingConfig, WandbMode
-from marco_train.tracking.tracker import Tracker, _lost_after
+from marco_train.config.tracking import LoggingBackend, LoggingConfig, WandbMode
+from marco_train.tracking import Tracker
+from marco_train.tracking.wandb_run import lost_after
 from tests.helpers.processes import REPOSITORY
 
 pytestmark = pytest.mark.slow
@@ -25,7 +26,7 @@ def test_wandb_works_offline_without_an_account(
     monkeypatch.setenv("WANDB_SILENT", "true")
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     cfg = LoggingConfig(
-        backend=LoggingBackend.wandb, console_every=1, project="test", mode=WandbMode.offline
+        backends=[LoggingBackend.wandb], console_every=1, project="test", mode=WandbMode.offline
     )
     tracker = Tracker(cfg, tmp_path, "run", {"seed": 0})
     tracker.start(0, 1)
@@ -40,10 +41,10 @@ def launch_offline(directory: Path, first: int, until: int, killed: bool = False
     code = f"""
 import os
 from pathlib import Path
-from marco_train.config.run import LoggingBackend, LoggingConfig, WandbMode
+from marco_train.config.tracking import LoggingBackend, LoggingConfig, WandbMode
 from marco_train.tracking import Tracker
 cfg = LoggingConfig(
-    backend=LoggingBackend.wandb, console_every=100, project="test", mode=WandbMode.offline
+    backends=[LoggingBackend.wandb], console_every=100, project="test", mode=WandbMode.offline
 )
 tracker = Tracker(cfg, Path({str(directory)!r}), "run", {{}}, resumed={first > 0})
 tracker.start({first}, {until})
@@ -119,13 +120,13 @@ def test_long_files_of_wandb_are_read_to_their_end(tmp_path: Path) -> None:
     (file,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     assert file.stat().st_size > 2 * 2**15
     assert recorded(tmp_path)[0][1] == curve(range(1, 601))
-    assert _lost_after([file]) is None
+    assert lost_after([file]) is None
     content = file.read_bytes()
     file.write_bytes(content[: 2**16])  # as of a launch that was killed
-    last = _lost_after([file])
+    last = lost_after([file])
     assert last is not None and 100 < last < 600
     file.write_bytes(content[: 2**16 - 5000])
-    assert (_lost_after([file]) or 0) < last
+    assert (lost_after([file]) or 0) < last
 
 
 def in_its_own_process(
@@ -135,10 +136,10 @@ def in_its_own_process(
     code = f"""
 import os, signal
 from pathlib import Path
-from marco_train.config.run import LoggingBackend, LoggingConfig, WandbMode
+from marco_train.config.tracking import LoggingBackend, LoggingConfig, WandbMode
 from marco_train.tracking import Tracker
 cfg = LoggingConfig(
-    backend=LoggingBackend.wandb, console_every=100, project="test", mode=WandbMode.{mode}
+    backends=[LoggingBackend.wandb], console_every=100, project="test", mode=WandbMode.{mode}
 )
 tracker = Tracker(cfg, Path({str(directory)!r}), "run", {{}})
 tracker.start(0, 50)
@@ -184,3 +185,38 @@ for child in children:
     assert "made all steps" in done.stdout, done.stdout + done.stderr
     assert "W&B takes no metrics" in done.stdout
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 50
+
+
+def test_wandb_gets_samples_and_tags_and_no_secrets(tmp_path: Path) -> None:
+    code = f"""
+from pathlib import Path
+from marco_train.config.tracking import LoggingBackend, LoggingConfig
+from marco_train.tracking import Sample, Tracker
+cfg = LoggingConfig(backends=[LoggingBackend.wandb], project="test", tags=["mine"])
+config = {{
+    "root": "outputs/mine", "api_key": "a-secret-of-mine",
+    "stage": {{"kind": "opd", "objective": "full", "urls": ["http://me:a-secret-of-mine@host"]}},
+}}
+tracker = Tracker(cfg, Path({str(tmp_path)!r}), "run", config)
+tracker.start(0, 1)
+facts = {{"category": "math", "language": "ar", "prompt": "?", "tokens": ["!"], "kl": [0.5]}}
+tracker.log_samples(1, [Sample(facts, "<p>heat</p>")])
+tracker.log(1, 1, None, {{"loss/cross_entropy": 1.0}}, eta=0.0)
+tracker.close()
+"""
+    env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB")}
+    command = [sys.executable, "-c", code, "model.api_key=a-secret-of-mine"]
+    env |= {"WANDB_SILENT": "true", "WANDB_DATA_DIR": str(tmp_path / "data")}
+    subprocess.run(command, check=True, cwd=REPOSITORY, env=env)
+    files = [file for file in tmp_path.rglob("*") if file.is_file()]
+    leaking = [str(file) for file in files if b"a-secret-of-mine" in file.read_bytes()]
+    assert leaking == []
+    ((_, [(step, values)]),) = recorded(tmp_path)
+    assert (step, values["loss/cross_entropy"]) == (1, 1.0)
+    (table,) = tmp_path.rglob("*.table.json")
+    assert json.loads(table.read_text())["data"][0][:4] == [1, "math", "ar", "?"]
+    staged = [file.read_text() for file in (tmp_path / "data").rglob("*") if file.is_file()]
+    assert "<p>heat</p>" in staged  # the cell's own page, which is sent with the table
+    content = next(tmp_path.glob("wandb/offline-run-*/run-*.wandb")).read_bytes()
+    for tag in (b"mine", b"opd", b"full", b"outputs/mine"):
+        assert tag in content
