@@ -33,9 +33,22 @@ def replace_directory(path: Path, complete: Path) -> None:
     """Let a complete directory of files take the place of `path`, if that exists."""
     for written in (*complete.iterdir(), complete):
         sync_to_disk(written)
+    if path.is_symlink():
+        path.unlink()
     shutil.rmtree(path, ignore_errors=True)
     complete.rename(path)
     sync_to_disk(path.parent)
+
+
+def link_directory(link: Path, target: Path) -> None:
+    """Let `link` stand for a directory beside it, in place of whatever has that name."""
+    partial = link.with_name(f".{link.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(target.name, target_is_directory=True)
+    if not link.is_symlink():
+        shutil.rmtree(link, ignore_errors=True)
+    partial.replace(link)
+    sync_to_disk(link.parent)
 
 
 def sync_to_disk(path: Path) -> None:

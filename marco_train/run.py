@@ -58,7 +58,7 @@ from marco_train.errors import (
     TRY_AGAIN_LATER,
     RunInterrupted,
 )
-from marco_train.files import replaces
+from marco_train.files import link_directory, replaces
 from marco_train.interruption import Interruption, Wish
 from marco_train.metrics import Metrics, StepWork
 from marco_train.profiling import StepProfiler
@@ -313,17 +313,29 @@ class Run:
         """Write the policy as a Hugging Face directory under the run's; all ranks take part."""
         self._policy.export(self._directory / name)
 
-    def finish(self) -> None:
-        """Save, export the policy and mark the run as finished; with more steps it can go on."""
+    def finish(self, last_phase: str | None = None) -> None:
+        """Save, export the policy and mark the run as finished; with more steps it can go on.
+
+        Args:
+            last_phase: Of a cascade: its export has that name too, and `export` stands for it.
+        """
         if self._cfg.checkpoint.save_every is not None:
             self._save(self._policy.num_updates)
             self._publish(wait=True)
-        self.export("export")
+        name = "export" if last_phase is None else phase_export(last_phase)
+        self.export(name)
+        if is_main() and last_phase is not None:
+            link_directory(self._directory / "export", self._directory / name)
         barrier()  # what follows may take long, and no rank has to wait for it
         if self._tracker is not None:
             self._tracker.close()
             mark_finished(self._cfg, self._noted["content"], self._noted["epoch_rows"])
             log_line(f"{self._cfg.name}: finished, {self._directory / 'export'}")
+
+
+def phase_export(phase: str) -> str:
+    """Name of the directory in which the policy lies at the end of a phase."""
+    return f"export-{phase}"
 
 
 def due(step: int, every: int | None) -> bool:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from marco_train.commands.examination import Examination
 from marco_train.config import TrainConfig
+from marco_train.config.compose import compose, read_words
 from marco_train.config.resumption import check_resume, continuation, is_finished
 from marco_train.config.stage import StageKind
-from marco_train.errors import require
+from marco_train.errors import InputError, require
 from marco_train.hub import read_settled
 from marco_train.train import is_first_rank
 
@@ -45,14 +46,16 @@ def examine(words: Sequence[str]) -> list[str]:
     checks = Examination()
     cfg = checks.make("config", read_settled, words)
     if checks.faults:
-        return checks.faults
+        return faults_of_words(words) or checks.faults
     checks.make("output directory", check_output, cfg)
     checks.can_resume = not checks.faults
     # Heavy libraries are imported from here on.
     from marco_train import distributed
     from marco_train.commands import stage_checks
+    from marco_train.commands.machine import check_machine
 
     distributed.start(cfg.parallel.timeout_seconds, deterministic=cfg.deterministic)
+    check_machine(cfg, checks)
     match cfg.stage.kind:
         case StageKind.sft:
             stage_checks.check_sft(cfg, checks)
@@ -62,6 +65,26 @@ def examine(words: Sequence[str]) -> list[str]:
             stage_checks.check_evaluate(cfg, checks)
     distributed.stop()
     return checks.faults
+
+
+def faults_of_words(words: Sequence[str]) -> list[str]:
+    """What is wrong with each word of a command line, beside the choices of all others."""
+    try:
+        overrides, directory = read_words(words)
+    except InputError:
+        return []  # of what has no key
+    own = [] if directory is None else ["--config-dir", str(directory)]
+    fields = [word for word in overrides if "." in word.partition("=")[0] and "@" not in word]
+    choices = [word for word in overrides if word not in fields]
+    found = []
+    for word in [None, *fields]:
+        try:
+            compose([*own, *choices, *([] if word is None else [word])])
+        except InputError as error:
+            found.append(str(error))
+            if word is None:
+                break  # and of every word, with it
+    return found
 
 
 def check_output(cfg: TrainConfig) -> None:

@@ -68,13 +68,10 @@ def _version(package: str) -> str:
 def _commit() -> str:
     """Of a checkout; its changes are only said to be there."""
     here = Path(__file__).parent
-    sha = _said("git", "-C", str(here), "rev-parse", "HEAD")
-    if (
-        sha is None
-        or _said("git", "-C", str(here), "ls-files", "--error-unmatch", __file__) is None
-    ):
+    sha = said("git", "-C", str(here), "rev-parse", "HEAD")
+    if sha is None or said("git", "-C", str(here), "ls-files", "--error-unmatch", __file__) is None:
         return "no checkout"
-    changed = _said("git", "-C", str(here), "status", "--porcelain", "--untracked-files=no")
+    changed = said("git", "-C", str(here), "status", "--porcelain", "--untracked-files=no")
     return f"{sha}{' with changes' if changed else ''}"
 
 
@@ -106,12 +103,12 @@ def _torch() -> Iterator[tuple[str, str]]:
 
 
 def _driver() -> str:
-    found = _said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    found = said("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return found.splitlines()[0] if found else "none that nvidia-smi tells of"
 
 
-def _said(*command: str) -> str | None:
-    """What a program prints; None where there is none, or it fails."""
+def said(*command: str) -> str | None:
+    """What a program prints. None: there is no such program, or it fails."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=20)
     except (OSError, subprocess.TimeoutExpired):

@@ -62,8 +62,9 @@ class SampleRecorder:
     def _note(self, microbatch: Microbatch, kl: Tensor) -> None:
         """Keep what belongs to chosen rollouts of a loss's values [N]."""
         ids = microbatch.input_ids[0].tolist()
-        values = iter(kl.tolist())
-        at = [next(values) if m else None for m in microbatch.loss_mask.tolist()]
+        at: list[float | None] = [None] * len(ids)
+        for place, value in zip(microbatch.loss_places.tolist(), kl.tolist(), strict=True):
+            at[place] = value
         starts = [n for n, place in enumerate(microbatch.position_ids[0].tolist()) if place == 0]
         for start, end in zip(starts, [*starts[1:], len(ids)], strict=True):
             inputs = tuple(ids[start:end])

@@ -31,7 +31,7 @@ from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.loops import without_loops
 from marco_train.rollout.stream import RolloutStream
 from marco_train.rollout.sync import canary_of, sync_weights
-from marco_train.run import Run
+from marco_train.run import Run, phase_export
 from marco_train.stages.checks import Checks
 from marco_train.stages.header import say_header
 from marco_train.teachers.cascade import Cascade, check_teacher, teachers_of
@@ -76,11 +76,11 @@ def run_opd(cfg: TrainConfig) -> None:
             run.log_samples(step, samples.collected(step))
             run.log(step, metrics, cascade.phase_at(step).name)
             refuse_mismatch(step, metrics["kl/sampler_mismatch"], opd.max_sampler_mismatch)
-            if cascade.ends_at(step):
-                run.export(f"export-{cascade.phase_at(step).name}")
+            if cascade.ends_at(step) and step + 1 < cascade.num_steps:
+                run.export(phase_export(cascade.phase_at(step).name))
             run.save_if_due(step)
 
-    run.finish()  # saves and exports
+    run.finish(cascade.phases[-1].name)  # saves and exports
 
 
 @contextmanager
@@ -254,8 +254,8 @@ def end_converged_phases(
         batch = pack_rollouts(scored, cfg.stage.objective, cfg.data.max_tokens_per_microbatch)
         found = policy.measure(batch, build_reverse_kl(cfg.stage, teacher.head))
         converged = cascade.observe(step, found["kl/reverse"])
-        if converged is not None:
-            run.export(f"export-{converged}")
+        if converged is not None and step < cascade.num_steps:
+            run.export(phase_export(converged))
 
 
 def refuse_mismatch(step: int, mismatch: float, bound: float | None) -> None:

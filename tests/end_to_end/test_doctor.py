@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,9 +13,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from marco_train.commands import machine
 from marco_train.commands.doctor import examine
+from marco_train.commands.machine import (
+    check_disk,
+    check_driver,
+    check_memory,
+    check_port,
+    check_vllm_import,
+    wants_vllm,
+)
 from marco_train.config import TrainConfig
 from marco_train.data.chat import CHATML
+from marco_train.errors import InputError
 from marco_train.stages.checks import Checks
 from marco_train.stages.evaluate import prepare_evaluate
 from marco_train.stages.opd import prepare_opd, run_opd
@@ -342,3 +353,59 @@ def test_what_is_wrong_with_a_config_is_said_whole(world: World) -> None:
     ):
         (found,) = faults(1, "experiment=quickstart_opd", f"root={world.root}", ALONE, override)
         assert said in found, override
+
+
+def test_every_word_that_is_wrong_is_said(world: World) -> None:
+    words = [f"root={world.root}", ALONE, "optim.lr=1", "stage.max_lenth=3", "optim.beta1=high"]
+    found = faults(1, "experiment=quickstart_sft", *words)
+    assert len(found) == 3
+    for part in ("there is no optim.lr;", "there is no stage.max_lenth;", "optim.beta1=high: "):
+        assert any(fault.startswith(part) for fault in found), part
+
+
+def test_a_disk_and_a_memory_that_are_too_small_are_found(world: World) -> None:
+    cfg = compose_config("quickstart_sft", f"root={world.root}")
+    check_disk(cfg, 1000)
+    check_memory(1000)
+    with pytest.raises(InputError, match=r"and checkpoints, .* of this run take 1048576\.00"):
+        check_disk(cfg, 2**50)
+    with pytest.raises(InputError, match=r"take 1048576\.00 GiB here, and \d"):
+        check_memory(2**50)
+
+
+def test_a_port_that_is_held_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with socket.create_server(("", 0)) as held:
+        port = held.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        with pytest.raises(InputError, match=f"MASTER_PORT is {port}, and ranks cannot meet"):
+            check_port()
+    for wrong in ("some", "99999"):
+        monkeypatch.setenv("MASTER_PORT", wrong)
+        with pytest.raises(InputError, match=f"MASTER_PORT is {wrong}, and ranks cannot meet"):
+            check_port()
+    monkeypatch.delenv("MASTER_PORT")
+    check_port()
+
+
+def test_a_driver_that_torch_does_not_fit_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "said", lambda *_: "470.82.01, Tesla V100\n470.82.01, Tesla V100")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(InputError, match=r"tells of 2 GPUs \(470.82.01, Tesla V100\), and torch"):
+        check_driver()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    check_driver()
+
+
+def test_a_vllm_that_is_there_and_broken_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vllm.py").write_text("raise ImportError('libcudart.so.13 is not found')\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with pytest.raises(InputError, match=r"vLLM cannot be imported here \(ImportError: libcudart"):
+        check_vllm_import()
+    (tmp_path / "vllm.py").write_text("")
+    check_vllm_import()
+    assert wants_vllm(compose_config("quickstart_opd", "rollout@stage.rollout=vllm"))
+    assert not wants_vllm(compose_config("quickstart_opd"))

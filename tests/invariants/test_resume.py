@@ -116,6 +116,8 @@ def test_a_phase_converges_at_the_same_step_after_a_resumption(
     for export in ("export", "export-first", "export-second"):
         files = [(out / export / "model.safetensors").read_bytes() for out in outs]
         assert files[0] == files[1]
+    # One copy of the last phase's.
+    assert (outs[0] / "export").readlink() == Path("export-second")
 
 
 def test_a_run_whose_first_phase_converges_makes_all_steps_of_the_second(

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from marco_train.files import replace_directory, replaces
+from marco_train.files import link_directory, replace_directory, replaces
 
 
 def names(directory: Path) -> list[str]:
@@ -56,3 +56,18 @@ def test_a_directory_takes_the_place_of_the_one_before(existed: bool, tmp_path: 
     replace_directory(target, complete)
     assert names(tmp_path) == ["export"]
     assert names(target) == ["new"]
+
+
+def test_a_link_stands_for_the_directory_beside_it(tmp_path: Path) -> None:
+    for name in ("export-first", "export-second", "export"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "weights").write_text(name)
+    link = tmp_path / "export"
+    for name in ("export-first", "export-second"):  # over a directory, and over another link
+        link_directory(link, tmp_path / name)
+        assert link.is_symlink() and (link / "weights").read_text() == name
+    assert names(tmp_path) == ["export", "export-first", "export-second"]
+    (tmp_path / ".export.partial").mkdir()
+    replace_directory(link, tmp_path / ".export.partial")
+    assert not link.is_symlink() and names(link) == []
+    assert (tmp_path / "export-second" / "weights").read_text() == "export-second"
