@@ -63,6 +63,8 @@ def examine(words: Sequence[str]) -> list[str]:
             stage_checks.check_opd(cfg, checks)
         case StageKind.evaluate:
             stage_checks.check_evaluate(cfg, checks)
+        case StageKind.benchmark:
+            stage_checks.check_benchmark(cfg, checks)
     distributed.stop()
     return checks.faults
 

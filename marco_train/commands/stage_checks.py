@@ -4,6 +4,7 @@ Nothing is trained and there is no optimizer.
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 
 from marco_train.commands.examination import Examination, any_absent
 from marco_train.config import TrainConfig
@@ -15,19 +16,23 @@ from marco_train.distributed import is_main, rank
 from marco_train.engine.student import Student, load_student
 from marco_train.errors import InputError, WeightSyncError, require
 from marco_train.evaluation.answers import AnswerSampler, accuracy_of
+from marco_train.evaluation.benchmark.harness import BenchmarkTask, prompt_of
 from marco_train.evaluation.measured import Measured
 from marco_train.evaluation.reverse_kl import mean_reverse_kl
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.losses.distillation import build_reverse_kl
+from marco_train.models import load_model
+from marco_train.models.weights import torch_dtype
 from marco_train.rollout.stream import RolloutStream
 from marco_train.run import check_resumption
+from marco_train.stages.benchmark import PreparedBenchmark, prepare_benchmark, say_plan
 from marco_train.stages.evaluate import open_teachers, prepare_evaluate
 from marco_train.stages.opd import open_sampler, prepare_opd, sync
 from marco_train.stages.sft import prepare_sft
 from marco_train.teachers.base import Teacher
 from marco_train.teachers.cascade import Cascade
 from marco_train.tracking import log_line
-from marco_train.types import LossFn, Microbatch, Prompt, Rollout
+from marco_train.types import LossFn, Message, Microbatch, Prompt, Rollout
 
 
 def check_sft(cfg: TrainConfig, checks: Examination) -> None:
@@ -77,6 +82,29 @@ def check_evaluate(cfg: TrainConfig, checks: Examination) -> None:
     sampler.close()
     for teacher in opened:
         teacher.close()
+
+
+def check_benchmark(cfg: TrainConfig, checks: Examination) -> None:
+    """Make all up to the first question, and one answer to it on each rank."""
+    prepared = prepare_benchmark(cfg, checks)
+    parts = prepared.tokenizer, prepared.architecture, prepared.cfg
+    checks = checks.after(*parts)
+    checks.make("plan", say_plan, prepared, prepared.tasks)
+    checks.make("first answer", answer_first, prepared, prepared.tasks)
+
+
+def answer_first(prepared: PreparedBenchmark, tasks: Sequence[BenchmarkTask]) -> None:
+    """Sample one answer of the model on each rank, with the run's own sampler."""
+    cfg = prepared.cfg
+    model = load_model(str(cfg.model.path), torch_dtype(cfg.model.dtype))
+    item = tasks[0].items[0]
+    turns = [Message("user", item["prompt"])]
+    text = prepared.tokenizer.render(turns, open_answer=True).text
+    prompt = prompt_of(tasks[0], item["id"], prepared.tokenizer.encoder.encode(text)[0])
+    with closing(AnswerSampler(cfg, prepared.tokenizer)) as sampler:
+        (answer,) = sampler.sampler_of(model).sample([prompt], num_responses=1)
+    if is_main():
+        log_line(f"  {len(answer.response_ids)} tokens to {len(prompt.input_ids)}")
 
 
 def log_rows(data: SFTLoader | PromptLoader) -> None:

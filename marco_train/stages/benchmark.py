@@ -1,6 +1,6 @@
 """The model card's benchmarks, asked of one model."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +13,7 @@ from marco_train.config.rollout import SamplerBackend
 from marco_train.content import look
 from marco_train.data.chat import Tokenizer, load_tokenizer
 from marco_train.distributed import barrier, device, is_main
+from marco_train.errors import InputError
 from marco_train.evaluation.answers import AnswerSampler
 from marco_train.evaluation.benchmark.harness import (
     BenchmarkTask,
@@ -40,10 +41,10 @@ def run_benchmark(cfg: TrainConfig) -> None:
     What is written stands in `evaluation/benchmark/report.py`.
     """
     prepared = prepare_benchmark(cfg, Checks())
-    say_plan(prepared)
+    say_plan(prepared, prepared.tasks)
     if prepared.cfg.stage.plan:
         return
-    with open_benchmark(prepared) as (lm, report):
+    with open_benchmark(cfg, prepared) as (lm, report):
         for task in prepared.tasks:
             report.add(ask(lm, task))
 
@@ -53,7 +54,7 @@ class PreparedBenchmark:
     """What is known of a benchmark before the model is loaded."""
 
     cfg: TrainConfig
-    """With lengths that the model has positions for."""
+    """With a model on this machine, and lengths that it has positions for."""
     tokenizer: Tokenizer
     architecture: ArchitectureConfig
     tasks: list[BenchmarkTask]
@@ -66,15 +67,45 @@ def prepare_benchmark(cfg: TrainConfig, checks: Checks) -> PreparedBenchmark:
         InputError: Something is wrong with it.
     """
     stage: BenchmarkConfig = cfg.stage
+    cfg = checks.make("place of the model", with_local_model, cfg)
     tokenizer = checks.make("tokenizer and template", load_tokenizer, cfg.model)
-    architecture = checks.make("model", read_architecture, str(cfg.model.path))
-    checks.make("files of the model", stored_weights, str(cfg.model.path), architecture)
+    path = cfg.model.path
+    assert path is not None
+    architecture = checks.make("model", read_architecture, path)
+    checks.make("files of the model", stored_weights, path, architecture)
     engines = ["stage.rollout"] if stage.rollout.backend is SamplerBackend.vllm else []
     checks.make("engines of vLLM", require_one_engine, engines, device())
     fitted = checks.make("lengths", fit_lengths, cfg, architecture)
     checks.make("sampler", check_sampler, fitted.stage, architecture, cfg.model.dtype)
     tasks = checks.make("tasks", load_tasks, stage)
     return PreparedBenchmark(fitted, tokenizer, architecture, tasks)
+
+
+def with_local_model(cfg: TrainConfig) -> TrainConfig:
+    """Fetch a model of the hub, unless the path is a directory.
+
+    Raises:
+        InputError: There is none, or the hub is not reached.
+    """
+    path = cfg.model.path
+    if path is None:
+        raise InputError("model.path is null, and random weights answer nothing: name a model")
+    if Path(path).is_dir():
+        return cfg
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        local = snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
+    except (OSError, ValueError, HfHubHTTPError) as error:
+        said = str(error).strip().splitlines() or [type(error).__name__]
+        raise InputError(
+            f"model.path is {path!r}, which is no directory, and no model that the hub gives "
+            f"({said[0]}): give the directory of a model, or its name at the hub"
+        ) from error
+    same = cfg.model.tokenizer == path
+    model = replace(cfg.model, path=local, tokenizer=local if same else cfg.model.tokenizer)
+    return replace(cfg, model=model)
 
 
 def fit_lengths(cfg: TrainConfig, architecture: ArchitectureConfig) -> TrainConfig:
@@ -97,7 +128,7 @@ def fit_lengths(cfg: TrainConfig, architecture: ArchitectureConfig) -> TrainConf
     return replace(cfg, stage=fitted)
 
 
-def say_plan(prepared: PreparedBenchmark) -> None:
+def say_plan(prepared: PreparedBenchmark, tasks: Sequence[BenchmarkTask]) -> None:
     """Say what is asked, and how long it is planned to take."""
     if is_main():
         asked = [
@@ -107,7 +138,7 @@ def say_plan(prepared: PreparedBenchmark) -> None:
                 task.num_responses,
                 mean_prompt_tokens(prepared.tokenizer, task),
             )
-            for task in prepared.tasks
+            for task in tasks
         ]
         for line in plan_asking(prepared.cfg, prepared.architecture, asked):
             log_line(line)
@@ -115,17 +146,21 @@ def say_plan(prepared: PreparedBenchmark) -> None:
 
 @contextmanager
 def open_benchmark(
-    prepared: PreparedBenchmark,
+    asked: TrainConfig, prepared: PreparedBenchmark
 ) -> Iterator[tuple[SampledLM, BenchmarkReport]]:
     """Load the model and its sampler; writes the report, unless the block was left by an error.
+
+    Args:
+        asked: The run as it was asked for.
+        prepared: What was made of it.
 
     Raises:
         InputError: The output directory holds answers that something else made.
     """
     cfg, tokenizer = prepared.cfg, prepared.tokenizer
-    content = observed(cfg, digests={})  # before the model is read
+    content = observed(asked, digests={})  # before the model is read
     if is_main():
-        begin(cfg, content)
+        begin(asked, content)
     made_by = {
         "model": look(str(cfg.model.path)),
         "tokenizer": tokenizer.digests(),
@@ -135,11 +170,11 @@ def open_benchmark(
     }
     store = AnswerStore(Path(cfg.output_dir), made_by, anew=cfg.resume == "never")
     model = load_model(str(cfg.model.path), torch_dtype(cfg.model.dtype))
-    report = BenchmarkReport(cfg, tokenizer)
+    report = BenchmarkReport(asked, tokenizer)
     with closing(AnswerSampler(cfg, tokenizer)) as sampler, closing(store):
         lm = SampledLM(sampler.sampler_of(model), tokenizer, store, cfg.stage.max_prompt_length)
         yield lm, report
     report.write()
     if is_main():
-        mark_finished(cfg, content)
+        mark_finished(asked, content)
     barrier()
