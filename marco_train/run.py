@@ -341,7 +341,7 @@ def resume_parts(
     changed = gather_objects(mine)[0]
     refuse_changes(changed, cfg, f"{found.checkpoint} is of a run that began with other files")
     for part in parts:
-        part.resume(found.num_updates, state[part.name], cfg.on_resume.allow)
+        part.resume(found.num_updates, state.get(part.name, {}), cfg.on_resume.allow)
     return changed
 
 

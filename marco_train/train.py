@@ -20,6 +20,7 @@ from marco_train.errors import (
     InputError,
     RunInterrupted,
     ServersUnavailable,
+    SkippedUpdatesError,
 )
 from marco_train.files import replaces
 
@@ -50,7 +51,7 @@ def main(composed: DictConfig) -> None:
     try:
         run_stage(cfg)
         note_exit(cfg, 0, "finished")
-    except InputError as error:
+    except (InputError, SkippedUpdatesError) as error:
         note_exit(cfg, 1, str(error))
         sys.exit(f"error: {error}")
     except ServersUnavailable as error:  # the same on every rank

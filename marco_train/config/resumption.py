@@ -73,6 +73,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "parallel.recompute",
         "parallel.timeout_seconds",
         "parallel.offload_while_sampling",
+        "optim.max_skipped_in_a_row",
         "stage.eval_every",
         "stage.num_eval_examples",
         "stage.max_sampler_mismatch",

@@ -32,6 +32,7 @@ from marco_train.rollout.stream import RolloutStream
 from marco_train.rollout.sync import canary_of, sync_weights
 from marco_train.run import Run
 from marco_train.stages.checks import Checks
+from marco_train.stages.skipped import note_skipped
 from marco_train.teachers.cascade import Cascade, check_teacher, teachers_of
 from marco_train.teachers.preflight import NUM_ANSWERED, FirstOfEachKind
 from marco_train.teachers.vocab import check_head_rows, check_student_vocabulary
@@ -45,7 +46,7 @@ def run_opd(cfg: TrainConfig) -> None:
     token, and lowers the reverse KL  E_{x~policy}[log policy(x) - log teacher(x)].
     """
     opd = cfg.stage
-    with open_opd(cfg) as (policy, prompts, sampler, cascade, run):
+    with open_opd(cfg) as (policy, prompts, sampler, cascade, run, data):
         for step in run.steps(cascade):
             if cascade.measure_due(step):
                 with run.timer("evaluate"):  # syncs, sleeps and scores on its own
@@ -68,11 +69,13 @@ def run_opd(cfg: TrainConfig) -> None:
                 scored, dropped = without_loops(scored, step, are_dropped=opd.drop_repetitive)
                 batch = pack_rollouts(scored, opd.objective, cfg.data.max_tokens_per_microbatch)
                 metrics |= policy.train_step(batch, build_reverse_kl(opd, teacher.head))
+                note_skipped(policy, data, cfg.optim.max_skipped_in_a_row)
 
             metrics |= dropped | prompts.metrics(submitted.rollouts) | cascade.metrics(step)
             run.log(step, metrics, cascade.phase_at(step).name)
-            refuse_mismatch(step, metrics["kl/sampler_mismatch"], opd.max_sampler_mismatch)
+            refuse_mismatch(step, metrics, opd.max_sampler_mismatch)
             if cascade.ends_at(step):
+                policy.guard.forget()
                 run.export(f"export-{cascade.phase_at(step).name}")
             run.save_if_due(step)
 
@@ -82,7 +85,7 @@ def run_opd(cfg: TrainConfig) -> None:
 @contextmanager
 def open_opd(
     cfg: TrainConfig,
-) -> Iterator[tuple[Policy, RolloutStream, Sampler, Cascade, Run]]:
+) -> Iterator[tuple[Policy, RolloutStream, Sampler, Cascade, Run, PromptLoader]]:
     """Build what a run is made of, and close sampler and teachers, however it ends.
 
     Raises:
@@ -98,13 +101,14 @@ def open_opd(
         prepared.tokenizer.chat_template,
     )
     cascade = prepared.cascade
-    run = Run.open(cfg, policy, prepared.loader, cascade, work=prepared.work)
+    run = Run.open(cfg, policy, prepared.loader, cascade, policy.guard, work=prepared.work)
     prepared.loader.log_plan(cascade.num_steps)
     cascade.save_early = run.save_early
     sampler = open_sampler(cfg, prepared.student, run.save_early)
     prompts = prepared.loader, prepared.first_prompts, prepared.held_out, prepared.in_language
     with closing(sampler), closing(cascade):
-        yield policy, RolloutStream(cfg.stage, sampler, *prompts), sampler, cascade, run
+        stream = RolloutStream(cfg.stage, sampler, *prompts)
+        yield policy, stream, sampler, cascade, run, prepared.loader
     prepared.loader.log_end()
 
 
@@ -237,15 +241,17 @@ def end_converged_phases(
         found = policy.measure(batch, build_reverse_kl(cfg.stage, teacher.head))
         converged = cascade.observe(step, found["kl/reverse"])
         if converged is not None:
+            policy.guard.forget()
             run.export(f"export-{converged}")
 
 
-def refuse_mismatch(step: int, mismatch: float, bound: float | None) -> None:
+def refuse_mismatch(step: int, metrics: Metrics, bound: float | None) -> None:
     """Stop where the sampler's log-probabilities are not the policy's.
 
     Raises:
         RolloutMismatchError: Gives both numbers.
     """
+    mismatch = metrics.get("kl/sampler_mismatch", 0.0)  # left out where it is not finite
     if bound is not None and mismatch > bound:
         raise RolloutMismatchError(
             f"step {step}: log-probabilities of sampler and policy differ by {mismatch:.3g} nats "
