@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from marco_train.config.parallel import TIMEOUT_SECONDS
+from marco_train.encoding import from_bytes, to_bytes
 from marco_train.errors import InputError, require
 
 T = TypeVar("T")
@@ -213,12 +214,26 @@ def reduce_max(value: int) -> int:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Collect one picklable value of each rank, in the order of ranks."""
+    """Collect one value of each rank, in the order of ranks.
+
+    It crosses as JSON, so nothing that a rank sends is run by another; see `encoding`.
+
+    Raises:
+        TypeError: It is no data.
+    """
     if world_size() == 1:
         return [value]
-    found: list[T] = [value] * world_size()
-    dist.all_gather_object(found, value, group=Groups.agreements)
-    return found
+    written = torch.frombuffer(bytearray(to_bytes(value)), dtype=torch.uint8)
+    sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size())]
+    dist.all_gather(sizes, torch.tensor([len(written)]), group=Groups.agreements)
+    longest = max(int(size) for size in sizes)
+    padded = torch.cat([written, torch.zeros(longest - len(written), dtype=torch.uint8)])
+    found = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(found, padded, group=Groups.agreements)
+    return [
+        from_bytes(each[: int(size)].numpy().tobytes())
+        for each, size in zip(found, sizes, strict=True)
+    ]
 
 
 def expert_parallel_group(size: int) -> dist.ProcessGroup | None:
