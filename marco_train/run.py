@@ -36,6 +36,7 @@ from marco_train.config.resumption import (
     plain_config,
     refuse_changes,
     said_of_allowed,
+    saved_config,
 )
 from marco_train.content import Content, digest, with_digests
 from marco_train.distributed import (
@@ -137,8 +138,8 @@ class Run:
         self._interruption = Interruption(self._directory, cfg.checkpoint.seconds)
         self._tracker: Tracker | None = None
         if is_main():
-            plain = plain_config(cfg)
-            self._tracker = Tracker(cfg.logging, self._directory, cfg.name, plain, resumed)
+            saved = saved_config(cfg)
+            self._tracker = Tracker(cfg.logging, self._directory, cfg.name, saved, resumed)
 
     @classmethod
     def open(
@@ -396,7 +397,7 @@ def begin(cfg: TrainConfig) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     for told in (FINISHED, EXIT_STATUS):
         (directory / told).unlink(missing_ok=True)
-    (directory / "config.json").write_text(json.dumps(plain_config(cfg), indent=2))
+    (directory / "config.json").write_text(json.dumps(saved_config(cfg), indent=2))
 
 
 def mark_finished(
@@ -411,7 +412,7 @@ def mark_finished(
     """
     note = Path(cfg.output_dir) / FINISHED
     noted = {
-        "config": plain_config(cfg),
+        "config": saved_config(cfg),
         "phases": phases_of(cfg),
         "epoch_rows": epoch_rows,
         "content": with_digests(content, content_paths(plain_config(cfg), CONTENT)),

@@ -15,6 +15,7 @@ from uuid import uuid4
 from tqdm import tqdm
 
 from marco_train.config.run import LoggingBackend, LoggingConfig, WandbMode
+from marco_train.config.secrets import redacted
 from marco_train.files import replaces
 from marco_train.metrics import Metrics, check_names
 
@@ -22,8 +23,8 @@ SECONDS_TO_CONNECT = 5.0
 
 
 def log_line(text: str) -> None:
-    """Print one line, past a progress bar if there is one."""
-    tqdm.write(text, file=sys.stdout)
+    """Print one line without secrets, past a progress bar if there is one."""
+    tqdm.write(redacted(text), file=sys.stdout)
     sys.stdout.flush()
 
 
@@ -144,6 +145,8 @@ def _open_wandb(
             mode=mode.value,
             resume="allow",
             id=run_id,
+            # It would hold the command line, with whatever key was given there.
+            settings=wandb.Settings(x_disable_meta=True),
         )
 
     try:

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, MissingMandatoryValue
 from marco_train.config import TrainConfig, to_run
 from marco_train.config.resumption import check_resume, continuation, is_finished
 from marco_train.config.run import CONFIG_DIR, register_schemas
+from marco_train.config.secrets import redacted
 from marco_train.config.stage import StageKind
 from marco_train.errors import (
     EXIT_STATUS,
@@ -30,9 +31,18 @@ SECONDS_TO_SAY_IT = 10
 register_schemas()
 
 
-@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
-def main(composed: DictConfig) -> None:
+def main() -> None:
     """Run one stage; see `configs/experiment/`."""
+    # Hydra would make what its own node names so, before anything here is asked.
+    targets = [given for given in sys.argv[1:] if "_target_" in given]
+    if targets:
+        sys.exit(f"error: {targets[0]}: no config names code to run; leave _target_ out")
+    run_composed()
+
+
+@hydra.main(version_base="1.3", config_path=str(CONFIG_DIR), config_name="train")
+def run_composed(composed: DictConfig) -> None:
+    """Run the stage of what Hydra composed of the command line."""
     try:
         cfg = to_run(composed)
         check_resume(cfg)
@@ -43,7 +53,7 @@ def main(composed: DictConfig) -> None:
         # The same on every rank of a launch; one says it, before the launcher ends the others.
         if not is_first_rank():
             time.sleep(SECONDS_TO_SAY_IT)
-        sys.exit(f"error: {in_one_line(error)}" if is_first_rank() else 1)
+        sys.exit(f"error: {redacted(in_one_line(error))}" if is_first_rank() else 1)
     if finished:
         if is_first_rank():
             print(f"{cfg.name}: already finished in {cfg.output_dir}", flush=True)
@@ -53,11 +63,12 @@ def main(composed: DictConfig) -> None:
         note_exit(cfg, 0, "finished")
     except (InputError, SkippedUpdatesError) as error:
         note_exit(cfg, 1, str(error))
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {redacted(str(error))}")
     except ServersUnavailable as error:  # the same on every rank
         note_exit(cfg, TRY_AGAIN_LATER, str(error))
         if is_first_rank():
-            print(f"error: {error}; nothing is lost: launch it again later", file=sys.stderr)
+            said = redacted(str(error))
+            print(f"error: {said}; nothing is lost: launch it again later", file=sys.stderr)
         sys.exit(TRY_AGAIN_LATER)
     except RunInterrupted as error:  # the same on every rank
         note_exit(cfg, error.code, error.reason, error.step, error.checkpoint)
@@ -89,7 +100,12 @@ def note_exit(
     if told and os.environ.get("LOCAL_RANK", "0") == "0":
         Path(told).write_text(str(code))
     if is_first_rank() and Path(cfg.output_dir).is_dir():
-        status = {"code": code, "reason": reason, "step": step, "checkpoint": checkpoint}
+        status = {
+            "code": code,
+            "reason": redacted(reason),
+            "step": step,
+            "checkpoint": checkpoint,
+        }
         with replaces(Path(cfg.output_dir) / EXIT_STATUS) as partial:
             partial.write_text(json.dumps(status, indent=2))
 

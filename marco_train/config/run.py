@@ -27,6 +27,7 @@ from marco_train.config.rollout import (
     check_expert_shares,
     check_replay,
 )
+from marco_train.config.secrets import check_name, note_secrets
 from marco_train.config.sft import SFTConfig
 from marco_train.config.stage import StageConfig
 from marco_train.config.teacher import (
@@ -148,10 +149,14 @@ class TrainConfig:
         require(
             0 <= self.seed < 2**31, f"seed is {self.seed}, and must lie between 0 and {2**31 - 1}"
         )
+        check_name("name", self.name)
         require(
             isinstance(self.stage, StageConfig),
             "no stage was chosen: add experiment=<name>, or stage=sft|opd|evaluate",
         )
+        for group in ("cascade", "models", "teachers"):
+            for each in getattr(self.stage, group, {}):
+                check_name(f"a name in stage.{group}", each)
         if isinstance(self.stage, EvaluateConfig):
             require(self.optim is None, "an evaluation trains nothing: leave optim out")
         else:
@@ -216,6 +221,7 @@ def to_run(composed: DictConfig) -> TrainConfig:
         InputError: A value is out of its bounds, or a key is unknown.
         MissingMandatoryValue: A value that only the user can give was not given.
     """
+    note_secrets(composed)
     try:
         cfg = OmegaConf.to_object(composed)
     except InterpolationValidationError as error:
