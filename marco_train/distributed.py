@@ -7,7 +7,6 @@ servers or writes files, without a GPU that waits with it.
 
 import fcntl
 import os
-import pickle
 import random
 import resource
 import socket
@@ -23,6 +22,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from marco_train.config.parallel import TIMEOUT_SECONDS
+from marco_train.encoding import from_bytes, to_bytes
 from marco_train.errors import InputError, RunError, require
 
 T = TypeVar("T")
@@ -233,14 +233,18 @@ def reduce_maxima(values: Sequence[int]) -> list[int]:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Collect one picklable value of each rank, in the order of ranks.
+    """Collect one value of each rank, in the order of ranks.
 
-    In one exchange where no rank's is larger than `GATHERED_AT_ONCE` bytes; else a second one takes
-    what is over.
+    It crosses as JSON, so nothing that a rank sends is run by another; see `encoding`. In one
+    exchange where no rank's is larger than `GATHERED_AT_ONCE` bytes; else a second one takes what
+    is over.
+
+    Raises:
+        TypeError: It is no data.
     """
     if world_size() == 1:
         return [value]
-    mine = pickle.dumps(value)
+    mine = to_bytes(value)
     length = len(mine).to_bytes(LENGTH_BYTES, "little")
     first = _gather_bytes(length + mine[:GATHERED_AT_ONCE], LENGTH_BYTES + GATHERED_AT_ONCE)
     lengths = [int.from_bytes(part[:LENGTH_BYTES], "little") for part in first]
@@ -249,7 +253,7 @@ def gather_objects(value: T) -> list[T]:
     if longest > GATHERED_AT_ONCE:
         rest = _gather_bytes(mine[GATHERED_AT_ONCE:], longest - GATHERED_AT_ONCE)
     whole = (a[LENGTH_BYTES:] + b for a, b in zip(first, rest, strict=True))
-    return [pickle.loads(part[:n]) for part, n in zip(whole, lengths, strict=True)]  # noqa: S301
+    return [from_bytes(part[:n]) for part, n in zip(whole, lengths, strict=True)]
 
 
 def _gather_bytes(mine: bytes, size: int) -> list[bytes]:

@@ -7,6 +7,7 @@ RunError
     RunInterrupted: the run was told to end, is saved, and can be resumed (exit status 143 or 75)
     WeightSyncError: policy and sampler disagree after a sync
     RolloutMismatchError: the sampler does not sample from the policy
+    SkippedUpdatesError: too many updates in a row could not be made
     StaleRolloutError: a rollout is of other weights than those that were to sample it
     AnswerError: of a server, to one request
         UnusableAnswerError: it is asked again
@@ -58,6 +59,10 @@ class WeightSyncError(RunError):
 
 class RolloutMismatchError(RunError):
     """The sampler does not sample from the policy."""
+
+
+class SkippedUpdatesError(RunError):
+    """More updates in a row than may be were left out; the message names the rows of the last."""
 
 
 class StaleRolloutError(RunError):

@@ -55,6 +55,9 @@ NAMES = {
     "routers would not choose; with routing replay; mean over layers, and by layer",
     "optim/grad_norm": "before clipping",
     "optim/lr": "",
+    "optim/skipped_non_finite": "1 where the update was not made, as its loss or gradient is not "
+    "finite; what was measured and is not finite is left out then",
+    "optim/skipped_spike": "1 where the update was not made, see optim.spike_factor",
     "data/num_sequences": "of this step",
     "data/num_loss_tokens": "of this step",
     "data/num_tokens": "of this step, prompts included",

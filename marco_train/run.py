@@ -40,6 +40,7 @@ from marco_train.config.resumption import (
     plain_config,
     refuse_changes,
     said_of_allowed,
+    saved_config,
 )
 from marco_train.content import Content, digest, with_digests
 from marco_train.distributed import (
@@ -146,8 +147,8 @@ class Run:
         self._asked = Wish.go_on, ""
         self._tracker: Tracker | None = None
         if is_main():
-            plain = plain_config(cfg)
-            self._tracker = Tracker(cfg.logging, self._directory, cfg.name, plain, resumed)
+            saved = saved_config(cfg)
+            self._tracker = Tracker(cfg.logging, self._directory, cfg.name, saved, resumed)
 
     @classmethod
     def open(
@@ -395,7 +396,7 @@ def resume_parts(
     changed = gather_objects(mine)[0]
     refuse_changes(changed, cfg, f"{found.checkpoint} is of a run that began with other files")
     for part in parts:
-        part.resume(found.num_updates, state[part.name], cfg.on_resume.allow)
+        part.resume(found.num_updates, state.get(part.name, {}), cfg.on_resume.allow)
     return changed
 
 
@@ -441,7 +442,7 @@ def begin(cfg: TrainConfig, content: Mapping[str, Content]) -> None:
     for told in (FINISHED, EXIT_STATUS):
         (directory / told).unlink(missing_ok=True)
     digests = {name: each["digest"] for name, each in content.items() if each["digest"]}
-    written = plain_config(cfg) | {"digests": digests}
+    written = saved_config(cfg) | {"digests": digests}
     (directory / "config.json").write_text(json.dumps(written, indent=2))
 
 
@@ -457,7 +458,7 @@ def mark_finished(
     """
     note = Path(cfg.output_dir) / FINISHED
     noted = {
-        "config": plain_config(cfg),
+        "config": saved_config(cfg),
         "phases": phases_of(cfg),
         "epoch_rows": epoch_rows,
         "content": with_digests(content, content_paths(plain_config(cfg), CONTENT)),

@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from marco_train.config import TrainConfig
 from marco_train.config.compose import compose, sweep_refusal
 from marco_train.config.resumption import check_resume, continuation, is_finished
+from marco_train.config.secrets import redacted
 from marco_train.config.stage import StageKind
 from marco_train.errors import (
     EXIT_STATUS,
@@ -27,6 +28,7 @@ from marco_train.errors import (
     InputError,
     RunInterrupted,
     ServersUnavailable,
+    SkippedUpdatesError,
     require,
 )
 from marco_train.files import replaces
@@ -44,15 +46,16 @@ def main(words: Sequence[str] | None = None) -> None:
     try:
         run_stage(cfg)
         note_exit(cfg, 0, "finished")
-    except InputError as error:
+    except (InputError, SkippedUpdatesError) as error:
         note_exit(cfg, 1, str(error))
         if not is_first_rank():  # it may be another's too, and is said once then
             time.sleep(SECONDS_TO_SAY_IT)
-        sys.exit(f"error: {error}")
+        sys.exit(f"error: {redacted(str(error))}")
     except ServersUnavailable as error:  # the same on every rank
         note_exit(cfg, TRY_AGAIN_LATER, str(error))
         if is_first_rank():
-            print(f"error: {error}; nothing is lost: launch it again later", file=sys.stderr)
+            said = redacted(str(error))
+            print(f"error: {said}; nothing is lost: launch it again later", file=sys.stderr)
         sys.exit(TRY_AGAIN_LATER)
     except RunInterrupted as error:  # the same on every rank
         note_exit(cfg, error.code, error.reason, error.step, error.checkpoint)
@@ -123,7 +126,12 @@ def note_exit(
     """
     tell_recipe(code)
     if is_first_rank() and Path(cfg.output_dir).is_dir():
-        status = {"code": code, "reason": reason, "step": step, "checkpoint": checkpoint}
+        status = {
+            "code": code,
+            "reason": redacted(reason),
+            "step": step,
+            "checkpoint": checkpoint,
+        }
         with replaces(Path(cfg.output_dir) / EXIT_STATUS) as partial:
             partial.write_text(json.dumps(status, indent=2))
 

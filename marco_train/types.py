@@ -257,6 +257,9 @@ class Microbatch:
     """Names of the groups that metrics are told apart by, as `category_math`."""
     group_ids: Tensor  # [N, G] int64, of each loss token; len(groups) stands for no group
     routed_experts: Tensor  # [L, T, k] int64, to be taken; empty where the routers choose
+    samples: tuple[int, ...] = field(default=(), kw_only=True)
+    """Positions of its sequences in the run's stream of samples; none where nobody is to be told
+    which rows an update was of."""
 
     def to(self, device: torch.device) -> Self:
         """Move the tensors to a device."""

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Serve a teacher for `teacher=vllm_server`: recipes/serve_teacher.sh <model directory> [vLLM's options]
 #
-#   HOST           default 127.0.0.1; a server that others reach has no password
+#   HOST           default 127.0.0.1; another needs VLLM_API_KEY
+#   VLLM_API_KEY   which requests have to bring; the run finds it under the same name
 #   PORT           default 8000
 #   MAX_MODEL_LEN  longest prompt with its response and one token; default 10242, or what the model
 #                  takes where that is less. vLLM sizes its memory by it
@@ -32,12 +33,21 @@ if [ "$api_servers" -gt 1 ]; then # which that module does not start
   server=(vllm serve "$model" --api-server-count "$api_servers")
 fi
 
+key=()
+if [ -n "${VLLM_API_KEY:-}" ]; then
+  key=(--middleware marco_train.inference.key.RequireKey)
+elif [[ ! "${HOST:-127.0.0.1}" =~ ^(127\..*|localhost|::1)$ || " $* " == *" --host"[\ =]* ]]; then
+  echo "serve_teacher: HOST=${HOST:-of --host} is reached by others: set VLLM_API_KEY, which they have to know" >&2
+  exit 2
+fi
+
 # Given ids need --enable-scale-out and any number of log-probabilities. generation_config.json has no
 # say. Under one name, wherever the directory lies. A long prompt is read in parts beside others.
 # Logits are float32, as those of other teachers.
 command=("${server[@]}" --served-model-name teacher --host "${HOST:-127.0.0.1}"
   --port "${PORT:-8000}" --max-model-len "$longest" --max-num-batched-tokens 32768
   --hf-overrides '{"head_dtype": "float32"}' --generation-config vllm
-  --max-logprobs -1 --enable-scale-out --no-enable-prefix-caching "$@")
+  --max-logprobs -1 --enable-scale-out --no-enable-prefix-caching "${key[@]}" "$@")
 if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "${command[@]}"; echo; exit; fi
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" VLLM_ALLOW_INSECURE_SERIALIZATION=0
 exec "${command[@]}"

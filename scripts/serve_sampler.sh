@@ -9,7 +9,8 @@
 #
 #   NUM_SERVERS=1   the first listens on PORT, the next on PORT + 1 ...
 #   PORT=8100
-#   HOST=127.0.0.1  whoever reaches a server can replace its weights
+#   HOST=127.0.0.1  whoever reaches a server can replace its weights, so another needs VLLM_API_KEY
+#   VLLM_API_KEY    which requests have to bring; the run finds it under the same name
 #   GPUS            devices, one a server: GPUS="6 7" NUM_SERVERS=2
 #   MAX_RESTARTS=3  of one server
 #   VLLM_BATCH_INVARIANT=1  on GPUs: a response does not depend on those beside it, which costs time;
@@ -27,6 +28,14 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do options+=("$1"); shift; done
 if [ -x "$root/.venv/bin/python" ]; then PATH="$root/.venv/bin:$PATH"; fi
 port=${PORT:-8100}
 
+key=()
+if [ -n "${VLLM_API_KEY:-}" ]; then
+  key=(--middleware marco_train.inference.key.RequireKey)
+elif [[ ! "${HOST:-127.0.0.1}" =~ ^(127\..*|localhost|::1)$ || " ${options[*]} " == *" --host"[\ =]* ]]; then
+  echo "serve_sampler: HOST=${HOST:-of --host} is reached by others, who could replace the weights: set VLLM_API_KEY" >&2
+  exit 2
+fi
+
 # On a CPU what a seed draws depends on how a prompt was cut; on a GPU on seed and place alone.
 chunks=()
 nvidia-smi --list-gpus 2>/dev/null | grep -q . || chunks=(--no-enable-chunked-prefill)
@@ -35,11 +44,12 @@ nvidia-smi --list-gpus 2>/dev/null | grep -q . || chunks=(--no-enable-chunked-pr
 command=(python -m vllm.entrypoints.openai.api_server --model "$model" --served-model-name student
   --host "${HOST:-127.0.0.1}" --hf-overrides '{"head_dtype": "float32"}' --load-format dummy
   --skip-tokenizer-init --generation-config vllm --logprobs-mode raw_logprobs --max-logprobs -1
-  --enable-scale-out "${chunks[@]}" --no-enable-prefix-caching --disable-uvicorn-access-log --worker-extension-cls marco_train.inference.worker.Receiver "${options[@]}")
+  --enable-scale-out "${chunks[@]}" --no-enable-prefix-caching --disable-uvicorn-access-log --worker-extension-cls marco_train.inference.worker.Receiver "${key[@]}" "${options[@]}")
 if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "${command[@]}" --port "$port"; echo; exit; fi
 
 # On a CPU servers and ranks share the cores as the launcher says.
 export VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind} VLLM_NO_USAGE_STATS=1
+export VLLM_ALLOW_INSECURE_SERIALIZATION=0 # no pickles between its processes, but among workers
 export VLLM_LOGGING_LEVEL=${VLLM_LOGGING_LEVEL:-ERROR}
 export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
 gpus=(${GPUS:-})

@@ -94,6 +94,8 @@ def read_words(words: Sequence[str]) -> tuple[list[str], Path | None]:
     overrides, directory = list[str](), None
     rest = iter(words)
     for word in rest:
+        # Hydra would make what its own nodes name so.
+        require("_target_" not in word, f"{word}: no config names code to run; leave _target_ out")
         name, _, value = word.partition("=")
         if name in OPTIONS:
             value = value or next(rest, "")

@@ -49,6 +49,14 @@ class OptimConfig:
     balance_scope: BalanceScope = BalanceScope.global_batch
     router_z_coefficient: float = 0.0
     """Of the router z-loss, summed over layers. 0: off."""
+    max_skipped_in_a_row: int = 3
+    """Updates in a row that may be left out, as their loss or gradient is not finite or a spike;
+    one more ends the run."""
+    spike_factor: float | None = None
+    """An update is left out whose loss or gradient norm is over so many times its median over the
+    last `spike_window` updates that were made; judged once there are as many, and in each phase of
+    a cascade anew. None: off."""
+    spike_window: int = 64
 
     def __post_init__(self) -> None:
         require_positive(
@@ -65,6 +73,15 @@ class OptimConfig:
                 f"optim.warmup_share is {self.warmup_share} and optim.warmup_steps is "
                 f"{self.warmup_steps}: give one of them, and null or 0 for the other",
             )
+        require(
+            self.max_skipped_in_a_row >= 0,
+            f"optim.max_skipped_in_a_row is {self.max_skipped_in_a_row}, below 0",
+        )
+        require(
+            self.spike_factor is None or 1 < self.spike_factor < float("inf"),
+            f"optim.spike_factor is {self.spike_factor}, and must be above 1, or null for off",
+        )
+        require_positive("optim", spike_window=self.spike_window)
         for name, coefficient in (
             ("balance_coefficient", self.balance_coefficient),
             ("router_z_coefficient", self.router_z_coefficient),

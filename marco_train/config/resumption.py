@@ -21,6 +21,7 @@ from marco_train.config.data import OnChange
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resume import ChangedSchedule, ResumeChange
 from marco_train.config.run import TrainConfig
+from marco_train.config.secrets import redacted
 from marco_train.config.stage import UntrainedStageConfig, steps_of
 from marco_train.content import Content, is_same, look
 from marco_train.errors import InputError, require
@@ -78,6 +79,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "parallel.timeout_seconds",
         "parallel.offload_while_sampling",
         "parallel.zero_stage",
+        "optim.max_skipped_in_a_row",
         "stage.eval_every",
         "stage.num_eval_examples",
         "stage.max_sampler_mismatch",
@@ -264,8 +266,13 @@ def plain(value: Any) -> Any:
 
 
 def plain_config(cfg: TrainConfig) -> dict[str, Any]:
-    """Turn the config into JSON values."""
+    """Turn the config into JSON values, secrets included: for this process alone."""
     return dict(plain(asdict(cfg)))
+
+
+def saved_config(cfg: TrainConfig) -> dict[str, Any]:
+    """Turn the config into JSON values without secrets, for files and for comparing with them."""
+    return dict(redacted(plain_config(cfg)))
 
 
 def describe(cfg: TrainConfig, epoch_rows: int | None = None) -> dict[str, Any]:
@@ -276,7 +283,7 @@ def describe(cfg: TrainConfig, epoch_rows: int | None = None) -> dict[str, Any]:
         epoch_rows: Samples of an epoch, by which steps are counted. None in an evaluation.
     """
     return {
-        "config": plain_config(cfg),
+        "config": saved_config(cfg),
         "phases": phases_of(cfg),  # JSON is written with its keys sorted
         "epoch_rows": epoch_rows,
         "architecture": asdict(_student_shape(cfg)),
@@ -337,7 +344,7 @@ def changes_of(noted: Mapping[str, Any], cfg: TrainConfig) -> list[Change]:
 
     Where files lie is left to those who compare what they hold.
     """
-    then, now = with_defaults(noted["config"], cfg), plain_config(cfg)
+    then, now = with_defaults(noted["config"], cfg), saved_config(cfg)
     if not isinstance(cfg.stage, UntrainedStageConfig):
         shapes = (
             noted.get("architecture") or then["model"]["architecture"],
@@ -424,9 +431,9 @@ def changed_content(
             continue  # a field that came anew is a change of the config
         known = noted["content"].get(name)
         unseen = known is None or not (known["files"] or look(path))  # of a hub, say
-        if (then[name] != path) if unseen else not is_same(known, path):
+        if (then[name] != redacted(path)) if unseen else not is_same(known, path):
             kind = kind_of(tuple(name.split("."))) or "data"
-            found.append(Change(name, then[name], path, kind))
+            found.append(Change(name, then[name], redacted(path), kind))
     return found
 
 

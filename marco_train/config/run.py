@@ -32,6 +32,7 @@ from marco_train.config.rollout import (
     check_expert_shares,
     check_replay,
 )
+from marco_train.config.secrets import check_name, note_secrets
 from marco_train.config.sft import SFTConfig
 from marco_train.config.stage import StageConfig, UntrainedStageConfig
 from marco_train.config.teacher import (
@@ -134,7 +135,11 @@ class TrainConfig:
         require(
             0 <= self.seed < 2**31, f"seed is {self.seed}, and must lie between 0 and {2**31 - 1}"
         )
+        check_name("name", self.name)
         require(isinstance(self.stage, StageConfig), NO_STAGE)
+        for group in ("cascade", "models", "teachers"):
+            for each in getattr(self.stage, group, {}):
+                check_name(f"a name in stage.{group}", each)
         if isinstance(self.stage, UntrainedStageConfig):
             require(self.optim is None, "this stage trains nothing: leave optim out")
             require(
@@ -209,6 +214,7 @@ def to_run(composed: DictConfig) -> TrainConfig:
     Raises:
         InputError: A value is out of its bounds or was not given, or a key is unknown.
     """
+    note_secrets(composed)
     require(not OmegaConf.is_missing(composed, "stage") and composed.stage is not None, NO_STAGE)
     for key in REQUIRED:  # first, as others may be taken from them
         owner, _, name = key.partition(".")

@@ -1,25 +1,72 @@
-"""What of a config nobody else may read."""
+"""What is kept out of all that a run writes and says: keys, passwords, values of the environment.
 
+A saved config has `${oc.env:NAME}` where the value of a variable stood, so that a resumption
+compares the same text.
+"""
+
+import os
 import re
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, ClassVar
 
-HIDDEN = "***"
-SECRET_NAME = re.compile(r"(^|_)(api_?key|key|secret|password|passwd|credentials?|token)$", re.I)
-IN_ADDRESS = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+from omegaconf import DictConfig, OmegaConf
+
+from marco_train.errors import require
+
+REDACTED = "<redacted>"
+FROM_ENVIRONMENT = re.compile(r"\$\{oc\.env:\s*([^,}\s]+)")
+SECRET_FIELD = re.compile(r"(^|_)(api_?key|token|password|passwd|secret|credentials?)$", re.I)
+# What stands before the host of an URL.
+USER_INFO = re.compile(r"(?<=://)[^/\s]+@")
+# Shorter values are found where they are all of a text: a part of one may be chance.
+SHORTEST_PART = 6
+NAME = re.compile(r"\w[\w.+=,@-]*")
 
 
-def without_secrets(value: Any, name: str = "") -> Any:
-    """Hide what names call a secret, and users and passwords in addresses; the rest is as it was.
+class Secrets:
+    """Values of environment variables that the config of this process names."""
 
-    Args:
-        value: Of a config: mappings, lists and plain values.
-        name: Its key.
-    """
+    known: ClassVar[dict[str, str]] = {}
+    """By value, what stands for it."""
+
+
+def note_secrets(composed: DictConfig) -> None:
+    """Remember the values that a config takes from the environment, but for directories."""
+    written = OmegaConf.to_yaml(composed, resolve=False)
+    for name in sorted(set(FROM_ENVIRONMENT.findall(written))):
+        value = os.environ.get(name, "")
+        if value and not (value.startswith("/") and Path(value).exists()):
+            Secrets.known[value] = f"${{oc.env:{name}}}"
+
+
+def redacted(value: Any) -> Any:
+    """Replace secrets in a text, or in all texts of a value of JSON."""
     if isinstance(value, Mapping):
-        return {key: without_secrets(item, str(key)) for key, item in value.items()}
+        return {
+            key: REDACTED if item is not None and SECRET_FIELD.search(str(key)) else redacted(item)
+            for key, item in value.items()
+        }
     if isinstance(value, list):
-        return [without_secrets(item, name) for item in value]
+        return [redacted(item) for item in value]
     if not isinstance(value, str):
         return value
-    return HIDDEN if value and SECRET_NAME.search(name) else IN_ADDRESS.sub(HIDDEN, value)
+    if value in Secrets.known:
+        return Secrets.known[value]
+    for secret in sorted(Secrets.known, key=len, reverse=True):
+        if len(secret) >= SHORTEST_PART:
+            value = value.replace(secret, Secrets.known[secret])
+    return USER_INFO.sub(f"{REDACTED}@", value)
+
+
+def check_name(what: str, name: str) -> None:
+    """Refuse a name that is no plain part of a path.
+
+    Raises:
+        InputError: Says what it may hold.
+    """
+    require(
+        NAME.fullmatch(name) is not None,
+        f"{what} is {name!r}, and names files: take letters, digits and _, and behind the first of "
+        "them also . - + = , @",
+    )

@@ -24,6 +24,8 @@ class ServersConfig:
     """Without any answer, after which the run saves a checkpoint and goes on waiting."""
     give_up_after_seconds: float = 1200
     """Without any answer, after which the run ends; it can be resumed."""
+    api_key: str | None = None
+    """Sent to each server as a bearer token. None: they take requests without one."""
 
     def __post_init__(self) -> None:
         require_positive(

@@ -129,10 +129,14 @@ class Source:
         except RowError as fault:
             return fault.begins
 
+    def place(self, index: int) -> int:
+        """Where a row stands in the dataset, of which some rows are left out."""
+        return int(self._kept[index])
+
     def raw(self, index: int) -> Any:
         """What a row holds, or the RowError that says why nothing can be read of it."""
         try:
-            return self._rows[int(self._kept[index])]
+            return self._rows[self.place(index)]
         except RowError as fault:
             return fault
 
@@ -142,7 +146,7 @@ class Source:
         Returns:
             What it is, how it was read, and what it held. A row at fault was not read.
         """
-        place = int(self._kept[index])
+        place = self.place(index)
         found = self.raw(index)
         try:
             if isinstance(found, RowError):

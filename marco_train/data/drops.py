@@ -74,8 +74,9 @@ class Tally:
     def gathered(self) -> "Tally":
         """Add up the counts of all ranks; all of them take part."""
         total = Tally()
-        for counted in gather_objects(self):
-            total.update(counted)
+        for counts, first in gather_objects((self._counts, self._first)):
+            total._counts.update(counts)
+            total._first = first | total._first
         return total
 
     def said(self) -> list[str]:

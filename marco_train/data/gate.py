@@ -16,7 +16,7 @@ from typing import Any
 from marco_train.config.data import DataConfig
 from marco_train.data.cache import digest_of, read_json, write_json
 from marco_train.data.conversations import BadRow, Source
-from marco_train.data.drops import MALFORMED, TRUNCATED, Dropped, by_language
+from marco_train.data.drops import MALFORMED, TRUNCATED, by_language
 from marco_train.data.formats import ignored_columns
 from marco_train.data.tokens import LostRows, Render, TokenFiles, render_row, token_files
 from marco_train.data.turns import MOST_SHOWN
@@ -290,13 +290,15 @@ def write_quarantine(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         return
     file.parent.mkdir(parents=True, exist_ok=True)
     with replaces(file) as partial, partial.open("w", encoding="utf-8") as lines:
-        for row in rows:
-            kept = {key: row[key] for key in ("source", "row", "reason", "begins")}
-            lines.write(json.dumps(kept, ensure_ascii=True) + "\n")
+        lines.writelines(map(_line, rows))
 
 
-def add_to_quarantine(file: Path, source: Source, drop: Dropped) -> None:
-    """Write down a row that was found at fault after the first step, once a rank and epoch."""
-    line = {"source": drop.source, "row": drop.row, "reason": drop.reason}
+def add_to_quarantine(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write down rows that were found at fault after the first step."""
     with file.open("a", encoding="utf-8") as lines:
-        lines.write(json.dumps(line | {"begins": source.begins(drop.row)}) + "\n")
+        lines.writelines(map(_line, rows))
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    kept = {key: row[key] for key in ("source", "row", "reason", "begins")}
+    return json.dumps(kept, ensure_ascii=True) + "\n"

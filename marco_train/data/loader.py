@@ -1,7 +1,7 @@
 """This rank's share of each global batch, with a cursor that is the first sample of a step."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -20,6 +20,7 @@ from marco_train.data.chat import (
     with_thinking,
 )
 from marco_train.data.drops import DROPS, MALFORMED, TRUNCATED, Dropped, Tally
+from marco_train.data.gate import add_to_quarantine
 from marco_train.data.packing import pack_examples
 from marco_train.data.render import ExampleRenderer, PromptRenderer
 from marco_train.data.stream import ConversationStream
@@ -95,6 +96,8 @@ class _Loader:
         self._positions = {0: Position(0, Counter())}  # by step; of the last few
         self._metrics: Metrics = {}
         self._dropped = Tally()  # of this rank, since it started
+        self._quarantine = quarantine
+        self._skipped: list[dict[str, Any]] = []  # lines of the quarantine, by `skip`
         self._num_samples: int | None = None  # of a run whose length is given in epochs
 
     def _next_share(self) -> list[tuple[int, Row, Example]]:
@@ -159,6 +162,44 @@ class _Loader:
         """Describe the last batch, over all ranks."""
         return self._metrics
 
+    def skip(self, update: int, samples: Sequence[int], reason: str) -> list[str]:
+        """Write down the rows of an update that was not made; every rank takes part.
+
+        They are drawn again in the next epoch.
+
+        Args:
+            update: Its number, from 0.
+            samples: Positions in the run's stream, of all ranks.
+            reason: Why it was not made.
+
+        Returns:
+            Where the rows stand, a text for each source.
+        """
+        rows = sorted({self._stream.place(sample) for sample in samples})
+        lines = [
+            {
+                "source": source,
+                "row": row,
+                "reason": f"update {update}: {reason}",
+                "begins": self._stream.sources[source].begins(row),
+            }
+            for source, row in rows
+        ]
+        self._skipped += lines
+        self._write_skipped(lines)
+        numbers: dict[str, list[str]] = {}
+        for source, row in rows:
+            numbers.setdefault(source, []).append(str(row))
+        return [
+            f"source {source!r}, row{'s' * (len(of_it) > 1)} {', '.join(of_it)} (from 0)"
+            for source, of_it in numbers.items()
+        ]
+
+    def _write_skipped(self, lines: Sequence[dict[str, Any]]) -> None:
+        if self._quarantine is not None and is_main() and lines:
+            self._quarantine.parent.mkdir(parents=True, exist_ok=True)
+            add_to_quarantine(self._quarantine, lines)
+
     def num_samples(self, num_steps: int) -> int:
         """Count the samples of a run of so many steps, those behind it included."""
         begin, left = self._positions[self._step].cursor, max(0, num_steps - self._step)
@@ -215,7 +256,12 @@ class _Loader:
         """What a checkpoint keeps of the data, before a step is made."""
         position = self._positions[step]
         used = dict(sorted(position.used.items()))
-        return {"cursor": position.cursor, "used": used, **self._identity}
+        return {
+            "cursor": position.cursor,
+            "used": used,
+            "skipped": list(self._skipped),
+            **self._identity,
+        }
 
     def resume(
         self, step: int, state: dict[str, Any], allowed: Collection[ResumeChange] = ()
@@ -225,13 +271,15 @@ class _Loader:
         Raises:
             InputError: The data are not those of the checkpoint, and may not be others.
         """
-        if state.keys() != {"cursor", "used", *self._identity}:
+        if state.keys() - {"skipped"} != {"cursor", "used", *self._identity}:
             raise InputError(
                 "the checkpoint was saved by an earlier version, which counted other things than "
                 "this one does: start with resume=never"
             )
         self._step = step
         self._positions = {step: Position(state["cursor"], Counter(state["used"]))}
+        self._skipped = list(state.get("skipped", []))  # older checkpoints know of none
+        self._write_skipped(self._skipped)  # as this launch has begun the file anew
         then = {name: state[name] for name in self._identity}
         changed = field_difference(then, self._identity)
         if not changed:
@@ -305,8 +353,12 @@ class SFTLoader(_Loader):
         return self
 
     def __next__(self) -> list[Microbatch]:
-        examples = [example for _, _, example in self._next_share()]
-        return pack_examples(examples, self._data.max_tokens_per_microbatch)
+        share = self._next_share()
+        return pack_examples(
+            [example for _, _, example in share],
+            self._data.max_tokens_per_microbatch,
+            samples=[index for index, _, _ in share],
+        )
 
     def held_out(self) -> list[Microbatch]:
         """Pack this rank's share of the held-out conversations; empty without any.

@@ -31,10 +31,24 @@ from marco_train.types import (
 )
 
 
-def pack_examples(examples: Sequence[Example], max_tokens: int) -> list[Microbatch]:
-    """Pack this rank's examples of a global batch."""
+def pack_examples(
+    examples: Sequence[Example], max_tokens: int, samples: Sequence[int] = ()
+) -> list[Microbatch]:
+    """Pack this rank's examples of a global batch.
+
+    Args:
+        examples: The sequences.
+        max_tokens: Of a microbatch.
+        samples: Position of each example in the run's stream of samples; none of measures.
+    """
     bins = _equal_bins([len(example.input_ids) for example in examples], max_tokens)
-    return [_join([examples[i] for i in members]) for members in bins]
+    return [
+        replace(
+            _join([examples[i] for i in members]),
+            samples=tuple(samples[i] for i in members) if samples else (),
+        )
+        for members in bins
+    ]
 
 
 def pack_rollouts(
@@ -121,7 +135,9 @@ def _join_rollouts(scored: Sequence[ScoredRollout]) -> tuple[Microbatch, Tensor]
     group_ids = group_ids.repeat_interleave(repeats, dim=0)
     routed = _join_experts([s.rollout for s in scored])
     assert routed.numel() == 0 or routed.shape[1] == joined.num_tokens, "experts of other tokens"
-    return replace(joined, groups=groups, group_ids=group_ids, routed_experts=routed), known
+    samples = tuple(s.rollout.prompt.index for s in scored)
+    joined = replace(joined, groups=groups, group_ids=group_ids, routed_experts=routed)
+    return replace(joined, samples=samples), known
 
 
 def _join_experts(rollouts: Sequence[Rollout]) -> Tensor:

@@ -124,6 +124,11 @@ class ConversationStream:
                 write_quarantine(quarantine, at_fault)
             check_lost_rows(name, self._structures[name], lost, cfg)
 
+    def place(self, index: int) -> tuple[str, int]:
+        """Source of a sample, and its row's place among the rows of the dataset."""
+        source, row = self._mixture.sample(index)
+        return source, self.sources[source].place(row)
+
     def tokens(self, index: int, render: Render) -> tuple[Row, Example] | Dropped:
         """The tokens of a sample, unless it is dropped; `render` is what it was judged with."""
         source, row = self._mixture.sample(index)
@@ -158,7 +163,9 @@ class ConversationStream:
             return
         structure = self._structures.get(drop.source)
         if self._quarantine is not None and structure is not None and not structure.is_complete:
-            add_to_quarantine(self._quarantine, self.sources[drop.source], drop)
+            begins = self.sources[drop.source].begins(drop.row)
+            line = {"source": drop.source, "row": drop.row, "reason": drop.reason, "begins": begins}
+            add_to_quarantine(self._quarantine, [line])
         if len(self._named) == MOST_NAMED:
             return
         self._named.add(place)

@@ -15,6 +15,7 @@ from marco_train.config.optim import OptimConfig
 from marco_train.config.parallel import ParallelConfig
 from marco_train.distributed import device, reduce_sums, world_size
 from marco_train.engine.expert_groups import mark_experts
+from marco_train.engine.guard import NON_FINITE, SPIKE, Skipped, UpdateGuard
 from marco_train.engine.optim import LearningRate, build_schedule, parameter_groups
 from marco_train.engine.optimizer_state import OptimizerState
 from marco_train.engine.routing import UpdateRouting
@@ -62,6 +63,9 @@ class Policy(Student):
                 config=deepspeed_config(optim, parallel, model_cfg.dtype),
             )
         self._state = OptimizerState(self._optimizer, parallel.offload_while_sampling)
+        self.guard = UpdateGuard(optim, adamw, lambda: float(self._optimizer._global_grad_norm))
+        self.skipped: Skipped | None = None
+        """What is known of the last update, where it was not made."""
         super().__init__(self._engine.module, self._engine)
 
     @property
@@ -72,17 +76,21 @@ class Policy(Student):
     def train_step(self, microbatches: Sequence[Microbatch], loss_fn: LossFn) -> Metrics:
         """Make one update from this rank's microbatches of the global batch.
 
-        Every rank passes the same number of microbatches, empty ones included.
+        Every rank passes the same number of microbatches, empty ones included. Where the loss or
+        the gradient is not finite, or a spike, weights and optimizer stay as they were; the update
+        counts as made, and `skipped` tells of it.
+
+        Returns:
+            What was measured, over all ranks, but for what is not finite.
 
         Raises:
             InputError: No token of the global batch is to be learnt.
-            FloatingPointError: The loss or the gradient is not finite; the weights are left as they
-                were.
 
         After an error this policy is for no further update: gradients of the failed one may lie in
         DeepSpeed's buffers, and stage 2 refuses any after a backward pass that did not end.
         """
         self._engine.train()
+        self.guard.begin()
         self._state.reload_gradients()
         # Every loss token of the global batch weighs the same, whichever rank or microbatch
         # holds it.
@@ -105,38 +113,33 @@ class Policy(Student):
             routing = routing_of(on_device)
             output = loss_fn(self.forward(on_device, layout, routing), on_device)
             loss = output.loss / num_tokens + routers.loss(routing, microbatch.num_tokens)
+            self.guard.watch(loss, microbatch)
             # DeepSpeed averages gradients over ranks; undo that.
             self._engine.backward(loss * world_size(), scale_wrt_gas=False)
             totals.add(output, on_device)
         metrics, of_routers = totals.mean_beside(num_tokens, routers.sums)
         metrics |= routers.metrics(of_routers)
-        self._refuse_non_finite(metrics)
+        self.guard.judge_loss(metrics)
         metrics |= {"data/num_loss_tokens": num_tokens, "data/num_tokens": num_inputs}
         metrics["optim/lr"] = self.learning_rate
         metrics["optim/grad_norm"] = self._update()
-        return metrics | self._state.offload()
-
-    def _refuse_non_finite(self, metrics: Metrics) -> None:
-        # The reduced sums are the same on every rank, and so is this decision.
-        bad = [name for name, value in metrics.items() if not abs(value) < float("inf")]
-        if bad:
-            raise FloatingPointError(
-                f"update {self.num_updates}: {', '.join(bad)} not finite; weights and the last "
-                "checkpoint are intact"
-            )
+        for name in (NON_FINITE, SPIKE):
+            metrics[name] = float(self.skipped is not None and self.skipped.metric == name)
+        metrics |= self._state.offload()
+        return {name: value for name, value in metrics.items() if math.isfinite(value)}
 
     def _update(self) -> float:
-        """Clip, step, zero the gradients; returns the global gradient norm before clipping."""
+        """Clip, step unless the guard withholds it, and zero the gradients.
+
+        Returns:
+            The global gradient norm before clipping.
+        """
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate
         self._state.reload()
-        self._engine.step()
-        grad_norm = float(self._engine.get_global_grad_norm())
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(
-                f"update {self.num_updates}: the gradient norm is {grad_norm}; the update was not "
-                "made, and the last checkpoint is intact"
-            )
+        self._engine.step()  # where the norm is not finite, it makes none and asks nobody
+        grad_norm = self.guard.judge_gradient()
+        self.skipped = self.guard.end(self.num_updates)
         self.num_updates += 1
         return grad_norm
 

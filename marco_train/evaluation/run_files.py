@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from marco_train.config.secrets import without_secrets
+from marco_train.config.secrets import redacted
 from marco_train.errors import EXIT_STATUS, InputError
 from marco_train.evaluation.html import Series
 
@@ -81,7 +81,7 @@ def read_run(directory: Path) -> RunFiles:
         )
     found = RunFiles(
         directory,
-        config=without_secrets(_read_object(directory / "config.json")),
+        config=redacted(_read_object(directory / "config.json")),
         header=_read_object(directory / "header.json"),
         samples=list(_read_lines(directory / "samples.jsonl")),
         warnings=list(_read_lines(directory / "warnings.jsonl")),

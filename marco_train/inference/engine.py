@@ -38,6 +38,7 @@ ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # ranks share the cores as the launcher says
     "VLLM_LOGGING_LEVEL": "ERROR",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "0",  # no pickles between its processes
 }
 # Overrides the size that an engine is given.
 KV_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"

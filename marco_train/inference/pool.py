@@ -111,7 +111,10 @@ class ServerPool:
         self._save_early = save_early
         timeout = httpx.Timeout(cfg.request_timeout_seconds, connect=CONNECT_SECONDS)
         limits = httpx.Limits(max_connections=cfg.max_requests)
-        self._client = httpx.AsyncClient(timeout=timeout, limits=limits, trust_env=False)
+        headers = {} if cfg.api_key is None else {"Authorization": f"Bearer {cfg.api_key}"}
+        self._client = httpx.AsyncClient(
+            timeout=timeout, limits=limits, headers=headers, trust_env=False
+        )
         self._at_work = asyncio.Semaphore(cfg.max_requests)  # open, or in a pause
         self._max_open = float(cfg.max_requests)
         self._room = asyncio.Condition()
@@ -296,6 +299,12 @@ class ServerPool:
             self._max_open = max(1.0, self._max_open / 2)
         elif status >= 500:
             server.cool_down()
+        elif status == 401:
+            raise InputError(
+                f"{server.url} asks for a key, and "
+                f"{'none was sent' if self._cfg.api_key is None else 'not for the one sent'}: set "
+                "VLLM_API_KEY to what the server was started with, or servers.api_key"
+            )
         elif status >= 400:
             raise InputError(f"{url} refuses a request with {status}: {text}")
         if status >= 400:

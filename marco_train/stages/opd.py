@@ -34,6 +34,7 @@ from marco_train.rollout.sync import canary_of, sync_weights
 from marco_train.run import Run, phase_export
 from marco_train.stages.checks import Checks
 from marco_train.stages.header import say_header
+from marco_train.stages.skipped import note_skipped
 from marco_train.teachers.cascade import Cascade, check_teacher, teachers_of
 from marco_train.teachers.preflight import NUM_ANSWERED, FirstOfEachKind
 from marco_train.teachers.vocab import check_head_rows, check_student_vocabulary
@@ -47,7 +48,7 @@ def run_opd(cfg: TrainConfig) -> None:
     token, and lowers the reverse KL  E_{x~policy}[log policy(x) - log teacher(x)].
     """
     opd = cfg.stage
-    with open_opd(cfg) as (policy, prompts, sampler, cascade, samples, run):
+    with open_opd(cfg) as (policy, prompts, sampler, cascade, samples, run, data):
         for step in run.steps(cascade):
             if cascade.measure_due(step):
                 with run.timer("evaluate"):  # syncs, sleeps and scores on its own
@@ -71,13 +72,16 @@ def run_opd(cfg: TrainConfig) -> None:
                 batch = pack_rollouts(scored, opd.objective, cfg.data.max_tokens_per_microbatch)
                 loss_fn = samples.watching(step, scored, build_reverse_kl(opd, teacher.head))
                 metrics |= policy.train_step(batch, loss_fn)
+                note_skipped(policy, data, cfg.optim.max_skipped_in_a_row)
 
             metrics |= dropped | prompts.metrics(submitted.rollouts) | cascade.metrics(step)
             run.log_samples(step, samples.collected(step))
             run.log(step, metrics, cascade.phase_at(step).name)
-            refuse_mismatch(step, metrics["kl/sampler_mismatch"], opd.max_sampler_mismatch)
-            if cascade.ends_at(step) and step + 1 < cascade.num_steps:
-                run.export(phase_export(cascade.phase_at(step).name))
+            refuse_mismatch(step, metrics, opd.max_sampler_mismatch)
+            if cascade.ends_at(step):
+                policy.guard.forget()
+                if step + 1 < cascade.num_steps:
+                    run.export(phase_export(cascade.phase_at(step).name))
             run.save_if_due(step)
 
     run.finish(cascade.phases[-1].name)  # saves and exports
@@ -86,7 +90,7 @@ def run_opd(cfg: TrainConfig) -> None:
 @contextmanager
 def open_opd(
     cfg: TrainConfig,
-) -> Iterator[tuple[Policy, RolloutStream, Sampler, Cascade, SampleRecorder, Run]]:
+) -> Iterator[tuple[Policy, RolloutStream, Sampler, Cascade, SampleRecorder, Run, PromptLoader]]:
     """Build what a run is made of, and close sampler and teachers, however it ends.
 
     Raises:
@@ -102,7 +106,7 @@ def open_opd(
         prepared.tokenizer.chat_template,
     )
     cascade = prepared.cascade
-    parts = prepared.loader, cascade
+    parts = prepared.loader, cascade, policy.guard
     epoch_rows = prepared.loader.epoch_rows
     run = Run.open(cfg, policy, *parts, epoch_rows=epoch_rows, work=prepared.plan.work)
     prepared.loader.log_plan(cascade.num_steps)
@@ -113,7 +117,7 @@ def open_opd(
     prompts = prepared.loader, prepared.first_prompts, prepared.held_out, prepared.in_language
     with closing(sampler), closing(cascade):
         stream = RolloutStream(cfg.stage, sampler, *prompts)
-        yield policy, stream, sampler, cascade, samples, run
+        yield policy, stream, sampler, cascade, samples, run, prepared.loader
     prepared.loader.log_end()
 
 
@@ -254,16 +258,19 @@ def end_converged_phases(
         batch = pack_rollouts(scored, cfg.stage.objective, cfg.data.max_tokens_per_microbatch)
         found = policy.measure(batch, build_reverse_kl(cfg.stage, teacher.head))
         converged = cascade.observe(step, found["kl/reverse"])
-        if converged is not None and step < cascade.num_steps:
-            run.export(phase_export(converged))
+        if converged is not None:
+            policy.guard.forget()
+            if step < cascade.num_steps:
+                run.export(phase_export(converged))
 
 
-def refuse_mismatch(step: int, mismatch: float, bound: float | None) -> None:
+def refuse_mismatch(step: int, metrics: Metrics, bound: float | None) -> None:
     """Stop where the sampler's log-probabilities are not the policy's.
 
     Raises:
         RolloutMismatchError: Gives both numbers.
     """
+    mismatch = metrics.get("kl/sampler_mismatch", 0.0)  # left out where it is not finite
     if bound is not None and mismatch > bound:
         raise RolloutMismatchError(
             f"step {step}: log-probabilities of sampler and policy differ by {mismatch:.3g} nats "

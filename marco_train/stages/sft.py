@@ -16,6 +16,7 @@ from marco_train.planning.check import RunPlan, check_plan
 from marco_train.run import Run, due
 from marco_train.stages.checks import Checks
 from marco_train.stages.header import say_header
+from marco_train.stages.skipped import note_skipped
 from marco_train.teachers.vocab import check_student_vocabulary
 from marco_train.types import Microbatch
 
@@ -34,13 +35,15 @@ def run_sft(cfg: TrainConfig) -> None:
     )
     # A fresh run, or the last checkpoint's.
     plan, epoch_rows = prepared.plan, train_data.epoch_rows
-    run = Run.open(cfg, policy, train_data, epoch_rows=epoch_rows, work=plan.work)
+    parts = train_data, policy.guard
+    run = Run.open(cfg, policy, *parts, epoch_rows=epoch_rows, work=plan.work)
     train_data.log_plan(train_data.num_steps)
     say_header(cfg, prepared.student, train_data.header(train_data.num_steps), plan.gib)
 
     for step in run.steps(train_data):
         microbatches = next(train_data)  # this rank's share of the global batch
         metrics = policy.train_step(microbatches, cross_entropy)
+        note_skipped(policy, train_data, cfg.optim.max_skipped_in_a_row)
         if due(step, cfg.stage.eval_every):
             metrics |= evaluate(policy, prepared.held_out, cross_entropy)
         run.log(step, metrics | train_data.metrics())

@@ -4,12 +4,13 @@ import sys
 
 from tqdm import tqdm
 
+from marco_train.config.secrets import redacted
 from marco_train.metrics import Metrics
 
 
 def log_line(text: str) -> None:
-    """Print one line, past a progress bar if there is one."""
-    tqdm.write(text, file=sys.stdout)
+    """Print one line without secrets, past a progress bar if there is one."""
+    tqdm.write(redacted(text), file=sys.stdout)
     sys.stdout.flush()
 
 

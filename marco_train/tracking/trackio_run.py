@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from marco_train.config.secrets import without_secrets
+from marco_train.config.secrets import redacted
 from marco_train.config.tracking import LoggingConfig
 from marco_train.metrics import Metrics
 from marco_train.tracking.samples import Sample
@@ -22,7 +22,7 @@ class TrackioRun:
         self._run: Any = trackio.init(
             project=cfg.project,
             name=name,
-            config=without_secrets(run_config),
+            config=redacted(run_config),
             resume="allow" if resumed else "never",
             embed=False,
             auto_log_gpu=False,

@@ -9,7 +9,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 from uuid import uuid4
 
-from marco_train.config.secrets import without_secrets
+from marco_train.config.secrets import redacted
 from marco_train.config.tracking import LoggingConfig, WandbMode
 from marco_train.metrics import Metrics
 from marco_train.tracking.console import log_line
@@ -90,7 +90,7 @@ def _open_wandb(
             project=cfg.project,
             name=name,
             dir=str(directory),
-            config=without_secrets(run_config),
+            config=redacted(run_config),
             group=cfg.group or str(run_config.get("root", "")) or None,
             job_type=str(run_config.get("stage", {}).get("kind", "")) or None,
             tags=tags_of(cfg, run_config),

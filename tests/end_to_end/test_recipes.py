@@ -273,3 +273,40 @@ def test_a_server_reads_no_longer_sequences_than_are_scored(
     assert f"--max-model-len {longest} " in run(REPOSITORY, *command, DRY_RUN="1").stdout
     stated = run(REPOSITORY, *command, DRY_RUN="1", MAX_MODEL_LEN="99").stdout
     assert "--max-model-len 99 " in stated
+
+
+SERVERS = ["recipes/serve_teacher.sh", "scripts/serve_sampler.sh"]
+
+
+def server_command(script: str, *options: str, **given: str) -> subprocess.CompletedProcess[str]:
+    """Have a script print what it would start."""
+    return subprocess.run(
+        [str(REPOSITORY / script), "/model", *options],
+        env={"PATH": "/usr/local/bin:/usr/bin:/bin", "DRY_RUN": "1"} | given,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.mark.parametrize("script", SERVERS)
+@pytest.mark.parametrize(
+    ("host", "options"), [("0.0.0.0", []), ("10.0.0.3", []), (None, ["--host", "0.0.0.0"])]
+)
+def test_a_server_that_others_reach_needs_a_key(
+    script: str, host: str | None, options: list[str]
+) -> None:
+    given = {"HOST": host} if host else {}
+    refused = server_command(script, *options, **given)
+    assert refused.returncode == 2
+    assert "is reached by others" in refused.stderr and "set VLLM_API_KEY" in refused.stderr
+    taken = server_command(script, *options, **given, VLLM_API_KEY="the-key")
+    assert taken.returncode == 0
+    assert "--middleware marco_train.inference.key.RequireKey" in taken.stdout
+    assert "the-key" not in taken.stdout  # which every user of the machine could read
+
+
+@pytest.mark.parametrize("script", SERVERS)
+def test_a_server_listens_to_this_machine_alone_unless_asked(script: str) -> None:
+    done = server_command(script)
+    assert "--host 127.0.0.1 " in done.stdout and "RequireKey" not in done.stdout

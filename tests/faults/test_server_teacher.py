@@ -463,3 +463,14 @@ def test_what_servers_cannot_do_is_refused_at_the_start(world: World) -> None:
         server.script = ["400"]
         with pytest.raises(InputError, match=r"refuses a request with 400: .*status 400"):
             open_teacher(world, [server]).score(rollouts())
+
+
+def test_a_server_that_asks_for_a_key_gets_it_or_is_named(world: World) -> None:
+    with fake_servers(1) as (server,):
+        server.key = "the-key"
+        fix = r"asks for a key, and none was sent: set VLLM_API_KEY to what the server was started"
+        with pytest.raises(InputError, match=fix):
+            open_teacher(world, [server])
+        with pytest.raises(InputError, match="asks for a key, and not for the one sent: set"):
+            open_teacher(world, [server], api_key="another")
+        open_teacher(world, [server], api_key="the-key")

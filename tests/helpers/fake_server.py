@@ -54,6 +54,8 @@ class FakeServer:
         self.script: list[str] = []
         self.bodies: list[dict[str, Any]] = []  # of questions but the probes
         self.outcomes: Counter[str] = Counter()
+        self.keys: set[str | None] = set()  # that came with requests
+        self.key: str | None = None  # without which nothing is answered
         self._num_unanswered = 0
         self.num_open = self.most_open = 0
         self._lock = threading.Lock()
@@ -84,11 +86,21 @@ class FakeServer:
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                server.send(self, 200, server.tell(self.path))
+                if self.is_let_in():
+                    server.send(self, 200, server.tell(self.path))
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                server.answer(self, self.path, body)
+                if self.is_let_in():
+                    server.answer(self, self.path, body)
+
+            def is_let_in(self) -> bool:
+                given = self.headers["Authorization"]
+                server.keys.add(given)
+                if server.key is None or given == f"Bearer {server.key}":
+                    return True
+                server.send(self, 401, {"error": "Unauthorized"})
+                return False
 
             def log_message(self, *_: Any) -> None:
                 pass

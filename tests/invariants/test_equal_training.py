@@ -12,7 +12,6 @@ from marco_train.engine.policy import build_policy
 from marco_train.losses.balance import balance_loss, router_z_loss
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.models.routing import Routing
-from marco_train.types import LossOutput, Microbatch, PolicyOutput
 from tests.helpers.configs import GRADIENT_DESCENT, compose_config
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.world import World
@@ -117,44 +116,26 @@ def test_a_rank_without_a_sequence_joins_the_update(world: World) -> None:
     assert_same(run_on_ranks(2, fine_tune, over_two), expected)
 
 
-def refuse(cfg: TrainConfig, loss_scale: float, mask: bool) -> str:
-    """What an update says of a bad batch, and whether it left the weights alone."""
+def refuse(cfg: TrainConfig) -> str:
+    """What an update says of a batch without loss, and whether it left the weights alone."""
     tokenizer = load_tokenizer(cfg.model)
     data = SFTLoader(cfg.data, cfg.stage, tokenizer, cfg.seed)
     policy = build_policy(cfg.model, cfg.optim, cfg.parallel, STEPS, cfg.seed, "")
     before = {name: weight.clone() for name, weight in policy.named_weights()}
-    batches = next(data)
-    if mask:
-        nothing = torch.zeros(0, dtype=torch.int64)
-        batches = [replace(batches[0], loss_places=nothing, num_loss_tokens=0)]
-
-    def loss(output: PolicyOutput, batch: Microbatch) -> LossOutput:
-        found = cross_entropy(output, batch)
-        scaled = {"loss/cross_entropy": found.values["loss/cross_entropy"] * loss_scale}
-        return LossOutput(found.loss * loss_scale, scaled, spreads={})
-
+    (first, *_) = next(data)
+    nothing = replace(first, loss_places=torch.zeros(0, dtype=torch.int64), num_loss_tokens=0)
     try:
-        policy.train_step(batches, loss)
-    except (FloatingPointError, ValueError) as error:
+        policy.train_step([nothing], cross_entropy)
+    except ValueError as error:
         same = all(torch.equal(weight, before[name]) for name, weight in policy.named_weights())
         return f"{type(error).__name__}: {error}, {same}, {policy.num_updates}"
     return "no refusal"
 
 
 def test_a_batch_without_a_token_to_learn_is_refused(world: World) -> None:
-    (said,) = run_on_ranks(1, refuse, config(world), 1.0, True)
+    (said,) = run_on_ranks(1, refuse, config(world))
     assert "no token of the global batch is to be learnt" in said
     assert said.endswith("True, 0")
-
-
-@pytest.mark.parametrize("scale", [float("nan"), float("inf"), 1e38])
-def test_a_loss_or_gradient_that_is_not_finite_changes_no_weight(
-    scale: float, world: World
-) -> None:
-    cfg = config(world, "parallel.expert_parallel_size=2")
-    for said in run_on_ranks(2, refuse, cfg, scale, False):
-        assert said.startswith("FloatingPointError: update 0: ")
-        assert said.endswith("True, 0")
 
 
 def test_the_updates_move_the_weights(world: World, one_rank: Outcome) -> None:

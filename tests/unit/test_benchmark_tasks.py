@@ -183,7 +183,11 @@ CMMLU_ROW = {"Question": "3 + 3 = ?", "A": "5", "B": "6", "C": "7", "D": "8", "A
 
 def test_a_local_mirror_may_be_parquet_csv_or_json_lines(tmp_path: Path) -> None:
     write_sets(tmp_path, [CMMLU_ROW, CMMLU_ROW])
-    for where in ({"data_dirs": {"cmmlu": str(tmp_path)}}, {"data_dir": str(tmp_path.parent)}):
+    places: tuple[dict[str, Any], ...] = (
+        {"data_dirs": {"cmmlu": str(tmp_path)}},
+        {"data_dir": str(tmp_path.parent)},
+    )
+    for where in places:
         if "data_dir" in where:
             tmp_path.rename(tmp_path.parent / "cmmlu")
         ids = [item["id"] for item in items_of("cmmlu", **where)]
@@ -193,7 +197,11 @@ def test_a_local_mirror_may_be_parquet_csv_or_json_lines(tmp_path: Path) -> None
 def test_a_share_of_a_subset_does_not_depend_on_others(tmp_path: Path) -> None:
     rows = [{**CMMLU_ROW, "Question": f"{n}?"} for n in range(100)]
     write_sets(tmp_path, rows)
-    where = {"set": task_set_of("cmmlu"), "data_dirs": {"cmmlu": str(tmp_path)}, "share": 0.05}
+    where: dict[str, Any] = {
+        "set": task_set_of("cmmlu"),
+        "data_dirs": {"cmmlu": str(tmp_path)},
+        "share": 0.05,
+    }
     before = [item["id"] for item in load(**where)["test"] if "law" not in item["id"]]
     assert len(before) == 2 * 5
     (tmp_path / "law_test.jsonl").unlink()
