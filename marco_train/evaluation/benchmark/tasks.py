@@ -419,7 +419,8 @@ def task_set_of(task: str) -> Mapping[str, Any]:
 
     Loader.add_constructor("!function", Loader.construct_scalar)
     file = BENCHMARK_DIR / "tasks" / f"{task}.yaml"
-    return dict(yaml.load(file.read_text(encoding="utf-8"), Loader)["metadata"]["set"])
+    said = Loader(file.read_text(encoding="utf-8")).get_single_data()
+    return dict(said["metadata"]["set"])
 
 
 def where_of(
