@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def list_checkpoints(args: argparse.Namespace) -> bool:
     """List the checkpoints of a run, newest first; of their files only the sizes are looked at."""
-    rows = [("updates", "saved", "MiB", "ranks", "phase", "")]
+    rows: list[tuple[str, ...]] = [("updates", "saved", "MiB", "ranks", "phase", "")]
     well = True
     for path in _checkpoints_of(args.path):
         size = sum(file.stat().st_size for file in path.iterdir())
