@@ -116,3 +116,12 @@ def test_a_sync_of_as_many_weights_as_mini_has_is_timed_beside_its_copies() -> N
     assert [line.partition(":")[0] for line in times] == [
         *("sync", "of it copies", "of it checksums of one side"),
     ]
+
+
+def test_the_cost_of_saves_is_measured(tmp_path: Path) -> None:
+    given = ("--gigabytes", "0.01", "--repeats", "1", "--directory", str(tmp_path))
+    done = bench(*given, script="saves.py")
+    assert done.returncode == 0, done.stderr
+    figures = dict(line.rsplit(": ", 1) for line in done.stdout.splitlines()[1:])
+    assert float(figures["blocking save, s"].split()[0]) > 0
+    assert list(tmp_path.iterdir()) == []
