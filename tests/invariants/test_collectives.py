@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -30,14 +31,14 @@ CARRIERS = {"deepspeed", "models/dispatch.py", "models/weights.py"}
 
 def caller() -> str:
     """The file of the package that exchanges something, or DeepSpeed on its behalf."""
-    frame = sys._getframe(2)
+    frame: FrameType | None = sys._getframe(2)
     while frame is not None:
         path = frame.f_code.co_filename
         if "/deepspeed/" in path:
             return "deepspeed"
         if "/marco_train/" in path and not path.endswith("/distributed.py"):
             return path.rpartition("/marco_train/")[2]
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return "nobody"
 
 
