@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
 
 from marco_train.config import TrainConfig, to_run
 from marco_train.config.compose import compose
@@ -136,7 +137,10 @@ def hub_ids(composed: DictConfig) -> dict[str, Wanted]:
     """Find the models of the hub that a run names, by field."""
     found = {}
     for field in (name for pattern in FIELDS for name in _fields(composed, pattern.split("."))):
-        value = OmegaConf.select(composed, field, throw_on_missing=False)
+        try:
+            value = OmegaConf.select(composed, field)
+        except (InterpolationToMissingValueError, MissingMandatoryValue):
+            continue
         if is_hub_id(value):
             found[field] = Wanted(value, weights=_reads_weights(composed, field))
     return found

@@ -26,6 +26,7 @@ from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.model import DType
 from marco_train.config.opd import Objective
 from marco_train.config.parallel import Dispatch, Recompute
+from marco_train.losses import distillation, logprobs
 from marco_train.losses.balance import balance_loss, router_z_loss
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.losses.distillation import FullReverseKL, SampledReverseKL, TopKReverseKL
@@ -249,9 +250,23 @@ def kernels_of(is_gpu: bool, ledger: "_Ledger") -> Iterator[None]:
         PackedSequences.attend_packed = attend_packed  # type: ignore[method-assign,assignment]
     F.grouped_mm = grouped_mm  # type: ignore[assignment]
     TILE_ELEMENTS["meta"] = TILE_ELEMENTS["cuda" if is_gpu else "cpu"]
+    every_tile = logprobs.vocabulary_blocks
+
+    def some_tiles(num_tokens: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
+        tiles = list(every_tile(num_tokens, vocab_size, device))
+        # All but the last are of one size, and two at most are held at once.
+        chosen = [*tiles[:2], tiles[-1]] if len(tiles) > 3 else tiles
+        ledger.columns = vocab_size / sum(tile.stop - tile.start for tile in chosen)
+        yield from chosen
+        ledger.columns = 1.0
+
+    for module in (logprobs, distillation):
+        module.vocabulary_blocks = some_tiles  # type: ignore[attr-defined]
     try:
         yield
     finally:
+        for module in (logprobs, distillation):
+            module.vocabulary_blocks = every_tile  # type: ignore[attr-defined]
         F.scaled_dot_product_attention, F.rms_norm, F.grouped_mm = theirs
         PackedSequences.attend_packed = packed  # type: ignore[method-assign]
         PACKED_DEVICES.discard("meta")
@@ -273,6 +288,8 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.peaks: dict[str, Held] = {}
         """The most that was held, by segment of the pass."""
         self.work = {"layers": 0.0, "attention": 0.0, "head": 0.0}
+        self.columns = 1.0
+        """Columns of logits for which each one stands that is made."""
 
     def held(self) -> Held:
         """What is held now."""
@@ -337,7 +354,7 @@ class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def add_product(self, left: Tensor, right: Tensor) -> None:
         """Count a product of matrices: each number of the left one meets a row of the right one."""
         part = "head" if self.part == "logits" else "layers"
-        self.work[part] += 2 * left.numel() * right.shape[-1]
+        self.work[part] += 2 * left.numel() * right.shape[-1] * self.columns
 
 
 # torch wraps it for a compiler that nobody asks here, and that takes a second to import.

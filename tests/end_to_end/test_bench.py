@@ -1,5 +1,6 @@
 """The benchmarks run on a CPU, and every side computes the same."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -85,6 +86,32 @@ def test_the_wait_for_servers_is_read_and_a_phase_of_one_step_is_left_out(tmp_pa
     behind_servers, short = json.loads(file.read_text())["parts"]["teacher_share"]
     assert behind_servers["wait / scoring"] == 0.5
     assert short["note"] == "only its first step, left out" and short["note"] in done.stdout
+
+
+def test_each_moment_of_a_recorded_step_counts_once(tmp_path: Path) -> None:
+    def event(kind: str, name: str, begin: int, end: int) -> dict[str, object]:
+        return {"ph": "X", "cat": kind, "name": name, "ts": begin, "dur": end - begin}
+
+    trace = [
+        event("user_annotation", "step 7", 1000, 2000),
+        event("cpu_op", "aten::linear", 900, 1400),  # 400 of the step, of which 300 a product
+        event("cpu_op", "aten::mm", 1050, 1350),
+        event("user_annotation", "gloo:all_reduce", 1300, 1600),  # 200 of which nothing else
+        event("cpu_op", "c10d::allreduce_", 1300, 1310),
+        event("cpu_op", "aten::add", 1900, 2500),
+    ]
+    (tmp_path / "profile").mkdir()
+    packed = gzip.compress(json.dumps({"traceEvents": trace}).encode())
+    (tmp_path / "profile" / "rank_0.json.gz").write_bytes(packed)
+    step = {"time/step": 0.5, "data/num_tokens": 100}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(step))
+    file = tmp_path / "bench.json"
+    done = bench("--run", str(tmp_path), "--json", str(file), script="where.py")
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(file.read_text())["parts"]["run"]
+    shares = [row[f"{name} %"] for name in ("products", "traffic", "messages", "Python")]
+    assert shares == pytest.approx([30, 20, 20, 30])
+    assert row["tokens/s"] == 200 and row["bound tokens/s"] == pytest.approx(200 / 0.3)
 
 
 def test_a_comparison_without_its_interpreter_is_refused(tmp_path: Path) -> None:
