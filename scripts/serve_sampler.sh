@@ -17,6 +17,8 @@
 #                   for runs with deterministic=true. Not on a CPU, where it holds anyway
 #   DRY_RUN=1       print the command of the first server and do nothing
 #
+# For stage.rollout.weights_by=nccl, on GPUs that no rank has: --weight-transfer-config '{"backend": "nccl"}'
+#
 # The run takes their addresses:
 #   stage.rollout.servers.urls=[http://127.0.0.1:8100,http://127.0.0.1:8101]
 set -euo pipefail

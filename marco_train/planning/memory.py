@@ -407,16 +407,18 @@ class Memory:
         )
 
     def sync(self) -> Components:
-        """Weights on their way to the sampler: one gathered matrix, and the parts of it."""
+        """Weights on their way to the sampler: what is gathered, and what an engine lays out."""
         assert self.opd is not None
         size = self.expert_parallel_size
-        whole = self.sizes.largest_matrix * size * self.cfg.model.dtype.num_bytes
-        moving = 3 * whole if size > 1 else 0  # NCCL's own copy, the parts, and the joined
+        layer = self.sizes.layer_experts * size * self.cfg.model.dtype.num_bytes
+        moving = 0
         rollout = self.opd.rollout
         sampler = {"sampler_weights": self._sampler_weights}
         if isinstance(rollout, VLLMRolloutConfig):
-            # A layer is kept until it is complete, and then laid out.
-            moving += self.sizes.layer_experts * size * self.cfg.model.dtype.num_bytes
+            # What was gathered is kept until the layer is complete, which is then laid out.
+            moving = 2 * layer if size > 1 else layer
+        elif size > 1:
+            moving = self.sizes.largest_matrix * size * self.cfg.model.dtype.num_bytes
         resting = self._resting()
         # At the first sync the engine has its keys, and no teacher is open yet; later neither.
         first = self._components(

@@ -5,9 +5,15 @@ checksums, compiled chains (they run as they are written), DeepSpeed and vLLM.
 """
 
 import functools
+import os
 import re
+import socket
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
+from threading import Thread
 from typing import Any
 from unittest import mock
 
@@ -15,6 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore  # torch exports it without a type
 from torch.nn.attention.varlen import varlen_attn
 
 from marco_train import checkpoint, distributed
@@ -23,6 +30,7 @@ from marco_train.config.opd import Objective
 from marco_train.config.parallel import Dispatch, Recompute
 from marco_train.data.packing import pack_examples, pack_rollouts
 from marco_train.inference import engine
+from marco_train.inference.transfer import join_over_nccl
 from marco_train.losses.balance import balance_loss, router_z_loss
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.losses.distillation import FullReverseKL, SampledReverseKL, TopKReverseKL
@@ -390,6 +398,7 @@ def test_a_wrong_type_or_device_is_seen(
 
 
 # What is asked of CUDA outside of tensors.
+DEEPSPEED_READS = ("DS_ACCELERATOR", "TORCHDYNAMO_DISABLE")
 
 
 def test_a_launch_with_gpus_takes_its_own_and_meets_over_nccl(
@@ -431,3 +440,40 @@ def test_the_generators_of_gpus_are_put_back_after_an_engine(
     with engine._generators_left_alone():
         assert restored == []
     assert restored == [["first", "second"]]
+
+
+SEEN_BY_DEEPSPEED = """
+import os
+import torch
+torch.cuda.is_available = lambda: True
+import marco_train.engine
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+assert get_accelerator()._name == "cuda"
+assert "TORCHDYNAMO_DISABLE" not in os.environ  # it compiles what is compiled on GPUs
+assert deepspeed.ops.__compatible_ops__  # its own kernels were looked for
+"""
+
+
+def test_deepspeed_takes_the_gpu_and_leaves_compilation_on() -> None:
+    environment = {k: v for k, v in os.environ.items() if k not in DEEPSPEED_READS}
+    subprocess.run([sys.executable, "-c", SEEN_BY_DEEPSPEED], check=True, env=environment)
+
+
+def come_by_store(address: str, port: int) -> None:
+    """Be the one worker that a rendezvous waits for."""
+    store = TCPStore(address, port, 2, False)
+    with suppress(RuntimeError):  # the other side leaves
+        store.wait(["the other side's word"])
+
+
+@pytest.mark.vllm
+def test_without_nccl_its_group_is_refused_once_the_workers_have_come(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VLLM_NCCL_SO_PATH", "/nowhere/libnccl.so")
+    listening = socket.create_server(("127.0.0.1", 0))
+    worker = Thread(target=come_by_store, args=listening.getsockname(), daemon=True)
+    worker.start()
+    with pytest.raises(RuntimeError, match="there is no NCCL library"):
+        join_over_nccl(listening, 1)

@@ -157,6 +157,17 @@ def test_keys_take_what_the_trainer_the_teacher_and_the_reserve_leave() -> None:
     assert sample["kv_cache"] == pytest.approx(left, abs=0.01)
 
 
+def test_a_sync_keeps_a_gathered_layer_and_lays_it_out() -> None:
+    cfg = compose_config("marco_mini_opd", *MINI)
+    layer = 256 * 3 * 1024 * 768 * 2
+    found = make_plan(cfg, 8, H100).phases["sync"].components_gib["activations"]
+    assert found == pytest.approx(2 * layer / GIB, abs=1e-3)
+    cfg.parallel.expert_parallel_size = 1  # what the engine keeps is the policy's own
+    assert cfg.model.architecture is not None
+    alone = Memory(cfg, cfg.model.architecture, 8, H100, 1.0).sync()
+    assert alone["activations"] == layer
+
+
 def test_a_sampler_leaves_room_for_the_teachers_that_are_opened_in_this_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
