@@ -113,14 +113,14 @@ def _tokenizer(args: argparse.Namespace, opened: ExitStack) -> Tokenizer:
     path = args.tokenizer
     if path is None:
         path = opened.enter_context(tempfile.TemporaryDirectory())
-        _write_byte_tokenizer(Path(path))
+        write_byte_tokenizer(Path(path))
     elif is_hub_id(path):
         path = str(fetch(path, weights=False))
     template = args.chat_template or ("tokenizer" if args.tokenizer else "chatml")
     return load_tokenizer(ModelConfig(tokenizer=path, chat_template=ChatTemplate(template)))
 
 
-def _write_byte_tokenizer(path: Path) -> None:
+def write_byte_tokenizer(path: Path) -> None:
     """Write a tokenizer of bytes and ChatML's control tokens."""
     from tokenizers import Tokenizer as Rules
     from tokenizers import decoders, models, pre_tokenizers

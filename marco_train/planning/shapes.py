@@ -16,6 +16,7 @@ KNOWN = {
     "Marco-Mini": "marco_mini",
     "Marco-Nano": "marco_nano",
     "Qwen3-0.6B": "qwen3_0_6b",
+    "Qwen3-4B": "qwen3_4b",
     "Qwen3-30B-A3B": "qwen3_30b_a3b",
 }
 

@@ -13,7 +13,7 @@ from marco_train.planning.memory import COMPONENTS
 from marco_train.planning.seconds import NAMES
 from tests.helpers.processes import REPOSITORY
 
-READMES = sorted(REPOSITORY.glob("recipes/marco_*/README.md"))
+READMES = sorted(REPOSITORY.glob("recipes/*/README.md"))
 COMMAND = "python scripts/plan.py "
 
 

@@ -310,3 +310,37 @@ def test_a_server_that_others_reach_needs_a_key(
 def test_a_server_listens_to_this_machine_alone_unless_asked(script: str) -> None:
     done = server_command(script)
     assert "--host 127.0.0.1 " in done.stdout and "RequireKey" not in done.stdout
+
+
+@pytest.mark.slow
+def test_the_commands_for_own_data_are_those_of_its_readme(tmp_path: Path) -> None:
+    shutil.copytree(REPOSITORY / "recipes", tmp_path / "recipes")
+    verb = tmp_path / "bin" / "marco-train"
+    verb.parent.mkdir()
+    verb.write_text(f'#!/bin/sh\nexec {sys.executable} -m marco_train.commands.verbs "$@"\n')
+    verb.chmod(0o755)
+    text = (tmp_path / "recipes" / "own_data" / "README.md").read_text()
+    blocks = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 2
+    path = f"{verb.parent}:{Path(sys.executable).parent}:/usr/bin:/bin"
+    for block in blocks:
+        done = run(
+            tmp_path,
+            "bash",
+            "-ec",
+            block,
+            PATH=path,
+            PYTHONPATH=str(REPOSITORY),
+            OMP_NUM_THREADS="1",
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+    outputs = tmp_path / "outputs" / "own_data"
+    lines = (outputs / "sft" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(lines[-1])["loss/cross_entropy"] < 0.1
+    kl = [json.loads(line)["kl/reverse"] for line in (outputs / "opd" / "metrics.jsonl").open()]
+    assert sum(kl[-5:]) < 0.9 * sum(kl[:5])
+    assert "all is well" in done.stdout
+    # Eighteen rows are one smaller batch.
+    (line,) = (outputs / "words" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["data/num_sequences"] == 18
+    assert json.loads(line)["eval/cross_entropy"] > 0
