@@ -122,7 +122,7 @@ def fit_lengths(cfg: TrainConfig, architecture: ArchitectureConfig) -> TrainConf
     if is_main():
         log_line(
             f"the model has {positions} positions: questions of up to {prompt} tokens are asked, "
-            f"and responses end at {response} (the card's are {stage.max_response_length})"
+            f"and responses end at {response}, where {stage.max_response_length} were asked for"
         )
     fitted = replace(stage, max_prompt_length=prompt, max_response_length=response)
     return replace(cfg, stage=fitted)
