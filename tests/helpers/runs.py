@@ -3,12 +3,11 @@
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 from marco_train.config import TrainConfig
-from marco_train.engine.policy import Policy
 from marco_train.stages.opd import run_opd
 from marco_train.stages.sft import run_sft
+from tests.helpers.faults import Fault, FaultError, install
 from tests.helpers.world import World
 
 STAGES = {"sft": run_sft, "opd": run_opd}
@@ -38,23 +37,13 @@ def overrides(stage: str, world: World, out: Path, experts_over: int) -> list[st
     ]
 
 
-class PowerCutError(Exception):
-    """What ends a run in the middle."""
-
-
 def run(cfg: TrainConfig, stage: str, crash_at: int | None) -> None:
-    """Run on a rank, until the power goes off after so many updates."""
-    plain = Policy.train_step
-
-    def train_step(self: Policy, *args: Any) -> Any:
-        if self.num_updates == crash_at:
-            raise PowerCutError
-        return plain(self, *args)
-
-    setattr(Policy, plain.__name__, train_step)  # in this process, which ends with the run
+    """Run on a rank, until it crashes after so many updates."""
+    if crash_at is not None:
+        install([Fault("train_step", "raise", step=crash_at)])  # in this process, which ends then
     try:
         STAGES[stage](cfg)
-    except PowerCutError:
+    except FaultError:
         assert crash_at is not None
 
 
