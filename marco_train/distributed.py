@@ -11,8 +11,8 @@ import random
 import resource
 import socket
 import struct
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, ClassVar, TypeVar
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import HashStore
 
 from marco_train.config.parallel import TIMEOUT_SECONDS
-from marco_train.errors import InputError, require
+from marco_train.errors import InputError, RunError, require
 
 T = TypeVar("T")
 
@@ -219,6 +219,26 @@ def gather_objects(value: T) -> list[T]:
     found: list[T] = [value] * world_size()
     dist.all_gather_object(found, value, group=Groups.agreements)
     return found
+
+
+@contextmanager
+def sharing_errors(raised: type[RunError], *caught: type[Exception]) -> Iterator[None]:
+    """Raise on every rank what went wrong on one: the others would wait for it.
+
+    All ranks enter and leave the block; inside, none waits for another.
+
+    Args:
+        raised: By all of them, with what the first rank that failed has to say.
+        *caught: What may go wrong.
+    """
+    said = None
+    try:
+        yield
+    except caught as error:
+        said = f"rank {rank()}: {error}" if world_size() > 1 else str(error)
+    for of_rank in gather_objects(said):
+        if of_rank is not None:
+            raise raised(of_rank)
 
 
 def expert_parallel_group(size: int) -> dist.ProcessGroup | None:

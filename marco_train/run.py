@@ -10,15 +10,19 @@ from typing import Any, NoReturn, Protocol
 from torch import Tensor
 
 from marco_train.checkpoint import (
+    check_writable,
     checkpoint_path,
     generator_tensors,
+    held,
     load_checkpoint,
     load_generators,
     read_state,
     save_checkpoint,
     set_aside_newer,
+    sweep,
 )
 from marco_train.config import TrainConfig
+from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.resume import ResumeChange
 from marco_train.config.resumption import (
     CONTENT,
@@ -37,6 +41,7 @@ from marco_train.config.resumption import (
     refuse_changes,
     said_of_allowed,
 )
+from marco_train.config.run import OnError
 from marco_train.content import Content, digest, with_digests
 from marco_train.distributed import (
     barrier,
@@ -46,12 +51,14 @@ from marco_train.distributed import (
     rank,
     reduce_max,
     seed_everything,
+    sharing_errors,
     world_size,
 )
 from marco_train.errors import (
     EXIT_STATUS,
     TOLD_TO_END,
     TRY_AGAIN_LATER,
+    CheckpointError,
     InputError,
     RunInterrupted,
 )
@@ -126,6 +133,7 @@ class Run:
         self._policy = policy
         self._parts = parts
         self._noted = describe(cfg) if noted is None else noted
+        self._kept: list[int] = list(self._noted.get("kept", ()))
         self._work = work
         self._directory = Path(cfg.output_dir)
         self._timers: dict[str, float] = {}
@@ -134,6 +142,8 @@ class Run:
         self._started = time.perf_counter()
         self._step_started = self._started
         self._saved: int | None = None
+        self._failures = 0
+        self._failures_in_a_row = 0
         self._interruption = Interruption(self._directory, cfg.checkpoint.seconds)
         self._tracker: Tracker | None = None
         if is_main():
@@ -170,6 +180,7 @@ class Run:
             noted |= {"content": digests_at_start(cfg, {}), "resumed_from": []}
         else:
             noted |= resume_from(found, cfg, policy, parts)
+        barrier()  # nothing is moved before all have loaded
         if is_main():
             begin(cfg)
             set_aside_newer(checkpoints_of(cfg), policy.num_updates)
@@ -212,6 +223,7 @@ class Run:
         metrics["perf/tokens_per_second"] = rate
         metrics["perf/tokens_per_second_per_gpu"] = rate / world_size()
         metrics["memory/peak_gib"] = reduce_max(peak_bytes()) / 2**30
+        metrics["checkpoint/failures"] = float(self._failures)
         if self._work is not None:
             updating = self._timers.get("train", seconds)
             metrics["perf/mfu"] = self._work.utilization(metrics, updating)
@@ -225,6 +237,7 @@ class Run:
 
         Raises:
             RunInterrupted: The run was asked to end; it is saved.
+            CheckpointError: It could not be, and is not to go on.
         """
         wish, reason = self._interruption.ask()
         if due(step, self._cfg.checkpoint.save_every) or wish >= Wish.save:
@@ -235,39 +248,85 @@ class Run:
     def _end_early(self, num_updates: int, wish: Wish, reason: str) -> NoReturn:
         if self._tracker is not None:
             self._tracker.close()
-        path = checkpoint_path(checkpoints_of(self._cfg), num_updates)
+        says = f"{self._cfg.name}: ends after step {num_updates}, as {reason} asks; "
+        path = None
+        if self._saved is not None:
+            path = checkpoint_path(checkpoints_of(self._cfg), self._saved)
+            says += f"saved in {path}, from which the same command goes on"
+        if self._saved != num_updates:
+            says += "; the steps since were not saved" if path else "it was not saved"
         raise RunInterrupted(
-            f"{self._cfg.name}: ends after step {num_updates}, as {reason} asks; saved in {path}, "
-            "from which the same command goes on",
+            says,
             reason=reason,
             code=TRY_AGAIN_LATER if wish is Wish.end_for_time else TOLD_TO_END,
             step=num_updates,
-            checkpoint=str(path),
+            checkpoint=None if path is None else str(path),
         )
 
     def save_early(self) -> bool:
         """Save a checkpoint in the middle of a step, as a pool asks; all ranks take part.
 
         Returns:
-            False where nothing was learnt since the run was opened, and nothing is saved.
+            False where nothing was learnt since the run was opened, or it could not be saved.
         """
         learnt = self._policy.num_updates > self._first
         if learnt:
             self._save(self._policy.num_updates)
-        return learnt
+        return learnt and self._saved == self._policy.num_updates
+
+    def keep(self, num_updates: int) -> None:
+        """Save a checkpoint that stays, as the end of a phase; all ranks take part."""
+        checkpoint = self._cfg.checkpoint
+        if checkpoint.keep_phase_ends and checkpoint.save_every is not None:
+            self._kept.append(num_updates)
+            self._save(num_updates)
 
     def _save(self, num_updates: int) -> None:
-        """Save a checkpoint, unless there is one of so many updates; all ranks take part."""
+        """Save a checkpoint, unless there is one of so many updates; all ranks take part.
+
+        Raises:
+            CheckpointError: It could not be saved, and the run is not to go on.
+        """
         if self._saved == num_updates:
             return
-        self._saved = num_updates
         state: dict[str, Any] = {part.name: part.state_at(num_updates) for part in self._parts}
         state |= self._noted
         state |= {"num_updates": num_updates, "schedule_steps": self._policy.schedule_steps}
+        state |= {"kept": self._kept}
         tensors = self._policy.state_tensors() | generator_tensors()
-        save_checkpoint(
-            checkpoints_of(self._cfg), num_updates, tensors, state, self._cfg.checkpoint.keep_last
-        )
+        cfg = self._cfg.checkpoint
+        try:
+            save_checkpoint(
+                checkpoints_of(self._cfg),
+                num_updates,
+                tensors,
+                state,
+                cfg.keep_last,
+                self._kept,
+                cfg.keep_every,
+            )
+        except CheckpointError as error:
+            self._count_failure(error)
+        else:
+            self._saved = num_updates
+            self._failures_in_a_row = 0
+
+    def _count_failure(self, error: CheckpointError) -> None:
+        """Go on after a save that failed, unless it was one too many.
+
+        Raises:
+            CheckpointError: It was.
+        """
+        self._failures += 1
+        self._failures_in_a_row += 1
+        cfg = self._cfg.checkpoint
+        if cfg.on_error is OnError["stop"]:
+            raise CheckpointError(f"{error}; checkpoint.on_error=stop ends the run") from error
+        count = f"failure {self._failures_in_a_row} of checkpoint.max_failures={cfg.max_failures}"
+        if self._failures_in_a_row >= cfg.max_failures:
+            raise CheckpointError(f"{error}; {count} in a row ends the run") from error
+        if is_main():
+            log_line(f"{error}; {count} in a row, and the run goes on")
 
     def export(self, name: str) -> None:
         """Write the policy as a Hugging Face directory under the run's; all ranks take part."""
@@ -283,6 +342,24 @@ class Run:
             self._tracker.close()
             mark_finished(self._cfg, self._noted["content"], self._noted["epoch_rows"])
             log_line(f"{self._cfg.name}: finished, {self._directory / 'export'}")
+
+
+@contextmanager
+def directory_held(cfg: TrainConfig) -> Iterator[None]:
+    """Keep other launches out of the run's directory, in which this one can save.
+
+    What launches that were killed left incomplete is removed. All ranks take part.
+
+    Raises:
+        DirectoryInUseError: Another launch is in it.
+        InputError: It cannot be written.
+    """
+    with held(Path(cfg.output_dir)):
+        if cfg.checkpoint.save_every is not None and not isinstance(cfg.stage, EvaluateConfig):
+            check_writable(checkpoints_of(cfg))
+            if is_main():
+                sweep(checkpoints_of(cfg))
+        yield
 
 
 def due(step: int, every: int | None) -> bool:
@@ -302,9 +379,11 @@ def resume_from(
         InputError: The checkpoint is damaged, or is another run's.
     """
     path, step = found.checkpoint, found.num_updates
-    tensors, state = load_checkpoint(path)
+    with sharing_errors(InputError, InputError, OSError):
+        tensors, state = load_checkpoint(path)
     changed = resume_parts(found, cfg, parts, state)
-    refuse_other_tensors(path, policy.state_tensors(), tensors)
+    with sharing_errors(InputError, InputError):
+        refuse_other_tensors(path, policy.state_tensors(), tensors)
     policy.load_state(tensors, step)
     load_generators(tensors)
     if is_main():
@@ -321,6 +400,7 @@ def resume_from(
     return {
         "content": digests_at_start(cfg, known),
         "resumed_from": [*state["resumed_from"], str(path)],
+        "kept": state["kept"],
     }
 
 
@@ -415,6 +495,7 @@ def mark_finished(
         "phases": phases_of(cfg),
         "epoch_rows": epoch_rows,
         "content": with_digests(content, content_paths(plain_config(cfg), CONTENT)),
+        "export": {file.name: file.stat().st_size for file in (note.parent / "export").glob("*")},
     }
     with replaces(note) as partial:
         partial.write_text(json.dumps(noted, indent=2, sort_keys=True))

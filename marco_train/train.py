@@ -6,17 +6,25 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from omegaconf import DictConfig, MissingMandatoryValue
 
 from marco_train.config import TrainConfig, to_run
-from marco_train.config.resumption import check_resume, continuation, is_finished
+from marco_train.config.resumption import (
+    check_resume,
+    continuation,
+    is_finished,
+    lost_since_finished,
+)
 from marco_train.config.run import CONFIG_DIR, register_schemas
 from marco_train.config.stage import StageKind
 from marco_train.errors import (
     EXIT_STATUS,
     TRY_AGAIN_LATER,
+    CheckpointError,
+    DirectoryInUseError,
     InputError,
     RunInterrupted,
     ServersUnavailable,
@@ -39,17 +47,26 @@ def main(composed: DictConfig) -> None:
         if not finished:
             continuation(cfg)  # refuses what it may not change, before anything is loaded
     except (InputError, MissingMandatoryValue) as error:
-        # The same on every rank of a launch; one says it, before the launcher ends the others.
-        if not is_first_rank():
-            time.sleep(SECONDS_TO_SAY_IT)
-        sys.exit(f"error: {in_one_line(error)}" if is_first_rank() else 1)
+        refuse(error)
     if finished:
         if is_first_rank():
             print(f"{cfg.name}: already finished in {cfg.output_dir}", flush=True)
         return
+    if is_first_rank() and (lost := lost_since_finished(cfg)) is not None:
+        print(f"{cfg.name}: {lost}; finishing again from the last checkpoint", flush=True)
+    run_to_its_end(cfg)
+
+
+def run_to_its_end(cfg: TrainConfig) -> None:
+    """Run a stage, and end this process with the status that says how it went."""
     try:
         run_stage(cfg)
         note_exit(cfg, 0, "finished")
+    except DirectoryInUseError as error:  # its exit_status.json is the other launch's to write
+        refuse(error)
+    except CheckpointError as error:
+        note_exit(cfg, 1, str(error))
+        refuse(error)
     except InputError as error:
         note_exit(cfg, 1, str(error))
         sys.exit(f"error: {error}")
@@ -66,6 +83,13 @@ def main(composed: DictConfig) -> None:
     except BaseException as error:
         note_exit(cfg, 1, f"{type(error).__name__}: {error}")
         raise
+
+
+def refuse(error: Exception) -> NoReturn:
+    """End with what is the same on every rank; one says it, before the launcher ends the others."""
+    if not is_first_rank():
+        time.sleep(SECONDS_TO_SAY_IT)
+    sys.exit(f"error: {in_one_line(error)}" if is_first_rank() else 1)
 
 
 def note_exit(
@@ -109,11 +133,12 @@ def in_one_line(error: Exception) -> str:
 def run_stage(cfg: TrainConfig) -> None:
     """Join the other ranks and run the stage; heavy libraries are imported from here on."""
     from marco_train import distributed, interruption
+    from marco_train.run import directory_held
 
     distributed.start(cfg.parallel.timeout_seconds, deterministic=cfg.deterministic)
     # An evaluation has no state to save, and nothing in it would look at what it is asked.
     trains = cfg.stage.kind is not StageKind.evaluate
-    with interruption.listening() if trains else nullcontext():
+    with interruption.listening() if trains else nullcontext(), directory_held(cfg):
         run_kind(cfg)
     distributed.stop()
 

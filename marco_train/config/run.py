@@ -72,6 +72,11 @@ class LoggingConfig:
         require_positive("logging", console_every=self.console_every)
 
 
+OnError = Enum("OnError", {"continue": "continue", "stop": "stop"})
+"""What a run does that could not save a checkpoint: it trains on, and saves when it is due again;
+or it ends."""
+
+
 @dataclass(kw_only=True)
 class CheckpointConfig:
     """When a run saves the state it can be resumed from."""
@@ -80,12 +85,20 @@ class CheckpointConfig:
     """Steps. None: never."""
     keep_last: int = 1
     """Complete checkpoints kept; older ones are deleted after a new one is complete."""
+    keep_every: int | None = None
+    """Steps. Checkpoints of a multiple of so many updates are kept for good. None: none is."""
+    keep_phase_ends: bool = True
+    """Whether a cascade is saved at the end of each phase, in a checkpoint that stays for good."""
+    on_error: OnError = OnError["continue"]
+    max_failures: int = 3
+    """Saves that may fail in a row with `on_error=continue`; the run ends with the last of them."""
     must_save_by: str | None = None
     """Hours, minutes and seconds of a launch, as 3:50:00, before which the run is saved and ends
     with exit status 75, to be queued again. The longest step so far is left as room."""
 
     def __post_init__(self) -> None:
         require_positive("checkpoint", save_every=self.save_every, keep_last=self.keep_last)
+        require_positive("checkpoint", keep_every=self.keep_every, max_failures=self.max_failures)
         require_positive("checkpoint", must_save_by=self.seconds)
 
     @property

@@ -5,6 +5,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from marco_train.checkpoint import settle_checkpoint
 from marco_train.config import TrainConfig
 from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.opd import OPDConfig
@@ -24,7 +25,7 @@ from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.losses.distillation import build_reverse_kl
 from marco_train.metrics import Metrics, StepWork, check_names
 from marco_train.models.hf_io import stop_token_ids, student_architecture
-from marco_train.planning.check import check_plan
+from marco_train.planning.check import check_disk, check_plan
 from marco_train.rollout.base import InLanguage, Sampler
 from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.loops import without_loops
@@ -74,6 +75,7 @@ def run_opd(cfg: TrainConfig) -> None:
             refuse_mismatch(step, metrics["kl/sampler_mismatch"], opd.max_sampler_mismatch)
             if cascade.ends_at(step):
                 run.export(f"export-{cascade.phase_at(step).name}")
+                run.keep(step + 1)
             run.save_if_due(step)
 
     run.finish()  # saves and exports
@@ -135,6 +137,8 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
     opd: OPDConfig = cfg.stage
     student = checks.make("student's files", student_architecture, cfg)
     work = checks.make("plan", check_plan, cfg, student)
+    checks.make("room on the disk", check_disk, cfg, student)
+    checks.make("checkpoint", settle_checkpoint, cfg, checks.writes_files)
     checks.make("student's vocabulary", check_student_vocabulary, cfg.model)
     sampler_fits = checks.make("sampler", check_sampler, opd, student, cfg.model.dtype)
     checks.make("engines of vLLM", require_one_engine, engine_owners(opd), device())
@@ -238,6 +242,7 @@ def end_converged_phases(
         converged = cascade.observe(step, found["kl/reverse"])
         if converged is not None:
             run.export(f"export-{converged}")
+            run.keep(step)
 
 
 def refuse_mismatch(step: int, mismatch: float, bound: float | None) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +26,20 @@ def leave_checkpoint(cfg: TrainConfig, step: int, **more: Any) -> Path:
     path.mkdir(parents=True)
     spans = sum(planned_steps(cfg))
     state = describe(cfg) | {"num_updates": step, "schedule_steps": spans}
-    state |= {"content": {}, "cascade": {"converged": {}}} | more
-    (path / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
-    (path / "manifest.json").write_text("{}")
+    state |= {"content": {}, "cascade": {"converged": {}}, "kept": []} | more
+    write_state(path, state)
     return path
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Put a state into a checkpoint, as if it had been saved with it."""
+    text = json.dumps(state, indent=2, sort_keys=True)
+    (path / "state.json").write_text(text)
+    entry = {"bytes": len(text.encode()), "sha256": sha256(text.encode()).hexdigest()}
+    manifest = path / "manifest.json"
+    known = json.loads(manifest.read_text()) if manifest.is_file() else {"files": {}}
+    known["files"]["state.json"] = entry
+    manifest.write_text(json.dumps(known))
 
 
 Weights = dict[str, Tensor]

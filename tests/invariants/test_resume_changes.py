@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -13,6 +12,7 @@ from marco_train.commands.doctor import examine
 from marco_train.config import TrainConfig
 from marco_train.config.resumption import check_resume, is_finished
 from marco_train.errors import InputError
+from tests.helpers.checkpoints import write_state
 from tests.helpers.configs import compose_config
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import losses, overrides, run
@@ -49,12 +49,6 @@ def same_checkpoint(one: Path, other: Path, step: int) -> None:
     assert tensors.keys() == others.keys()
     for name, tensor in tensors.items():
         assert torch.equal(tensor, others[name]), name
-
-
-def entry_of(file: Path) -> dict[str, object]:
-    """What the manifest says of a file."""
-    content = file.read_bytes()
-    return {"bytes": len(content), "sha256": sha256(content).hexdigest()}
 
 
 def files_of(directory: Path) -> dict[str, tuple[bytes, int]]:
@@ -358,14 +352,10 @@ def test_the_doctor_finds_what_a_resumption_would_refuse(own_world: World, tmp_p
 
 def test_a_checkpoint_from_before_a_field_came_is_taken_up(world: World, tmp_path: Path) -> None:
     launch(sft(world, tmp_path), crash_at=4)
-    state_file = tmp_path / "checkpoints" / "step_000003" / "state.json"
-    state = json.loads(state_file.read_text())
+    path = tmp_path / "checkpoints" / "step_000003"
+    state = json.loads((path / "state.json").read_text())
     del state["config"]["on_resume"], state["config"]["stage"]["max_steps"]
-    state_file.write_text(json.dumps(state))
-    manifest_file = state_file.with_name("manifest.json")
-    manifest = json.loads(manifest_file.read_text())
-    manifest["files"]["state.json"] = entry_of(state_file)
-    manifest_file.write_text(json.dumps(manifest))
+    write_state(path, state)
     launch(sft(world, tmp_path))
     assert [line["step"] for line in losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
