@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
-from marco_train.checkpoint import store
+from marco_train import run as run_module
+from marco_train.checkpoint import load_checkpoint, store
 from marco_train.checkpoint.lock import LOCK
 from marco_train.config import TrainConfig
 from marco_train.config.resumption import is_finished, lost_since_finished
@@ -147,6 +148,39 @@ def test_a_disk_that_is_full_for_a_while_costs_checkpoints_and_no_updates(
     for name in ("export/model.safetensors", "checkpoints/step_000006/rank_001.safetensors"):
         one, other = load_file(calm / name), load_file(full / name)
         assert all(one[key].equal(other[key]) for key in one)
+
+
+def run_where_one_cannot_load(cfg: TrainConfig) -> None:
+    """Run on a rank; the second cannot read what was found sound a moment ago."""
+    plain = load_checkpoint
+
+    def load(path: Path) -> Any:
+        if rank() == 1:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return plain(path)
+
+    setattr(run_module, plain.__name__, load)
+    run(cfg, "sft", None)
+
+
+def test_nothing_is_moved_where_one_rank_cannot_go_on_from_an_older_checkpoint(
+    world: World, tmp_path: Path
+) -> None:
+    steps = [*overrides("sft", world, tmp_path, 2), "checkpoint.save_every=1"]
+    steps += ["stage.num_steps=3", "stage.eval_every=null"]
+    run_on_ranks(2, run, compose_config("quickstart_sft", *steps), "sft", None)
+    older = tmp_path / "checkpoints" / "step_000001"
+    cfg = compose_config("quickstart_sft", *steps, f"resume={older}")
+    with pytest.raises(AssertionError) as failed:
+        run_on_ranks(2, run_where_one_cannot_load, cfg)
+    said = f"InputError: rank 1: [Errno 5] Input/output error: '{older}'"
+    assert str(failed.value).count(said) == 2  # on either rank
+    shard = older / "rank_001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1000])
+    with pytest.raises(AssertionError, match=r"resume=.*: .*rank_001.safetensors is damaged: .*3,"):
+        run_on_ranks(2, run, cfg, "sft", None)
+    assert sorted(saved_steps(tmp_path)) == [1, 2, 3] and (tmp_path / "finished.json").is_file()
+    assert sorted(path.name for path in tmp_path.glob("checkpoints*")) == ["checkpoints"]
 
 
 def test_a_finished_run_whose_export_is_gone_or_cut_exports_again(

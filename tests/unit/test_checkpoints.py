@@ -123,8 +123,8 @@ def test_a_kill_at_any_point_of_a_save_leaves_a_sound_checkpoint(
         for step in (1, 2)[:keep_last]:
             save(directory, step)
         was_killed = killed(call, partial(save, directory, 3, keep_last))
-        newest, *_ = complete_checkpoints(directory)
-        assert verify(newest) is None
+        newest, *older = complete_checkpoints(directory)
+        assert [verify(each) for each in (newest, *older)] == [None] * (1 + len(older))
         tensors, state = load_checkpoint(newest)
         assert state["num_updates"] in {keep_last, 3}
         assert torch.equal(tensors["adam.a"], torch.full((512,), float(state["num_updates"])))
