@@ -5,6 +5,7 @@ import json
 import os
 import re
 import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -186,6 +187,15 @@ def test_a_stale_directory_of_the_same_save_is_in_nobodys_way(tmp_path: Path) ->
     save(tmp_path, 3)
     assert verify(tmp_path / "step_000003") is None
     assert names(tmp_path) == ["step_000003"]
+
+
+def test_a_stale_directory_that_cannot_be_deleted_is_written_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".partial_000003").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
+    save(tmp_path, 3)
+    assert verify(tmp_path / "step_000003") is None
 
 
 def test_what_killed_launches_left_is_removed_in_a_line(
@@ -479,10 +489,14 @@ def test_a_disk_without_room_is_refused_with_both_numbers(small_disk: Path) -> N
         f"{small_disk} has 0.00 GiB free, and the run needs 5.00: 3 checkpoints of 1.00 GiB "
     )
     save(place, 1)
-    # What lies there is known, and takes no more; one is being written at least.
-    check_room(place, 2**30, 2, others=0)
+    # What lies there tells the size of the others, and takes no more room itself.
+    files = json.loads((place / "step_000001" / "manifest.json").read_text())["files"]
+    most = shutil.disk_usage(place).free // sum(entry["bytes"] for entry in files.values())
+    check_room(place, 2**30, most + 1, others=0)
+    with pytest.raises(InputError, match=f"{most + 1} checkpoints of"):
+        check_room(place, 2**30, most + 2, others=0)
     with pytest.raises(InputError, match="1 checkpoints of"):
-        check_room(place, 0, 1, others=2**30)
+        check_room(place, 0, 1, others=2**30)  # one is written at least
 
 
 def test_json_of_a_manifest_names_each_file(tmp_path: Path) -> None:
