@@ -2,6 +2,7 @@
 
 RunError
     InputError: what a user gave cannot be used
+        DirectoryInUseError: another launch works in the run's directory
     CheckpointError: a checkpoint could not be written
     ServersUnavailable: servers are away, and the run can be resumed (exit status 75)
     RunInterrupted: the run was told to end, is saved, and can be resumed (exit status 143 or 75)
@@ -33,6 +34,10 @@ class InputError(RunError, ValueError):
     """What a user gave cannot be used; the message says what, the bound, and the fix."""
 
 
+class DirectoryInUseError(InputError):
+    """Another launch works in the run's directory; nothing of it was touched."""
+
+
 class CheckpointError(RunError):
     """A checkpoint could not be written; those before it are intact."""
 
@@ -42,10 +47,12 @@ class ServersUnavailable(RunError):  # noqa: N818
 
 
 class RunInterrupted(RunError):  # noqa: N818
-    """The run was told to end before its time. State is saved; the run can be resumed."""
+    """The run was told to end before its time. State is saved, where it could be."""
 
-    def __init__(self, message: str, reason: str, code: int, step: int, checkpoint: str) -> None:
-        """Say what told it to, with the exit status, the updates made and where they are saved."""
+    def __init__(
+        self, message: str, reason: str, code: int, step: int, checkpoint: str | None
+    ) -> None:
+        """Say what told it to, with the exit status, the updates made and the last checkpoint."""
         super().__init__(message)
         self.reason = reason
         self.code = code

@@ -73,6 +73,7 @@ NAMES = {
     "perf/tokens_per_second_per_gpu": "tokens trained on by a rank, over the whole step",
     "perf/mfu": "share of the GPUs' peak that an update's products reach; on known GPUs",
     "perf/offloaded_gib": "of this rank's device, without the optimizer's state and gradients",
+    "checkpoint/failures": "saves of this launch that failed",
     "memory/peak_gib": "most that a rank has held since its start: of its GPU, or in all",
     "time/step": "seconds",
     "time/sync": "seconds",

@@ -11,16 +11,20 @@ from torch.profiler import record_function
 
 from marco_train.checkpoint import (
     BackgroundSaves,
+    Retention,
     StateSource,
     TrainingState,
+    check_writable,
     checkpoint_path,
     generator_tensors,
+    held,
     load_checkpoint,
     load_generators,
     read_state,
     refuse_other_shapes,
     save_checkpoint,
     set_aside_newer,
+    sweep,
 )
 from marco_train.config import TrainConfig
 from marco_train.config.resume import ResumeChange
@@ -42,6 +46,8 @@ from marco_train.config.resumption import (
     said_of_allowed,
     saved_config,
 )
+from marco_train.config.run import OnError
+from marco_train.config.stage import UntrainedStageConfig
 from marco_train.content import Content, digest, with_digests
 from marco_train.distributed import (
     barrier,
@@ -51,12 +57,15 @@ from marco_train.distributed import (
     rank,
     reduce_maxima,
     seed_everything,
+    sharing_errors,
     world_size,
 )
 from marco_train.errors import (
     EXIT_STATUS,
     TOLD_TO_END,
     TRY_AGAIN_LATER,
+    CheckpointError,
+    InputError,
     RunInterrupted,
 )
 from marco_train.files import link_directory, replaces
@@ -131,6 +140,7 @@ class Run:
         self._policy = policy
         self._parts = parts
         self._noted = describe(cfg) if noted is None else noted
+        self._kept: list[int] = list(self._noted.get("kept", ()))
         self._work = work
         self._directory = Path(cfg.output_dir)
         self._profiler = StepProfiler(cfg.profile.bounds, self._directory)
@@ -142,7 +152,9 @@ class Run:
         self._saved: int | None = None
         self._background: BackgroundSaves | None = None
         if cfg.checkpoint.asynchronous:
-            self._background = BackgroundSaves(checkpoints_of(cfg), cfg.checkpoint.keep_last)
+            self._background = BackgroundSaves(checkpoints_of(cfg))
+        self._failures = 0
+        self._failures_in_a_row = 0
         self._interruption = Interruption(self._directory, cfg.checkpoint.seconds)
         self._asked = Wish.go_on, ""
         self._tracker: Tracker | None = None
@@ -180,6 +192,7 @@ class Run:
             noted |= {"content": digests_at_start(cfg, {}), "resumed_from": []}
         else:
             noted |= resume_from(found, cfg, policy, parts)
+        barrier()  # nothing is moved before all have loaded
         if is_main():
             begin(cfg, noted["content"])
             set_aside_newer(checkpoints_of(cfg), policy.num_updates)
@@ -224,6 +237,7 @@ class Run:
         metrics["perf/tokens_per_second"] = rate
         metrics["perf/tokens_per_second_per_gpu"] = rate / world_size()
         metrics["memory/peak_gib"] = self._agree() / 2**30
+        metrics["checkpoint/failures"] = float(self._failures)
         if self._work is not None:
             updating = self._timers.get("train", seconds)
             metrics["perf/mfu"] = self._work.utilization(metrics, updating)
@@ -251,6 +265,7 @@ class Run:
 
         Raises:
             RunInterrupted: The run was asked to end; it is saved.
+            CheckpointError: It could not be, and is not to go on.
         """
         self._publish(wait=False)
         wish, reason = self._asked
@@ -263,52 +278,102 @@ class Run:
         self._publish(wait=True)
         if self._tracker is not None:
             self._tracker.close()
-        path = checkpoint_path(checkpoints_of(self._cfg), num_updates)
+        says = f"{self._cfg.name}: ends after step {num_updates}, as {reason} asks; "
+        path = None
+        if self._saved is not None:
+            path = checkpoint_path(checkpoints_of(self._cfg), self._saved)
+            says += f"saved in {path}, from which the same command goes on"
+        if self._saved != num_updates:
+            says += "; the steps since were not saved" if path else "it was not saved"
         raise RunInterrupted(
-            f"{self._cfg.name}: ends after step {num_updates}, as {reason} asks; saved in {path}, "
-            "from which the same command goes on",
+            says,
             reason=reason,
             code=TRY_AGAIN_LATER if wish is Wish.end_for_time else TOLD_TO_END,
             step=num_updates,
-            checkpoint=str(path),
+            checkpoint=None if path is None else str(path),
         )
 
     def save_early(self) -> bool:
         """Save a checkpoint in the middle of a step, as a pool asks; all ranks take part.
 
         Returns:
-            False where nothing was learnt since the run was opened, and nothing is saved.
+            False where nothing was learnt since the run was opened, or it could not be saved.
         """
         learnt = self._policy.num_updates > self._first
         if learnt:
             self._save(self._policy.num_updates)
             self._publish(wait=True)
-        return learnt
+        return learnt and self._saved == self._policy.num_updates
+
+    def keep(self, num_updates: int) -> None:
+        """Save a checkpoint that stays, as the end of a phase; all ranks take part."""
+        checkpoint = self._cfg.checkpoint
+        if checkpoint.keep_phase_ends and checkpoint.save_every is not None:
+            self._kept.append(num_updates)
+            self._save(num_updates)
 
     def _save(self, num_updates: int) -> None:
-        """Save a checkpoint, unless there is one of so many updates; all ranks take part."""
+        """Save a checkpoint, unless there is one of so many updates; all ranks take part.
+
+        Raises:
+            CheckpointError: It could not be saved, and the run is not to go on.
+        """
         self._publish(wait=True)  # one at a time
         if self._saved == num_updates:
             return
         state: dict[str, Any] = {part.name: part.state_at(num_updates) for part in self._parts}
         state |= self._noted
         state |= {"num_updates": num_updates, "schedule_steps": self._policy.schedule_steps}
-        training, generators = self._policy.state(), generator_tensors()
-        if self._background is not None:
-            self._background.start(num_updates, training, generators, state)
-            return
-        directory, keep_last = checkpoints_of(self._cfg), self._cfg.checkpoint.keep_last
-        save_checkpoint(directory, num_updates, training, generators, state, keep_last)
-        self._saved = num_updates
+        state |= {"kept": list(self._kept)}
+        cfg = self._cfg.checkpoint
+        retention = Retention(cfg.keep_last, tuple(self._kept), cfg.keep_every)
+        what = self._policy.state(), generator_tensors(), state, retention
+        try:
+            if self._background is not None:
+                self._background.start(num_updates, *what)
+                return
+            save_checkpoint(checkpoints_of(self._cfg), num_updates, *what)
+        except CheckpointError as error:
+            self._count_failure(error)
+        else:
+            self._count_success(num_updates)
 
     def _publish(self, wait: bool) -> None:
         """Let a checkpoint appear that was written beside training; all ranks take part.
 
         Raises:
-            CheckpointError: It could not be written.
+            CheckpointError: It could not be written, and the run is not to go on.
         """
-        published = None if self._background is None else self._background.publish(wait)
-        self._saved = self._saved if published is None else published
+        if self._background is None:
+            return
+        try:
+            published = self._background.publish(wait)
+        except CheckpointError as error:
+            self._count_failure(error)
+        else:
+            if published is not None:
+                self._count_success(published)
+
+    def _count_success(self, num_updates: int) -> None:
+        self._saved = num_updates
+        self._failures_in_a_row = 0
+
+    def _count_failure(self, error: CheckpointError) -> None:
+        """Go on after a save that failed, unless it was one too many.
+
+        Raises:
+            CheckpointError: It was.
+        """
+        self._failures += 1
+        self._failures_in_a_row += 1
+        cfg = self._cfg.checkpoint
+        if cfg.on_error is OnError["stop"]:
+            raise CheckpointError(f"{error}; checkpoint.on_error=stop ends the run") from error
+        count = f"failure {self._failures_in_a_row} of checkpoint.max_failures={cfg.max_failures}"
+        if self._failures_in_a_row >= cfg.max_failures:
+            raise CheckpointError(f"{error}; {count} in a row ends the run") from error
+        if is_main():
+            log_line(f"{error}; {count} in a row, and the run goes on")
 
     def export(self, name: str) -> None:
         """Write the policy as a Hugging Face directory under the run's; all ranks take part."""
@@ -339,6 +404,26 @@ def phase_export(phase: str) -> str:
     return f"export-{phase}"
 
 
+@contextmanager
+def directory_held(cfg: TrainConfig) -> Iterator[None]:
+    """Keep other launches out of the run's directory, in which this one can save.
+
+    What launches that were killed left incomplete is removed. All ranks take part.
+
+    Raises:
+        DirectoryInUseError: Another launch is in it.
+        InputError: It cannot be written.
+    """
+    with held(Path(cfg.output_dir)):
+        if cfg.checkpoint.save_every is not None and not isinstance(
+            cfg.stage, UntrainedStageConfig
+        ):
+            check_writable(checkpoints_of(cfg))
+            if is_main():
+                sweep(checkpoints_of(cfg))
+        yield
+
+
 def due(step: int, every: int | None) -> bool:
     """Whether something done every so many updates is due after a step; None is never."""
     return every is not None and (step + 1) % every == 0
@@ -356,9 +441,11 @@ def resume_from(
         InputError: The checkpoint is damaged, or is another run's.
     """
     path, step = found.checkpoint, found.num_updates
-    stored, state = load_checkpoint(path)
+    with sharing_errors(InputError, InputError, OSError):
+        stored, state = load_checkpoint(path)
     changed = resume_parts(found, cfg, parts, state)
-    refuse_other_shapes(path, stored, policy.state())
+    with sharing_errors(InputError, InputError):
+        refuse_other_shapes(path, stored, policy.state())
     policy.load_state(stored, step)
     if generators := stored.generators(rank()):  # of a new rank they stay as it was seeded
         load_generators(generators)
@@ -376,6 +463,7 @@ def resume_from(
     return {
         "content": digests_at_start(cfg, known),
         "resumed_from": [*state["resumed_from"], str(path)],
+        "kept": state["kept"],
     }
 
 
@@ -462,6 +550,7 @@ def mark_finished(
         "phases": phases_of(cfg),
         "epoch_rows": epoch_rows,
         "content": with_digests(content, content_paths(plain_config(cfg), CONTENT)),
+        "export": {file.name: file.stat().st_size for file in (note.parent / "export").glob("*")},
     }
     with replaces(note) as partial:
         partial.write_text(json.dumps(noted, indent=2, sort_keys=True))

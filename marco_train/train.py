@@ -14,17 +14,25 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 from omegaconf import OmegaConf
 
 from marco_train.config import TrainConfig
 from marco_train.config.compose import compose, sweep_refusal
-from marco_train.config.resumption import check_resume, continuation, is_finished
+from marco_train.config.resumption import (
+    check_resume,
+    continuation,
+    is_finished,
+    lost_since_finished,
+)
 from marco_train.config.secrets import redacted
 from marco_train.config.stage import StageKind
 from marco_train.errors import (
     EXIT_STATUS,
     TRY_AGAIN_LATER,
+    CheckpointError,
+    DirectoryInUseError,
     InputError,
     RunInterrupted,
     ServersUnavailable,
@@ -43,9 +51,21 @@ def main(words: Sequence[str] | None = None) -> None:
     cfg = read(list(sys.argv[1:] if words is None else words))
     if cfg is None:
         return
+    if is_first_rank() and (lost := lost_since_finished(cfg)) is not None:
+        print(f"{cfg.name}: {lost}; finishing again from the last checkpoint", flush=True)
+    run_to_its_end(cfg)
+
+
+def run_to_its_end(cfg: TrainConfig) -> None:
+    """Run a stage, and end this process with the status that says how it went."""
     try:
         run_stage(cfg)
         note_exit(cfg, 0, "finished")
+    except DirectoryInUseError as error:  # its exit_status.json is the other launch's to write
+        refuse(error)
+    except CheckpointError as error:
+        note_exit(cfg, 1, str(error))
+        refuse(error)
     except (InputError, SkippedUpdatesError) as error:
         note_exit(cfg, 1, str(error))
         if not is_first_rank():  # it may be another's too, and is said once then
@@ -88,10 +108,7 @@ def read(words: Sequence[str]) -> TrainConfig | None:
             return cfg
     except InputError as error:
         tell_recipe(1)
-        # The same on every rank of a launch; one says it, before the launcher ends the others.
-        if not is_first_rank():
-            time.sleep(SECONDS_TO_SAY_IT)
-        sys.exit(f"error: {error}" if is_first_rank() else 1)
+        refuse(error)
     if is_first_rank():
         print(f"{cfg.name}: already finished in {cfg.output_dir}", flush=True)
     return None
@@ -106,6 +123,13 @@ def print_config(words: Sequence[str]) -> None:
     rest = [word for word in words if word not in {"--cfg", "-c", "--resolve", "job"}]
     require("job" in words, "--cfg prints the job: write --cfg job")
     print(OmegaConf.to_yaml(compose(rest), resolve="--resolve" in words), end="")
+
+
+def refuse(error: Exception) -> NoReturn:
+    """End with what is the same on every rank; one says it, before the launcher ends the others."""
+    if not is_first_rank():
+        time.sleep(SECONDS_TO_SAY_IT)
+    sys.exit(f"error: {redacted(str(error))}" if is_first_rank() else 1)
 
 
 def note_exit(
@@ -151,11 +175,12 @@ def is_first_rank() -> bool:
 def run_stage(cfg: TrainConfig) -> None:
     """Join the other ranks and run the stage; heavy libraries are imported from here on."""
     from marco_train import distributed, interruption
+    from marco_train.run import directory_held
 
     distributed.start(cfg.parallel.timeout_seconds, deterministic=cfg.deterministic)
     # Others have no state to save, and nothing in them would look at what it is asked.
     trains = cfg.stage.kind in (StageKind.sft, StageKind.opd)
-    with interruption.listening() if trains else nullcontext():
+    with interruption.listening() if trains else nullcontext(), directory_held(cfg):
         run_kind(cfg)
     if cfg.logging.report and distributed.is_main():
         write_report(Path(cfg.output_dir))

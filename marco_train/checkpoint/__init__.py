@@ -1,7 +1,10 @@
-"""What a run can be resumed from: directories, tensors and generators."""
+"""What a run can be resumed from: directories, tensors and generators, and who may write them."""
 
 from marco_train.checkpoint.background import BackgroundSaves
+from marco_train.checkpoint.choice import settle_checkpoint
 from marco_train.checkpoint.generators import generator_tensors, load_generators
+from marco_train.checkpoint.lock import held
+from marco_train.checkpoint.room import check_room, check_writable
 from marco_train.checkpoint.shards import (
     KINDS,
     Piece,
@@ -12,25 +15,29 @@ from marco_train.checkpoint.shards import (
 )
 from marco_train.checkpoint.snapshot import Snapshot, host_memory
 from marco_train.checkpoint.store import (
+    Retention,
     checkpoint_path,
-    faults_of,
     load_checkpoint,
     read_state,
     save_checkpoint,
     set_aside_newer,
+    sweep,
 )
 
 __all__ = [
     "KINDS",
     "BackgroundSaves",
     "Piece",
+    "Retention",
     "Snapshot",
     "StateSource",
     "StoredState",
     "TrainingState",
+    "check_room",
+    "check_writable",
     "checkpoint_path",
-    "faults_of",
     "generator_tensors",
+    "held",
     "host_memory",
     "load_checkpoint",
     "load_generators",
@@ -38,4 +45,6 @@ __all__ = [
     "refuse_other_shapes",
     "save_checkpoint",
     "set_aside_newer",
+    "settle_checkpoint",
+    "sweep",
 ]

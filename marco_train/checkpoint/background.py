@@ -4,7 +4,6 @@ Threads that write take part in no collective: whether all have written, and wha
 each other between steps, in the thread that trains. Then the main rank publishes, in a thread too.
 """
 
-import shutil
 import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
@@ -16,7 +15,14 @@ from torch import Tensor
 
 from marco_train.checkpoint.shards import TrainingState, write_shard
 from marco_train.checkpoint.snapshot import Snapshot
-from marco_train.checkpoint.store import begin_checkpoint, partial_path, publish_checkpoint
+from marco_train.checkpoint.store import (
+    Retention,
+    begin_checkpoint,
+    partial_path,
+    publish_checkpoint,
+    removing_what_failed,
+    said_if_slow,
+)
 from marco_train.distributed import gather_objects, is_main, rank, sharing_errors
 from marco_train.errors import CheckpointError
 
@@ -27,6 +33,7 @@ class Pending:
 
     step: int
     state: dict[str, Any]
+    retention: Retention
     shard: Future[Any]
     """What `write_shard` says of this rank's."""
     published: Future[Any] | None = None
@@ -36,10 +43,9 @@ class Pending:
 class BackgroundSaves:
     """Saves of a run, one at a time; all ranks take part in each call."""
 
-    def __init__(self, directory: Path, keep_last: int) -> None:
-        """Take `save_checkpoint`'s directory and retention."""
+    def __init__(self, directory: Path) -> None:
+        """Take `save_checkpoint`'s directory."""
         self._directory = directory
-        self._keep_last = keep_last
         self._snapshot: Snapshot | None = None
         self._pending: Pending | None = None
 
@@ -49,17 +55,28 @@ class BackgroundSaves:
         training: TrainingState,
         generators: Mapping[str, Tensor],
         state: dict[str, Any],
+        retention: Retention,
     ) -> None:
-        """Copy what is to be saved, and begin to write it; the last one was published before."""
+        """Copy what is to be saved, and begin to write it; the last one was published before.
+
+        Raises:
+            CheckpointError: On all ranks, where there is no place to write to.
+        """
         assert self._pending is None
-        partial = begin_checkpoint(self._directory, step)
+        partial = partial_path(self._directory, step)
+        with removing_what_failed(self._directory, step):
+            begin_checkpoint(self._directory, step)
         if self._snapshot is None:
             self._snapshot = Snapshot(training)
         else:
             self._snapshot.take(training)
         snapshot = self._snapshot.state
-        shard = _beside(lambda: write_shard(partial, rank(), snapshot, generators))
-        self._pending = Pending(step, state, shard)
+
+        def write() -> dict[str, Any]:
+            with said_if_slow(partial):
+                return write_shard(partial, rank(), snapshot, generators)
+
+        self._pending = Pending(step, state, retention, _beside(write))
 
     def publish(self, wait: bool) -> int | None:
         """Let the checkpoint appear that is being written, once all ranks have written it.
@@ -77,20 +94,16 @@ class BackgroundSaves:
         if pending is None:
             return None
         try:
-            if pending.published is None and _is_due(pending.shard, wait):
-                pending.published = self._publish(pending)
-            if pending.published is None or not _is_due(pending.published, wait):
-                return None
-            with sharing_errors(CheckpointError, OSError):
-                pending.published.result()
-        except CheckpointError as error:
+            with removing_what_failed(self._directory, pending.step):
+                if pending.published is None and _is_due(pending.shard, wait):
+                    pending.published = self._publish(pending)
+                if pending.published is None or not _is_due(pending.published, wait):
+                    return None
+                with sharing_errors(CheckpointError, OSError):
+                    pending.published.result()
+        except CheckpointError:
             self._pending = None
-            if is_main():
-                shutil.rmtree(partial_path(self._directory, pending.step), ignore_errors=True)
-            raise CheckpointError(
-                f"the checkpoint of step {pending.step} was not saved ({error}); those before it "
-                "are intact"
-            ) from error
+            raise
         self._pending = None
         return pending.step
 
@@ -98,7 +111,7 @@ class BackgroundSaves:
         with sharing_errors(CheckpointError, OSError):
             shard = pending.shard.result()
         shards = gather_objects(shard)
-        given = self._directory, pending.step, shards, pending.state, self._keep_last
+        given = self._directory, pending.step, shards, pending.state, pending.retention
         return _beside(lambda: publish_checkpoint(*given) if is_main() else None)
 
 

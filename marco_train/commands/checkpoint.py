@@ -9,10 +9,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from marco_train.checkpoint import StoredState, faults_of, read_state
+from marco_train.checkpoint import StoredState, read_state
 from marco_train.config.architecture import ArchitectureConfig
+from marco_train.config.manifest import MANIFEST, STATE, fault_of, faults_of
 from marco_train.config.model import ChatTemplate, ModelConfig
-from marco_train.config.resumption import MANIFEST, STATE, complete_checkpoints, read_note
+from marco_train.config.resumption import complete_checkpoints, read_note
 from marco_train.data.chat import load_tokenizer
 from marco_train.errors import InputError, require
 from marco_train.models.hf_io import write_directory
@@ -64,7 +65,7 @@ def list_checkpoints(args: argparse.Namespace) -> bool:
         saved = datetime.fromtimestamp((path / MANIFEST).stat().st_mtime)
         says = [path.name.removeprefix("step_"), f"{saved:%Y-%m-%d %H:%M:%S}", f"{size / MIB:.1f}"]
         ranks = len(list(path.glob("rank_*")))
-        fault = next(faults_of(path, sizes_only=True), None)
+        fault = fault_of(path, digested=())
         phase = "" if fault else read_note(path / STATE).get("cascade", {}).get("phase") or ""
         rows.append((*says, str(ranks), phase, fault or "complete"))
         well = well and fault is None

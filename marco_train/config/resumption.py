@@ -10,6 +10,7 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from difflib import SequenceMatcher
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from omegaconf import MISSING
 
 from marco_train.config.architecture import ArchitectureConfig, read_architecture
 from marco_train.config.data import OnChange
+from marco_train.config.manifest import MANIFEST, STATE, fault_of
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resume import ChangedSchedule, ResumeChange
 from marco_train.config.run import TrainConfig
@@ -26,9 +28,6 @@ from marco_train.config.stage import UntrainedStageConfig, steps_of
 from marco_train.content import Content, is_same, look
 from marco_train.errors import InputError, require
 
-MANIFEST = "manifest.json"
-"""Written last into a checkpoint's directory: with it, the checkpoint is complete."""
-STATE = "state.json"
 FINISHED = "finished.json"
 """The note in a run's directory by which a second launch knows that nothing is left to do."""
 NOTED = {
@@ -40,11 +39,14 @@ NOTED = {
         "content",
         "num_updates",
         "schedule_steps",
+        "kept",
     },
-    FINISHED: {"config", "phases", "epoch_rows", "content"},
+    FINISHED: {"config", "phases", "epoch_rows", "content", "export"},
 }
 """What these files say at least."""
 STEP_NAME = re.compile(r"step_(\d{6,})$")
+MOST_LISTED = 5
+"""Checkpoints that a refusal offers."""
 
 # What a change of each field takes. `*` stands for any one name, `**` for all that lies below; the
 # first row that fits counts.
@@ -446,43 +448,106 @@ def complete_checkpoints(directory: Path) -> list[Path]:
     """List the complete checkpoints of a run, newest first."""
     found = [p for p in directory.glob("step_*") if STEP_NAME.match(p.name)]
     complete = (p for p in found if (p / MANIFEST).is_file())
-    return sorted(complete, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
+    return sorted(complete, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Updates after which a checkpoint was saved, by its name."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def find_checkpoint(cfg: TrainConfig) -> Path | None:
     """Choose where to resume from: `auto`, `never`, or the path of a checkpoint.
 
-    That a path is a complete checkpoint was checked with the config.
+    As far as sizes and the state tell; all files are digested before the student is loaded. That a
+    path is a complete checkpoint was checked with the config.
+
+    Raises:
+        InputError: All checkpoints of the run are damaged.
     """
     if cfg.resume == "never":
         return None
-    if cfg.resume == "auto":
-        newest = complete_checkpoints(checkpoints_of(cfg))
-        return newest[0] if newest else None
-    return Path(cfg.resume)
+    if cfg.resume != "auto":
+        return Path(cfg.resume)
+    faults = []
+    for path in complete_checkpoints(checkpoints_of(cfg)):
+        fault = fault_of(path)
+        if fault is None:
+            return path
+        faults.append(fault)
+    refuse_all(faults, cfg)
+    return None
+
+
+def refuse_all(faults: Sequence[str], cfg: TrainConfig) -> None:
+    """Refuse to start over where there are checkpoints, and none can be used.
+
+    Args:
+        faults: Of each; none where there is no checkpoint.
+        cfg: The run.
+
+    Raises:
+        InputError: Lists the faults.
+    """
+    require(
+        not faults,
+        f"no checkpoint in {checkpoints_of(cfg)} can be resumed: {'; '.join(faults)}. Resume from "
+        "another run's with resume=<path> and an output_dir of its own, or start over with "
+        "resume=never, which keeps them aside",
+    )
 
 
 def check_resume(cfg: TrainConfig) -> None:
     """Refuse a `resume` that is neither auto, never nor a complete checkpoint to go on from.
 
     Raises:
-        InputError: Lists the complete checkpoints of the run, or names the other run that lies
-            where this one is to begin.
+        InputError: Lists checkpoints near the path that can be resumed, or names the other run that
+            lies where this one is to begin.
     """
     if cfg.resume in {"auto", "never"}:
         return
-    complete = complete_checkpoints(checkpoints_of(cfg))
+    path = Path(cfg.resume)
     require(
-        (Path(cfg.resume) / MANIFEST).is_file(),
+        (path / MANIFEST).is_file(),
         f"resume={cfg.resume} is no complete checkpoint, nor auto or never; complete ones: "
-        f"{', '.join(sorted(map(str, complete))) or 'none'}",
+        f"{others_than(path, cfg)}",
     )
-    own = Path(cfg.resume).resolve().parent == checkpoints_of(cfg).resolve()
+    refuse_damaged(path, fault_of(path), cfg)
+    own = path.resolve().parent == checkpoints_of(cfg).resolve()
+    complete = complete_checkpoints(checkpoints_of(cfg))
     require(
         own or not (complete or (Path(cfg.output_dir) / FINISHED).is_file()),
         f"resume={cfg.resume} begins another run, and {cfg.output_dir} holds one already: choose "
         "an output_dir of its own, or go on with the one that lies there with resume=auto",
     )
+
+
+def refuse_damaged(path: Path, fault: str | None, cfg: TrainConfig) -> None:
+    """Refuse the checkpoint that was asked for, where something is wrong with it.
+
+    Raises:
+        InputError: Says what, and names others.
+    """
+    require(
+        fault is None,
+        f"resume={cfg.resume}: {fault}; others that can be resumed: {others_than(path, cfg)}",
+    )
+
+
+def others_than(path: Path, cfg: TrainConfig) -> str:
+    """List sound checkpoints of the run and near a path, those of the likest names first."""
+    near = path.absolute()
+    while not near.is_dir():
+        near = near.parent
+    places = [checkpoints_of(cfg), near, near.parent, near / "checkpoints"]
+    places += near.glob("*/checkpoints")
+    found = {each.resolve() for place in places for each in complete_checkpoints(place)}
+    sound = [each for each in found - {path.resolve()} if fault_of(each) is None]
+
+    def unlikeness(each: Path) -> tuple[float, int]:
+        return -SequenceMatcher(None, str(path), str(each)).ratio(), -step_of(each)
+
+    return ", ".join(map(str, sorted(sound, key=unlikeness)[:MOST_LISTED])) or "none"
 
 
 @dataclass(frozen=True)
@@ -765,6 +830,23 @@ def schedule_steps(cfg: TrainConfig, epoch_rows: int | None = None) -> int:
     return sum(_lengths(plain_config(cfg), phases_of(cfg), epoch_rows).values())
 
 
+def lost_since_finished(cfg: TrainConfig) -> str | None:
+    """Say what of a finished run's end is damaged or gone; None: nothing, or it is not finished."""
+    directory = Path(cfg.output_dir)
+    file = directory / FINISHED
+    if cfg.resume != "auto" or not file.is_file():
+        return None
+    try:
+        exported = json.loads(file.read_bytes()).get("export", {}).items()
+    except (AttributeError, OSError, ValueError) as error:
+        return f"{file} is damaged ({error})"
+    for name, size in exported:
+        exports = directory / "export" / name
+        if not exports.is_file() or exports.stat().st_size != size:
+            return f"{exports} is not what the finished run exported"
+    return None
+
+
 def is_finished(cfg: TrainConfig) -> bool:
     """Whether this very run was finished before, with nothing left to do.
 
@@ -774,6 +856,13 @@ def is_finished(cfg: TrainConfig) -> bool:
     """
     file = Path(cfg.output_dir) / FINISHED
     if cfg.resume != "auto" or not file.is_file():
+        return False
+    lost = lost_since_finished(cfg)
+    if lost is not None:  # the last checkpoint gives it again
+        require(
+            bool(complete_checkpoints(checkpoints_of(cfg))),
+            f"{lost}, and no checkpoint is left to export again: start over with resume=never",
+        )
         return False
     noted = read_note(file)
     replace = "choose another root or output_dir, or resume=never to replace it"

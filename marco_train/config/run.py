@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
+from enum import Enum
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
@@ -48,6 +49,11 @@ from marco_train.errors import InputError, require, require_positive
 NO_STAGE = "no stage was chosen: add experiment=<name>, or stage=sft|opd|evaluate|benchmark"
 
 
+OnError = Enum("OnError", {"continue": "continue", "stop": "stop"})
+"""What a run does that could not save a checkpoint: it trains on, and saves when it is due again;
+or it ends."""
+
+
 @dataclass(kw_only=True)
 class CheckpointConfig:
     """When a run saves the state it can be resumed from."""
@@ -60,12 +66,20 @@ class CheckpointConfig:
     """Whether training stops for a copy to the host's memory only, of 12 bytes for each parameter
     that this rank updates, and the copy is written meanwhile. A checkpoint appears after the first
     step by whose end all ranks have written."""
+    keep_every: int | None = None
+    """Steps. Checkpoints of a multiple of so many updates are kept for good. None: none is."""
+    keep_phase_ends: bool = True
+    """Whether a cascade is saved at the end of each phase, in a checkpoint that stays for good."""
+    on_error: OnError = OnError["continue"]
+    max_failures: int = 3
+    """Saves that may fail in a row with `on_error=continue`; the run ends with the last of them."""
     must_save_by: str | None = None
     """Hours, minutes and seconds of a launch, as 3:50:00, before which the run is saved and ends
     with exit status 75, to be queued again. The longest step so far is left as room."""
 
     def __post_init__(self) -> None:
         require_positive("checkpoint", save_every=self.save_every, keep_last=self.keep_last)
+        require_positive("checkpoint", keep_every=self.keep_every, max_failures=self.max_failures)
         require_positive("checkpoint", must_save_by=self.seconds)
 
     @property

@@ -1,12 +1,14 @@
-"""The plan that a run makes of itself before it loads anything."""
+"""What a run needs of its cards and of its disk, asked before it loads anything."""
 
 from dataclasses import dataclass
 
 import torch
 
+from marco_train.checkpoint import check_room
 from marco_train.config import TrainConfig
 from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.planning import PlanCheck
+from marco_train.config.resumption import checkpoints_of
 from marco_train.distributed import is_main, world_size
 from marco_train.errors import InputError, require
 from marco_train.metrics import StepWork
@@ -92,6 +94,18 @@ def check_free(needed_gib: float, free_gib: float, capacity_gib: float) -> None:
         f"only {free_gib:.1f} are free: another process holds {held:.1f}. End it, or choose other "
         "GPUs with CUDA_VISIBLE_DEVICES; planning.check=warn starts the run all the same",
     )
+
+
+def check_disk(cfg: TrainConfig, architecture: ArchitectureConfig) -> None:
+    """Refuse a run whose checkpoints and exports its directory has no room for.
+
+    Raises:
+        InputError: Gives what is needed and what is free.
+    """
+    memory = Memory(cfg, architecture, world_size(), CPU, Assumptions().imbalance)
+    if memory.num_checkpoints:
+        whole = memory.state * world_size()
+        check_room(checkpoints_of(cfg), whole, memory.num_checkpoints, memory.exports)
 
 
 def own_card() -> Card | None:

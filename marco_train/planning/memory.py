@@ -507,12 +507,24 @@ class Memory:
         process = PROCESS if self.card.is_gpu else 0
         return ranks_per_node * (offloaded + saved + (loaded if self.card.is_gpu else 0) + process)
 
-    def disk(self) -> int:
-        """Bytes of checkpoints, the one that is being written too, and of exports."""
+    @property
+    def num_checkpoints(self) -> int:
+        """That lie on the disk at a time, the one that is being written too, without milestones."""
+        cfg = self.cfg.checkpoint
+        if cfg.save_every is None:
+            return 0
+        # The last phase's end is the run's.
+        return cfg.keep_last + 1 + max(0, len(self._phases()) - 1) * cfg.keep_phase_ends
+
+    @property
+    def exports(self) -> int:
+        """Bytes of exported weights, of each phase and of the run."""
         whole = sizes_of(self.architecture, 1).total * self.cfg.model.dtype.num_bytes
-        found = whole * (1 + len(self._phases()))
-        if self.cfg.checkpoint.save_every is not None:
-            found += (self.cfg.checkpoint.keep_last + 1) * self.state * self.gpus
+        return whole * (1 + len(self._phases()))
+
+    def disk(self) -> int:
+        """Bytes of checkpoints and exports, and of a score cache."""
+        found = self.exports + self.num_checkpoints * self.state * self.gpus
         if self.opd is not None and self.opd.score_cache.path is not None:
             found += int(self.opd.score_cache.max_gib * GIB)
         return found

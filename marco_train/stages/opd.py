@@ -5,6 +5,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from marco_train.checkpoint import settle_checkpoint
 from marco_train.config import TrainConfig
 from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.opd import OPDConfig
@@ -25,7 +26,7 @@ from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.losses.distillation import build_reverse_kl
 from marco_train.metrics import Metrics, check_names
 from marco_train.models.hf_io import stop_token_ids, student_architecture
-from marco_train.planning.check import RunPlan, check_plan, planned_teacher_bytes
+from marco_train.planning.check import RunPlan, check_disk, check_plan, planned_teacher_bytes
 from marco_train.rollout.base import InLanguage, Sampler
 from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.loops import without_loops
@@ -82,6 +83,7 @@ def run_opd(cfg: TrainConfig) -> None:
                 policy.guard.forget()
                 if step + 1 < cascade.num_steps:
                     run.export(phase_export(cascade.phase_at(step).name))
+                run.keep(step + 1)
             run.save_if_due(step)
 
     run.finish(cascade.phases[-1].name)  # saves and exports
@@ -148,6 +150,8 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
     checks.make("logging", cfg.logging.check_installed)
     student = checks.make("student's files", student_architecture, cfg)
     plan = checks.make("plan", check_plan, cfg, student)
+    checks.make("room on the disk", check_disk, cfg, student)
+    checks.make("checkpoint", settle_checkpoint, cfg, checks.writes_files)
     checks.make("student's vocabulary", check_student_vocabulary, cfg.model)
     sampler_fits = checks.make("sampler", check_sampler, opd, student, cfg.model.dtype)
     checks.make("engines of vLLM", require_one_engine, engine_owners(opd), device())
@@ -262,6 +266,7 @@ def end_converged_phases(
             policy.guard.forget()
             if step < cascade.num_steps:
                 run.export(phase_export(converged))
+            run.keep(step)
 
 
 def refuse_mismatch(step: int, metrics: Metrics, bound: float | None) -> None:

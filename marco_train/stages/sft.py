@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from marco_train.checkpoint import settle_checkpoint
 from marco_train.config import TrainConfig
 from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.resumption import schedule_steps
@@ -12,7 +13,7 @@ from marco_train.engine.policy import build_policy
 from marco_train.evaluation.held_out import evaluate
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.models.hf_io import student_architecture
-from marco_train.planning.check import RunPlan, check_plan
+from marco_train.planning.check import RunPlan, check_disk, check_plan
 from marco_train.run import Run, due
 from marco_train.stages.checks import Checks
 from marco_train.stages.header import say_header
@@ -76,6 +77,8 @@ def prepare_sft(cfg: TrainConfig, checks: Checks) -> Prepared:
     tokenizer = checks.make("tokenizer and template", load_tokenizer, cfg.model)
     student = checks.make("student's files", student_architecture, cfg)
     plan = checks.make("plan", check_plan, cfg, student)
+    checks.make("room on the disk", check_disk, cfg, student)
+    checks.make("checkpoint", settle_checkpoint, cfg, checks.writes_files)
     quarantine = Path(cfg.output_dir) / QUARANTINE if checks.writes_files else None
     train_data = checks.make(
         "data", SFTLoader, cfg.data, cfg.stage, tokenizer, cfg.seed, quarantine

@@ -24,6 +24,7 @@ from marco_train.checkpoint import (
     KINDS,
     BackgroundSaves,
     Piece,
+    Retention,
     Snapshot,
     StoredState,
     TrainingState,
@@ -103,6 +104,9 @@ class Training:
         return seconds(lambda: [self._matrix @ self._matrix for _ in range(20)])
 
 
+ONE = Retention(keep_last=1)
+
+
 def stall(
     saves: BackgroundSaves, step: int, state: TrainingState, training: Training
 ) -> tuple[float, float]:
@@ -111,7 +115,7 @@ def stall(
     The second number is what a core works of them: others may use it too.
     """
     before = time.thread_time()
-    waited = seconds(lambda: saves.start(step, state, {}, {}))
+    waited = seconds(lambda: saves.start(step, state, {}, {}, ONE))
     worked = time.thread_time() - before
     published: list[int | None] = [None]
 
@@ -141,12 +145,12 @@ def main() -> None:
         def take(what: str, value: float) -> None:
             found.setdefault(what, []).append(value)
 
-        saves = BackgroundSaves(directory / "beside", keep_last=1)
+        saves = BackgroundSaves(directory / "beside")
         one, four = (write_as(directory, state, num_ranks) for num_ranks in (1, 4))
         for number in range(args.repeats + 1):
 
             def save() -> None:
-                save_checkpoint(directory / "blocking", number, state, {}, {}, keep_last=1)  # noqa: B023
+                save_checkpoint(directory / "blocking", number, state, {}, {}, ONE)  # noqa: B023
 
             blocking = seconds(save)
             waited, worked = stall(saves, number, state, training)

@@ -27,9 +27,8 @@ def leave_checkpoint(cfg: TrainConfig, step: int, **more: Any) -> Path:
     path.mkdir(parents=True)
     spans = sum(planned_steps(cfg))
     state = describe(cfg) | {"num_updates": step, "schedule_steps": spans}
-    state |= {"content": {}, "cascade": {"converged": {}}} | more
-    (path / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True))
-    (path / "manifest.json").write_text("{}")
+    state |= {"content": {}, "cascade": {"converged": {}}, "kept": []} | more
+    write_state(path, state)
     return path
 
 
@@ -73,16 +72,19 @@ def same_generators(one: Path, other: Path) -> None:
 
 def edit_state(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
     """Change what a checkpoint says of a run as if it had been saved so."""
-    file = path / "state.json"
-    state = json.loads(file.read_text())
+    state = json.loads((path / "state.json").read_text())
     change(state)
-    file.write_text(json.dumps(state))
-    manifest = json.loads((path / "manifest.json").read_text())
-    manifest["files"][file.name] = {
-        "bytes": file.stat().st_size,
-        "digest": xxh3_128_hexdigest(file.read_bytes()),
-    }
-    (path / "manifest.json").write_text(json.dumps(manifest))
+    write_state(path, state)
+
+
+def write_state(path: Path, state: dict[str, Any]) -> None:
+    """Put a state into a checkpoint, as if it had been saved with it."""
+    text = json.dumps(state, indent=2, sort_keys=True).encode()
+    (path / "state.json").write_bytes(text)
+    manifest = path / "manifest.json"
+    known = json.loads(manifest.read_text()) if manifest.is_file() else {"files": {}}
+    known["files"]["state.json"] = {"bytes": len(text), "digest": xxh3_128_hexdigest(text)}
+    manifest.write_text(json.dumps(known))
 
 
 Weights = dict[str, Tensor]

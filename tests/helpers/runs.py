@@ -22,6 +22,7 @@ def overrides(stage: str, world: World, out: Path, experts_over: int) -> list[st
         "data.max_tokens_per_microbatch=128",
         "checkpoint.save_every=3",
         "checkpoint.keep_last=5",
+        "checkpoint.keep_phase_ends=false",
         "optim.warmup_steps=2",
         f"parallel.expert_parallel_size={experts_over}",
         "logging.console_every=100",

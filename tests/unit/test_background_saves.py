@@ -7,13 +7,22 @@ from typing import Any
 import pytest
 import torch
 
-from marco_train.checkpoint import KINDS, BackgroundSaves, Piece, StoredState, TrainingState
+from marco_train.checkpoint import (
+    KINDS,
+    BackgroundSaves,
+    Piece,
+    Retention,
+    StoredState,
+    TrainingState,
+)
 from marco_train.checkpoint import background as background_module
 from marco_train.checkpoint.shards import write_shard
 from marco_train.distributed import rank, world_size
 from marco_train.errors import CheckpointError
 from tests.helpers.processes import soon
 from tests.helpers.ranks import run_on_ranks
+
+ONE = Retention(keep_last=1)
 
 
 def state_of(value: float) -> TrainingState:
@@ -46,9 +55,9 @@ def test_it_appears_once_it_is_written_and_holds_what_was_there_when_it_was_aske
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     disk = Disk(monkeypatch)
-    saves = BackgroundSaves(tmp_path, keep_last=1)
+    saves = BackgroundSaves(tmp_path)
     live = state_of(5.0)
-    saves.start(3, live, {}, {"num_updates": 3})
+    saves.start(3, live, {}, {"num_updates": 3}, ONE)
     live.pieces[0].tensors["exp_avg"].fill_(-1.0)  # training goes on
     assert saves.publish(wait=False) is None
     assert names(tmp_path) == [".partial_000003"]
@@ -59,7 +68,7 @@ def test_it_appears_once_it_is_written_and_holds_what_was_there_when_it_was_aske
     StoredState(tmp_path / "step_000003").fill(found.pieces[0])
     assert found.pieces[0].tensors["exp_avg"].tolist() == [5.0, 5.0]
     assert saves.publish(wait=True) is None
-    saves.start(4, live, {}, {"num_updates": 4})
+    saves.start(4, live, {}, {"num_updates": 4}, ONE)
     assert saves.publish(wait=True) == 4
     assert names(tmp_path) == ["step_000004"]
 
@@ -69,12 +78,12 @@ def fail_on_the_second_rank(directory: Path) -> tuple[str, list[str]]:
         disk = Disk(monkeypatch)
         disk.may_write.set()
         disk.fails = rank() == 1
-        saves = BackgroundSaves(directory, keep_last=1)
-        saves.start(3, state_of(5.0), {}, {})
+        saves = BackgroundSaves(directory)
+        saves.start(3, state_of(5.0), {}, {}, ONE)
         with pytest.raises(CheckpointError) as failure:
             saves.publish(wait=True)
         disk.fails = False
-        saves.start(4, state_of(6.0), {}, {})
+        saves.start(4, state_of(6.0), {}, {}, ONE)
         assert saves.publish(wait=True) == 4
     return str(failure.value), names(directory)
 
@@ -93,8 +102,8 @@ def wait_for_a_slow_rank(directory: Path) -> list[str]:
         disk = Disk(monkeypatch)
         if rank() == 0:
             disk.may_write.set()
-        saves = BackgroundSaves(directory, keep_last=1)
-        saves.start(3, state_of(5.0), {}, {})
+        saves = BackgroundSaves(directory)
+        saves.start(3, state_of(5.0), {}, {}, ONE)
         soon(lambda: rank() == 1 or (directory / ".partial_000003/rank_000.safetensors").is_file())
         assert saves.publish(wait=False) is None
         seen = names(directory)

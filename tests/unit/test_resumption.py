@@ -23,7 +23,7 @@ from marco_train.config.resumption import (
 from marco_train.content import digest
 from marco_train.errors import InputError
 from marco_train.run import mark_finished
-from tests.helpers.checkpoints import leave_checkpoint
+from tests.helpers.checkpoints import leave_checkpoint, write_state
 from tests.helpers.configs import compose_config
 from tests.helpers.world import World
 
@@ -364,14 +364,14 @@ def test_a_field_that_an_older_checkpoint_does_not_have_counts_as_its_default(
     del config["on_resume"], config["stage"]["max_steps"], config["data"]["num_rows"]
     del config["stage"]["cascade"]["first"]["early_switch"]["num_prompts"]
     del config["stage"]["cascade"]["second"]["teachers_by_group"]
-    (path / "state.json").write_text(json.dumps(state))
+    write_state(path, state)
     assert continuation(cfg) == continuation(cfg) is not None
     other = "stage.cascade.first.early_switch.num_prompts=8"
     with pytest.raises(InputError, match=r"first.early_switch.num_prompts: 256 -> 8"):
         continuation(composed("opd", world, tmp_path, other))
     del config["optim"]["learning_rate"]  # that has none
     config["optim"]["label_smoothing"] = 0.1  # nor is there such a field
-    (path / "state.json").write_text(json.dumps(state))
+    write_state(path, state)
     with pytest.raises(InputError) as refused:
         continuation(cfg)
     assert "optim: optim.label_smoothing: 0.1 -> None, optim.learning_rate: None -> 0.001" in str(
@@ -388,16 +388,16 @@ def test_a_run_is_not_made_of_another_stages(world: World, tmp_path: Path) -> No
 def test_a_torn_state_is_refused_in_a_sentence(world: World, tmp_path: Path) -> None:
     path = leave_checkpoint(composed("sft", world, tmp_path), 3)
     (path / "state.json").write_text('{"num_updates": 3, "conf')
-    with pytest.raises(InputError, match=r"state.json is damaged .* resume=<path>"):
+    with pytest.raises(InputError, match=r"state.json is damaged: .* resume=<path>"):
         continuation(composed("sft", world, tmp_path))
 
 
 def test_a_state_of_another_version_is_refused_in_a_sentence(world: World, tmp_path: Path) -> None:
     cfg = composed("sft", world, tmp_path)
-    file = leave_checkpoint(cfg, 3) / "state.json"
-    state = json.loads(file.read_text())
+    path = leave_checkpoint(cfg, 3)
+    state = json.loads((path / "state.json").read_text())
     del state["schedule_steps"], state["phases"]
-    file.write_text(json.dumps(state))
+    write_state(path, state)
     with pytest.raises(InputError, match=r"another version .*lacks phases, schedule_steps.*never"):
         continuation(cfg)
 

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from marco_train import run as run_module
 from marco_train.checkpoint import TrainingState
+from marco_train.errors import CheckpointError, RunInterrupted
 from marco_train.run import Run
 from tests.helpers.configs import compose_config
 from tests.helpers.world import World
@@ -75,3 +77,112 @@ def test_a_run_that_learnt_nothing_is_not_saved_early_and_one_that_did_is_saved_
     policy.num_updates = 3
     assert run.save_early() and run.save_early()
     assert saved == [3]
+
+
+class Disk:
+    """Takes the place of `save_checkpoint`, and may be full."""
+
+    def __init__(self) -> None:
+        self.is_full = False
+        self.saved: list[int] = []
+        self.kept: list[int] = []
+
+    def save(self, _: Path, step: int, *given: Any) -> None:
+        if self.is_full:
+            raise CheckpointError(f"the checkpoint of step {step} was not saved")
+        self.saved.append(step)
+        self.kept = list(given[3].kept)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Disk:
+    found = Disk()
+    monkeypatch.setattr(run_module, "save_checkpoint", found.save)
+    return found
+
+
+def run_saving_every_step(world: World, out: Path, *more: str) -> Run:
+    given = [f"root={world.root}", f"output_dir={out}", "checkpoint.save_every=1", *more]
+    cfg = compose_config("quickstart_opd", *given)
+    return Run(cfg, Untrained(), [], resumed=False)  # type: ignore[arg-type]
+
+
+def logged(run: Run, step: int) -> float:
+    """What a step says of saves that failed."""
+    seen: dict[str, float] = {}
+    assert run._tracker is not None
+    run._tracker.log = lambda *given: seen.update(given[3])  # type: ignore[method-assign]
+    run.log(step, {"data/num_tokens": 1.0})
+    return seen["checkpoint/failures"]
+
+
+def test_a_save_that_fails_is_counted_and_said_and_the_next_is_tried(
+    disk: Disk, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_saving_every_step(world, tmp_path)
+    for step, is_full in enumerate((False, True, True, False, True, True, False)):
+        disk.is_full = is_full
+        run.save_if_due(step)
+    assert disk.saved == [1, 4, 7]
+    assert logged(run, 7) == 4
+    said = capsys.readouterr().out
+    assert (
+        "step 3 was not saved; failure 2 of checkpoint.max_failures=3 in a row, and the run goes on"
+    ) in said
+
+
+def test_so_many_failures_in_a_row_end_a_run(disk: Disk, world: World, tmp_path: Path) -> None:
+    run = run_saving_every_step(world, tmp_path, "checkpoint.max_failures=2")
+    disk.is_full = True
+    run.save_if_due(0)
+    with pytest.raises(CheckpointError, match=r"failure 2 of checkpoint.max_failures=2 in a row"):
+        run.save_if_due(1)
+
+
+def test_a_run_ends_with_the_first_failure_where_that_is_asked(
+    disk: Disk, world: World, tmp_path: Path
+) -> None:
+    run = run_saving_every_step(world, tmp_path, "checkpoint.on_error=stop")
+    disk.is_full = True
+    with pytest.raises(CheckpointError, match=r"step 1 .*checkpoint.on_error=stop ends the run"):
+        run.save_if_due(0)
+
+
+def test_a_run_that_is_told_to_end_and_cannot_be_saved_says_so(
+    disk: Disk, world: World, tmp_path: Path
+) -> None:
+    for first_is_full in (False, True):
+        run = run_saving_every_step(world, tmp_path)
+        disk.is_full = first_is_full
+        run.save_if_due(0)
+        disk.is_full = True
+        (tmp_path / "STOP").touch()
+        with pytest.raises(RunInterrupted) as ended:
+            run.save_if_due(1)
+        last = None if first_is_full else str(tmp_path / "checkpoints" / "step_000001")
+        assert (ended.value.code, ended.value.step, ended.value.checkpoint) == (143, 2, last)
+        assert ("was not saved" if first_is_full else "were not saved") in str(ended.value)
+
+
+def test_a_run_that_could_not_be_saved_early_does_not_say_it_was(
+    disk: Disk, world: World, tmp_path: Path
+) -> None:
+    run = run_saving_every_step(world, tmp_path)
+    run._policy.num_updates = 3
+    disk.is_full = True
+    assert not run.save_early()
+    disk.is_full = False
+    assert run.save_early()
+
+
+def test_ends_of_phases_are_saved_and_kept_unless_that_is_off(
+    disk: Disk, world: World, tmp_path: Path
+) -> None:
+    run = run_saving_every_step(world, tmp_path, "checkpoint.save_every=3")
+    run.keep(2)
+    run.save_if_due(2)
+    assert (disk.saved, disk.kept) == ([2, 3], [2])
+    for off in ("checkpoint.keep_phase_ends=false", "checkpoint.save_every=null"):
+        run = run_saving_every_step(world, tmp_path, off)
+        run.keep(5)
+    assert disk.saved == [2, 3]
