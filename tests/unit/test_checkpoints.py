@@ -410,7 +410,8 @@ def save_where_one_fails(directory: Path, failing: int, at: str) -> tuple[str, l
 
 
 @pytest.mark.parametrize(
-    ("failing", "at"), [(0, "save_file"), (1, "save_file"), (1, "_entry"), (0, "replace_directory")]
+    ("failing", "at"),
+    [(0, "write_shard"), (1, "write_shard"), (0, "_entry"), (0, "replace_directory")],
 )
 def test_a_save_that_fails_on_one_rank_is_a_sentence_on_all_and_leaves_nothing(
     failing: int, at: str, tmp_path: Path
@@ -467,13 +468,13 @@ def test_a_save_that_takes_long_is_said_by_its_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(store, "SECONDS_UNTIL_SLOW", 0.05)
-    plain: Callable[..., None] = getattr(store, "save_file")  # noqa: B009
+    plain: Callable[..., Any] = getattr(store, "write_shard")  # noqa: B009
 
-    def slowly(*args: Any) -> None:
+    def slowly(*args: Any) -> Any:
         time.sleep(0.5)
-        plain(*args)
+        return plain(*args)
 
-    monkeypatch.setattr(store, "save_file", slowly)
+    monkeypatch.setattr(store, "write_shard", slowly)
     save(tmp_path, 1)
     said = f"rank 0 has been writing {tmp_path}/.partial_000001 for 0 s: the storage may hang"
     assert capsys.readouterr().out.startswith(said)
@@ -516,5 +517,6 @@ def test_a_disk_without_room_is_refused_with_both_numbers(small_disk: Path) -> N
 def test_json_of_a_manifest_names_each_file(tmp_path: Path) -> None:
     run_on_ranks(2, save, tmp_path, 7)
     found = json.loads((tmp_path / "step_000007" / "manifest.json").read_text())
-    assert sorted(found["files"]) == ["rank_000.safetensors", "rank_001.safetensors", "state.json"]
+    shards = ["rank_000.safetensors", "rank_001.safetensors"]
+    assert sorted(found["files"]) == ["index.json", *shards, "state.json"]
     assert (found["step"], found["world_size"]) == (7, 2)

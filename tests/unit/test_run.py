@@ -157,6 +157,7 @@ def test_a_run_that_is_told_to_end_and_cannot_be_saved_says_so(
         run.save_if_due(0)
         disk.is_full = True
         (tmp_path / "STOP").touch()
+        logged(run, 1)
         with pytest.raises(RunInterrupted) as ended:
             run.save_if_due(1)
         last = None if first_is_full else str(tmp_path / "checkpoints" / "step_000001")
