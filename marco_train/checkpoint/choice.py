@@ -11,6 +11,7 @@ from pathlib import Path
 from marco_train.checkpoint.store import set_aside_damaged, verify
 from marco_train.config import TrainConfig
 from marco_train.config.resumption import (
+    check_resume,
     checkpoints_of,
     complete_checkpoints,
     refuse_all,
@@ -29,11 +30,12 @@ def settle_checkpoint(cfg: TrainConfig, may_move: bool) -> None:
         may_move: Whether damaged checkpoints are set aside, or only told of.
 
     Raises:
-        InputError: The one that was asked for is damaged, or all of them are.
+        InputError: The one that was asked for cannot be used, or all of them are damaged.
     """
     if cfg.resume == "never":
         return
     if cfg.resume != "auto":
+        check_resume(cfg)
         refuse_damaged(Path(cfg.resume), verify(Path(cfg.resume)), cfg)
         return
     damaged: list[tuple[Path, str]] = []

@@ -233,7 +233,6 @@ def test_what_killed_launches_left_is_removed_in_a_line(
 
 def settled(cfg: TrainConfig) -> Path | None:
     """What a launch goes on from."""
-    check_resume(cfg)
     settle_checkpoint(cfg, may_move=True)
     return find_checkpoint(cfg)
 
