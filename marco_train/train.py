@@ -76,6 +76,10 @@ def run_composed(composed: DictConfig) -> None:
             print(error, flush=True)
         sys.exit(error.code)
     except BaseException as error:
+        lost = said_of_lost_ranks(error)
+        if lost is not None:
+            note_exit(cfg, 1, lost)
+            sys.exit(f"error: {lost}")
         note_exit(cfg, 1, f"{type(error).__name__}: {error}")
         raise
 
@@ -86,6 +90,7 @@ def note_exit(
     reason: str,
     step: int | None = None,
     checkpoint: str | None = None,
+    speaks: bool | None = None,
 ) -> None:
     """Leave exit_status.json, and tell the recipe that launched this: torchrun itself ends with 1.
 
@@ -95,11 +100,12 @@ def note_exit(
         reason: What it ends by.
         step: Updates made, where it was told to end.
         checkpoint: Where they are saved.
+        speaks: Whether this rank tells of the run. None: the first does.
     """
     told = os.environ.get("MARCO_TRAIN_EXIT_STATUS")  # a file of the recipe on this node
     if told and os.environ.get("LOCAL_RANK", "0") == "0":
         Path(told).write_text(str(code))
-    if is_first_rank() and Path(cfg.output_dir).is_dir():
+    if (is_first_rank() if speaks is None else speaks) and Path(cfg.output_dir).is_dir():
         status = {
             "code": code,
             "reason": redacted(reason),
@@ -108,6 +114,15 @@ def note_exit(
         }
         with replaces(Path(cfg.output_dir) / EXIT_STATUS) as partial:
             partial.write_text(json.dumps(status, indent=2))
+
+
+def said_of_lost_ranks(error: BaseException) -> str | None:
+    """Say which ranks are gone where an error is that of a collective; None: it is another's."""
+    if "torch" not in sys.modules or not isinstance(error, RuntimeError):
+        return None
+    from marco_train.watch import said_of_lost_ranks
+
+    return said_of_lost_ranks()
 
 
 def is_first_rank() -> bool:
@@ -126,11 +141,19 @@ def in_one_line(error: Exception) -> str:
 def run_stage(cfg: TrainConfig) -> None:
     """Join the other ranks and run the stage; heavy libraries are imported from here on."""
     from marco_train import distributed, interruption
+    from marco_train.errors import HUNG
+    from marco_train.watch import watched
+
+    def on_hang(said: str, speaks: bool) -> None:
+        note_exit(cfg, HUNG, said, speaks=speaks)
 
     distributed.start(cfg.parallel.timeout_seconds, deterministic=cfg.deterministic)
     # An evaluation has no state to save, and nothing in it would look at what it is asked.
     trains = cfg.stage.kind is not StageKind.evaluate
-    with interruption.listening() if trains else nullcontext():
+    with (
+        watched(cfg.parallel.hang_seconds, on_hang),
+        interruption.listening() if trains else nullcontext(),
+    ):
         run_kind(cfg)
     distributed.stop()
 

@@ -73,6 +73,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "parallel.dispatch",
         "parallel.recompute",
         "parallel.timeout_seconds",
+        "parallel.hang_seconds",
         "parallel.offload_while_sampling",
         "optim.max_skipped_in_a_row",
         "stage.eval_every",
