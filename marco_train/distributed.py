@@ -19,7 +19,7 @@ from typing import Any, ClassVar, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._C._distributed_c10d import HashStore
+from torch._C._distributed_c10d import HashStore, Store
 
 from marco_train.config.parallel import TIMEOUT_SECONDS
 from marco_train.encoding import from_bytes, to_bytes
@@ -54,6 +54,13 @@ class Groups:
     """This rank's, by size."""
     timeout: timedelta | None = None
     """Of each; None is torch's."""
+
+
+class Progress:
+    """How far this rank has come, for who watches it."""
+
+    num_collectives: ClassVar[int] = 0
+    """Of this module, that have ended."""
 
 
 def start(timeout_seconds: float = TIMEOUT_SECONDS, *, deterministic: bool = False) -> None:
@@ -166,6 +173,18 @@ def stop() -> None:
         dist.destroy_process_group()
 
 
+def shared_store() -> Store | None:
+    """A connection of its own to what all ranks may write down for each other; None for one rank.
+
+    A thread may use it while the main one waits.
+    """
+    if world_size() == 1:
+        return None
+    default: Any = dist.distributed_c10d._get_default_store()
+    cloned: Store = default.clone()  # of which torch's types do not tell
+    return cloned
+
+
 def rank() -> int:
     """Position of this process, from 0."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -199,6 +218,7 @@ def barrier() -> None:
     """Wait for every rank."""
     if world_size() > 1:
         dist.barrier(Groups.agreements)
+    Progress.num_collectives += 1
 
 
 def reduce_sums(values: Sequence[float]) -> list[float]:
@@ -207,6 +227,7 @@ def reduce_sums(values: Sequence[float]) -> list[float]:
         return list(values)
     total = torch.tensor(values, dtype=torch.float64)
     dist.all_reduce(total, group=Groups.agreements)
+    Progress.num_collectives += 1
     return [float(value) for value in total.tolist()]
 
 
@@ -215,6 +236,7 @@ def all_reduce_sum(values: Tensor) -> Tensor:
     total = values.clone()
     if world_size() > 1:
         dist.all_reduce(total)
+    Progress.num_collectives += 1
     return total
 
 
@@ -229,6 +251,7 @@ def reduce_maxima(values: Sequence[int]) -> list[int]:
         return list(values)
     total = torch.tensor(values, dtype=torch.int64)
     dist.all_reduce(total, op=dist.ReduceOp.MAX, group=Groups.agreements)
+    Progress.num_collectives += 1
     return [int(value) for value in total.tolist()]
 
 
@@ -253,7 +276,9 @@ def gather_objects(value: T) -> list[T]:
     if longest > GATHERED_AT_ONCE:
         rest = _gather_bytes(mine[GATHERED_AT_ONCE:], longest - GATHERED_AT_ONCE)
     whole = (a[LENGTH_BYTES:] + b for a, b in zip(first, rest, strict=True))
-    return [from_bytes(part[:n]) for part, n in zip(whole, lengths, strict=True)]
+    found = [from_bytes(part[:n]) for part, n in zip(whole, lengths, strict=True)]
+    Progress.num_collectives += 1
+    return found
 
 
 def _gather_bytes(mine: bytes, size: int) -> list[bytes]:

@@ -20,6 +20,8 @@ import math
 
 # Exit statuses. A scheduler may queue a run again (EX_TEMPFAIL).
 TRY_AGAIN_LATER = 75
+# A rank did not get on (EX_SOFTWARE).
+HUNG = 70
 # It was told to end, as a shell says of a process that SIGTERM ended.
 TOLD_TO_END = 143
 # The file in a run's directory that tells of the last launch's.

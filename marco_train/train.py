@@ -83,6 +83,10 @@ def run_to_its_end(cfg: TrainConfig) -> None:
             print(error, flush=True)
         sys.exit(error.code)
     except BaseException as error:
+        lost = said_of_lost_ranks(error)
+        if lost is not None:
+            note_exit(cfg, 1, lost)
+            sys.exit(f"error: {lost}")
         note_exit(cfg, 1, f"{type(error).__name__}: {error}")
         raise
 
@@ -138,6 +142,7 @@ def note_exit(
     reason: str,
     step: int | None = None,
     checkpoint: str | None = None,
+    speaks: bool | None = None,
 ) -> None:
     """Leave exit_status.json, and tell the recipe that launched this.
 
@@ -147,9 +152,10 @@ def note_exit(
         reason: What it ends by.
         step: Updates made, where it was told to end.
         checkpoint: Where they are saved.
+        speaks: Whether this rank tells of the run. None: the first does.
     """
     tell_recipe(code)
-    if is_first_rank() and Path(cfg.output_dir).is_dir():
+    if (is_first_rank() if speaks is None else speaks) and Path(cfg.output_dir).is_dir():
         status = {
             "code": code,
             "reason": redacted(reason),
@@ -167,6 +173,15 @@ def tell_recipe(code: int) -> None:
         Path(told).write_text(str(code))
 
 
+def said_of_lost_ranks(error: BaseException) -> str | None:
+    """Say which ranks are gone where an error is that of a collective; None: it is another's."""
+    if "torch" not in sys.modules or not isinstance(error, RuntimeError):
+        return None
+    from marco_train.watch import said_of_lost_ranks
+
+    return said_of_lost_ranks()
+
+
 def is_first_rank() -> bool:
     """Whether this process speaks for a launch; known before the ranks have met."""
     return os.environ.get("RANK", "0") == "0"
@@ -175,12 +190,21 @@ def is_first_rank() -> bool:
 def run_stage(cfg: TrainConfig) -> None:
     """Join the other ranks and run the stage; heavy libraries are imported from here on."""
     from marco_train import distributed, interruption
+    from marco_train.errors import HUNG
     from marco_train.run import directory_held
+    from marco_train.watch import watched
+
+    def on_hang(said: str, speaks: bool) -> None:
+        note_exit(cfg, HUNG, said, speaks=speaks)
 
     distributed.start(cfg.parallel.timeout_seconds, deterministic=cfg.deterministic)
     # Others have no state to save, and nothing in them would look at what it is asked.
     trains = cfg.stage.kind in (StageKind.sft, StageKind.opd)
-    with interruption.listening() if trains else nullcontext(), directory_held(cfg):
+    with (
+        watched(cfg.parallel.hang_seconds, on_hang),
+        interruption.listening() if trains else nullcontext(),
+        directory_held(cfg),
+    ):
         run_kind(cfg)
     if cfg.logging.report and distributed.is_main():
         write_report(Path(cfg.output_dir))

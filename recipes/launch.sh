@@ -47,8 +47,9 @@ launch() {
   OMP_NUM_THREADS=${OMP_NUM_THREADS:-$(count_threads "$processes")} watched "${command[@]}"
 }
 
-# watched <command>: passes SIGTERM, SIGINT and SIGUSR1 on to the ranks, which save then, and ends
-# with their exit status where torchrun itself knows only 1: 75 to be queued again, 143 if told to end.
+# watched <command>: passes SIGTERM, SIGINT and SIGUSR1 on to the ranks, which save then, and SIGUSR2,
+# at which they print their stacks; ends with their exit status where torchrun itself knows only 1: 75
+# to be queued again, 143 if told to end.
 watched() {
   local status=0 file pid
   file=$(mktemp)
@@ -56,9 +57,10 @@ watched() {
   pid=$!
   trap 'kill -TERM "$pid" 2>/dev/null || true' TERM INT
   trap 'kill -USR1 $(cat "/proc/$pid/task/$pid/children") 2>/dev/null || true' USR1
+  trap 'kill -USR2 $(cat "/proc/$pid/task/$pid/children") 2>/dev/null || true' USR2
   wait "$pid" || status=$?
   while kill -0 "$pid" 2>/dev/null; do wait "$pid" && status=0 || status=$?; done # a signal ends a wait
-  trap - TERM INT USR1
+  trap - TERM INT USR1 USR2
   if [ "$status" -ne 0 ] && [ -s "$file" ] && [ "$(cat "$file")" -ne 0 ]; then status=$(cat "$file"); fi
   rm -f "$file"
   return "$status"

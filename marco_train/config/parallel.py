@@ -9,6 +9,7 @@ from marco_train.errors import require, require_positive
 
 TIMEOUT_SECONDS = 1800.0
 SHORTEST_TIMEOUT = 20.0
+HANG_SECONDS = 1200.0
 # Elements of one reduction; bounds the buffer that contiguous gradients are copied into.
 REDUCE_BUCKET_ELEMENTS = 2**25
 
@@ -47,13 +48,20 @@ class ParallelConfig:
     """Longest that a rank waits for another one, after which the run ends; it can be resumed.
 
     Servers that are away are waited for by all ranks together, in turns far shorter than this."""
+    hang_seconds: float = HANG_SECONDS
+    """Without getting on, after which the rank at fault is named with its stack and the run ends;
+    it can be resumed. Waiting for servers is getting on. Longer than any one operation takes."""
     offload_while_sampling: bool = False
     """Whether the optimizer's float32 state lies in the host's memory except during an update, for
     12 bytes a parameter of this rank's partition (pinned, on a GPU), and with zero_stage 1 in
     bfloat16 4 bytes of gradient are freed for each parameter while responses are sampled."""
 
     def __post_init__(self) -> None:
-        require_positive("parallel", expert_parallel_size=self.expert_parallel_size)
+        require_positive(
+            "parallel",
+            expert_parallel_size=self.expert_parallel_size,
+            hang_seconds=self.hang_seconds,
+        )
         require(
             self.zero_stage in {1, 2},
             f"parallel.zero_stage is {self.zero_stage}, and must be 1 or 2",

@@ -79,6 +79,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "parallel.expert_parallel_size",
         "parallel.recompute",
         "parallel.timeout_seconds",
+        "parallel.hang_seconds",
         "parallel.offload_while_sampling",
         "parallel.zero_stage",
         "optim.max_skipped_in_a_row",
