@@ -22,8 +22,11 @@ class EvaluateConfig(UntrainedStageConfig):
     num_prompts: int = MISSING
     """Held-out prompts, shared among the categories by the mixture's weights."""
     responses_per_prompt: int = MISSING
+    """Answers to each prompt, over which accuracy is the mean: the n of avg@n."""
     max_prompt_length: int = MISSING
+    """Tokens; longer prompts are dropped and counted."""
     max_response_length: int = MISSING
+    """Tokens; a longer answer is cut."""
     num_kl_responses: int = II("stage.responses_per_prompt")
     """How many of a prompt's responses the teachers score for the KL."""
     num_examples_shown: int = 5

@@ -122,6 +122,7 @@ class OPDConfig(StageConfig):
     global_batch_size: int = MISSING
     """Prompts of one update, over all ranks."""
     responses_per_prompt: int = MISSING
+    """Responses that are sampled for each prompt of an update."""
     max_prompt_length: int = MISSING
     """Tokens; longer prompts are dropped and counted. Not given: half of the model's positions, of
     4096 at most."""

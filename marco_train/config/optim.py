@@ -29,6 +29,7 @@ class OptimConfig:
     """AdamW and its schedule."""
 
     learning_rate: float = MISSING
+    """At its peak, after the warm-up."""
     min_learning_rate: float = II("optim.learning_rate")
     """Where cosine and linear end; the constant schedule has no other rate."""
     schedule: Schedule = Schedule.constant
@@ -37,8 +38,11 @@ class OptimConfig:
     warmup_share: float | None = None
     """The same as a share of the run's updates, in place of `warmup_steps`. None: those say it."""
     beta1: float = 0.9  # Marco-MoE section 4.1
+    """Share of the first moment that an update keeps."""
     beta2: float = 0.95  # Marco-MoE section 4.1
+    """Share of the second moment that an update keeps."""
     eps: float = 1e-8
+    """Added to the root of the second moment."""
     weight_decay: float = 0.0
     """On matrices; norms are not decayed."""
     clip_norm: float = 1.0

@@ -106,7 +106,9 @@ class TrainConfig:
     """One run."""
 
     name: str = "run"
+    """Of the run, in messages, in its directory and on W&B."""
     seed: int = 0
+    """Of random weights, of the order of rows, and of samples."""
     deterministic: bool = False
     """Whether GPUs repeat their numbers; on a CPU it changes none, as they repeat there anyway.
 
@@ -122,6 +124,7 @@ class TrainConfig:
     root: str = "outputs"
     """Directory under which the runs of a recipe lie; experiments build their paths on it."""
     output_dir: str = "${root}/${name}"
+    """Where the run's checkpoints, metrics and exports lie."""
     resume: str = "auto"
     """auto: the newest complete checkpoint of output_dir, if any; never: from the start;
     otherwise the path of a checkpoint, also of another run's, with which an output_dir of its own
