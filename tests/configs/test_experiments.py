@@ -8,6 +8,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from marco_train.config import TrainConfig, to_run
+from marco_train.config.benchmark import BenchmarkConfig
 from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.model import DType
 from marco_train.config.opd import Objective, OPDConfig
@@ -19,18 +20,18 @@ from tests.helpers.configs import compose_config
 from tests.helpers.processes import REPOSITORY
 
 EXPERIMENTS = sorted(p.stem for p in (REPOSITORY / "configs" / "experiment").glob("*.yaml"))
-WEIGHTS = ["model.path=weights"]  # the paper's experiments name no directory
+WEIGHTS = ["model.path=weights"]  # these experiments name no directory
 
 
 def composed(name: str) -> TrainConfig:
-    return compose_config(name, *(WEIGHTS if name.startswith("marco") else []))
+    return compose_config(name, *(WEIGHTS if name.startswith(("benchmark", "marco")) else []))
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_every_experiment_composes_and_passes_its_checks(name: str) -> None:
     cfg = composed(name)
     assert cfg.name == name
-    assert isinstance(cfg.stage, SFTConfig | OPDConfig | EvaluateConfig)
+    assert isinstance(cfg.stage, SFTConfig | OPDConfig | EvaluateConfig | BenchmarkConfig)
 
 
 @pytest.mark.parametrize(

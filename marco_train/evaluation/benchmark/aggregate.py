@@ -134,13 +134,14 @@ class Corpora:
 
     def resampled(self, resamples: int, seed: int) -> Floats:
         """Scores of corpora drawn from the items with replacement, [R]."""
-        return np.mean(
+        found: Floats = np.mean(
             [
                 resampled_bleu(counts, resamples, seed, number)
                 for number, counts in enumerate(self.statistics.values())
             ],
             axis=0,
         )
+        return found
 
     @property
     def signatures(self) -> list[str]:

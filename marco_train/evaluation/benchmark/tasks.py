@@ -414,7 +414,7 @@ def prompt_text(name: str) -> str:
 def task_set_of(task: str) -> Mapping[str, Any]:
     """What `metadata.set` of a task's file says."""
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc]
         """Takes functions by their names."""
 
     Loader.add_constructor("!function", Loader.construct_scalar)
