@@ -24,7 +24,8 @@ from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.opd import OPDConfig
 from marco_train.config.optim import OptimConfig
-from marco_train.config.run import CONFIG_DIR, ROLLOUTS, TEACHERS, TrainConfig
+from marco_train.config.paths import CONFIG_DIR
+from marco_train.config.run import ROLLOUTS, TEACHERS, TrainConfig
 from marco_train.config.sft import SFTConfig
 
 STAGES = {"sft": SFTConfig, "opd": OPDConfig, "evaluate": EvaluateConfig}

@@ -59,6 +59,10 @@ REFUSED = [
     ("quickstart_opd", "optim.min_learning_rate=1e-4", "0.0001 must equal optim.learning_rate"),
     ("quickstart_opd", "optim=adamw", "optim is adamw, and the stage trains"),
     ("quickstart_evaluate", "+optim.learning_rate=1", "this stage trains nothing"),
+    ("benchmark", "stage.suite=gsm9k", "did you mean gsm8k?"),
+    ("benchmark", "stage.suite=cards", "did you mean card?"),
+    ("benchmark", "stage.responses_per_prompt=0", "responses_per_prompt is 0"),
+    ("benchmark", "stage.rollout.replay_routing=true", "makes no update"),
     ("quickstart_sft", "optim.beta2=1.0", "beta2 is 1.0"),
     ("quickstart_sft", "profile.steps=ten", "profile.steps is 'ten': write the first and the last"),
     ("quickstart_sft", "profile.steps=12-10", "profile.steps is '12-10': write"),
@@ -126,7 +130,7 @@ REFUSED = [
 
 @pytest.mark.parametrize(("experiment", "override", "names"), REFUSED)
 def test_a_wrong_override_is_refused_by_name(experiment: str, override: str, names: str) -> None:
-    given = ["model.path=weights"] if experiment.startswith("marco") else []
+    given = ["model.path=weights"] if experiment.startswith(("benchmark", "marco")) else []
     with pytest.raises(InputError) as refusal:
         compose_config(experiment, *given, override)
     said = str(refusal.value)

@@ -6,7 +6,8 @@ from omegaconf import DictConfig
 from marco_train.commands.config_reference import documented, keys, main, reference
 from marco_train.config.compose import compose
 from marco_train.config.optim import OptimConfig
-from marco_train.config.run import CONFIG_DIR, TrainConfig
+from marco_train.config.paths import CONFIG_DIR
+from marco_train.config.run import TrainConfig
 
 
 def test_the_reference_is_current(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,10 +94,9 @@ def test_a_line_of_a_benchmark_that_is_at_fault_is_named(rows: str, benchmarks: 
 @pytest.mark.parametrize(
     ("against", "said"),
     [
-        ("fixture", "error: --against fixture is not there yet"),
-        ("card", "error: --against card is not there yet"),
+        ("card", "error: CMMLU: lmlmcat/cmmlu on the hub is a program that makes rows, which is"),
         ("missing", "error: there is no directory 'missing'"),
-        (str(REPOSITORY / "configs"), "there is no .jsonl file below it"),
+        (str(REPOSITORY / "configs" / "stage"), "there is no .jsonl file below it"),
     ],
 )
 def test_what_cannot_be_looked_for_is_refused_in_a_sentence(
@@ -119,3 +118,12 @@ def test_a_place_for_the_json_that_is_none_is_refused_before_a_row_is_read(
         done = looked(rows, "--against", benchmarks, "--json", str(place))
         assert done.returncode == 1 and done.stdout == ""
         assert done.stderr.startswith(f"error: --json: {says}")
+
+
+def test_the_questions_that_a_benchmark_asks_are_looked_for(tmp_path: Path) -> None:
+    row = {"prompt": "Ask me.", "response": "Bob had 9 pens and lost 3. How many are left?"}
+    file, found = write(tmp_path / "rows.jsonl", row), tmp_path / "hits.json"
+    assert looked(file, "--against", "fixture", "--json", str(found)).returncode == 0
+    assert json.loads(found.read_text())["hits"] == [
+        {"row": 0, "benchmark": "MGSM", "kind": "hash"}
+    ]

@@ -10,6 +10,7 @@ from marco_train.config import TrainConfig
 from marco_train.config.benchmark import BENCHMARK_DIR
 from marco_train.stages.benchmark import run_benchmark
 from tests.helpers.configs import compose_config
+from tests.helpers.fake_sampler import fake_samplers
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.vllm_runs import IN_PROCESS
 from tests.helpers.world import World
@@ -91,3 +92,17 @@ def test_an_engine_of_vllm_answers_and_goes_on_where_it_was(
     file.write_text("".join(file.read_text().splitlines(keepends=True)[:2]))
     run_on_ranks(1, run_benchmark, cfg)
     assert answers(tmp_path) == first
+
+
+@pytest.mark.slow
+def test_servers_answer_as_any_sampler(world: World, tmp_path: Path) -> None:
+    with fake_samplers(2) as servers:
+        given = [
+            "rollout@stage.rollout=vllm_server",
+            f"stage.rollout.servers.urls=[{','.join(server.url for server in servers)}]",
+            f"stage.rollout.sync_path={tmp_path / 'sync'}",
+        ]
+        cfg = config(world, tmp_path, "gsm8k", *given)
+        run_on_ranks(1, run_benchmark, cfg)
+    assert len(answers(tmp_path)) == 6
+    assert not list((tmp_path / "sync").glob("*"))  # the weights are gone again

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from marco_train.commands.pin_benchmarks import pin
 from marco_train.config.benchmark import (
     BENCHMARK_DIR,
     card_rows,
@@ -304,3 +305,14 @@ def test_published_figures_are_the_cards() -> None:
     assert rows["polymath"].published["Qwen3-4B-Instruct"] == 47.2
     assert rows["indo_culture"].published["LFM2-24B-A2B"] == 44.2
     assert [len(row.published) for row in rows.values()] == [6] * 28
+
+
+def test_revisions_are_written_where_none_stands(tmp_path: Path) -> None:
+    for task in ("mgsm", "gsm8k"):
+        shutil.copy(BENCHMARK_DIR / "tasks" / f"{task}.yaml", tmp_path)
+    shutil.copy(BENCHMARK_DIR / "tasks" / "_avg_at_8.yaml", tmp_path)
+    before = (tmp_path / "mgsm.yaml").read_text()
+    assert pin(tmp_path, lambda path: f"of-{path}", again=False) == {"mgsm": "of-juletxara/mgsm"}
+    expected = before.replace("    revision: null\n", "    revision: of-juletxara/mgsm\n")
+    assert (tmp_path / "mgsm.yaml").read_text() == expected
+    assert list(pin(tmp_path, lambda path: "new", again=True)) == ["gsm8k", "mgsm"]

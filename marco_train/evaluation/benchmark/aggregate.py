@@ -134,11 +134,14 @@ class Corpora:
 
     def resampled(self, resamples: int, seed: int) -> Floats:
         """Scores of corpora drawn from the items with replacement, [R]."""
-        drawn = [
-            resampled_bleu(counts, resamples, seed, number)
-            for number, counts in enumerate(self.statistics.values())
-        ]
-        return np.asarray(np.mean(drawn, axis=0), dtype=np.float64)
+        found: Floats = np.mean(
+            [
+                resampled_bleu(counts, resamples, seed, number)
+                for number, counts in enumerate(self.statistics.values())
+            ],
+            axis=0,
+        )
+        return found
 
     @property
     def signatures(self) -> list[str]:
