@@ -61,6 +61,7 @@ class OptimConfig:
     last `spike_window` updates that were made; judged once there are as many, and in each phase of
     a cascade anew. None: off."""
     spike_window: int = 64
+    """Updates whose median `spike_factor` is compared with."""
 
     def __post_init__(self) -> None:
         require_positive(

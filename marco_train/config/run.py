@@ -71,6 +71,7 @@ class CheckpointConfig:
     keep_phase_ends: bool = True
     """Whether a cascade is saved at the end of each phase, in a checkpoint that stays for good."""
     on_error: OnError = OnError["continue"]
+    """Whether a run trains on that could not save a checkpoint, and tries the next one."""
     max_failures: int = 3
     """Saves that may fail in a row with `on_error=continue`; the run ends with the last of them."""
     must_save_by: str | None = None

@@ -43,6 +43,7 @@ class LoggingConfig:
     report: bool = True
     """Whether report.html is made at the end, in a second or so."""
     project: str = "marco_train"
+    """Of W&B and trackio."""
     group: str | None = None
     """Of runs that belong together, on W&B. None: those of one `root`."""
     tags: list[str] = field(default_factory=list)
