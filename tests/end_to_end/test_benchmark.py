@@ -101,6 +101,7 @@ def answers_in(out: Path) -> list[str]:
     ]
 
 
+@pytest.mark.long
 def test_a_run_that_is_killed_goes_on_with_the_answers_that_it_has(
     model: Path, tmp_path: Path
 ) -> None:
