@@ -18,7 +18,9 @@ RunError
 
 import math
 
-# Exit statuses. A scheduler may queue a run again (EX_TEMPFAIL).
+# Exit statuses of a recipe. What a user gave cannot be used, nor could it the next time.
+REFUSED = 2
+# A scheduler may queue a run again (EX_TEMPFAIL).
 TRY_AGAIN_LATER = 75
 # It was told to end, as a shell says of a process that SIGTERM ended.
 TOLD_TO_END = 143
