@@ -87,11 +87,10 @@ end_attempt() { # kill what is left of it
   exit 1
 }
 
-told="" launch="" waiting=""
+told="" launch=""
 end() {
   told=$1
   if [ -n "$launch" ]; then kill -TERM "$launch" 2>/dev/null || true; fi
-  if [ -n "$waiting" ]; then kill "$waiting" 2>/dev/null || true; fi
 }
 save() { # a process that does not listen yet would end; the lock is made by one that does
   if [ -n "$launch" ] && [ "$directory/run.lock" -nt "$attempt" ]; then
@@ -123,12 +122,12 @@ run_attempt() { # the command, to its end; sets `status`
 }
 
 pause() { # seconds, or until told to end
+  local sleeper
   if [ -n "$told" ]; then return; fi
   sleep "$1" &
-  waiting=$!
-  wait "$waiting" || true
-  kill "$waiting" 2>/dev/null || true
-  waiting=""
+  sleeper=$!
+  wait "$sleeper" || true # a signal ends it
+  kill "$sleeper" 2>/dev/null || true
 }
 
 crashes=0 story=""

@@ -60,7 +60,9 @@ def is_running(pid: int) -> bool:
 
 
 def test_a_launch_that_crashes_again_and_again_is_given_up(tmp_path: Path) -> None:
-    lines = 'printf \'  "reason": "OSError: disk %d",\\n\' $attempt >"$out/exit_status.json"; exit 1'
+    lines = (
+        'printf \'  "reason": "OSError: disk %d",\\n\' $attempt >"$out/exit_status.json"; exit 1'
+    )
     code, output = ended(script(tmp_path, lines))
     assert (code, num_attempts(tmp_path)) == (1, 4)
     last = output.splitlines()[-1]
@@ -73,7 +75,7 @@ def test_a_launch_that_crashes_again_and_again_is_given_up(tmp_path: Path) -> No
 
 
 def test_a_crash_after_progress_is_the_first_again(tmp_path: Path) -> None:
-    lines = '[ $attempt -gt 3 ] || save $((attempt * 999999)); [ $attempt -lt 5 ] || exit 0; exit 9'
+    lines = "[ $attempt -gt 3 ] || save $((attempt * 999999)); [ $attempt -lt 5 ] || exit 0; exit 9"
     code, output = ended(script(tmp_path, lines, MAX_RESTARTS="1"))
     assert (code, num_attempts(tmp_path)) == (9, 4), output
     assert "gives up after 2 crashes" in output and "step 2999997" in output
@@ -175,7 +177,11 @@ def test_each_attempt_keeps_what_it_printed(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [["true"], ["true", "resume=never", "output_dir=x"]])
 def test_a_launch_that_cannot_go_on_is_not_supervised(words: list[str]) -> None:
     done = subprocess.run(
-        ["recipes/supervise.sh", *words], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        ["recipes/supervise.sh", *words],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
     assert ("output_dir=<directory>" if len(words) == 1 else "resume=never") in done.stderr
