@@ -18,7 +18,9 @@ RunError
 
 import math
 
-# Exit statuses. A scheduler may queue a run again (EX_TEMPFAIL).
+# Exit statuses of a recipe. What a user gave cannot be used, nor could it the next time.
+REFUSED = 2
+# A scheduler may queue a run again (EX_TEMPFAIL).
 TRY_AGAIN_LATER = 75
 # A rank did not get on (EX_SOFTWARE).
 HUNG = 70

@@ -30,6 +30,7 @@ from marco_train.config.secrets import redacted
 from marco_train.config.stage import StageKind
 from marco_train.errors import (
     EXIT_STATUS,
+    REFUSED,
     TRY_AGAIN_LATER,
     CheckpointError,
     DirectoryInUseError,
@@ -67,7 +68,7 @@ def run_to_its_end(cfg: TrainConfig) -> None:
         note_exit(cfg, 1, str(error))
         refuse(error)
     except (InputError, SkippedUpdatesError) as error:
-        note_exit(cfg, 1, str(error))
+        note_exit(cfg, REFUSED if isinstance(error, InputError) else 1, str(error))
         if not is_first_rank():  # it may be another's too, and is said once then
             time.sleep(SECONDS_TO_SAY_IT)
         sys.exit(f"error: {redacted(str(error))}")
@@ -111,7 +112,7 @@ def read(words: Sequence[str]) -> TrainConfig | None:
             continuation(cfg)  # refuses what it may not change, before anything is loaded
             return cfg
     except InputError as error:
-        tell_recipe(1)
+        tell_recipe(REFUSED)
         refuse(error)
     if is_first_rank():
         print(f"{cfg.name}: already finished in {cfg.output_dir}", flush=True)
@@ -148,7 +149,7 @@ def note_exit(
 
     Args:
         cfg: The run.
-        code: The exit status of this process.
+        code: The exit status of a recipe; torchrun's, and that of a process that is refused, is 1.
         reason: What it ends by.
         step: Updates made, where it was told to end.
         checkpoint: Where they are saved.

@@ -48,12 +48,13 @@ launch() {
 }
 
 # watched <command>: passes SIGTERM, SIGINT and SIGUSR1 on to the ranks, which save then, and SIGUSR2,
-# at which they print their stacks; ends with their exit status where torchrun itself knows only 1: 75
-# to be queued again, 143 if told to end.
+# at which they print their stacks; ends with their exit status where torchrun itself knows only 1: 2 if
+# refused, 75 to be queued again, 143 if told to end. In a session of its own: Slurm and terminals signal
+# all of a group, and torchrun, told twice, would not wait for the ranks.
 watched() {
   local status=0 file pid
   file=$(mktemp)
-  MARCO_TRAIN_EXIT_STATUS=$file "$@" &
+  MARCO_TRAIN_EXIT_STATUS=$file setsid "$@" &
   pid=$!
   trap 'kill -TERM "$pid" 2>/dev/null || true' TERM INT
   trap 'kill -USR1 $(cat "/proc/$pid/task/$pid/children") 2>/dev/null || true' USR1

@@ -122,7 +122,7 @@ def test_a_run_whose_time_is_up_is_queued_again(world: World, tmp_path: Path) ->
 @pytest.mark.slow
 def test_a_run_that_is_refused_keeps_its_exit_status(world: World, tmp_path: Path) -> None:
     code, output = ended(launch(world, tmp_path, "data.sources.math.path=nowhere"))
-    assert code == 1 and "nowhere" in output
+    assert code == 2 and "nowhere" in output
 
 
 def test_time_is_left_for_the_longest_step(tmp_path: Path) -> None:
