@@ -256,7 +256,7 @@ class Chaos:
         lines = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
         outages = [strike.step + 1 for strike in self.strikes if strike.kind is AWAY]
         apart = {*self.first_steps, *outages}
-        usual = mean(line["time/step"] for line in lines if line["step"] not in apart)
+        usual = mean(float(line["time/step"]) for line in lines if line["step"] not in apart)
         spent = self.working_seconds + len(self.first_steps) * usual - self.outage_seconds
         return self.num_steps * usual / spent
 
@@ -355,7 +355,10 @@ def rehearse(num_steps: int, num_faults: int, save_every: int, seed: int, direct
         f"and on another number of ranks within {furthest:.1e} at step {num_steps}"
     )
     assert furthest <= TOLERANCE
-    print(f"goodput: {struck.goodput:.1%}")
+    print(
+        f"goodput: {struck.goodput:.1%} without process starts, hang limits and outage waits, in "
+        f"{len(struck.first_steps)} launches of {struck.wall_seconds:.0f} s together"
+    )
     return struck
 
 
