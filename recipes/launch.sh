@@ -49,8 +49,8 @@ launch() {
 
 # watched <command>: passes SIGTERM, SIGINT and SIGUSR1 on to the ranks, which save then, and SIGUSR2,
 # at which they print their stacks; ends with their exit status where torchrun itself knows only 1: 2 if
-# refused, 75 to be queued again, 143 if told to end. In a session of its own: Slurm and terminals signal
-# all of a group, and torchrun, told twice, would not wait for the ranks.
+# refused, 75 to be queued again, 143 if told to end. It has a session of its own, as Slurm signals all
+# of a group, and SIGUSR1 ends a torchrun.
 watched() {
   local status=0 file pid
   file=$(mktemp)
