@@ -73,15 +73,15 @@ def header_of(
         "zero_stage": cfg.parallel.zero_stage,
         "plan_gib": None if plan_gib is None else round(plan_gib, 3),
         **data,
-        **_learning(cfg.stage, data["rows"]),
+        **_learning(cfg.stage, data),
         "optimizer": _optimizer(cfg.optim),
     }
 
 
-def _learning(stage: SFTConfig | OPDConfig, epoch_rows: int) -> dict[str, Any]:
+def _learning(stage: SFTConfig | OPDConfig, data: Mapping[str, Any]) -> dict[str, Any]:
     """What a step is made of, and what it lowers."""
     if isinstance(stage, OPDConfig):
-        phases = {name: stage.phase_steps(name, epoch_rows) for name in stage.cascade}
+        phases = {name: stage.phase_steps(name, data["rows"]) for name in stage.cascade}
         return {
             "batch": f"{stage.global_batch_size} prompts x {stage.responses_per_prompt} responses",
             "length": f"prompts of {stage.max_prompt_length} tokens, responses of "

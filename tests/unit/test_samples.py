@@ -38,7 +38,7 @@ def scored(found: Rollout, *logprobs: float) -> ScoredRollout:
 
 def loss(_: PolicyOutput, microbatch: Any) -> LossOutput:
     """A KL of sampler against teacher, as the sampled objective reports it."""
-    kl = (microbatch.sampler_logprobs - microbatch.teacher_logprobs)[microbatch.loss_mask]
+    kl = microbatch.sampler_logprobs - microbatch.teacher_logprobs
     return LossOutput(kl.sum(), {"kl/reverse": kl}, {})
 
 

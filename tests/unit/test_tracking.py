@@ -138,7 +138,7 @@ def test_a_metric_that_is_not_listed_is_a_mistake_of_ours(tmp_path: Path) -> Non
         tracker.log(1, 1, None, {"loss/los": 1.0}, eta=0.0)
     tracker.close()
     prefixes = {name.split("/")[0] for name in NAMES}
-    expected = "loss kl teacher rollout moe optim perf memory time data eval cascade"
+    expected = "loss kl teacher rollout moe optim perf memory time data eval cascade checkpoint"
     assert prefixes == set(expected.split(" "))
 
 
