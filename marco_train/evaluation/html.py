@@ -51,6 +51,7 @@ svg .band,svg .area{stroke:none}svg .band{opacity:.2}svg .area{opacity:.75}
 .scroll{overflow:auto;max-width:100%;max-height:70vh;margin:6px 0}
 table{border-collapse:collapse;font-size:13px}
 td,th{padding:3px 9px;border-bottom:1px solid var(--line);text-align:start;vertical-align:top}
+td,th{overflow-wrap:break-word}
 td.n,th.n{text-align:end;white-space:nowrap;font-variant-numeric:tabular-nums}
 .text{white-space:pre-wrap;margin:4px 0;unicode-bidi:plaintext;font-size:14px}
 .text b{font-weight:inherit;border-radius:2px}summary{cursor:pointer}img{max-width:100%}

@@ -1,19 +1,12 @@
 """The report of a benchmark as one HTML page that needs nothing else."""
 
-from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from marco_train.config.benchmark import card_rows, sections
+from marco_train.evaluation.html import Markup, Section, table
+from marco_train.evaluation.html import page as html_page
 
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 70rem }
-table { border-collapse: collapse; margin: 1rem 0 }
-td, th { padding: .2rem .7rem; text-align: right }
-td:first-child, th:first-child { text-align: left } tr { border-bottom: 1px solid #8884 }
-svg { width: 100%; height: auto } text { font-size: 12px; fill: currentColor }
-@media (prefers-color-scheme: dark) { body { background: #181818; color: #ddd } }
-"""
 LEFT, WIDTH, ROW = 170, 760, 22  # of a plot, in its own units
 
 
@@ -28,16 +21,14 @@ def page(found: dict[str, Any], details: dict[str, Any], *, with_published: bool
     title = f"{found['model']}, suite {found['suite']}"
     card = {row.name: row for row in card_rows().values()}
     models = list(next(iter(card.values())).published) if with_published else []
-    body = [f"<h1>{escape(title)}</h1>"]
-    if not with_published:
-        body.append("<p>The items are made up: scores say nothing of the model.</p>")
+    said = [] if with_published else ["The items are made up: scores say nothing of the model."]
+    parts = []
     for section, names in sections().items():
         rows = {name: found["rows"][name] for name in names if name in found["rows"]}
         if not rows:
             continue
         mean = f"mean {found['means'][section]:.1f} over {len(rows)} of {len(names)} rows"
-        body.append(f"<h2>{section.capitalize()}: {mean}</h2>")
-        body.append(_dots(rows, {name: card[name].published for name in rows} if models else {}))
+        dots = _dots(rows, {name: card[name].published for name in rows} if models else {})
         lines = [
             [
                 name,
@@ -53,7 +44,7 @@ def page(found: dict[str, Any], details: dict[str, Any], *, with_published: bool
             for name, row in rows.items()
         ]
         head = ["row", "metric", "ours", "95 %", "std", "tokens", "no answer", "cut", *models]
-        body.append(_table(head, lines))
+        parts.append(Section(f"{section.capitalize()}: {mean}", [dots, table(head, lines)]))
     codes = sorted({code for row in found["rows"].values() for code in row["languages"]})
     shown = {name: row for name, row in found["rows"].items() if len(row["languages"]) > 1}
     if shown:
@@ -61,20 +52,11 @@ def page(found: dict[str, Any], details: dict[str, Any], *, with_published: bool
             [name, *(f"{row['languages'][c]:.1f}" if c in row["languages"] else "" for c in codes)]
             for name, row in shown.items()
         ]
-        body += ["<h2>By language</h2>", _table(["row", *codes], cells)]
-    return (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
-        f"<style>{STYLE}</style>{''.join(body)}</html>\n"
-    )
+        parts.append(Section("By language", [table(["row", *codes], cells)]))
+    return html_page(title, said, parts)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    titles = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    lines = ["".join(f"<td>{escape(cell)}</td>" for cell in row) for row in rows]
-    return f"<table><tr>{titles}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
-
-
-def _dots(rows: dict[str, Any], published: dict[str, dict[str, float]]) -> str:
+def _dots(rows: dict[str, Any], published: dict[str, dict[str, float]]) -> Markup:
     """A row a line: ours as a dot with its interval, the published ones as rings."""
     marks = []
     for number, (name, row) in enumerate(rows.items()):
@@ -99,7 +81,8 @@ def _dots(rows: dict[str, Any], published: dict[str, dict[str, float]]) -> str:
         for tick in range(0, 101, 20)
     ]
     box = f"0 0 {LEFT + WIDTH + 40} {height}"
-    return f'<svg viewBox="{box}" role="img">{"".join(marks + ticks)}</svg>'
+    drawn = f'<g font-size="12" fill="currentColor">{"".join(marks + ticks)}</g>'
+    return Markup(f'<svg viewBox="{box}" role="img" width="100%">{drawn}</svg>')
 
 
 def _x(score: float) -> float:
