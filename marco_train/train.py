@@ -204,10 +204,10 @@ def run_stage(cfg: TrainConfig) -> None:
     with (
         watched(cfg.parallel.hang_seconds, on_hang),
         interruption.listening() if trains else nullcontext(),
-        directory_held(cfg),
+        directory_held(cfg) if cfg.stage.leaves_files else nullcontext(),
     ):
         run_kind(cfg)
-    if cfg.logging.report and distributed.is_main():
+    if cfg.logging.report and cfg.stage.kind is not StageKind.benchmark and distributed.is_main():
         write_report(Path(cfg.output_dir))
     distributed.stop()
 

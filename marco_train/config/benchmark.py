@@ -122,6 +122,11 @@ class BenchmarkConfig(UntrainedStageConfig):
     the translation, where the package for it is installed."""
     rollout: RolloutConfig = MISSING
 
+    @property
+    def leaves_files(self) -> bool:
+        """Whether anything is written: nothing by a plan."""
+        return not self.plan
+
     def __post_init__(self) -> None:
         super().__post_init__()
         tasks_of(self.suite)

@@ -31,6 +31,11 @@ class StageConfig:
     def __post_init__(self) -> None:
         require_positive("stage", max_steps=self.max_steps)
 
+    @property
+    def leaves_files(self) -> bool:
+        """Whether anything is written; else no directory is made."""
+        return True
+
     def capped(self, num_steps: int) -> int:
         """Steps to take of `num_steps`."""
         return num_steps if self.max_steps is None else min(num_steps, self.max_steps)

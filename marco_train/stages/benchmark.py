@@ -67,10 +67,8 @@ def prepare_benchmark(cfg: TrainConfig, checks: Checks) -> PreparedBenchmark:
         InputError: Something is wrong with it.
     """
     stage: BenchmarkConfig = cfg.stage
-    cfg = checks.make("place of the model", with_local_model, cfg)
     tokenizer = checks.make("tokenizer and template", load_tokenizer, cfg.model)
-    path = cfg.model.path
-    assert path is not None
+    path = checks.make("model's path", path_of, cfg)
     architecture = checks.make("model", read_architecture, path)
     checks.make("files of the model", stored_weights, path, architecture)
     engines = ["stage.rollout"] if stage.rollout.backend is SamplerBackend.vllm else []
@@ -81,31 +79,15 @@ def prepare_benchmark(cfg: TrainConfig, checks: Checks) -> PreparedBenchmark:
     return PreparedBenchmark(fitted, tokenizer, architecture, tasks)
 
 
-def with_local_model(cfg: TrainConfig) -> TrainConfig:
-    """Fetch a model of the hub, unless the path is a directory.
+def path_of(cfg: TrainConfig) -> str:
+    """Give the directory of the model.
 
     Raises:
-        InputError: There is none, or the hub is not reached.
+        InputError: There is none.
     """
-    path = cfg.model.path
-    if path is None:
+    if cfg.model.path is None:
         raise InputError("model.path is null, and random weights answer nothing: name a model")
-    if Path(path).is_dir():
-        return cfg
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        local = snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.jinja"])
-    except (OSError, ValueError, HfHubHTTPError) as error:
-        said = str(error).strip().splitlines() or [type(error).__name__]
-        raise InputError(
-            f"model.path is {path!r}, which is no directory, and no model that the hub gives "
-            f"({said[0]}): give the directory of a model, or its name at the hub"
-        ) from error
-    same = cfg.model.tokenizer == path
-    model = replace(cfg.model, path=local, tokenizer=local if same else cfg.model.tokenizer)
-    return replace(cfg, model=model)
+    return cfg.model.path
 
 
 def fit_lengths(cfg: TrainConfig, architecture: ArchitectureConfig) -> TrainConfig:

@@ -171,7 +171,7 @@ def test_the_recipe_takes_suites_and_says_the_plan(model: Path, tmp_path: Path) 
         (["stage.suite=fixture", "stage.data_dir=x"], "error: stage.suite is fixture, whose items"),
         (
             ["stage.suite=fixture", "model.path=none/here"],
-            "error: model.path is 'none/here', which",
+            "error: there is no directory 'none/here'",
         ),
     ],
 )

@@ -39,7 +39,7 @@ def test_the_command_line_upcycles(tmp_path: Path) -> None:
     model = load_model(tmp_path / "moe", torch.float32)
     assert [torch.count_nonzero(mlp.gate.weight) for mlp in sparse_mlps(model)] == [0, 0]
     wrong = subprocess.run(
-        [*command, "--drop-ratio", "2"], capture_output=True, text=True, check=False
+        [*command, "--overwrite", "--drop-ratio", "2"], capture_output=True, text=True, check=False
     )
     assert wrong.returncode == 1
     assert wrong.stderr.strip() == "error: drop_ratio is 2.0, and must lie in [0, 1)"
