@@ -120,9 +120,11 @@ def launched(*words: str) -> subprocess.CompletedProcess[str]:
 )
 def test_a_refusal_of_several_ranks_is_printed_once_and_last(words: list[str], says: str) -> None:
     done = launched("quickstart_sft", *words)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.count("error: ") == 1
-    assert done.stderr.splitlines()[-1].startswith(says.rstrip("\n"))
+    # C++ may say so of a thread of gloo's that a rank leaves behind.
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("terminate called")]
+    assert lines[-1].startswith(says.rstrip("\n"))
     assert "Traceback" not in done.stderr and "torch.distributed" not in done.stderr
 
 
