@@ -9,6 +9,7 @@ instead of running it, and with --resolve what its values refer to.
 
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Sequence
@@ -84,6 +85,8 @@ def run_to_its_end(cfg: TrainConfig) -> None:
             print(error, flush=True)
         sys.exit(error.code)
     except BaseException as error:
+        # torchrun ends this rank as soon as it sees another dead, and this one has to say so first.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         lost = said_of_lost_ranks(error)
         if lost is not None:
             note_exit(cfg, 1, lost)
