@@ -35,8 +35,10 @@ def launch(world: World, out: Path, *extra: str) -> subprocess.Popen[str]:
         *(f"stage.num_steps={NUM_STEPS}", "stage.global_batch_size=6", "stage.eval_every=null"),
         *("data.max_tokens_per_microbatch=128", "optim.warmup_steps=2", *extra),
     ]
+    script = 'source recipes/launch.sh; launch quickstart_sft "$@"'
     return subprocess.Popen(
-        ["bash", "-c", 'source recipes/launch.sh; launch quickstart_sft "$@"', "_", *given],
+        # Where SIGINT is ignored, as in a script's background, no shell can take it again.
+        ["env", "--default-signal=INT", "bash", "-c", script, "_", *given],
         cwd=REPOSITORY,
         env=os.environ | {"NPROC": "2", "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from marco_train import run as run_module
 from marco_train.checkpoint import load_checkpoint, store
 from marco_train.checkpoint.lock import LOCK
+from marco_train.checkpoint.shards import write_shard
 from marco_train.config import TrainConfig
 from marco_train.config.resumption import is_finished, lost_since_finished
 from marco_train.distributed import rank
@@ -119,14 +120,14 @@ def test_a_launch_is_kept_out_by_ranks_that_live_and_goes_on_from_what_dead_ones
 
 def run_with_a_full_disk(cfg: TrainConfig, failing: int, saves: list[int]) -> None:
     """Run on a rank, where on one of them some saves find no room."""
-    plain, made = save_file, 0
+    plain, made = write_shard, 0
 
-    def save(*args: Any) -> None:
+    def save(*args: Any) -> Any:
         nonlocal made
         made += 1
         if rank() == failing and made in saves:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        plain(*args)
+        return plain(*args)
 
     setattr(store, plain.__name__, save)
     run(cfg, "sft", None)
