@@ -45,6 +45,7 @@ def holders(directory: Path) -> list[str]:
     return [str(f) for f in files if any(secret in f.read_bytes() for secret in planted)]
 
 
+@pytest.mark.long
 def test_a_run_and_its_resumption_write_and_say_no_secret(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -312,6 +312,7 @@ def test_a_server_listens_to_this_machine_alone_unless_asked(script: str) -> Non
     assert "--host 127.0.0.1 " in done.stdout and "RequireKey" not in done.stdout
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_the_commands_for_own_data_are_those_of_its_readme(tmp_path: Path) -> None:
     shutil.copytree(REPOSITORY / "recipes", tmp_path / "recipes")

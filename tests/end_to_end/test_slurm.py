@@ -220,6 +220,7 @@ def check_preempted(world: World, tmp_path: Path, nodes: str, **environment: str
     assert weights_of(out) == weights_of(calm)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_run_that_was_preempted_learns_what_it_would_have_learnt(
     world: World, tmp_path: Path
@@ -259,6 +260,7 @@ def test_a_run_over_two_nodes_that_was_preempted_learns_what_it_would_have_learn
         check_preempted(world, tmp_path, "10.78.0.1,10.78.0.2", FAKE_NAMESPACES=names)
 
 
+@pytest.mark.long
 @pytest.mark.slow
 def test_a_job_keeps_its_teachers_server_up(world: World, tmp_path: Path) -> None:
     port = free_port()

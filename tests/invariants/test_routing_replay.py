@@ -266,6 +266,7 @@ def contrary_model(*shape: Any, **more: Any) -> Qwen3Moe:
     return model
 
 
+@pytest.mark.long
 def test_the_policy_follows_a_sampler_that_chooses_other_experts(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -231,6 +231,7 @@ def spiky(cfg: TrainConfig, crash_at: int | None, factor: float, at: int) -> Non
     run(cfg, "sft", crash_at)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(("num_ranks", "dtype"), [(1, "float32"), (2, "float32"), (2, "bfloat16")])
 def test_a_spike_over_the_median_is_left_out_also_after_a_resumption(
     num_ranks: int, dtype: str, world: World, tmp_path: Path
