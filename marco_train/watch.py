@@ -84,11 +84,16 @@ class Watch:
         self._thread = threading.Thread(target=self._watch, name="watch", daemon=True)
         self._thread.start()
 
-    def stop(self) -> None:
-        """Watch no more, and tell the others that this rank has left by itself."""
+    def stop(self, *, is_well: bool = True) -> None:
+        """Watch no more.
+
+        Args:
+            is_well: Whether to tell the others that this rank has left by itself; else it falls
+                silent, and those that wait for it say that it is gone.
+        """
         self._ended.set()
         self._thread.join()
-        if self._store is not None:
+        if is_well and self._store is not None:
             with suppress(RuntimeError):
                 self._store.set(f"watch/{self._rank}", "left")
 
@@ -226,10 +231,21 @@ def watched(seconds: float, on_hang: OnHang) -> Iterator[None]:
     Watch.running = Watch(seconds, on_hang)
     try:
         yield
-        Watch.running.stop()
-        Watch.running = None
+        _stop(is_well=True)
+    except RuntimeError:  # a collective's, maybe: `said_of_lost_ranks` asks who is gone, and stops
+        raise
+    except BaseException:
+        # The thread would be ended inside the store, for which C++ ends the process with a message.
+        _stop(is_well=False)
+        raise
     finally:
         faulthandler.unregister(signal.SIGUSR2)
+
+
+def _stop(*, is_well: bool) -> None:
+    if Watch.running is not None:
+        Watch.running.stop(is_well=is_well)
+    Watch.running = None
 
 
 def said_of_lost_ranks() -> str | None:
@@ -239,8 +255,7 @@ def said_of_lost_ranks() -> str | None:
         return None
     gone = watch.gone()
     with suppress(RuntimeError):
-        watch.stop()
-    Watch.running = None
+        _stop(is_well=True)
     if not gone:
         return None
     named = " and ".join(f"rank {r}" for r in gone)
