@@ -83,7 +83,7 @@ def test_a_rank_whose_peer_is_killed_says_so_in_a_sentence(world: World, tmp_pat
 
 @pytest.mark.slow
 def test_a_signal_prints_the_stacks_and_the_run_goes_on(world: World, tmp_path: Path) -> None:
-    more = given(world, tmp_path, "stage.num_steps=40", "checkpoint.save_every=100")
+    more = given(world, tmp_path, "stage.num_steps=200", "checkpoint.save_every=1000")
     process = launch(more, [], tmp_path / "struck", NUM_RANKS)
     soon(lambda: num_steps_of(tmp_path) >= 2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -92,7 +92,7 @@ def test_a_signal_prints_the_stacks_and_the_run_goes_on(world: World, tmp_path: 
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert output.count("Current thread") >= NUM_RANKS and "in run_sft" in output
-    assert num_steps_of(tmp_path) == 40
+    assert num_steps_of(tmp_path) == 200
 
 
 def seen(progress: int = 5, seconds: float = 10.0, waits: bool = True) -> Seen:
