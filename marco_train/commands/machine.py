@@ -1,7 +1,6 @@
-"""The doctor's checks of the machine: card and driver, ports, room on disk and in memory, vLLM."""
+"""The doctor's checks of the machine: card and driver, ports, room in memory, vLLM."""
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -32,13 +31,11 @@ def check_machine(cfg: TrainConfig, checks: Examination) -> None:
     if wants_vllm(cfg):
         checks.make("vLLM's import", check_vllm_import)
     if isinstance(cfg.stage, EvaluateConfig):
-        return  # it trains nothing, and saves nothing
+        return  # it trains nothing
     try:
         memory = Memory(cfg, student_shape(cfg), world_size(), CPU, Assumptions().imbalance)
     except InputError:
         return  # of the student's files, and said with them
-    if checks.can_resume:  # the output directory can be written
-        checks.make("disk", check_disk, cfg, memory.disk())
     if not torch.cuda.is_available():  # with one the plan compares
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         checks.make("memory", check_memory, ranks * (memory.weights + 12 * memory.partition))
@@ -105,24 +102,6 @@ def check_vllm_import() -> None:
         done.returncode == 0,
         f"vLLM cannot be imported here ({lines[-1]}): install it for this torch and driver with "
         "pip install 'marco-train[vllm]', or choose native, which samples without it",
-    )
-
-
-def check_disk(cfg: TrainConfig, num_bytes: int) -> None:
-    """Refuse a disk that has no room for a run's checkpoints and exports.
-
-    Raises:
-        InputError: Gives what is needed and what is free.
-    """
-    directory = Path(cfg.output_dir).absolute()
-    while not directory.exists():
-        directory = directory.parent
-    free = shutil.disk_usage(directory).free
-    require(
-        num_bytes <= free,
-        f"output_dir is {cfg.output_dir!r}, whose disk has {free / GIB:.2f} GiB left, and "
-        f"checkpoints, exports and scores of this run take {num_bytes / GIB:.2f}: choose another "
-        "output_dir, or a lower checkpoint.keep_last",
     )
 
 

@@ -150,6 +150,7 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
     checks.make("logging", cfg.logging.check_installed)
     student = checks.make("student's files", student_architecture, cfg)
     plan = checks.make("plan", check_plan, cfg, student)
+    checks.make("room on the disk", check_disk, cfg, student)
     checks.make("checkpoint", settle_checkpoint, cfg, checks.writes_files)
     checks.make("student's vocabulary", check_student_vocabulary, cfg.model)
     sampler_fits = checks.make("sampler", check_sampler, opd, student, cfg.model.dtype)
@@ -168,7 +169,6 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
     sizes = student.vocab_size, loader.epoch_rows
     cascade = checks.after(*fit).make("cascade", Cascade, opd, *turns, *sizes, kwargs)
     checks.make("profile", cfg.profile.check, cascade.num_steps)
-    checks.make("room on the disk", check_disk, cfg, student)
     checks.make("groups", check_groups, cascade, loader)
     checks.make("teachers' turns", check_turns, cascade, loader)
 
