@@ -6,7 +6,6 @@ makes it. Charts are SVG of at most `MAX_POINTS` points a series.
 
 import math
 import re
-from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -208,12 +207,6 @@ def plain_text(shown: str) -> Markup:
 def card(title: str, parts: Sequence[Markup]) -> Markup:
     """Put what belongs together into a box with a line above it."""
     return Markup(f'<article><small class="faint">{text(title)}</small>{"".join(parts)}</article>')
-
-
-def picture(content: bytes, described: str) -> Markup:
-    """Embed a PNG; `described` is for those who do not see it."""
-    data = b64encode(content).decode("ascii")
-    return Markup(f'<img alt="{text(described)}" src="data:image/png;base64,{data}">')
 
 
 @dataclass(frozen=True)

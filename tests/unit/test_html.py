@@ -14,7 +14,6 @@ from marco_train.evaluation.html import (
     heat_text,
     line_chart,
     page,
-    picture,
     plain_text,
     shade_of,
     short,
@@ -38,14 +37,11 @@ def test_a_text_is_escaped_whatever_part_shows_it() -> None:
         table([HOSTILE], [[HOSTILE]]),
         heat_text([HOSTILE], [1.0], 1.0),
         card(HOSTILE, [plain_text(HOSTILE)]),
-        picture(b"png", HOSTILE),
         line_chart(HOSTILE, HOSTILE, [one], {1.0: HOSTILE}),
         stacked_chart(HOSTILE, HOSTILE, [one], {1.0: HOSTILE}),
     ]
     whole = page(HOSTILE, [HOSTILE], [Section(HOSTILE, parts)])
-    images = [attributes for tag, attributes in tags_of(whole) if tag == "img"]
-    (made,) = images  # ours
-    assert made["src"] == "data:image/png;base64,cG5n"
+    assert not any(tag == "img" for tag, _ in tags_of(whole))
     assert not any("onerror" in attributes for _, attributes in tags_of(whole))
     assert shown_text(whole).count(HOSTILE) >= len(parts)
 
