@@ -135,7 +135,7 @@ def test_a_teacher_that_hangs_on_scoring_while_its_phase_opens_is_opened_once(
         cfg = config(world, tmp_path, server, 1, *(each.format("first") for each in HANGING))
         ((said, seconds, num_threads, num_connections),) = run_on_ranks(1, give_up_on, cfg, server)
     assert said.startswith("no answer for 4 s from the teacher's servers")
-    assert seconds >= 4
+    assert 4 <= seconds < 60  # no more than some of the requests' own limits of 2 s
     assert num_threads == num_connections == 0
     assert saved_steps(tmp_path) == []  # nothing was learnt
 
@@ -161,7 +161,7 @@ def test_a_later_phase_whose_teacher_hangs_is_saved_and_resumed(
         cfg = compose_config("quickstart_opd", *common, *later)
         server.script = ["hangs"] * 10_000
         ((_, seconds, num_threads, num_connections),) = run_on_ranks(1, give_up_on, cfg, server)
-        assert seconds >= 4
+        assert 4 <= seconds < 60
         assert num_threads == num_connections == 0
         assert saved_steps(parts) == [2]
         server.script = []
