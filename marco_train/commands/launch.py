@@ -38,6 +38,7 @@ class HeldBack(logging.Filter):
 
 def main(words: Sequence[str] | None = None) -> None:
     """Run torchrun; ends as it does."""
+    from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
@@ -51,6 +52,13 @@ def main(words: Sequence[str] | None = None) -> None:
         for held in kept:
             held.print()
         raise
+    except DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        sys.exit(
+            f"error: the port that nodes meet at is in use on this one (MASTER_PORT): {error}; end "
+            "what holds it, a launch that is left over maybe, or give every node another"
+        )
 
 
 def ranks_have_said_why() -> bool:

@@ -94,8 +94,7 @@ def read_words(words: Sequence[str]) -> tuple[list[str], Path | None]:
     overrides, directory = list[str](), None
     rest = iter(words)
     for word in rest:
-        # Hydra would make what its own nodes name so.
-        require("_target_" not in word, f"{word}: no config names code to run; leave _target_ out")
+        _refuse_code(word, word)
         name, _, value = word.partition("=")
         if name in OPTIONS:
             value = value or next(rest, "")
@@ -118,6 +117,8 @@ def _own_directory(path: Path) -> Path | None:
     if path == CONFIG_DIR:
         return None
     own = {file.relative_to(path) for file in path.glob("*/**/*.yaml")}
+    for file in sorted(own):
+        _refuse_code(str(file), (path / file).read_text(errors="replace"))
     hidden = sorted(str(file) for file in own if (CONFIG_DIR / file).is_file())
     require(
         not hidden,
@@ -125,6 +126,11 @@ def _own_directory(path: Path) -> Path | None:
         "name that comes with marco_train: give it another name",
     )
     return path
+
+
+def _refuse_code(where: str, text: str) -> None:
+    """Refuse what Hydra's own nodes would name so, to be imported and called."""
+    require("_target_" not in text, f"{where}: no config names code to run; leave _target_ out")
 
 
 def _compose(overrides: Sequence[str], directory: Path | None) -> DictConfig:

@@ -1,6 +1,7 @@
 """One command with verbs, each of which a script calls too."""
 
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -140,3 +141,23 @@ def test_the_report_of_ranks_that_were_killed_is_printed(tmp_path: Path) -> None
     )
     assert done.returncode == 1
     assert "Signal 9 (SIGKILL)" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_port_that_something_else_has_is_said_in_a_sentence() -> None:
+    nodes = ["--nnodes", "2", "--node_rank", "0", "--master_addr", "127.0.0.1", "--master_port"]
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        done = subprocess.run(
+            [sys.executable, "-m", "marco_train.commands.launch", *nodes, str(port), "train.py"],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=REPOSITORY,
+        )
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("error: the port that nodes meet at is in use on this one (MASTER_PORT)")
+    assert f"port: {port}" in last

@@ -59,6 +59,18 @@ def steps_in(directory: Path) -> list[int]:
     return [int(path.name[5:]) for path in complete_checkpoints(directory)]
 
 
+def test_the_newest_is_found_by_its_name_whatever_else_says_so(tmp_path: Path) -> None:
+    for name in ("step_000009", "step_999999", "step_1000000", "step_0000x1"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "manifest.json").write_text("{}")
+    (tmp_path / "step_2000000").mkdir()  # has no manifest
+    for name in ("LATEST", "latest", "latest_checkpointed_iteration.txt"):
+        (tmp_path / name).write_text("")
+        assert steps_in(tmp_path) == [1_000_000, 999_999, 9]
+        (tmp_path / name).write_text("step_000009\x00garbage")
+        assert steps_in(tmp_path) == [1_000_000, 999_999, 9]
+
+
 def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 

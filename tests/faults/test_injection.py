@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from marco_train.checkpoint.store import verify
+from marco_train.config.resumption import complete_checkpoints
 from tests.helpers.faults import Fault, launch
 from tests.helpers.runs import losses, overrides, saved_steps
 from tests.helpers.world import World
@@ -81,12 +83,17 @@ def test_a_loss_that_is_no_number_costs_one_update(
     assert (tmp_path / "quarantine.jsonl").read_text().count("update 2: the loss is not") > 0
 
 
-def test_a_run_that_is_told_to_end_is_saved(world: World, tmp_path: Path) -> None:
-    code, _ = run(world, tmp_path, Fault("train_step", "end", step=2, rank=0))
+@pytest.mark.parametrize(
+    "point",
+    ["train_step", pytest.param("publish", marks=pytest.mark.long)],  # in the midst of a save
+)
+def test_a_run_that_is_told_to_end_is_saved(point: str, world: World, tmp_path: Path) -> None:
+    code, _ = run(world, tmp_path, Fault(point, "end", step=2, rank=0))
     assert code != 0
     status = json.loads((tmp_path / "exit_status.json").read_text())
     assert (status["code"], status["reason"], status["step"]) == (143, "SIGTERM", 3)
-    assert max(saved_steps(tmp_path)) == 3
+    assert {2, 3} <= {*saved_steps(tmp_path)}
+    assert all(verify(path) is None for path in complete_checkpoints(tmp_path / "checkpoints"))
 
 
 def test_a_disk_without_room_is_no_room_for_a_checkpoint(

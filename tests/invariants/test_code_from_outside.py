@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from marco_train.config.compose import compose
+from marco_train.errors import InputError
 from tests.helpers.processes import REPOSITORY, launch
 
 # What runs what it is given, or loads what may.
@@ -97,3 +99,14 @@ def test_no_config_names_code(given: str) -> None:
     done = launch("experiment=quickstart_sft", given)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert done.stderr == f"error: {given}: no config names code to run; leave _target_ out\n"
+
+
+def test_no_file_of_own_configs_names_code(tmp_path: Path) -> None:
+    own = tmp_path / "experiment" / "mine.yaml"
+    own.parent.mkdir()
+    own.write_text("hydra:\n  callbacks:\n    mine:\n      _target_: os.getcwd\n")
+    with pytest.raises(InputError) as refused:
+        compose(["experiment=mine", "--config-dir", str(tmp_path)])
+    assert str(refused.value) == (
+        "experiment/mine.yaml: no config names code to run; leave _target_ out"
+    )
