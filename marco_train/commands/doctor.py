@@ -3,7 +3,7 @@
 The checks are the run's own up to its first update: files and rows, the first batch, the weights in
 memory, and for distillation a hand-over of weights to the sampler, the student's answers to the
 run's first prompts and what every teacher says of them. Under torchrun they are made as the run
-would be spread, and end with the first that finds a fault.
+would be spread, and what one rank finds is said for all.
 """
 
 import os
@@ -48,13 +48,14 @@ def examine(words: Sequence[str]) -> list[str]:
     if checks.faults:
         return faults_of_words(words) or checks.faults
     checks.make("output directory", check_output, cfg)
-    checks.can_resume = not checks.faults
     # Heavy libraries are imported from here on.
     from marco_train import distributed
     from marco_train.commands import stage_checks
     from marco_train.commands.machine import check_machine
 
     distributed.start(cfg.parallel.timeout_seconds, deterministic=cfg.deterministic)
+    checks.meet(cfg.parallel.timeout_seconds)
+    checks.can_resume = not checks.faults
     check_machine(cfg, checks)
     match cfg.stage.kind:
         case StageKind.sft:

@@ -1,19 +1,26 @@
 """The checks of a run, all of them made, and every fault kept."""
 
-import os
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
 from copy import copy
-from typing import Any, ParamSpec, Self, TypeVar, cast
+from datetime import timedelta
+from itertools import count
+from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Self, TypeVar, cast
 
 from marco_train.errors import InputError, ServersUnavailable
 from marco_train.stages.checks import Checks
 from marco_train.train import is_first_rank
 
+if TYPE_CHECKING:
+    from torch._C._distributed_c10d import Store
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
+PATIENCE = timedelta(seconds=60)
+"""Of a rank that found a fault, with those still at the check, who may wait for it there."""
 REFUSALS = (FloatingPointError, InputError, ServersUnavailable)
 
 
@@ -39,15 +46,32 @@ def any_absent(*parts: object) -> bool:
 class Examination(Checks):
     """Makes checks, prints how each went and keeps what was wrong.
 
-    A part that could not be made is absent, and what needs it is left out.
+    A part that could not be made is absent, and what needs it is left out. On several ranks it is
+    absent on all where it is on one, so that they go on with the same checks.
     """
 
     writes_files = False
+    _numbers: ClassVar[Iterator[int]] = count()
+    """Of what ranks tell each other, over all examinations of this process."""
 
     def __init__(self) -> None:
         self.faults: list[str] = []
         self.can_resume = False
         self._leaves_out = False
+        self._store: Store | None = None
+
+    def meet(self, timeout_seconds: float) -> None:
+        """Share what was found with the other ranks, from now on after each check.
+
+        Args:
+            timeout_seconds: Longest that a rank waits for another one.
+        """
+        from marco_train.distributed import shared_store
+
+        self._store = shared_store()
+        if self._store is not None:
+            self._store.set_timeout(timedelta(seconds=timeout_seconds))
+        self._keep(self._shared(self.faults))
 
     def make(self, what: str, make: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Make one part from others; absent where it cannot be made, or needs what is absent."""
@@ -55,10 +79,15 @@ class Examination(Checks):
         if self._leaves_out or any_absent(make, *args, *kwargs.values()):
             return absent
         start = time.perf_counter()
+        made, found = absent, list[str]()
         try:
             made = make(*args, **kwargs)
         except REFUSALS as error:
-            self._keep(what, " ".join(str(error).split()))
+            found = [" ".join(str(error).split())]
+        found = self._shared(found)
+        if found:
+            self._print(f"{what} ... wrong")
+            self._keep(found)
             return absent
         self._print(f"{what} ... fine, {time.perf_counter() - start:.1f} s")
         return made
@@ -69,13 +98,25 @@ class Examination(Checks):
         following._leaves_out = self._leaves_out or any_absent(*earlier)
         return following
 
-    def _keep(self, what: str, fault: str) -> None:
-        self._print(f"{what} ... wrong")
-        if fault not in self.faults:
-            self.faults.append(fault)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            # Other ranks may have found nothing, and would wait for this one in the next check.
-            sys.exit("\n".join(f"error: {fault}" for fault in self.faults))
+    def _shared(self, found: list[str]) -> list[str]:
+        """What all ranks found, in their order; this one ends if the others do not get here."""
+        if self._store is None:
+            return found
+        from marco_train.distributed import rank, world_size
+
+        number = next(self._numbers)
+        keys = [f"examination/{number}/{each}" for each in range(world_size())]
+        self._store.set(keys[rank()], json.dumps(found))
+        if found:
+            try:
+                self._store.wait(keys, PATIENCE)
+            except RuntimeError:  # they wait for this rank, in the midst of the check
+                self._keep(found)
+                sys.exit("\n".join(f"error: {fault}" for fault in self.faults))
+        return [fault for key in keys for fault in json.loads(self._store.get(key))]
+
+    def _keep(self, found: list[str]) -> None:
+        self.faults += [fault for fault in dict.fromkeys(found) if fault not in self.faults]
 
     @staticmethod
     def _print(line: str) -> None:

@@ -5,7 +5,9 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
@@ -13,8 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from marco_train.commands import machine
+from marco_train.commands import examination, machine, stage_checks
 from marco_train.commands.doctor import examine
+from marco_train.commands.examination import Examination
 from marco_train.commands.machine import (
     check_driver,
     check_memory,
@@ -24,6 +27,7 @@ from marco_train.commands.machine import (
 )
 from marco_train.config import TrainConfig
 from marco_train.data.chat import CHATML
+from marco_train.distributed import rank
 from marco_train.errors import InputError
 from marco_train.stages.checks import Checks
 from marco_train.stages.evaluate import prepare_evaluate
@@ -105,6 +109,54 @@ def test_a_run_that_is_fit_passes_every_check(experiment: str, world: World) -> 
 def test_two_ranks_are_examined_as_they_would_run(experiment: str, world: World) -> None:
     shared = "parallel.expert_parallel_size=2"
     assert not faults(2, f"experiment={experiment}", f"root={world.root}", shared)
+
+
+def examine_with_a_rank_of_bad_rows(words: list[str]) -> list[str]:
+    """The second rank alone finds a fault in its first batch."""
+
+    def refuse(_: object) -> None:
+        if rank() == 1:
+            raise InputError("a row of rank 1 is bad")
+
+    setattr(stage_checks, stage_checks.log_rows.__name__, refuse)  # in this process, which ends
+    return examine(words)
+
+
+def test_what_one_rank_finds_is_said_for_all_and_the_checks_go_on(
+    world: World, tmp_path: Path
+) -> None:
+    given = [
+        *("experiment=quickstart_opd", f"root={world.root}", f"output_dir={tmp_path}"),
+        "parallel.expert_parallel_size=2",
+        f"stage.cascade.first.teacher.path={tmp_path / 'nothing'}",
+    ]
+    first, second = run_on_ranks(2, examine_with_a_rank_of_bad_rows, given)
+    assert first == second
+    assert len(first) == 2
+    assert "a row of rank 1 is bad" in first
+    assert any("teacher 'first': there is no model at" in fault for fault in first)
+
+
+def disagree(seconds: float) -> list[str]:
+    """The second rank is refused in a check in which the first stays as long."""
+    examination.PATIENCE = timedelta(seconds=1)
+    checks = Examination()
+    checks.meet(60)
+
+    def check() -> None:
+        if rank() == 1:
+            raise InputError("refused")
+        time.sleep(seconds)
+
+    checks.make("this", check)
+    checks.make("that", Path("/nowhere").exists)
+    return checks.faults
+
+
+def test_a_rank_waits_with_its_fault_until_the_others_cannot_come() -> None:
+    assert run_on_ranks(2, disagree, 0.2) == [["refused"], ["refused"]]
+    with pytest.raises(BaseException, match="error: refused"):
+        run_on_ranks(2, disagree, 5.0)
 
 
 def test_every_fault_is_said_in_a_sentence_each(world: World, tmp_path: Path) -> None:
