@@ -17,6 +17,7 @@ from marco_train.checkpoint.snapshot import Snapshot, host_memory
 from marco_train.checkpoint.store import (
     Retention,
     checkpoint_path,
+    convert_checkpoint,
     load_checkpoint,
     read_state,
     save_checkpoint,
@@ -36,6 +37,7 @@ __all__ = [
     "check_room",
     "check_writable",
     "checkpoint_path",
+    "convert_checkpoint",
     "generator_tensors",
     "held",
     "host_memory",

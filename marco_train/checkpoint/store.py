@@ -12,7 +12,9 @@ of ranks.
 """
 
 import json
+import math
 import shutil
+import sys
 import threading
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,10 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from marco_train.checkpoint.shards import (
     INDEX,
+    KINDS,
+    Piece,
     StoredState,
     TrainingState,
     build_index,
@@ -139,7 +144,7 @@ def publish_checkpoint(
     for name, content in ((STATE, state), (INDEX, build_index(shards))):
         (partial / name).write_text(json.dumps(content, indent=2, sort_keys=True))
         entries[name] = _entry(partial / name)
-    manifest = {"step": step, "world_size": world_size(), "files": entries}
+    manifest = {"step": step, "world_size": len(shards), "files": entries}
     (partial / MANIFEST).write_text(json.dumps(manifest, indent=2, sort_keys=True))
     path = checkpoint_path(directory, step)
     # One of the same step is there until then.
@@ -173,6 +178,45 @@ def _into_trash(path: Path) -> Path:
     path.rename(trash)
     sync_to_disk(path.parent)
     return trash
+
+
+def convert_checkpoint(path: Path, directory: Path, num_files: int) -> Path:
+    """Write a checkpoint anew as so many ranks would have saved it, in host memory one at a time.
+
+    Args:
+        path: Of a sound checkpoint.
+        directory: Where the new one appears, under its step.
+        num_files: Of masters and moments, of equal size up to one element a parameter.
+
+    Returns:
+        Of the new one.
+
+    Raises:
+        InputError: There is one already.
+        OSError: It cannot be written.
+    """
+    stored, state = load_checkpoint(path)
+    step = int(state["num_updates"])
+    made = checkpoint_path(directory, step)
+    if made.exists():
+        raise InputError(f"there is {made} already: name another directory")
+    begin_checkpoint(directory, step)
+    shards = []
+    for number in range(num_files):
+        pieces = []
+        for name, shape in stored.shapes.items():
+            size = math.prod(shape)
+            start, stop = size * number // num_files, size * (number + 1) // num_files
+            if start < stop:
+                tensors = {kind: torch.empty(stop - start) for kind in KINDS}
+                dtype = str(stored.dtype(name)).removeprefix("torch.")
+                pieces.append(Piece(name, dtype, shape, start, tensors))
+                stored.fill(pieces[-1])
+        training = TrainingState(pieces, stored.optimizer_steps)
+        partial = partial_path(directory, step)
+        shards.append(write_shard(partial, number, training, stored.generators(number)))
+    publish_checkpoint(directory, step, shards, state, Retention(keep_last=sys.maxsize))
+    return made
 
 
 def sweep(directory: Path) -> None:

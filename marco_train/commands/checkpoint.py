@@ -9,7 +9,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from marco_train.checkpoint import StoredState, read_state
+from marco_train.checkpoint import StoredState, convert_checkpoint, read_state
 from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.manifest import MANIFEST, STATE, fault_of, faults_of
 from marco_train.config.model import ChatTemplate, ModelConfig
@@ -38,7 +38,7 @@ def main() -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
-    verbs = parser.add_subparsers(required=True, metavar="list|verify|show|export")
+    verbs = parser.add_subparsers(required=True, metavar="list|verify|show|export|convert")
 
     def verb(name: str, do: Callable[[argparse.Namespace], bool], path: str) -> Any:
         assert do.__doc__ is not None
@@ -53,6 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     exports = verb("export", export, "a checkpoint")
     exports.add_argument("out", type=Path, help="the Hugging Face directory to write")
     exports.add_argument("--tokenizer", help="where its files lie now; the run's if absent")
+    converts = verb("convert", convert, "a checkpoint")
+    converts.add_argument("out", type=Path, help="where its step_* directory appears")
+    converts.add_argument(
+        "--ranks", type=int, default=1, help="as whose checkpoint it is written; 1: in one file"
+    )
     return parser
 
 
@@ -127,6 +132,19 @@ def export(args: argparse.Namespace) -> bool:
     directory = Path(tokenizer.path)
     write_directory(args.out, architecture, dtype, weights, directory, tokenizer.chat_template)
     print(f"wrote {args.out}: {dtype}, after {state['num_updates']} updates")
+    return True
+
+
+def convert(args: argparse.Namespace) -> bool:
+    """Write a checkpoint anew as another number of ranks would have saved it."""
+    require(args.ranks > 0, f"--ranks is {args.ranks}: give 1 or more")
+    for fault in faults_of(args.path):
+        raise InputError(fault)
+    try:
+        made = convert_checkpoint(args.path, args.out, args.ranks)
+    except OSError as error:
+        raise InputError(f"{args.out} cannot be written: {error}") from error
+    print(f"wrote {made}, as of {args.ranks} ranks")
     return True
 
 

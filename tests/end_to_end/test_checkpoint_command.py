@@ -1,11 +1,13 @@
 """What a person can ask of checkpoints, without a launcher."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.helpers.checkpoints import same_state
 from tests.helpers.configs import compose_config
 from tests.helpers.processes import REPOSITORY
 from tests.helpers.ranks import run_on_ranks
@@ -71,6 +73,35 @@ def test_a_flipped_bit_is_found_and_named(trained: Path) -> None:
     assert "rank_001.safetensors is damaged" in listed.stdout.splitlines()[2]
     assert refused.returncode == 1 and refused.stderr.startswith("error: ")
     assert not (trained / "never").exists()
+
+
+@pytest.mark.parametrize("ranks", [1, 3])
+def test_a_checkpoint_is_written_anew_as_of_other_ranks(
+    ranks: int, trained: Path, tmp_path: Path
+) -> None:
+    path = trained / "checkpoints" / "step_000003"
+    done = ask("convert", path, tmp_path, "--ranks", str(ranks))
+    assert done.returncode == 0, done.stderr
+    made = tmp_path / "step_000003"
+    assert len(list(made.glob("rank_*.safetensors"))) == ranks
+    same_state(path, made)
+    assert ask("verify", made).returncode == 0
+    there = [json.loads((each / "state.json").read_text()) for each in (path, made)]
+    assert there[0] == there[1]
+    again = ask("convert", path, tmp_path, "--ranks", str(ranks))
+    assert again.returncode == 1
+    assert again.stderr == f"error: there is {made} already: name another directory\n"
+
+
+def test_a_run_goes_on_from_what_was_written_anew(
+    trained: Path, world: World, tmp_path: Path
+) -> None:
+    assert ask("convert", trained / "checkpoints" / "step_000003", tmp_path).returncode == 0
+    given = [*overrides("sft", world, tmp_path / "out", 2), "model.dtype=bfloat16"]
+    cfg = compose_config("quickstart_sft", *given, f"resume={tmp_path / 'step_000003'}")
+    run_on_ranks(2, run, cfg, "sft", None)
+    weights = [out / "export" / "model.safetensors" for out in (trained, tmp_path / "out")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
 
 
 def test_a_directory_without_checkpoints_is_refused_in_a_sentence(tmp_path: Path) -> None:

@@ -179,13 +179,14 @@ def test_commands_on_checkpoints_do_what_is_said(world: World, tmp_path: Path) -
     run_on_ranks(1, run, compose_config("quickstart_sft", *given), "sft", None)
     paths = {"output_dir": out, "checkpoint": out / "checkpoints" / "step_000003"}
     script = "\n".join(
-        named(command, **paths, directory=tmp_path / "model")
+        named(command, **paths, directory=tmp_path / "model", shards=tmp_path)
         for command in shown(r"python scripts/checkpoint\.py")
     )
     done = bash(script)
     assert done.returncode == 0, done.stderr
     assert "000003" in done.stdout and "is what was written" in done.stdout
     assert (tmp_path / "model" / "model.safetensors").is_file()
+    assert (tmp_path / "step_000003" / "rank_000.safetensors").is_file()
 
 
 @pytest.mark.slow
