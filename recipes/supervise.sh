@@ -87,10 +87,10 @@ end_attempt() { # kill what is left of it
   exit 1
 }
 
-told="" launch=""
+told="" launch="" sleeper=""
 end() {
   told=$1
-  if [ -n "$launch" ]; then kill -TERM "$launch" 2>/dev/null || true; fi
+  kill -TERM $launch $sleeper 2>/dev/null || true
 }
 save() { # a process that does not listen yet would end; the lock is made by one that does
   if [ -n "$launch" ] && [ "$directory/run.lock" -nt "$attempt" ]; then
@@ -122,12 +122,12 @@ run_attempt() { # the command, to its end; sets `status`
 }
 
 pause() { # seconds, or until told to end
-  local sleeper
-  if [ -n "$told" ]; then return; fi
   sleep "$1" &
   sleeper=$!
-  wait "$sleeper" || true # a signal ends it
-  kill "$sleeper" 2>/dev/null || true
+  if [ -n "$told" ]; then end "$told"; fi # meanwhile
+  wait "$sleeper" || true
+  kill "$sleeper" 2>/dev/null || true # a signal to save ended the wait
+  sleeper=""
 }
 
 crashes=0 story=""

@@ -108,6 +108,7 @@ def test_a_run_resumed_offline_goes_on_with_its_steps_under_one_id(tmp_path: Pat
     assert second == curve(range(4, 9))
 
 
+@pytest.mark.long
 def test_what_a_killed_launch_had_not_written_is_recorded_by_the_next(tmp_path: Path) -> None:
     launch_offline(tmp_path, 0, 5, killed=True)
     time.sleep(1.1)

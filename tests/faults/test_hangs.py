@@ -59,6 +59,7 @@ def test_a_rank_that_hangs_is_named_with_its_stack(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_that_is_stopped_is_named_by_the_other(world: World, tmp_path: Path) -> None:
     stop = Fault("train_step", "stop", step=2, rank=1)
     process = launch(given(world, tmp_path), [stop], tmp_path / "struck", NUM_RANKS)
@@ -73,6 +74,7 @@ def test_a_rank_that_is_stopped_is_named_by_the_other(world: World, tmp_path: Pa
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_rank_whose_peer_is_killed_says_so_in_a_sentence(world: World, tmp_path: Path) -> None:
     code, output = run(world, tmp_path, Fault("train_step", "kill", step=2, rank=1))
     assert code != 0
@@ -82,6 +84,7 @@ def test_a_rank_whose_peer_is_killed_says_so_in_a_sentence(world: World, tmp_pat
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_signal_prints_the_stacks_and_the_run_goes_on(world: World, tmp_path: Path) -> None:
     more = given(world, tmp_path, "stage.num_steps=200", "checkpoint.save_every=1000")
     process = launch(more, [], tmp_path / "struck", NUM_RANKS)

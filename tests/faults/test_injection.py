@@ -51,7 +51,11 @@ def calm(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "Signal 9 (SIGKILL)",
             marks=pytest.mark.long,
         ),
-        (Fault("publish", "kill", step=3, rank=0), "Signal 9 (SIGKILL)"),
+        pytest.param(
+            Fault("publish", "kill", step=3, rank=0),
+            "Signal 9 (SIGKILL)",
+            marks=pytest.mark.long,
+        ),
         pytest.param(
             Fault("train_step", "raise", step=3, rank=1), "FaultError", marks=pytest.mark.long
         ),
@@ -70,6 +74,7 @@ def test_the_launch_after_a_fault_ends_where_a_calm_one_does(
     assert weights(tmp_path) == weights(calm) and losses(tmp_path) == losses(calm)
 
 
+@pytest.mark.long
 def test_a_loss_that_is_no_number_costs_one_update(
     world: World, tmp_path: Path, calm: Path
 ) -> None:
@@ -96,6 +101,7 @@ def test_a_run_that_is_told_to_end_is_saved(point: str, world: World, tmp_path: 
     assert all(verify(path) is None for path in complete_checkpoints(tmp_path / "checkpoints"))
 
 
+@pytest.mark.long
 def test_a_disk_without_room_is_no_room_for_a_checkpoint(
     world: World, tmp_path: Path, calm: Path
 ) -> None:

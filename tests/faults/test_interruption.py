@@ -69,9 +69,8 @@ def calm(world: World, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "told", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.long)]
-)
+@pytest.mark.parametrize("told", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.long
 def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_from_it(
     told: signal.Signals, world: World, tmp_path: Path, calm: bytes
 ) -> None:
@@ -114,6 +113,7 @@ def test_a_signal_and_a_file_save_and_another_file_ends(world: World, tmp_path: 
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_whose_time_is_up_is_queued_again(world: World, tmp_path: Path) -> None:
     code, output = ended(launch(world, tmp_path, "checkpoint.must_save_by='0:00:01'"))
     assert code == 75, output
@@ -122,6 +122,7 @@ def test_a_run_whose_time_is_up_is_queued_again(world: World, tmp_path: Path) ->
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_that_is_refused_keeps_its_exit_status(world: World, tmp_path: Path) -> None:
     code, output = ended(launch(world, tmp_path, "data.sources.math.path=nowhere"))
     assert code == 2 and "nowhere" in output

@@ -70,6 +70,7 @@ def is_alive(pid: int) -> bool:
     return stat.is_file() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
 
 
+@pytest.mark.long
 def test_a_launch_is_kept_out_by_ranks_that_live_and_goes_on_from_what_dead_ones_saved(
     world: World, tmp_path: Path
 ) -> None:
@@ -184,6 +185,7 @@ def test_nothing_is_moved_where_one_rank_cannot_go_on_from_an_older_checkpoint(
     assert sorted(path.name for path in tmp_path.glob("checkpoints*")) == ["checkpoints"]
 
 
+@pytest.mark.long
 def test_a_finished_run_whose_export_is_gone_or_cut_exports_again(
     world: World, tmp_path: Path
 ) -> None:

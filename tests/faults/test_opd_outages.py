@@ -140,6 +140,7 @@ def test_a_teacher_that_hangs_on_scoring_while_its_phase_opens_is_opened_once(
     assert saved_steps(tmp_path) == []  # nothing was learnt
 
 
+@pytest.mark.long
 def test_a_later_phase_whose_teacher_hangs_is_saved_and_resumed(
     world: World, tmp_path: Path
 ) -> None:

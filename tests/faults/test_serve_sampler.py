@@ -232,6 +232,7 @@ def sampled_in_process() -> list[Rollout]:
 
 
 @pytest.mark.vllm
+@pytest.mark.long
 def test_a_real_server_samples_what_an_engine_in_process_does(served: Served) -> None:
     sampler = served.sampler()
     for version in (1, 2):

@@ -598,7 +598,13 @@ def sockets(servers: Sequence[FakeSampler]) -> list[int]:
 AHEAD = "stage.rollout.max_staleness=1"
 
 
-@pytest.mark.parametrize("more", [[], [AHEAD]], ids=["on-policy", "one step ahead"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([], id="on-policy"),
+        pytest.param([AHEAD], id="one step ahead", marks=pytest.mark.long),
+    ],
+)
 def test_a_run_whose_servers_end_and_come_back_learns_the_same(
     more: list[str], world: World, servers: list[FakeSampler], tmp_path: Path
 ) -> None:
@@ -630,6 +636,7 @@ def test_a_run_whose_servers_end_and_come_back_learns_the_same(
         assert all(step["kl/sampler_mismatch"] > 1e-5 for step in steps[1:])
 
 
+@pytest.mark.long
 def test_one_step_ahead_the_weights_are_one_update_older(
     world: World, servers: list[FakeSampler], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -650,6 +657,7 @@ def test_one_step_ahead_the_weights_are_one_update_older(
         assert versions["ahead"][prompt] == max(0, version - 1)
 
 
+@pytest.mark.long
 def test_a_run_replays_the_routing_that_its_servers_name(
     world: World, servers: list[FakeSampler], tmp_path: Path
 ) -> None:

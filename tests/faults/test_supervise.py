@@ -29,7 +29,8 @@ def supervise(out: Path, *command: str, **environment: str) -> subprocess.Popen[
     """Start a command under the supervisor, without pauses."""
     pauses = {"RESTART_SECONDS": "0", "RETRY_SECONDS": "0"}
     return subprocess.Popen(
-        ["recipes/supervise.sh", *command, f"output_dir={out}"],
+        # Where SIGINT is ignored, as in a script's background, no shell can take it again.
+        ["env", "--default-signal=INT", "recipes/supervise.sh", *command, f"output_dir={out}"],
         cwd=REPOSITORY,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)} | pauses | environment,
         stdout=subprocess.PIPE,
@@ -198,6 +199,7 @@ def quickstart(world: World, out: Path, *extra: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_learns_the_same_though_a_rank_and_then_torchrun_are_killed(
     world: World, tmp_path: Path
 ) -> None:

@@ -81,6 +81,7 @@ def test_questions_that_are_too_long_are_not_asked_and_count_as_wrong(
 
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.long
 def test_an_engine_of_vllm_answers_and_goes_on_where_it_was(
     wide_world: World, tmp_path: Path
 ) -> None:

@@ -123,6 +123,7 @@ def launched(*words: str, num_ranks: int = 1) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_a_run_by_ids_notes_commits_and_refuses_another(
     cache: Path, world: World, tmp_path: Path
 ) -> None:

@@ -23,7 +23,7 @@ def marks_of(trace: Path) -> list[str]:
     return [name for name in marks if name.startswith("step ") or name in PARTS["opd"]]
 
 
-@pytest.mark.parametrize("stage", ["sft", "opd"])
+@pytest.mark.parametrize("stage", ["sft", pytest.param("opd", marks=pytest.mark.long)])
 def test_each_rank_leaves_a_trace_and_a_table_of_the_chosen_steps(
     stage: str, world: World, tmp_path: Path
 ) -> None:
@@ -41,6 +41,7 @@ def test_each_rank_leaves_a_trace_and_a_table_of_the_chosen_steps(
         assert "aten::_grouped_mm" in (directory / f"rank_{rank}.txt").read_text()
 
 
+@pytest.mark.long
 def test_a_profile_changes_no_number_and_ends_with_its_run(world: World, tmp_path: Path) -> None:
     for name, more in (("plain", []), ("profiled", ["profile.steps=5-6"])):
         given = [*overrides("sft", world, tmp_path / name, 1), *more]

@@ -45,7 +45,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize(("stage", "num_ranks", "more"), CASES.values(), ids=CASES.keys())
+LONG = [name for name in CASES if "bfloat16" in name or "sampled" in name]
+
+
+@pytest.mark.parametrize(
+    ("stage", "num_ranks", "more"),
+    [
+        pytest.param(*case, marks=[pytest.mark.long] if name in LONG else [], id=name)
+        for name, case in CASES.items()
+    ],
+)
 def test_three_a_crash_and_three_more_are_six_updates(
     stage: str, num_ranks: int, more: list[str], world: World, tmp_path: Path
 ) -> None:

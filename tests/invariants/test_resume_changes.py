@@ -90,6 +90,7 @@ def test_a_run_of_epochs_is_the_run_of_their_steps(
     same_checkpoint(parts, whole, 7)
 
 
+@pytest.mark.long
 def test_a_phase_after_a_finished_cascade_makes_the_longer_cascade(
     world: World, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

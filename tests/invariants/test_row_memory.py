@@ -34,6 +34,7 @@ SIZE = 320 * 2**20
 
 
 @pytest.mark.parametrize("content", CONTENTS.values(), ids=CONTENTS.keys())
+@pytest.mark.long
 def test_a_large_file_costs_little_more_memory_than_its_bytes(content: str, tmp_path: Path) -> None:
     row = json.dumps({"prompt": content}, ensure_ascii=False).encode() + b"\n"
     file = tmp_path / "rows.jsonl"

@@ -118,7 +118,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", ["float32", pytest.param("bfloat16", marks=pytest.mark.long)])
 @pytest.mark.parametrize("zero_stage", [1, 2])
 @pytest.mark.parametrize(("num_ranks", "more"), LAYOUTS.values(), ids=LAYOUTS.keys())
 def test_what_follows_an_update_at_fault_is_as_if_it_had_not_been(
@@ -165,7 +165,11 @@ def with_planted_row(cfg: TrainConfig, stage: str, crash_at: int | None, factor:
 
 @pytest.mark.parametrize(
     ("stage", "num_ranks", "more"),
-    [("sft", 1, []), ("sft", 2, ["model.dtype=bfloat16"]), ("opd", 2, [])],
+    [
+        ("sft", 1, []),
+        pytest.param("sft", 2, ["model.dtype=bfloat16"], marks=pytest.mark.long),
+        pytest.param("opd", 2, [], marks=pytest.mark.long),
+    ],
 )
 def test_a_run_leaves_out_a_planted_row_names_it_and_resumes_alike(
     stage: str, num_ranks: int, more: list[str], world: World, tmp_path: Path

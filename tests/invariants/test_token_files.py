@@ -125,7 +125,7 @@ def joined(of_ranks: list[Drawn]) -> Drawn:
     return [sorted(chain.from_iterable(step)) for step in steps], of_ranks[0][1]
 
 
-@pytest.mark.parametrize("stage", ["sft", "opd"])
+@pytest.mark.parametrize("stage", ["sft", pytest.param("opd", marks=pytest.mark.long)])
 def test_ranks_draw_the_same_with_and_without_files(
     stage: str, world: World, tmp_path: Path
 ) -> None:

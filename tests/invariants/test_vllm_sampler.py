@@ -338,6 +338,7 @@ def sample_my_share() -> list[Rollout]:
     return in_order(sampler.sample(mine, 2))
 
 
+@pytest.mark.long
 def test_any_number_of_ranks_samples_the_same(rank: Rank) -> None:
     whole = rank.call(sample_my_share)
     shares = run_on_ranks(2, sample_my_share)

@@ -153,6 +153,7 @@ def used(teachers: Path) -> list[tuple[list[str], list[float]]]:
     return run_on_ranks(2, use_engines, f"{teachers}/dense")
 
 
+@pytest.mark.long
 def test_the_trainer_is_left_alone_on_two_ranks(used: list[tuple[list[str], list[float]]]) -> None:
     assert [changed for changed, _ in used] == [[], []]
 

@@ -67,6 +67,7 @@ def answered(tokenizer: Tokenizer, language: str, text: str, asked: str = "?") -
     return Rollout(prompt, 0, ids, [-1.0] * size, [[]] * size, FinishReason.stop, 0)
 
 
+@pytest.mark.long
 def test_the_card_s_languages_but_nepali_are_identified(
     tokenizer: Tokenizer, judge: LanguageJudge
 ) -> None:
