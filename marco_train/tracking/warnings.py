@@ -4,17 +4,29 @@ from collections.abc import Mapping
 
 from marco_train.metrics import Metrics
 
-# By metric: whether its values add up over the steps, and what is said.
+# By metric: whether its values add up over the steps, and what is said above 0, or above a bound.
 WATCHED: Mapping[str, tuple[bool, str]] = {
-    "moe/dead_experts": (False, "{count} experts, over all layers, got no token of a step"),
-    "data/dropped_too_long": (True, "{count} rows over the length limit were dropped so far"),
-    "data/dropped_no_loss": (True, "{count} rows without a token to learn were dropped so far"),
-    "data/dropped_special": (True, "{count} rows with control tokens were dropped so far"),
-    "data/dropped_empty": (True, "{count} rows with an empty answer were dropped so far"),
-    "data/dropped_malformed": (True, "{count} rows at fault were dropped so far"),
-    "teacher/rejected": (True, "{count} rollouts without a usable score were left out so far"),
-    "teacher/cache_corrupt": (True, "{count} broken scores of the cache were made anew so far"),
+    "moe/dead_experts": (False, "{count:,.0f} experts, over all layers, got no token of a step"),
+    "data/dropped_too_long": (True, "{count:,.0f} rows over the length limit were dropped so far"),
+    "data/dropped_no_loss": (
+        True,
+        "{count:,.0f} rows without a token to learn were dropped so far",
+    ),
+    "data/dropped_special": (True, "{count:,.0f} rows with control tokens were dropped so far"),
+    "data/dropped_empty": (True, "{count:,.0f} rows with an empty answer were dropped so far"),
+    "data/dropped_malformed": (True, "{count:,.0f} rows at fault were dropped so far"),
+    "teacher/rejected": (True, "{count:,.0f} rollouts without a usable score were left out so far"),
+    "teacher/cache_corrupt": (
+        True,
+        "{count:,.0f} broken scores of the cache were made anew so far",
+    ),
+    "kl/sampler_mismatch": (
+        False,
+        "log-probabilities of sampler and policy differ by {count:.2g} nats a token in the mean",
+    ),
 }
+# What bfloat16 alone may do is no fault. `stage.max_sampler_mismatch` ends a run.
+BOUNDS: Mapping[str, float] = {"kl/sampler_mismatch": 0.1}
 
 
 class Watch:
@@ -30,7 +42,7 @@ class Watch:
         for name, (adds_up, sentence) in WATCHED.items():
             count = metrics.get(name, 0.0) + (self._counts.get(name, 0.0) if adds_up else 0.0)
             self._counts[name] = count
-            if count > 0 and count >= 2 * self._said.get(name, 0.0):
+            if count > BOUNDS.get(name, 0.0) and count >= 2 * self._said.get(name, 0.0):
                 self._said[name] = count
-                found.append(f"{sentence.format(count=f'{count:,.0f}')} ({name})")
+                found.append(f"{sentence.format(count=count)} ({name})")
         return found

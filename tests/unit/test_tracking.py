@@ -223,6 +223,22 @@ def test_a_warning_is_said_again_where_there_is_twice_as_much_of_it(
     assert said == [f"warning at step {line['step']}: {line['text']}" for line in found]
 
 
+def test_a_mismatch_of_sampler_and_policy_is_warned_of_above_what_rounding_explains(
+    tmp_path: Path,
+) -> None:
+    tracker = Tracker(logging(every=100), tmp_path, "run", {})
+    tracker.start(0, 100)
+    for step, nats in enumerate([0.0, 0.05, 0.1, 0.11, 0.2, 0.23], 1):
+        tracker.log(step, 100, None, {"kl/sampler_mismatch": nats}, eta=0.0)
+    tracker.close()
+    found = [json.loads(line) for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
+    said = "differ by {} nats a token in the mean (kl/sampler_mismatch)"
+    assert [(line["step"], line["text"].partition("policy ")[2]) for line in found] == [
+        (4, said.format(0.11)),
+        (6, said.format(0.23)),
+    ]
+
+
 def test_a_held_out_figure_is_printed_whenever_it_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
