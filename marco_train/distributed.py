@@ -11,7 +11,7 @@ import random
 import resource
 import socket
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, ClassVar, TypeVar
@@ -281,12 +281,49 @@ def gather_objects(value: T) -> list[T]:
     return found
 
 
+def exchange_objects(outgoing: Mapping[int, T], senders: Sequence[int]) -> dict[int, T]:
+    """Send a value to each of some ranks, and take one of each of some; as JSON, see `encoding`.
+
+    Args:
+        outgoing: By the rank that takes it.
+        senders: Ranks that send one here.
+
+    Returns:
+        What came, by the rank that sent it.
+
+    Raises:
+        TypeError: Something is no data.
+    """
+    group = Groups.agreements
+    sent = {there: _as_bytes(to_bytes(value)) for there, value in outgoing.items()}
+    lengths = {here: torch.zeros(1, dtype=torch.int64) for here in senders}
+    on_their_way = [
+        dist.isend(torch.tensor([len(content)]), there, group=group)
+        for there, content in sent.items()
+    ]
+    for here, length in lengths.items():
+        dist.recv(length, here, group=group)
+    on_their_way += [dist.isend(content, there, group=group) for there, content in sent.items()]
+    found = {here: torch.empty(int(length), dtype=torch.uint8) for here, length in lengths.items()}
+    for here, content in found.items():
+        dist.recv(content, here, group=group)
+    for message in on_their_way:
+        assert message is not None  # of a rank that is none of the group
+        message.wait()
+    Progress.num_collectives += 1
+    return {here: from_bytes(content.numpy().tobytes()) for here, content in found.items()}
+
+
 def _gather_bytes(mine: bytes, size: int) -> list[bytes]:
     """Collect bytes of each rank, filled up to a size that is the same on all."""
-    sent = torch.frombuffer(bytearray(mine.ljust(size, b"\0")), dtype=torch.uint8)
+    sent = _as_bytes(mine.ljust(size, b"\0"))
     found = [torch.empty_like(sent) for _ in range(world_size())]
     dist.all_gather(found, sent, group=Groups.agreements)
     return [part.numpy().tobytes() for part in found]
+
+
+def _as_bytes(content: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
 
 
 @contextmanager

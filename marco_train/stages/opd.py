@@ -27,6 +27,7 @@ from marco_train.losses.distillation import build_reverse_kl
 from marco_train.metrics import Metrics, check_names
 from marco_train.models.hf_io import stop_token_ids, student_architecture
 from marco_train.planning.check import RunPlan, check_disk, check_plan, planned_teacher_bytes
+from marco_train.rollout.balance import balance_ranks
 from marco_train.rollout.base import InLanguage, Sampler
 from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.loops import without_loops
@@ -70,6 +71,7 @@ def run_opd(cfg: TrainConfig) -> None:
                 scored = teacher.collect(submitted)
             with run.timer("train"):
                 scored, dropped = without_loops(scored, step, are_dropped=opd.drop_repetitive)
+                scored = balance_ranks(scored)
                 batch = pack_rollouts(scored, opd.objective, cfg.data.max_tokens_per_microbatch)
                 loss_fn = samples.watching(step, scored, build_reverse_kl(opd, teacher.head))
                 metrics |= policy.train_step(batch, loss_fn)

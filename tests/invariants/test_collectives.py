@@ -91,8 +91,13 @@ OF_ALL = {
     ("stage", "wanted"),
     [
         ("sft", OF_ALL | {"run.py": 1}),
-        # A sync is agreed on twice: by checksums, and by the canary.
-        ("opd", OF_ALL | {"run.py": 1, "rollout/sync.py": 2, "rollout/base.py": 1}),
+        # A sync is agreed on twice: by checksums, and by the canary. Rollouts that change ranks
+        # cross between two alone.
+        (
+            "opd",
+            OF_ALL
+            | {"run.py": 1, "rollout/sync.py": 2, "rollout/base.py": 1, "rollout/balance.py": 1},
+        ),
     ],
 )
 def test_each_station_exchanges_something_once_a_step(
