@@ -195,6 +195,7 @@ def run_stage(cfg: TrainConfig) -> None:
     """Join the other ranks and run the stage; heavy libraries are imported from here on."""
     from marco_train import distributed, interruption
     from marco_train.errors import HUNG
+    from marco_train.losses.chains import compile_chains
     from marco_train.run import directory_held
     from marco_train.watch import watched
 
@@ -202,6 +203,7 @@ def run_stage(cfg: TrainConfig) -> None:
         note_exit(cfg, HUNG, said, speaks=speaks)
 
     distributed.start(cfg.parallel.timeout_seconds, deterministic=cfg.deterministic)
+    compile_chains(cfg.compile_losses)
     # Others have no state to save, and nothing in them would look at what it is asked.
     trains = cfg.stage.kind in (StageKind.sft, StageKind.opd)
     with (

@@ -62,6 +62,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "output_dir",
         "resume",
         "deterministic",
+        "compile_losses",
         "on_resume.**",
         "logging.**",
         "checkpoint.**",

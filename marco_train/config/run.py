@@ -122,6 +122,10 @@ class TrainConfig:
     Without it a GPU's numbers hold up to rounding. What is computed again, or beside others, may
     differ in its last bits, and a sampled token with them: a resumed run is not to the bit the run
     that was not interrupted, and responses sampled anew miss the score cache."""
+    compile_losses: bool = False
+    """Whether torch compiles what losses compute of a tile of logits, each chain of operations to
+    one pass over memory; the same up to rounding. It takes seconds at the first update, a compiler
+    (gcc on a CPU, Triton on a GPU), and has not run on a GPU."""
     root: str = "outputs"
     """Directory under which the runs of a recipe lie; experiments build their paths on it."""
     output_dir: str = "${root}/${name}"

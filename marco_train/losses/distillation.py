@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from marco_train.config.opd import Objective, OPDConfig
+from marco_train.losses.chains import kl_gradient
 from marco_train.losses.logprobs import (
     HeadGradient,
     RunningSoftmax,
@@ -187,10 +188,7 @@ class _FullReverseKL(torch.autograd.Function):
         for block in vocabulary_blocks(len(hidden), len(head), hidden.device):
             policy_NB = float32_logits(hidden, head[block])
             teacher_NB = float32_logits(teacher_hidden, teacher_head[block])
-            # d KL / d logits = p (log p - log q - KL), in which both logsumexps cancel.
-            gap_NB = (policy_NB - teacher_NB).sub_(gap[:, None])
-            p_NB = policy_NB.sub_(logsumexp[:, None]).exp_()
-            carried.add(gap_NB.mul_(p_NB).mul_(grad[:, None]), block)
+            carried.add(kl_gradient(policy_NB, teacher_NB, logsumexp, gap, grad), block)
         return (*carried.gradients(), None, None, None)
 
 

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from marco_train.losses.chains import block_softmax, softmax_gradient
 from marco_train.types import Microbatch, PolicyOutput
 
 # Logits that exist at once: on a CPU a tile should stay in the cache (16 MiB in float32), on a GPU
@@ -49,15 +50,13 @@ class RunningSoftmax:
 
     def add(self, logits_NB: Tensor, *values_NB: Tensor) -> None:
         """Take a block of logits and, for each mean, the values to average; all float32."""
-        top = logits_NB.amax(1, keepdim=True)
-        p_NB = (logits_NB - top).exp_()
-        mass = p_NB.sum(1)
-        block = top[:, 0] + mass.log()
+        top, mass, sums = block_softmax(logits_NB, *values_NB)
+        block = top + mass.log()
         joint = torch.logaddexp(self.logsumexp, block)
         self.means *= (self.logsumexp - joint).exp_()
         share = (block - joint).exp_() / mass
-        for number, value_NB in enumerate(values_NB):
-            self.means[number] += (p_NB * value_NB).sum(1) * share
+        for number, of_values in enumerate(sums):
+            self.means[number] += of_values * share
         self.logsumexp = joint
 
 
@@ -120,7 +119,7 @@ class _GatherLogprobs(torch.autograd.Function):
         for block in vocabulary_blocks(len(hidden), len(head), hidden.device):
             logits_NB = float32_logits(hidden, head[block])
             # d sum_m g_m log p[id_m] / d logits = sum_m g_m onehot(id_m) - p sum_m g_m
-            grad_NB = logits_NB.sub_(logsumexp[:, None]).exp_().mul_(-total)
+            grad_NB = softmax_gradient(logits_NB, logsumexp, -total)
             local = ids - block.start
             inside = (local >= 0) & (local < grad_NB.shape[1])
             local = local.clamp(0, grad_NB.shape[1] - 1)

@@ -47,6 +47,7 @@ from marco_train import distributed
 from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.parallel import Dispatch, Recompute
 from marco_train.content import digest
+from marco_train.losses.chains import compile_chains
 from marco_train.losses.logprobs import token_logprobs
 from marco_train.models import Qwen3Moe, load_model, save_model
 from marco_train.models.grouped_swiglu import grouped_swiglu
@@ -357,8 +358,10 @@ def plain_logprobs(hidden: Tensor, head: Tensor, targets: Tensor) -> Tensor:
     return F.linear(hidden, head).float().log_softmax(-1).gather(1, targets[:, None]).sum()
 
 
+COMPILED = "ours, compile_losses"
 LOGPROBS: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     OURS: lambda *inputs: token_logprobs(*inputs)[0].sum(),
+    COMPILED: lambda *inputs: token_logprobs(*inputs)[0].sum(),
     "plain autograd": plain_logprobs,
 }
 
@@ -371,6 +374,7 @@ def logprob_inputs(tokens: int, vocab: int, width: int) -> tuple[Tensor, Tensor,
 
 def logprobs_pass(side: str, inputs: tuple[Tensor, Tensor, Tensor]) -> Tensor:
     """Forward and backward of a side; returns the sum."""
+    compile_chains(side == COMPILED)
     total = LOGPROBS[side](*inputs)
     total.backward()  # type: ignore[no-untyped-call]
     return total.detach()
@@ -398,7 +402,7 @@ def logprobs_case(bench: ModelBench, tokens: int, vocab: int, width: int) -> Non
     """Check, time and weigh all sides of one size."""
     # The others hold log p, its gradient and that of the logits in float32 at once.
     needed = 3 * 4 * tokens * vocab
-    sides = list(LOGPROBS) if needed <= free_bytes(bench.device) / 2 else [OURS]
+    sides = list(LOGPROBS) if needed <= free_bytes(bench.device) / 2 else [OURS, COMPILED]
     inputs = logprob_inputs(tokens, vocab, width)
 
     def clear() -> None:
