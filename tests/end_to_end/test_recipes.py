@@ -203,6 +203,15 @@ def test_two_nodes_meet_at_a_master() -> None:
     )
 
 
+def test_the_recipe_of_benchmarks_launches_their_verb() -> None:
+    words = ["model.path=m", "suite=mmlu,gsm8k", "plan=true"]
+    done = run(REPOSITORY, "recipes/benchmark.sh", *words, DRY_RUN="1", NPROC="2")
+    assert done.stdout.strip() == (
+        f"{LAUNCH} --standalone --nproc_per_node 2 -m marco_train.commands.benchmark "
+        "model.path=m suite=mmlu\\,gsm8k plan=true"
+    )
+
+
 @pytest.mark.parametrize(
     ("visible", "cores", "launched", "threads"),
     [

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from marco_train.commands.benchmark import as_overrides
 from marco_train.commands.env import VARIABLES, facts
 from marco_train.commands.verbs import VERBS, main
 from tests.helpers.processes import REPOSITORY
@@ -43,7 +44,7 @@ def test_help_names_every_verb_and_imports_nothing_heavy() -> None:
     assert all(f"  {verb} " in done.stdout for verb in VERBS)
 
 
-@pytest.mark.parametrize("verb", ["train", *SCRIPTS, "env"])
+@pytest.mark.parametrize("verb", ["train", *SCRIPTS, "benchmark", "env"])
 def test_a_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out = said(verb, "--help", capsys=capsys)
     assert code in {0, None}
@@ -63,6 +64,17 @@ def test_training_needs_no_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert said(*words, capsys=capsys) == said("train", *words, capsys=capsys)
     code, _ = said("optim.clip_norm=0", "experiment=quickstart_sft", capsys=capsys)
     assert code == "error: optim.clip_norm is 0.0, and must be greater than 0"
+
+
+def test_the_keys_of_a_benchmark_need_no_prefix() -> None:
+    words = ["model.path=m", "suite=mmlu,gsm8k", "languages=[de,fr]", "data_dirs.cmmlu=d"]
+    assert list(as_overrides([*words, "stage.plan=true", "seed=5", "--cfg", "job"])) == [
+        "model.path=m",
+        "stage.suite='mmlu,gsm8k'",
+        "stage.languages=[de,fr]",
+        "stage.data_dirs.cmmlu=d",
+        *("stage.plan=true", "seed=5", "--cfg", "job"),
+    ]
 
 
 def test_an_unknown_verb_is_named_with_those_that_there_are(
