@@ -17,6 +17,7 @@ VERBS = {
     "decontaminate": ("marco_train.commands.decontaminate", "look for benchmarks in rows"),
     "upcycle": ("marco_train.commands.upcycle", "make an MoE model from a dense one"),
     "benchmark": ("marco_train.commands.benchmark", "ask a model the card's benchmarks"),
+    "signatures": ("marco_train.commands.signatures", "see which experts each language uses"),
     "report": ("marco_train.commands.report", "make one page of what a run measured"),
     "checkpoint": ("marco_train.commands.checkpoint", "list, verify and export saved states"),
     "env": ("marco_train.commands.env", "print what a bug report needs"),

@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from marco_train.evaluation.html import (
     warnings,
 )
 from marco_train.evaluation.run_files import RunFiles, flattened, read_run
+from marco_train.evaluation.signature_page import distance_table, tree_of
 from marco_train.files import replaces
 
 REPORT = "report.html"
@@ -385,11 +385,11 @@ def signatures(run: RunFiles) -> list[Markup]:
     shown: list[Markup] = []
     for name, found in run.signatures.items():
         languages: Sequence[str] = found.get("languages", [])
-        rows = [[a, *row] for a, row in zip(languages, found.get("distances", []), strict=False)]
-        if len(rows) > 1:
+        distances: Sequence[Sequence[float]] = found.get("distances", [])
+        is_whole = {len(languages)} == {len(distances), *map(len, distances)}
+        if is_whole and len(languages) > 1:
             said = f"{name}: 1 - correlation of the experts that two languages use"
-            head = ["", *languages]
-            shown += [plain_text(said), table(head, rows, partial(shade_of, scale=1.5))]
+            shown += [plain_text(said), tree_of(found), distance_table(found)]
     return shown
 
 
