@@ -1,5 +1,6 @@
 """One command with verbs, each of which a script calls too."""
 
+import json
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from marco_train.commands.benchmark import as_overrides
 from marco_train.commands.env import VARIABLES, facts
 from marco_train.commands.verbs import VERBS, main
 from tests.helpers.processes import REPOSITORY
+from tests.helpers.world import World
 
 SCRIPTS = {
     "doctor": "doctor.py",
@@ -107,6 +109,26 @@ def test_upcycle_does_not_overwrite_unasked(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="holds something already: choose another directory, or"):
         main([*words, "--num-experts", "8", "--expert-width", "16", "--top-k", "2"])
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_upcycling_again_finds_what_was_made_of_the_same_model(
+    own_world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, out = own_world.path("teacher_first", "export"), Path(own_world.path("moe"))
+    words = ["upcycle", "--dense", dense, "--out", str(out)]
+    sizes = ["--num-experts", "8", "--expert-width", "16", "--top-k", "2"]
+    assert said(*words, *sizes, capsys=capsys)[0] in {0, None}
+    note = json.loads((out / "upcycling.json").read_text())
+    assert (note["dense"], note["num_experts"], note["scaling"]) == (dense, 8, "paper")
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    assert said(*words, *sizes, capsys=capsys) == (None, f"{out}: already upcycled from {dense}\n")
+    other, _ = said(*words, *sizes, "--seed", "1", capsys=capsys)
+    assert f"{out} was upcycled from another model or otherwise" in str(other)
+    config = Path(dense) / "config.json"
+    config.write_text(config.read_text().replace("1e-06", "1e-05"))
+    other, _ = said(*words, *sizes, capsys=capsys)
+    assert "was upcycled from another model" in str(other)
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
 
 
 def launched(*words: str) -> subprocess.CompletedProcess[str]:
