@@ -212,6 +212,8 @@ def run_stage(cfg: TrainConfig) -> None:
         run_kind(cfg)
     if cfg.logging.report and cfg.stage.kind is not StageKind.benchmark and distributed.is_main():
         write_report(Path(cfg.output_dir))
+    if cfg.export.card and trains and distributed.is_main():
+        write_model_card(Path(cfg.output_dir))
     distributed.stop()
 
 
@@ -225,6 +227,17 @@ def write_report(directory: Path) -> None:
         log_line(f"report: {directory / REPORT}")
     except Exception as error:
         log_line(f"no {REPORT} ({type(error).__name__}: {error}); the run itself is whole")
+
+
+def write_model_card(directory: Path) -> None:
+    """Put the card beside the exported model, which no fault of the card may spoil."""
+    from marco_train.evaluation.model_card import write_card
+    from marco_train.tracking import log_line
+
+    try:
+        log_line(f"card: {write_card(directory)}")
+    except Exception as error:
+        log_line(f"no card ({type(error).__name__}: {error}); the run itself is whole")
 
 
 def run_kind(cfg: TrainConfig) -> None:

@@ -19,6 +19,7 @@ VERBS = {
     "benchmark": ("marco_train.commands.benchmark", "ask a model the card's benchmarks"),
     "signatures": ("marco_train.commands.signatures", "see which experts each language uses"),
     "report": ("marco_train.commands.report", "make one page of what a run measured"),
+    "card": ("marco_train.commands.card", "write the model card of a run for the hub"),
     "checkpoint": ("marco_train.commands.checkpoint", "list, verify and export saved states"),
     "env": ("marco_train.commands.env", "print what a bug report needs"),
 }

@@ -184,6 +184,13 @@ def warned(run: RunFiles) -> list[str]:
 
 def summary(run: RunFiles) -> list[Markup]:
     """Compare the first and the last tenth of the steps."""
+    rows = summary_rows(run)
+    head = ("", "first tenth", "last tenth", "least", "most")
+    return [table(head, rows)] if rows else []
+
+
+def summary_rows(run: RunFiles) -> list[tuple[str, float, float, float, float]]:
+    """Name, means of the first and the last tenth of the steps, least and most of each figure."""
     rows = []
     for metric, name in SUMMARY.items():
         values = (
@@ -192,9 +199,8 @@ def summary(run: RunFiles) -> list[Markup]:
         if values:
             part = max(1, len(values) // TENTH)
             first, last = sum(values[:part]) / part, sum(values[-part:]) / part
-            rows.append([name, first, last, min(values), max(values)])
-    head = ("", "first tenth", "last tenth", "least", "most")
-    return [table(head, rows)] if rows else []
+            rows.append((name, first, last, min(values), max(values)))
+    return rows
 
 
 def charts(run: RunFiles, wanted: Iterable[Chart]) -> list[Markup]:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from marco_train.models import load_model
@@ -104,7 +105,7 @@ def test_the_main_job_runs_in_a_fresh_clone(clone: Path) -> None:
     tiny = [
         *(f"root={out}", "stage.max_steps=2"),
         *("evaluate.stage.num_prompts=20", "evaluate.stage.signatures=true"),
-        "seed=3",
+        *("opd.export.card=true", "seed=3"),
     ]
     done = run(clone, command, *tiny)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -137,6 +138,11 @@ def test_the_main_job_runs_in_a_fresh_clone(clone: Path) -> None:
 
     export = clone / summary["export"]
     check_export(export)
+    card = ModelCard.load(export / "README.md")
+    assert card.data.get("tags") == [
+        *("marco-train", "supervised-fine-tuning", "on-policy-distillation")
+    ]
+    assert "upcycled to 16 experts of width 48, top-4, 0.25 of each drawn anew" in card.text
 
     again = run(clone, command, *tiny)
     assert again.returncode == 0, again.stdout + again.stderr
