@@ -28,6 +28,19 @@ count_threads() { # of each of so many processes
   echo $((threads < 1 ? 1 : threads > 8 ? 8 : threads))
 }
 
+# overrides_for_part <part> <names of all parts> <words>: sets `overrides` to the words that are for
+# every part, and to those for this one, which stand behind its name: opd.stage.objective=sampled.
+overrides_for_part() {
+  local part=$1 parts=" $2 " word; shift 2
+  overrides=()
+  for word in "$@"; do
+    case $word in
+      "$part".*) overrides+=("${word#"$part".}") ;;
+      *) [[ $parts == *[[:space:]]"${word%%.*}"[[:space:]]* ]] || overrides+=("$word") ;;
+    esac
+  done
+}
+
 launch() {
   local experiment=$1; shift
   launch_module marco_train.train "experiment=$experiment" "$@"

@@ -28,8 +28,8 @@ from marco_train.hub import is_hub_id
 CARD = "README.md"
 NOT_KNOWN = "not known"
 UPCYCLING = "upcycling.json"
-COURSE = {"sft": "supervised-fine-tuning", "opd": "on-policy-distillation"}
-"""Stages that train a model, as the tags of a card call them."""
+COURSE = {"sft": "supervised fine-tuning", "opd": "on-policy distillation"}
+"""Stages that train a model."""
 DIGITS = 12  # of a digest
 # The hub takes ISO 639 without what stands behind it.
 CODE = re.compile(r"(?P<code>[a-z]{2,3})([-_].*)?", re.IGNORECASE)
@@ -77,6 +77,8 @@ class Start:
     """In a few words of Markdown."""
     hub_id: str | None = None
     """Of the hub, without its commit."""
+    directory: str | None = None
+    """That may hold a card of its own."""
 
 
 def lineage(directory: Path) -> list[RunFiles]:
@@ -179,7 +181,7 @@ def front_matter(runs: Sequence[RunFiles], start: Start, licence: str | None) ->
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "datasets": list(dict.fromkeys(sets)),
-        "tags": ["marco-train", *dict.fromkeys(COURSE[_kind(run)] for run in runs)],
+        "tags": ["marco-train", *dict.fromkeys(_course(run).replace(" ", "-") for run in runs)],
     }
     known = {key: value for key, value in found.items() if value}
     return str(yaml.safe_dump(known, sort_keys=False, allow_unicode=True))
@@ -205,20 +207,22 @@ def start_of(run: RunFiles) -> Start:
         return Start(f"random weights of seed {run.config.get('seed', NOT_KNOWN)}")
     commit = run.config.get("hub", {}).get("model.path")
     if isinstance(commit, str):
-        return _of_hub(commit)
+        of = _of_hub(commit)
+        return Start(of.told, of.hub_id, path)
     note = read_object(Path(path) / UPCYCLING)
     digest = _digest(run, "model.path")
     if not note:
-        return Start(f"{place(path)} on the trainer's machine, {digest}")
+        return Start(f"{place(path)} on the trainer's machine, {digest}", directory=path)
     dense = str(note.get("dense"))
     told = (
         f"upcycled to {note.get('num_experts')} experts of width {note.get('expert_width')}, "
-        f"top-{note.get('top_k')}, {cell(note.get('drop_ratio'))} of each drawn anew"
+        f"top-{note.get('top_k')}, {cell(note.get('drop_ratio'))} of each drawn anew: {digest}"
     )
     if is_hub_id(dense):
         of = _of_hub(dense)
         return Start(f"{of.told}, {told}", of.hub_id)
-    return Start(f"{place(dense)} on the trainer's machine, {told}, {digest}")
+    was = shown_digest(note.get("digest"))
+    return Start(f"{place(dense)} on the trainer's machine, {was}, {told}", directory=dense)
 
 
 def _of_hub(named: str) -> Start:
@@ -238,8 +242,12 @@ def _digest(run: RunFiles, field: str) -> str:
     """The digest of a file or directory that a field of a run names, as the run noted it."""
     noted = run.finished.get("content", {}).get(field)
     found = noted.get("digest") if isinstance(noted, dict) else None
-    found = found or run.config.get("digests", {}).get(field)
-    return f"sha256 {code(str(found)[:DIGITS])}" if found else f"digest {NOT_KNOWN}"
+    return shown_digest(found or run.config.get("digests", {}).get(field))
+
+
+def shown_digest(digest: object) -> str:
+    """A digest in few characters."""
+    return f"sha256 {code(str(digest)[:DIGITS])}" if digest else f"digest {NOT_KNOWN}"
 
 
 def place(path: object) -> str:
@@ -298,7 +306,7 @@ def introduction(runs: Sequence[RunFiles], start: Start) -> Iterator[str]:
                 f", {short(header['active_parameters'])} of them active "
                 f"({header['experts_per_token']} of {header['experts']} experts a token)"
             )
-    course = ", then ".join(COURSE[_kind(run)].replace("-", " ", 1) for run in runs)
+    course = ", then ".join(map(_course, runs))
     yield (
         f"{sizes or f'Parameters: {NOT_KNOWN}'}. Start: {start.told}. Trained by {course}, with "
         f"marco_train {version('marco-train')}. All that stands here is what its runs wrote."
@@ -319,6 +327,10 @@ def introduction(runs: Sequence[RunFiles], start: Start) -> Iterator[str]:
 
 def _kind(run: RunFiles) -> str:
     return str(run.config["stage"]["kind"])
+
+
+def _course(run: RunFiles) -> str:
+    return COURSE[_kind(run)]
 
 
 def _name(run: RunFiles) -> str:
@@ -418,7 +430,7 @@ def data(runs: Sequence[RunFiles]) -> Iterator[str]:
             licence, category = source.get("licence"), source.get("category") or "none"
             row = [name, Markdown(where), Markdown(which), licence, counts.get(name)]
             rows.append([*row, source.get("weight"), category])
-        yield f"{_name(run)}, {_lost(run.header)}:"
+        yield f"{_name(run)}: {_lost(run.header)}."
         yield markdown_table(head, rows)
     told = ", ".join(languages(runs))
     yield f"Languages that rows name: {told or 'none'}."
@@ -453,7 +465,16 @@ def hardware(runs: Sequence[RunFiles]) -> str:
                 None if peak is None else max(peak[1]),
             ]
         )
-    head = ["run", "ranks", "type", "experts over", "ZeRO", "hours of steps", "rank-hours", "GiB"]
+    head = [
+        "run",
+        "ranks",
+        "type",
+        "experts over",
+        "ZeRO",
+        "hours of steps",
+        "rank-hours",
+        "peak GiB",
+    ]
     return markdown_table(head, rows)
 
 
@@ -492,7 +513,10 @@ def read_benchmark(directory: Path, run: RunFiles) -> dict[str, Any]:
             f"{directory / 'benchmark.json'} was measured before {str(export)!r} was made anew: "
             "run the benchmark again"
         )
-    return found | {"details": read_object(directory / "details.json")}
+    stage = read_object(directory / "config.json").get("stage", {})
+    from_files = bool(stage.get("data_dir") or stage.get("data_dirs"))
+    details = read_object(directory / "details.json")
+    return found | {"details": details, "from_files": from_files}
 
 
 def benchmarks(found: Mapping[str, Any]) -> Iterator[str]:
@@ -506,6 +530,9 @@ def benchmarks(found: Mapping[str, Any]) -> Iterator[str]:
     )
     if found.get("suite") == FIXTURE:
         yield "**The items are made up: scores say that all runs, and nothing of the model.**"
+    if found["from_files"]:
+        yield "Sets were read from files, whose revisions are not known."
+    is_pinned = not found["from_files"] and found.get("suite") != FIXTURE
     rows: list[list[object]] = []
     of_card = {name for names in sections().values() for name in names}
     others = [name for name in found["rows"] if name not in of_card]
@@ -517,7 +544,8 @@ def benchmarks(found: Mapping[str, Any]) -> Iterator[str]:
             rows.append(
                 [
                     *(name, row["metric"], f"{row['score']:.1f}", f"{low:.1f} to {high:.1f}"),
-                    *(row["n_items"], more.get("revision"), more.get("licence")),
+                    *(row["n_items"], more.get("revision") if is_pinned else None),
+                    more.get("licence"),
                 ]
             )
         mean = found["means"].get(section)
@@ -531,8 +559,7 @@ def benchmarks(found: Mapping[str, Any]) -> Iterator[str]:
 def licences(runs: Sequence[RunFiles], start: Start, licence: str | None) -> Iterator[str]:
     """What is known of the licences of all that the model was made from."""
     lines = [f"- This model: {cell(licence) if licence else 'none was chosen'}."]
-    path = runs[0].config.get("model", {}).get("path")
-    lines.append(f"- What it began with ({start.told}): {licence_in(path)}.")
+    lines.append(f"- What it began with ({start.told}): {licence_in(start.directory)}.")
     for phase, cfg in (runs[-1].config["stage"].get("cascade") or {}).items():
         teacher = (cfg.get("teacher") or {}).get("path")
         if teacher is not None:

@@ -8,7 +8,6 @@ from typing import Any
 
 Row = dict[str, Any]
 WORDS = ["river", "lamp", "stone", "cloud", "paper", "wheel", "garden", "bridge"]
-NUM_ROWS = len(WORDS)
 
 
 def _chat(question: str, answer: str, **more: Any) -> list[dict[str, Any]]:

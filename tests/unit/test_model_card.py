@@ -137,7 +137,10 @@ def test_a_card_tells_all_stages_up_to_the_base(tmp_path: Path) -> None:
     assert lines_with(text, "| second |", "weights were not seen", "sha256 `cdcdcdcdcdcd`")
     assert lines_with(text, "| general |", f"`{COMMIT[:12]}` | odc-by | 900 | 0.9 |")
     assert lines_with(text, "| own | `own.jsonl` | sha256 `abababababab` | not known | 100 |")
-    assert lines_with(text, "1000 rows, 1000 of them judged; not used: 3 data/dropped_too_long")
+    assert "Trained by supervised fine-tuning, then on-policy distillation, with" in text
+    assert lines_with(
+        text, "`sft`: 1000 rows, 1000 of them judged; not used: 3 data/dropped_too_long"
+    )
     assert lines_with(text, "| `sft` | 8 x NVIDIA H100 | bfloat16 |", "| 1 | 8 | 60.5 |")
     assert lines_with(text, "| GSM8K | avg@8 | 61.2 | 58.0 to 64.5 | 1,319 | e53f | mit |")
     assert lines_with(text, "- Rows of own: not known.")
@@ -164,7 +167,19 @@ def test_what_no_file_tells_is_not_known(tmp_path: Path) -> None:
 def test_made_up_items_are_called_so(tmp_path: Path) -> None:
     write_sft(tmp_path / "sft")
     write_benchmark(tmp_path / "sft" / "benchmark", tmp_path / "sft" / "export", "fixture")
-    assert "The items are made up" in card_of(tmp_path / "sft")
+    text = card_of(tmp_path / "sft")
+    assert "The items are made up" in text
+    assert lines_with(text, "| GSM8K |", "| not known | mit |")
+
+
+def test_files_have_no_revision(tmp_path: Path) -> None:
+    write_sft(tmp_path / "sft")
+    write_benchmark(tmp_path / "sft" / "benchmark", tmp_path / "sft" / "export")
+    stage = {"kind": "benchmark", "data_dir": "mirror"}
+    write(tmp_path / "sft" / "benchmark" / "config.json", {"stage": stage})
+    text = card_of(tmp_path / "sft")
+    assert "Sets were read from files" in text
+    assert lines_with(text, "| GSM8K |", "| not known | mit |")
 
 
 @pytest.mark.parametrize(
