@@ -33,22 +33,29 @@ mission() {
     upcycling=(--num-experts 16 --expert-width 48 --top-k 4 --router-std 0.02)
     measured=(suite=fixture responses_per_prompt=2 max_response_length=16)
     export NPROC=${NPROC:-2}
-    alone python recipes/marco_mini/make_tiny.py --out "$root/given"
   fi
   root=${root:-outputs}
   [ -n "$base$dense" ] || refuse "no base: give model.path=<base>, dense=<dense Qwen3>, or scale=tiny"
   [ -z "$base" ] || [ -z "$dense" ] || refuse "model.path=$base and dense=$dense: give one of them"
+  base=${base:-$root/${run}_base}
+  overrides_of sft "${words[@]}"
+  local sft=("model.path=$base" "root=$root" "${overrides[@]}")
+  overrides_of opd "${words[@]}"
+  local opd=("model.path=$root/${run}_sft/export" "root=$root" "${overrides[@]}")
+  overrides_of benchmark "${words[@]}"
+  local benchmark=("model.path=$root/${run}_opd/export" "root=$root" "name=${run}_benchmark"
+    "${measured[@]}" "${overrides[@]}")
+  # What is mistyped for the last part is refused before the first.
+  checked marco_train.train "experiment=${run}_sft" "${sft[@]}"
+  checked marco_train.train "experiment=${run}_opd" "${opd[@]}"
+  checked marco_train.commands.benchmark "${benchmark[@]}"
+  if [ "$scale" = tiny ]; then alone python recipes/marco_mini/make_tiny.py --out "$root/given"; fi
   if [ -n "$dense" ]; then
-    base=$root/${run}_base
     alone python scripts/upcycle.py --dense "$dense" --out "$base" "${upcycling[@]}"
   fi
-  overrides_of sft "${words[@]}"
-  launch "${run}_sft" "model.path=$base" "root=$root" "${overrides[@]}"
-  overrides_of opd "${words[@]}"
-  launch "${run}_opd" "model.path=$root/${run}_sft/export" "root=$root" "${overrides[@]}"
-  overrides_of benchmark "${words[@]}"
-  launch_module marco_train.commands.benchmark "model.path=$root/${run}_opd/export" "root=$root" \
-    "name=${run}_benchmark" "${measured[@]}" "${overrides[@]}"
+  launch "${run}_sft" "${sft[@]}"
+  launch "${run}_opd" "${opd[@]}"
+  launch_module marco_train.commands.benchmark "${benchmark[@]}"
   alone python -m marco_train.commands.verbs card "$root/${run}_opd" --benchmark "$root/${run}_benchmark"
 }
 
@@ -58,6 +65,11 @@ refuse() {
 }
 
 overrides_of() { overrides_for_part "$1" "sft opd benchmark" "${@:2}"; }
+
+checked() { # module, words: refuses a run that does not fit together
+  if [ "${DRY_RUN:-0}" = 1 ]; then return; fi
+  python -m "$@" --check || exit 2
+}
 
 alone() { # a command of one process, on the first node; what it refuses is no crash
   if [ "${NODE_RANK:-0}" != 0 ]; then return; fi

@@ -229,6 +229,8 @@ def test_a_mission_prints_all_that_it_would_launch(recipe: str) -> None:
         (["model.path=a", "dense=b"], "model.path=a and dense=b: give one of them"),
         (["scale=small"], "scale=small is unknown"),
         (["scale=tiny", "dense=b"], "scale=tiny makes its own base"),
+        (["scale=tiny", "opd.stage.num_steps=2"], "each phase of the cascade has its own: give"),
+        (["model.path=a", "benchmark.suite=mmmlu2"], "'mmmlu2', which is no suite and no task"),
         (["model.path=a", "output_dir=o"], "output_dir=o would be that of every part"),
     ],
 )

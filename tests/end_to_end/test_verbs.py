@@ -68,6 +68,16 @@ def test_training_needs_no_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == "error: optim.clip_norm is 0.0, and must be greater than 0"
 
 
+def test_a_check_compares_the_values_and_looks_for_no_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["experiment=marco_mini_opd", "model.path=nowhere", f"root={tmp_path}", "--check"]
+    assert said(*words, capsys=capsys) == (None, "")
+    code, _ = said(*words, "optim.clip_norm=0", capsys=capsys)
+    assert code == "error: optim.clip_norm is 0.0, and must be greater than 0"
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_keys_of_a_benchmark_need_no_prefix() -> None:
     words = ["model.path=m", "suite=mmlu,gsm8k", "languages=[de,fr]", "data_dirs.cmmlu=d"]
     assert list(as_overrides([*words, "stage.plan=true", "seed=5", "--cfg", "job"])) == [
