@@ -46,7 +46,7 @@ def test_help_names_every_verb_and_imports_nothing_heavy() -> None:
     assert all(f"  {verb} " in done.stdout for verb in VERBS)
 
 
-@pytest.mark.parametrize("verb", ["train", *SCRIPTS, "benchmark", "env"])
+@pytest.mark.parametrize("verb", ["train", *SCRIPTS, "benchmark", "signatures", "card", "env"])
 def test_a_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out = said(verb, "--help", capsys=capsys)
     assert code in {0, None}
