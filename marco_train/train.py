@@ -1,10 +1,12 @@
 """The entry point: compose the config, check it, run the stage it names.
 
-    marco-train [train] experiment=<name> [key=value ...] [--config-dir DIR] [--cfg job [--resolve]]
+    marco-train [train] experiment=<name> [key=value ...] [--config-dir DIR]
+        [--cfg job [--resolve] | --check]
     torchrun ... -m marco_train.train experiment=<name> [key=value ...]
 
 --config-dir DIR adds groups of your own, such as DIR/experiment/mine.yaml; --cfg job prints the run
-instead of running it, and with --resolve what its values refer to.
+instead of running it, and with --resolve what its values refer to. --check ends where the values
+were compared with each other, before any file is looked for.
 """
 
 import json
@@ -20,7 +22,7 @@ from typing import NoReturn
 from omegaconf import OmegaConf
 
 from marco_train.config import TrainConfig
-from marco_train.config.compose import compose, sweep_refusal
+from marco_train.config.compose import compose, read_run, sweep_refusal
 from marco_train.config.resumption import (
     check_resume,
     continuation,
@@ -108,6 +110,9 @@ def read(words: Sequence[str]) -> TrainConfig | None:
         require(not {"--multirun", "-m"} & set(words), sweep_refusal(words))
         if {"--cfg", "-c"} & set(words):
             print_config(words)
+            return None
+        if "--check" in words:
+            read_run([word for word in words if word != "--check"])
             return None
         cfg = read_settled(words)
         check_resume(cfg)
@@ -214,6 +219,8 @@ def run_stage(cfg: TrainConfig) -> None:
         run_kind(cfg)
     if cfg.logging.report and cfg.stage.kind is not StageKind.benchmark and distributed.is_main():
         write_report(Path(cfg.output_dir))
+    if cfg.export.card and trains and distributed.is_main():
+        write_model_card(Path(cfg.output_dir))
     distributed.stop()
 
 
@@ -227,6 +234,17 @@ def write_report(directory: Path) -> None:
         log_line(f"report: {directory / REPORT}")
     except Exception as error:
         log_line(f"no {REPORT} ({type(error).__name__}: {error}); the run itself is whole")
+
+
+def write_model_card(directory: Path) -> None:
+    """Put the card beside the exported model, which no fault of the card may spoil."""
+    from marco_train.evaluation.model_card import write_card
+    from marco_train.tracking import log_line
+
+    try:
+        log_line(f"card: {write_card(directory)}")
+    except Exception as error:
+        log_line(f"no card ({type(error).__name__}: {error}); the run itself is whole")
 
 
 def run_kind(cfg: TrainConfig) -> None:

@@ -6,15 +6,4 @@
 # launched again. Fields of the stage may be written without `stage.`.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
-
-overrides=()
-for override in "$@"; do
-  case $override in
-    # Quoted, as Hydra takes a comma for a choice of several runs.
-    suite=*) overrides+=("stage.suite='${override#suite=}'") ;;
-    plan=* | plan_gpu=* | plan_gpus=* | data_dir=* | data_dirs.*=* | languages=* | responses_per_prompt=* | \
-      max_prompt_length=* | max_response_length=* | identify_languages=*) overrides+=("stage.$override") ;;
-    *) overrides+=("$override") ;;
-  esac
-done
-launch benchmark "${overrides[@]}"
+launch_module marco_train.commands.benchmark "$@"

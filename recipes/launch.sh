@@ -1,4 +1,5 @@
-# Sourced by every recipe: `launch <experiment> [overrides]` runs one stage on all processes.
+# Sourced by every recipe: `launch <experiment> [overrides]` runs one stage on all processes, and
+# `launch_module <module> [words]` what takes a command line of its own.
 #
 #   NPROC        processes on this node; default: its GPUs that CUDA_VISIBLE_DEVICES leaves, or 1
 #   NNODES       default 1          NODE_RANK    default 0
@@ -27,8 +28,26 @@ count_threads() { # of each of so many processes
   echo $((threads < 1 ? 1 : threads > 8 ? 8 : threads))
 }
 
+# overrides_for_part <part> <names of all parts> <words>: sets `overrides` to the words that are for
+# every part, and to those for this one, which stand behind its name: opd.stage.objective=sampled.
+overrides_for_part() {
+  local part=$1 parts=" $2 " word; shift 2
+  overrides=()
+  for word in "$@"; do
+    case $word in
+      "$part".*) overrides+=("${word#"$part".}") ;;
+      *) [[ $parts == *[[:space:]]"${word%%.*}"[[:space:]]* ]] || overrides+=("$word") ;;
+    esac
+  done
+}
+
 launch() {
   local experiment=$1; shift
+  launch_module marco_train.train "experiment=$experiment" "$@"
+}
+
+launch_module() {
+  local module=$1; shift
   local processes=${NPROC:-$(count_gpus)}
   [ "$processes" -gt 0 ] || processes=1
   local rendezvous=(--standalone)
@@ -39,7 +58,7 @@ launch() {
   fi
   # torchrun, which leaves the last word to the ranks.
   local command=(python -m marco_train.commands.launch "${rendezvous[@]}" --nproc_per_node "$processes"
-    -m marco_train.train "experiment=$experiment" "$@")
+    -m "$module" "$@")
   if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "${command[@]}"; echo; return; fi
   # Microbatches differ in shape, and pieces of freed memory would not fit the next. An engine of vLLM
   # turns this off for memory of its own that sleeps (0.32.0, device_allocator/cumem.py).

@@ -9,9 +9,18 @@ from marco_train.config.data import SourceConfig
 from marco_train.data.conversations import Source
 
 
-def add_source_arguments(parser: argparse.ArgumentParser) -> None:
-    """Let a command be told where rows lie and how they are read."""
-    parser.add_argument("path", help="file, directory or pattern of files, or hub repository")
+def add_source_arguments(parser: argparse.ArgumentParser, option: str | None = None) -> None:
+    """Let a command be told where rows lie and how they are read.
+
+    Args:
+        parser: Of the command.
+        option: That names the rows. None: they stand first, without one.
+    """
+    what = "file, directory or pattern of files, or hub repository"
+    if option is None:
+        parser.add_argument("path", help=what)
+    else:
+        parser.add_argument(option, dest="path", required=True, help=what)
     parser.add_argument("--subset", help="configuration of a hub data set")
     parser.add_argument("--split", default="train", help="split of a hub data set (train)")
     parser.add_argument(

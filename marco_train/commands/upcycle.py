@@ -8,7 +8,7 @@ from pathlib import Path
 
 from marco_train.errors import InputError, require
 from marco_train.hub import fetch, is_hub_id
-from marco_train.models.upcycle import Scaling, UpcycleConfig, upcycle
+from marco_train.models.upcycle import UPCYCLING, Scaling, UpcycleConfig, is_upcycled, upcycle
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -32,14 +32,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"layer {done}/{total}, {left:.0f} s left", flush=True)
 
     try:
+        is_noted = not args.overwrite and (args.out / UPCYCLING).is_file()
         require(
-            args.overwrite or not args.out.exists() or not any(args.out.iterdir()),
+            is_noted or args.overwrite or not args.out.exists() or not any(args.out.iterdir()),
             f"--out: {args.out} holds something already: choose another directory, or give "
             "--overwrite to replace it",
         )
-        dense = fetch(args.dense) if is_hub_id(args.dense) else Path(args.dense)
+        dense, name = Path(args.dense), args.dense
+        if is_hub_id(args.dense):
+            dense = fetch(args.dense)
+            name = f"{args.dense.partition('@')[0]}@{dense.name}"
+        if is_noted:
+            require(
+                is_upcycled(args.out, dense, cfg),
+                f"--out: {args.out} was upcycled from another model or otherwise, as "
+                f"{args.out / UPCYCLING} says: choose another directory, or give --overwrite to "
+                "replace it",
+            )
+            print(f"{args.out}: already upcycled from {args.dense}")
+            return
         tokenizer = dense if (dense / "tokenizer.json").is_file() else None
-        found = upcycle(dense, args.out, cfg, tokenizer, show)
+        found = upcycle(dense, args.out, cfg, tokenizer, show, name)
     except InputError as error:
         sys.exit(f"error: {error}")
     architecture = found.architecture
@@ -71,8 +84,8 @@ def _parser() -> argparse.ArgumentParser:
         "--out",
         type=Path,
         required=True,
-        help="directory that the MoE model is written to; one that holds something is refused "
-        "without --overwrite",
+        help="directory that the MoE model is written to; one that holds this very model stays as "
+        "it is, and one that holds something else is refused without --overwrite",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace the model that lies in --out"

@@ -16,7 +16,10 @@ VERBS = {
     "inspect": ("marco_train.commands.inspect_data", "look at a data set as a run would"),
     "decontaminate": ("marco_train.commands.decontaminate", "look for benchmarks in rows"),
     "upcycle": ("marco_train.commands.upcycle", "make an MoE model from a dense one"),
+    "benchmark": ("marco_train.commands.benchmark", "ask a model the card's benchmarks"),
+    "signatures": ("marco_train.commands.signatures", "see which experts each language uses"),
     "report": ("marco_train.commands.report", "make one page of what a run measured"),
+    "card": ("marco_train.commands.card", "write the model card of a run for the hub"),
     "checkpoint": ("marco_train.commands.checkpoint", "list, verify and export saved states"),
     "env": ("marco_train.commands.env", "print what a bug report needs"),
 }

@@ -68,6 +68,8 @@ class SourceConfig:
     """Where a standard column (messages, prompt, response, ...) has another name: that name."""
     roles: dict[str, str] = field(default_factory=open_names)
     """What roles of other names are: system, user, assistant or tool."""
+    licence: str | None = None
+    """Of its rows, by the hub's name, as odc-by; for the card of the model. None: not known."""
     category: str = ""
     """Group of all its rows, in metrics and among teachers. Empty: none."""
     category_column: str | None = None

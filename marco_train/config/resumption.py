@@ -66,9 +66,12 @@ KINDS: dict[str, tuple[str, ...]] = {
         "on_resume.**",
         "logging.**",
         "checkpoint.**",
+        "export.**",
         "planning.**",
         "hub.**",  # what the files hold counts
         "teacher.**",  # as the cascade has it
+        "data.sources.*.licence",
+        "data.held_out.sources.*.licence",
         "data.path",  # as the sources have it
         "profile.**",
         "data.max_tokens_per_microbatch",

@@ -103,6 +103,18 @@ class CheckpointConfig:
 
 
 @dataclass(kw_only=True)
+class ExportConfig:
+    """What the exported model has beside its weights."""
+
+    card: bool = False
+    """Whether `export/README.md` is written at a run's end: the model card for the hub, of what
+    the run wrote. `marco-train card` makes it of any run, with a benchmark's table."""
+    licence: str | None = None
+    """Under which the model is published, by the hub's name, as apache-2.0. None: the card says
+    that none was chosen."""
+
+
+@dataclass(kw_only=True)
 class TrainConfig:
     """One run."""
 
@@ -150,6 +162,7 @@ class TrainConfig:
     parallel: ParallelConfig = MISSING
     logging: LoggingConfig = MISSING
     checkpoint: CheckpointConfig = MISSING
+    export: ExportConfig = field(default_factory=ExportConfig)
     planning: PlanningConfig = field(default_factory=PlanningConfig)
     profile: ProfileConfig = field(default_factory=ProfileConfig)
 

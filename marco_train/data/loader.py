@@ -217,6 +217,7 @@ class _Loader:
         num_samples, mean = self.num_samples(num_steps), self._stream.mean_length
         return {
             "rows": self._stream.num_rows,
+            "source_rows": {name: len(rows) for name, rows in self._stream.sources.items()},
             "rows_judged": self._stream.num_judged,
             "rows_lost": self._stream.lost,
             "num_steps": num_steps,

@@ -6,6 +6,9 @@ makes it. Charts are SVG of at most `MAX_POINTS` points a series.
 
 import math
 import re
+import struct
+import zlib
+from base64 import b64encode
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -53,7 +56,8 @@ td,th{padding:3px 9px;border-bottom:1px solid var(--line);text-align:start;verti
 td,th{overflow-wrap:break-word}
 td.n,th.n{text-align:end;white-space:nowrap;font-variant-numeric:tabular-nums}
 .text{white-space:pre-wrap;margin:4px 0;unicode-bidi:plaintext;font-size:14px}
-.text b{font-weight:inherit;border-radius:2px}summary{cursor:pointer}img{max-width:100%}
+.text b{font-weight:inherit;border-radius:2px}summary{cursor:pointer}
+img.raster{width:100%;height:120px;image-rendering:pixelated}
 """
 
 
@@ -207,6 +211,28 @@ def plain_text(shown: str) -> Markup:
 def card(title: str, parts: Sequence[Markup]) -> Markup:
     """Put what belongs together into a box with a line above it."""
     return Markup(f'<article><small class="faint">{text(title)}</small>{"".join(parts)}</article>')
+
+
+def raster(title: str, shades: Sequence[Sequence[float]]) -> Markup:
+    """Draw a grid of values as a picture of as many pixels, the darker the larger.
+
+    Args:
+        title: What is drawn.
+        shades: Rows from the top, from 0 (white) to 1 (black) and cut beyond.
+    """
+    rows = (bytes(round(255 * (1 - min(1.0, max(0.0, v)))) for v in row) for row in shades)
+    size = struct.pack(">IIBBBBB", len(shades[0]), len(shades), 8, 0, 0, 0, 0)  # 8 bits of grey
+    lines = zlib.compress(b"".join(b"\0" + row for row in rows))
+    chunks = ((b"IHDR", size), (b"IDAT", lines), (b"IEND", b""))
+    png = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+    source = f"data:image/png;base64,{b64encode(png).decode('ascii')}"
+    return Markup(
+        f"<figure><figcaption>{text(title)}</figcaption>"
+        f'<img class="raster" alt="{text(title)}" src="{source}"></figure>'
+    )
 
 
 @dataclass(frozen=True)

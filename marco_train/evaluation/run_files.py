@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from marco_train.config.resumption import FINISHED
 from marco_train.config.secrets import redacted
 from marco_train.errors import EXIT_STATUS, InputError
 from marco_train.evaluation.html import Series
@@ -37,6 +38,8 @@ class RunFiles:
     evaluation: dict[str, Any] = field(default_factory=dict)
     signatures: dict[str, Any] = field(default_factory=dict)
     exit_status: dict[str, Any] = field(default_factory=dict)
+    finished: dict[str, Any] = field(default_factory=dict)
+    """What its end noted: `content` has the digests of what it read, by field."""
     is_finished: bool = False
 
     @property
@@ -81,21 +84,22 @@ def read_run(directory: Path) -> RunFiles:
         )
     found = RunFiles(
         directory,
-        config=redacted(_read_object(directory / "config.json")),
-        header=_read_object(directory / "header.json"),
+        config=redacted(read_object(directory / "config.json")),
+        header=read_object(directory / "header.json"),
         samples=list(_read_lines(directory / "samples.jsonl")),
         warnings=list(_read_lines(directory / "warnings.jsonl")),
         faults=list(_read_lines(directory / "quarantine.jsonl")),
-        evaluation=_read_object(directory / "evaluation.json"),
-        signatures=_read_object(directory / "signatures.json"),
-        exit_status=_read_object(directory / EXIT_STATUS),
-        is_finished=(directory / "finished.json").is_file(),
+        evaluation=read_object(directory / "evaluation.json"),
+        signatures=read_object(directory / "signatures.json"),
+        exit_status=read_object(directory / EXIT_STATUS),
+        finished=read_object(directory / FINISHED),
+        is_finished=(directory / FINISHED).is_file(),
     )
     _read_metrics(directory / "metrics.jsonl", found)
     return found
 
 
-def _read_object(file: Path) -> dict[str, Any]:
+def read_object(file: Path) -> dict[str, Any]:
     """A JSON object; empty where there is none or it is torn."""
     try:
         content = json.loads(file.read_bytes().decode(errors="replace"))

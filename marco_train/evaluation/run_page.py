@@ -3,7 +3,6 @@
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from marco_train.evaluation.html import (
     warnings,
 )
 from marco_train.evaluation.run_files import RunFiles, flattened, read_run
+from marco_train.evaluation.signature_page import distance_table, tree_of
 from marco_train.files import replaces
 
 REPORT = "report.html"
@@ -184,6 +184,13 @@ def warned(run: RunFiles) -> list[str]:
 
 def summary(run: RunFiles) -> list[Markup]:
     """Compare the first and the last tenth of the steps."""
+    rows = summary_rows(run)
+    head = ("", "first tenth", "last tenth", "least", "most")
+    return [table(head, rows)] if rows else []
+
+
+def summary_rows(run: RunFiles) -> list[tuple[str, float, float, float, float]]:
+    """Name, means of the first and the last tenth of the steps, least and most of each figure."""
     rows = []
     for metric, name in SUMMARY.items():
         values = (
@@ -192,9 +199,8 @@ def summary(run: RunFiles) -> list[Markup]:
         if values:
             part = max(1, len(values) // TENTH)
             first, last = sum(values[:part]) / part, sum(values[-part:]) / part
-            rows.append([name, first, last, min(values), max(values)])
-    head = ("", "first tenth", "last tenth", "least", "most")
-    return [table(head, rows)] if rows else []
+            rows.append((name, first, last, min(values), max(values)))
+    return rows
 
 
 def charts(run: RunFiles, wanted: Iterable[Chart]) -> list[Markup]:
@@ -385,11 +391,11 @@ def signatures(run: RunFiles) -> list[Markup]:
     shown: list[Markup] = []
     for name, found in run.signatures.items():
         languages: Sequence[str] = found.get("languages", [])
-        rows = [[a, *row] for a, row in zip(languages, found.get("distances", []), strict=False)]
-        if len(rows) > 1:
+        distances: Sequence[Sequence[float]] = found.get("distances", [])
+        is_whole = {len(languages)} == {len(distances), *map(len, distances)}
+        if is_whole and len(languages) > 1:
             said = f"{name}: 1 - correlation of the experts that two languages use"
-            head = ["", *languages]
-            shown += [plain_text(said), table(head, rows, partial(shade_of, scale=1.5))]
+            shown += [plain_text(said), tree_of(found), distance_table(found)]
     return shown
 
 

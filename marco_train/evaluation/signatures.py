@@ -7,6 +7,7 @@ import torch
 
 from marco_train.config import TrainConfig
 from marco_train.distributed import device, gather_objects
+from marco_train.evaluation.dendrogram import average_linkage, cut_of, families
 from marco_train.models import Qwen3Moe
 from marco_train.models.routing import LanguageSignatures, Routing
 from marco_train.types import Rollout
@@ -55,11 +56,23 @@ def _by_language(
 
 
 def signature_report(signatures: LanguageSignatures) -> dict[str, Any]:
-    """As JSON: shares [languages, L, E] and distances [languages, languages]."""
+    """What is found, as JSON.
+
+    Returns:
+        `expert_shares` [languages, L, E]; `distances` [languages, languages], 1 - Pearson
+        correlation; `linkage`, scipy's numbering of the merges by average linkage; `families`, the
+        languages that are joined up to the distance `cut`.
+    """
+    languages, distances = signatures.languages, signatures.distances().tolist()
+    merges = average_linkage(distances)
+    cut = cut_of(merges)
     return {
-        "languages": signatures.languages,
+        "languages": languages,
         "expert_shares": signatures.shares().tolist(),
-        "distances": signatures.distances().tolist(),  # 1 - Pearson correlation
+        "distances": distances,
+        "linkage": [list(merge) for merge in merges],
+        "cut": cut,
+        "families": [[languages[n] for n in family] for family in families(merges, cut)],
     }
 
 

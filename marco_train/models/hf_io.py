@@ -5,7 +5,7 @@ import math
 import re
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -551,11 +551,12 @@ def write_directory(
     weights: Iterable[tuple[str, Tensor]],
     tokenizer_dir: Path | None,
     chat_template: str | None = None,
+    notes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write a complete Hugging Face directory; an interrupted write leaves none under `path`.
 
     Every rank takes part and writes its own `weights`, all into the same files: the directory is
-    the same, byte for byte, from any number of ranks.
+    the same, byte for byte, from any number of ranks. `notes` are files of JSON beside them.
 
     Raises:
         InputError: A rank could not write, or the ranks do not share a file system.
@@ -583,6 +584,8 @@ def write_directory(
     with _told_by_any_rank(partial):
         if is_main():
             _write_json_files(partial, architecture, dtype, shards, tokenizer_dir, chat_template)
+            for name, note in (notes or {}).items():
+                (partial / name).write_text(json.dumps(note, indent=2), encoding="utf-8")
             replace_directory(path, partial)
 
 

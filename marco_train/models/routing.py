@@ -188,5 +188,9 @@ class LanguageSignatures:
         return loads / loads.sum(-1, keepdim=True).clamp(min=1)
 
     def distances(self) -> Tensor:
-        """1 - Pearson correlation of the flattened signatures, [languages, languages]."""
-        return 1 - torch.corrcoef(self.shares().flatten(1)).view(2 * (len(self._loads),))
+        """1 - Pearson correlation of the flattened signatures, [languages, languages].
+
+        1 where a signature is the same for all experts, and correlates with none.
+        """
+        correlations = torch.corrcoef(self.shares().flatten(1)).view(2 * (len(self._loads),))
+        return 1 - correlations.nan_to_num(nan=0.0)

@@ -14,19 +14,25 @@ Legend: I inner width of the dense MLP, N slices, M copies, E = N M experts, W =
 D width.
 """
 
+import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from marco_train.config.architecture import ArchitectureConfig, read_architecture
+from marco_train.content import digest
 from marco_train.errors import require
 from marco_train.models.hf_io import stored_weights, write_directory
 from marco_train.safetensors_io import DTYPES, read
+
+UPCYCLING = "upcycling.json"
+"""Beside the weights: which model was upcycled, and how."""
 
 
 class Scaling(Enum):
@@ -101,6 +107,7 @@ def upcycle(
     cfg: UpcycleConfig,
     tokenizer_dir: Path | None = None,
     on_layer: Callable[[int, int], None] = lambda done, total: None,
+    dense_name: str | None = None,
 ) -> Upcycled:
     """Write the mixture's Hugging Face directory; one dense layer is in memory at a time.
 
@@ -110,6 +117,7 @@ def upcycle(
         cfg: How.
         tokenizer_dir: Where tokenizer files are copied from, if at all.
         on_layer: Told (layers done, layers in all).
+        dense_name: What the note beside the weights calls the dense model. None: its path.
 
     Raises:
         InputError: Sizes that do not fit, or weights that are not those of a dense Qwen3.
@@ -141,8 +149,24 @@ def upcycle(
             on_layer(layer + 1, dense.num_hidden_layers)
 
     dtype = DTYPES[stored["model.norm.weight"].dtype]
-    write_directory(out_path, architecture, dtype, weights(), tokenizer_dir)
+    note = {"dense": dense_name or str(dense_path), "digest": digest(dense_path), **_settings(cfg)}
+    notes = {UPCYCLING: note}
+    write_directory(out_path, architecture, dtype, weights(), tokenizer_dir, notes=notes)
     return Upcycled(architecture, errors)
+
+
+def _settings(cfg: UpcycleConfig) -> dict[str, Any]:
+    return asdict(cfg) | {"scaling": cfg.scaling.value}
+
+
+def is_upcycled(out_path: Path, dense_path: Path, cfg: UpcycleConfig) -> bool:
+    """Whether a directory is what `upcycle` makes of a dense model, by the note in it."""
+    try:
+        note = json.loads((out_path / UPCYCLING).read_text(encoding="utf-8"))
+        made = {name: note[name] for name in _settings(cfg)}
+        return made == _settings(cfg) and note["digest"] == digest(dense_path)
+    except (LookupError, OSError, TypeError, ValueError):
+        return False
 
 
 def _sparse_mlp(

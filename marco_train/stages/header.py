@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from marco_train.config import TrainConfig
 from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.opd import OPDConfig
@@ -69,6 +71,7 @@ def header_of(
         "experts_per_token": architecture.num_experts_per_tok,
         "dtype": cfg.model.dtype.value,
         "ranks": world_size(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "expert_parallel_size": cfg.parallel.expert_parallel_size,
         "zero_stage": cfg.parallel.zero_stage,
         "plan_gib": None if plan_gib is None else round(plan_gib, 3),

@@ -25,17 +25,11 @@ upcycle() {
 }
 
 # stage <name> <experiment> [overrides]: runs in $root/<name>.
-# An override may be for one stage alone: opd.stage.objective=sampled.
-stage_names=" base teacher_first teacher_second sft opd evaluate control_sft control_first
-  control_second evaluate_controls "
+stage_names="base teacher_first teacher_second sft opd evaluate control_sft control_first
+  control_second evaluate_controls"
 stage() {
-  local name=$1 experiment=$2 overrides=() override; shift 2
-  for override in "$@"; do
-    case $override in
-      "$name".*) overrides+=("${override#"$name".}") ;;
-      *) [[ $stage_names == *[[:space:]]"${override%%.*}"[[:space:]]* ]] || overrides+=("$override") ;;
-    esac
-  done
+  local name=$1 experiment=$2 overrides; shift 2
+  overrides_for_part "$name" "$stage_names" "$@"
   if [ "${DRY_RUN:-0}" = 1 ]; then launch "$experiment" "${overrides[@]}"; return; fi
   timed "$name" launch "$experiment" "${overrides[@]}"
 }

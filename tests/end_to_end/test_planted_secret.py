@@ -33,6 +33,7 @@ def overrides(world: World, out: Path, *ports: int) -> list[str]:
         "stage.max_response_length=6",
         "checkpoint.save_every=1",
         "logging=wandb",
+        "export.card=true",
         "parallel.expert_parallel_size=1",
     ]
 
@@ -62,6 +63,7 @@ def test_a_run_and_its_resumption_write_and_say_no_secret(
     assert holders(tmp_path) == []
     for secret in (KEY, PASSWORD, TYPED):
         assert secret not in done.stdout + done.stderr + more.stdout + more.stderr
+    assert (tmp_path / "export" / "README.md").is_file()
     assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
 
 

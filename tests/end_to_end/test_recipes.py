@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from marco_train.models import load_model
@@ -19,6 +20,11 @@ from tests.helpers.processes import REPOSITORY
 RECIPES = sorted(
     p.relative_to(REPOSITORY) for p in REPOSITORY.glob("recipes/*/*.sh") if os.access(p, os.X_OK)
 )
+MISSIONS = {
+    f"recipes/marco_{name}/run.sh": sizes
+    for name, sizes in (("mini", ("256", "768")), ("nano", ("232", "384")))
+}
+"""Recipes that chain all parts, with the number of experts and their width."""
 LAUNCH = "python -m marco_train.commands.launch"
 
 
@@ -104,7 +110,7 @@ def test_the_main_job_runs_in_a_fresh_clone(clone: Path) -> None:
     tiny = [
         *(f"root={out}", "stage.max_steps=2"),
         *("evaluate.stage.num_prompts=20", "evaluate.stage.signatures=true"),
-        "seed=3",
+        *("opd.export.card=true", "seed=3"),
     ]
     done = run(clone, command, *tiny)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -137,6 +143,11 @@ def test_the_main_job_runs_in_a_fresh_clone(clone: Path) -> None:
 
     export = clone / summary["export"]
     check_export(export)
+    card = ModelCard.load(export / "README.md")
+    assert card.data.get("tags") == [
+        *("marco-train", "supervised-fine-tuning", "on-policy-distillation")
+    ]
+    assert "upcycled to 16 experts of width 48, top-4, 0.25 of each drawn anew" in card.text
 
     again = run(clone, command, *tiny)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -176,7 +187,7 @@ def check_export(path: Path) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("recipe", RECIPES, ids=str)
+@pytest.mark.parametrize("recipe", [r for r in RECIPES if str(r) not in MISSIONS], ids=str)
 def test_every_recipe_prints_its_launches_without_a_gpu(recipe: Path) -> None:
     done = run(REPOSITORY, str(recipe), "seed=5", DRY_RUN="1", NPROC="2", MASTER_ADDR="10.0.0.1")
     assert done.returncode == 0, done.stderr
@@ -185,6 +196,86 @@ def test_every_recipe_prints_its_launches_without_a_gpu(recipe: Path) -> None:
     for line in lines:
         assert line.startswith(f"{LAUNCH} --standalone --nproc_per_node 2 -m marco_train.train ")
         assert line.endswith("seed=5")
+
+
+@pytest.mark.parametrize("recipe", MISSIONS)
+def test_a_mission_prints_all_that_it_would_launch(recipe: str) -> None:
+    words = ["dense=org/dense", "root=R", "seed=5", "opd.stage.max_steps=2", "sft.optim.eps=1e-7"]
+    done = run(REPOSITORY, recipe, *words, DRY_RUN="1", NPROC="2")
+    assert done.returncode == 0, done.stderr
+    name, (experts, width) = Path(recipe).parent.name, MISSIONS[recipe]
+    launched = f"{LAUNCH} --standalone --nproc_per_node 2 -m"
+    assert [line.strip() for line in done.stdout.splitlines()] == [
+        f"python scripts/upcycle.py --dense org/dense --out R/{name}_base --num-experts {experts} "
+        f"--expert-width {width} --top-k 8",
+        f"{launched} marco_train.train experiment={name}_sft model.path=R/{name}_base root=R "
+        "seed=5 optim.eps=1e-7",
+        f"{launched} marco_train.train experiment={name}_opd model.path=R/{name}_sft/export "
+        "root=R seed=5 stage.max_steps=2",
+        f"{launched} marco_train.commands.benchmark model.path=R/{name}_opd/export root=R "
+        f"name={name}_benchmark suite=card rollout@stage.rollout=vllm seed=5",
+        f"python -m marco_train.commands.verbs card R/{name}_opd --benchmark R/{name}_benchmark",
+    ]
+    given = run(REPOSITORY, recipe, "model.path=base", DRY_RUN="1", NODE_RANK="1")
+    lines = given.stdout.splitlines()
+    assert len(lines) == 3  # the other parts are the first node's
+    assert f"experiment={name}_sft model.path=base root=outputs" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "no base: give model.path=<base>, dense=<dense Qwen3>, or scale=tiny"),
+        (["model.path=a", "dense=b"], "model.path=a and dense=b: give one of them"),
+        (["scale=small"], "scale=small is unknown"),
+        (["scale=tiny", "dense=b"], "scale=tiny makes its own base"),
+        (["scale=tiny", "opd.stage.num_steps=2"], "each phase of the cascade has its own: give"),
+        (["model.path=a", "benchmark.suite=mmmlu2"], "'mmmlu2', which is no suite and no task"),
+        (["model.path=a", "output_dir=o"], "output_dir=o would be that of every part"),
+    ],
+)
+def test_a_mission_that_is_not_clear_is_refused(words: list[str], says: str) -> None:
+    done = run(REPOSITORY, "recipes/marco_mini/run.sh", *words)
+    assert done.returncode == 2
+    assert says in done.stderr and not done.stdout
+
+
+@pytest.mark.long
+@pytest.mark.slow
+def test_the_whole_mission_runs_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    root = tmp_path / "tiny"
+    command = ["recipes/marco_nano/run.sh", "scale=tiny", f"root={root}"]
+    stopped = run(REPOSITORY, *command, "opd.stage.cascade.first.teacher.path=nowhere")
+    assert stopped.returncode == 2, stopped.stderr
+    assert "marco_tiny_sft: finished" in stopped.stdout
+    assert "nowhere" in stopped.stderr.splitlines()[-1]
+
+    done = run(REPOSITORY, *command)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{root}/marco_tiny_base: already upcycled from" in done.stdout
+    assert "marco_tiny_sft: already finished" in done.stdout
+    assert "ranks      2, experts over 2" in done.stdout
+    assert "step 12/12 | phase second" in done.stdout
+    assert (
+        len(json.loads((root / "marco_tiny_benchmark" / "benchmark.json").read_text())["rows"])
+        == 28
+    )
+    assert list((root / "marco_tiny_opd" / "wandb").glob("offline-run-*"))
+    export = root / "marco_tiny_opd" / "export"
+    text = (export / "README.md").read_text()
+    noted = json.loads((root / "marco_tiny_opd" / "finished.json").read_text())["content"]
+    for phase, kind in (("first", "native"), ("second", "hf")):
+        digest = noted[f"stage.cascade.{phase}.teacher.path"]["digest"][:12]
+        assert f"| {phase} | all | `teacher_{phase}` | {kind} | sha256 `{digest}` |" in text
+    (code,) = re.findall(r"```python\n(.*?)```", ModelCard(text).text, flags=re.DOTALL)
+    loaded = run(export, sys.executable, "-c", code)
+    assert loaded.returncode == 0, loaded.stderr
+    assert loaded.stdout.startswith("<|im_start|>user")
+
+    again = run(REPOSITORY, *command)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("already finished") == 3
+    assert (export / "README.md").read_text() == text
 
 
 def test_two_nodes_meet_at_a_master() -> None:
@@ -200,6 +291,15 @@ def test_two_nodes_meet_at_a_master() -> None:
     assert done.stdout.strip() == (
         f"{LAUNCH} --nnodes 2 --node_rank 1 --master_addr 10.0.0.1 --master_port 29500 "
         "--nproc_per_node 8 -m marco_train.train experiment=marco_mini_opd"
+    )
+
+
+def test_the_recipe_of_benchmarks_launches_their_verb() -> None:
+    words = ["model.path=m", "suite=mmlu,gsm8k", "plan=true"]
+    done = run(REPOSITORY, "recipes/benchmark.sh", *words, DRY_RUN="1", NPROC="2")
+    assert done.stdout.strip() == (
+        f"{LAUNCH} --standalone --nproc_per_node 2 -m marco_train.commands.benchmark "
+        "model.path=m suite=mmlu\\,gsm8k plan=true"
     )
 
 

@@ -1,5 +1,6 @@
 """One command with verbs, each of which a script calls too."""
 
+import json
 import os
 import socket
 import subprocess
@@ -8,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from marco_train.commands.benchmark import as_overrides
 from marco_train.commands.env import VARIABLES, facts
 from marco_train.commands.verbs import VERBS, main
 from tests.helpers.processes import REPOSITORY
+from tests.helpers.world import World
 
 SCRIPTS = {
     "doctor": "doctor.py",
@@ -44,7 +47,7 @@ def test_help_names_every_verb_and_imports_nothing_heavy() -> None:
     assert all(f"  {verb} " in done.stdout for verb in VERBS)
 
 
-@pytest.mark.parametrize("verb", ["train", *SCRIPTS, "env"])
+@pytest.mark.parametrize("verb", ["train", *SCRIPTS, "benchmark", "signatures", "card", "env"])
 def test_a_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out = said(verb, "--help", capsys=capsys)
     assert code in {0, None}
@@ -64,6 +67,27 @@ def test_training_needs_no_verb(capsys: pytest.CaptureFixture[str]) -> None:
     assert said(*words, capsys=capsys) == said("train", *words, capsys=capsys)
     code, _ = said("optim.clip_norm=0", "experiment=quickstart_sft", capsys=capsys)
     assert code == "error: optim.clip_norm is 0.0, and must be greater than 0"
+
+
+def test_a_check_compares_the_values_and_looks_for_no_file(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    words = ["experiment=marco_mini_opd", "model.path=nowhere", f"root={tmp_path}", "--check"]
+    assert said(*words, capsys=capsys) == (None, "")
+    code, _ = said(*words, "optim.clip_norm=0", capsys=capsys)
+    assert code == "error: optim.clip_norm is 0.0, and must be greater than 0"
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_keys_of_a_benchmark_need_no_prefix() -> None:
+    words = ["model.path=m", "suite=mmlu,gsm8k", "languages=[de,fr]", "data_dirs.cmmlu=d"]
+    assert list(as_overrides([*words, "stage.plan=true", "seed=5", "--cfg", "job"])) == [
+        "model.path=m",
+        "stage.suite='mmlu,gsm8k'",
+        "stage.languages=[de,fr]",
+        "stage.data_dirs.cmmlu=d",
+        *("stage.plan=true", "seed=5", "--cfg", "job"),
+    ]
 
 
 def test_an_unknown_verb_is_named_with_those_that_there_are(
@@ -96,6 +120,26 @@ def test_upcycle_does_not_overwrite_unasked(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="holds something already: choose another directory, or"):
         main([*words, "--num-experts", "8", "--expert-width", "16", "--top-k", "2"])
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_upcycling_again_finds_what_was_made_of_the_same_model(
+    own_world: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense, out = own_world.path("teacher_first", "export"), Path(own_world.path("moe"))
+    words = ["upcycle", "--dense", dense, "--out", str(out)]
+    sizes = ["--num-experts", "8", "--expert-width", "16", "--top-k", "2"]
+    assert said(*words, *sizes, capsys=capsys)[0] in {0, None}
+    note = json.loads((out / "upcycling.json").read_text())
+    assert (note["dense"], note["num_experts"], note["scaling"]) == (dense, 8, "paper")
+    before = (out / "model.safetensors").stat().st_mtime_ns
+    assert said(*words, *sizes, capsys=capsys) == (None, f"{out}: already upcycled from {dense}\n")
+    other, _ = said(*words, *sizes, "--seed", "1", capsys=capsys)
+    assert f"{out} was upcycled from another model or otherwise" in str(other)
+    config = Path(dense) / "config.json"
+    config.write_text(config.read_text().replace("1e-06", "1e-05"))
+    other, _ = said(*words, *sizes, capsys=capsys)
+    assert "was upcycled from another model" in str(other)
+    assert (out / "model.safetensors").stat().st_mtime_ns == before
 
 
 def launched(*words: str) -> subprocess.CompletedProcess[str]:

@@ -8,7 +8,7 @@ import pytest
 from marco_train.config import TrainConfig
 from marco_train.stages.opd import run_opd
 from marco_train.stages.sft import run_sft
-from tests.helpers.card_rows import SHAPES, dolci_tools
+from tests.helpers.card_rows import OPD, SFT, SHAPES, dolci_tools
 from tests.helpers.configs import compose_config
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.rows import loader_of
@@ -16,27 +16,6 @@ from tests.helpers.tokenizers import tokenizer_of
 from tests.helpers.world import World
 
 pytestmark = pytest.mark.slow
-
-# The rows of each source of configs/data/marco_{sft,opd}.yaml, by the name of their shape.
-SFT = {
-    "general": "dolci",
-    "instruction_following": "cascade_sft",
-    "science": "cascade_sft",
-    "translation": "multilingual",
-    "culture": "multilingual",
-}
-OPD = {
-    "instruction_following": "instruction_following",
-    "structured_outputs": "structured_outputs",
-    "reasoning_gym": "reasoning_gym",
-    "knowledge_mcqa": "knowledge_mcqa",
-    "alignment": "rlhf",
-    "dapo_math": "dapo",
-    "skywork_math": "skywork",
-    "translation": "multilingual",
-    "culture": "multilingual",
-    "nemotron_multilingual": "multilingual",
-}
 
 
 def on_files(cfg: TrainConfig, shapes: dict[str, str], directory: Path) -> TrainConfig:

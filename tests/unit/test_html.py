@@ -2,6 +2,9 @@
 
 import math
 import re
+import struct
+import zlib
+from base64 import b64decode
 
 import pytest
 
@@ -15,6 +18,7 @@ from marco_train.evaluation.html import (
     line_chart,
     page,
     plain_text,
+    raster,
     shade_of,
     short,
     stacked_chart,
@@ -154,3 +158,16 @@ def test_numbers_of_a_table_stand_under_their_title() -> None:
     found = table(["name", "value"], [["a", 1.5], ["b", None]])
     assert [a.get("class") for tag, a in tags_of(found) if tag == "th"] == [None, "n"]
     assert shown_text(found) == "namevaluea1.5b–"
+
+
+def test_a_raster_is_a_grey_picture_of_its_values() -> None:
+    drawn = raster(HOSTILE, [[0.0, 0.5, 1.0], [2.0, -1.0, 0.2]])
+    (source,) = [attributes["src"] for tag, attributes in tags_of(drawn) if tag == "img"]
+    png = b64decode(str(source).removeprefix("data:image/png;base64,"))
+    assert png.startswith(b"\x89PNG\r\n\x1a\n")
+    assert struct.unpack(">II", png[16:24]) == (3, 2)
+    size = int.from_bytes(png[33:37], "big")
+    assert png[37:41] == b"IDAT"
+    assert list(zlib.decompress(png[41 : 41 + size])) == [0, 255, 128, 0, 0, 0, 255, 204]
+    assert int.from_bytes(png[41 + size : 45 + size], "big") == zlib.crc32(png[37 : 41 + size])
+    assert not any("onerror" in attributes for _, attributes in tags_of(drawn))

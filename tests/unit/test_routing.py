@@ -207,6 +207,13 @@ def test_signatures_are_shares_by_language_and_alike_languages_are_near() -> Non
     assert torch.allclose(distances.diagonal(), torch.zeros(3, dtype=torch.float64), atol=1e-12)
 
 
+def test_a_signature_that_is_the_same_for_all_experts_is_near_no_other() -> None:
+    signatures = LanguageSignatures()
+    signatures.add("en", torch.tensor([[6.0, 2, 0, 0]]))
+    signatures.add("de", torch.tensor([[2.0, 2, 2, 2]]))
+    assert signatures.distances()[0, 1] == 1
+
+
 def test_zero_routers_take_the_first_experts(tmp_path: Path) -> None:
     # What the paper's upcycling starts from: every token ties, and goes to the same experts.
     model = random_model(architecture(), torch.float32, seed=0)
