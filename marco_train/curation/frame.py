@@ -133,6 +133,8 @@ class RowStep:
     about: Any = None
     """Its identity."""
     rows_per_second: float = 20_000
+    made_of_each: float = 1
+    """Rows that come out of one."""
 
     def identity(self) -> Any:
         """Return what it was given."""
@@ -140,7 +142,7 @@ class RowStep:
 
     def plan(self, rows: float) -> Cost:
         """Estimate its time."""
-        return Cost(rows, seconds=rows / self.rows_per_second)
+        return Cost(rows * self.made_of_each, seconds=rows / self.rows_per_second)
 
     def opened(self, before: "Shards", scratch: Path) -> AbstractContextManager[Transform]:
         """Look at the rows of a shard one after the other."""

@@ -211,7 +211,7 @@ def prompts(languages: Sequence[str], seed: int) -> RowStep:
                 "category": "translation",
             }
 
-    return RowStep("prompts", apply, [seed, digests])
+    return RowStep("prompts", apply, [seed, digests], made_of_each=2)
 
 
 def _number_of(text: str) -> int:
