@@ -136,8 +136,10 @@ def test_a_source_that_was_ended_is_read_on(tmp_path: Path) -> None:
 def test_a_step_of_other_settings_is_redone_with_those_behind_it(tmp_path: Path) -> None:
     run(pipeline(Watched()), tmp_path, 16)
     before = (tmp_path / "00-numbers" / "complete.json").stat().st_mtime_ns
+    (tmp_path / "notes").mkdir()  # somebody's
     step = Watched(setting=2)
     run(pipeline(step), tmp_path, 16)
+    assert (tmp_path / "notes").is_dir()
     assert step.seen == [0, 1, 2, 3, 4, 5, 6]
     assert (tmp_path / "00-numbers" / "complete.json").stat().st_mtime_ns == before
     more = Watched(setting=2)
