@@ -19,6 +19,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from marco_train.config.curation import CURATIONS, CurationConfig, to_curation
 from marco_train.config.paths import CONFIG_DIR
 from marco_train.config.run import TrainConfig, register_schemas, to_run
 from marco_train.errors import InputError, require
@@ -61,6 +62,34 @@ def read_run(words: Sequence[str]) -> TrainConfig:
         InputError: A word is of no use, or the run is refused.
     """
     return to_run(compose(words))
+
+
+def read_curation(kind: str, words: Sequence[str]) -> CurationConfig:
+    """Compose and check a curation, of the configs in `configs/curation`.
+
+    Raises:
+        InputError: There is no such kind, a word is of no use, or the curation is refused.
+    """
+    require(kind in CURATIONS, f"there is no curation {kind!r}; known are {', '.join(CURATIONS)}")
+    overrides, directory = read_words(words)
+    require(directory is None, "--config-dir: a curation takes no configs of your own")
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
+            return to_curation(hydra_compose(f"curation/{kind}", overrides=overrides))
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(_wrong_word(error, kind)) from error
+
+
+def _wrong_word(error: Exception, kind: str) -> str:
+    """Say which word of a curation does not fit, with the nearest key."""
+    said = f"{_in_one_line(error)}: {error.__cause__}" if error.__cause__ else _in_one_line(error)
+    named = re.match(r"Could not override '(.+?)'", said)
+    if named is None:
+        return said
+    there = list(_paths(OmegaConf.structured(CURATIONS[kind])))
+    near = get_close_matches(named[1], there, 1, 0.6)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(there)}"
+    return f"there is no {named[1]}; {hint}"
 
 
 def compose(words: Sequence[str]) -> DictConfig:

@@ -15,6 +15,7 @@ from omegaconf.errors import (
 
 from marco_train.config.architecture import check_expert_parallel
 from marco_train.config.benchmark import BenchmarkConfig
+from marco_train.config.curation import CURATIONS
 from marco_train.config.data import DataConfig
 from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.lengths import check_positions, fill_lengths, longest_sequence
@@ -234,6 +235,8 @@ def register_schemas() -> None:
     }
     for kind, stage in stages.items():
         store.store(name=kind, group="schema/stage", node=stage)
+    for name, curation in CURATIONS.items():
+        store.store(name=name, group="schema/curation", node=curation)
     store.store(name="adamw", group="schema/optim", node=OptimConfig)
     for group, union in (("rollout", ROLLOUTS), ("teacher", TEACHERS)):
         for each in union:

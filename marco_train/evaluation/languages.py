@@ -1,4 +1,4 @@
-"""Whether a response is in the language of its prompt."""
+"""Whether a text is in a language, and a response in the language of its prompt."""
 
 import re
 from collections.abc import Iterable
@@ -32,16 +32,16 @@ NOT_PROSE = re.compile(
 )
 
 
-class LanguageJudge:
-    """Identifies the language of responses; costs about 0.5 GiB on each rank."""
+class Identifier:
+    """Identifies the language of texts; costs about 0.5 GiB."""
 
-    def __init__(self, tokenizer: Tokenizer, languages: Iterable[str]) -> None:
-        """Open the identifier.
+    def __init__(self, languages: Iterable[str], asked_by: str) -> None:
+        """Open it.
 
         Args:
-            tokenizer: The run's.
-            languages: Codes of the run's prompts, as `de`, `zh-Hans` or `eng_Latn`; those that the
-                identifier knows are candidates beside the card's.
+            languages: Codes, as `de`, `zh-Hans` or `eng_Latn`; those that it knows are candidates
+                beside the card's.
+            asked_by: The setting that wants it.
 
         Raises:
             InputError: It is not installed.
@@ -50,10 +50,9 @@ class LanguageJudge:
             from lingua import Language, LanguageDetectorBuilder
         except ImportError as error:
             raise InputError(
-                "stage.identify_languages needs the package lingua-language-detector: pip install "
+                f"{asked_by} needs the package lingua-language-detector: pip install "
                 "'marco-train[languages]'"
             ) from error
-        self._tokenizer = tokenizer
         self._by_code = {
             code.name.lower(): language
             for language in Language.all()
@@ -64,13 +63,9 @@ class LanguageJudge:
         # In its mode of low accuracy, of 0.03 GiB, whole sentences of Indonesian are Malay.
         self._detector = LanguageDetectorBuilder.from_languages(*self._candidates).build()
 
-    def __call__(self, rollout: Rollout) -> bool | None:
-        """Whether a response is in its prompt's language, whichever the script.
-
-        The answer is judged and not the thinking before it, which is English in many a data set
-        whose answers are not. None: it cannot be told, as `matches` says.
-        """
-        return self.matches(self._answer(rollout), rollout.prompt.language)
+    def knows(self, code: str) -> bool:
+        """Whether a language is one that it can tell."""
+        return self._language(code) in self._candidates
 
     def matches(self, text: str, code: str) -> bool | None:
         """Whether a text is in a language, whichever the script.
@@ -83,13 +78,34 @@ class LanguageJudge:
             return None
         prose = NOT_PROSE.sub(" ", text)
         letters = "".join(filter(str.isalpha, prose))
-        if len(letters.encode()) < MIN_LETTER_BYTES:
+        if len(letters.encode("utf-8", "replace")) < MIN_LETTER_BYTES:
             return None
         return self._detector.detect_language_of(prose) == wanted
 
     def _language(self, code: str) -> "Language | None":
         main = re.split("[-_]", code.lower())[0]
         return self._by_code.get(FLORES_CODES.get(main, main))
+
+
+class LanguageJudge(Identifier):
+    """Identifies the language of a run's responses, on each rank."""
+
+    def __init__(self, tokenizer: Tokenizer, languages: Iterable[str]) -> None:
+        """Open the identifier, with the codes of the run's prompts.
+
+        Raises:
+            InputError: It is not installed.
+        """
+        super().__init__(languages, "stage.identify_languages")
+        self._tokenizer = tokenizer
+
+    def __call__(self, rollout: Rollout) -> bool | None:
+        """Whether a response is in its prompt's language, whichever the script.
+
+        The answer is judged and not the thinking before it, which is English in many a data set
+        whose answers are not. None: it cannot be told, as `matches` says.
+        """
+        return self.matches(self._answer(rollout), rollout.prompt.language)
 
     def _answer(self, rollout: Rollout) -> str:
         """The text that a reader gets: no thinking and no control tokens."""
