@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from marco_train.commands.benchmark import as_overrides
 from marco_train.commands.plan import answer
-from marco_train.config.compose import read_run
+from marco_train.config.compose import read_curation, read_run
 from tests.helpers.configs import compose_config
 from tests.helpers.processes import REPOSITORY
 from tests.helpers.ranks import run_on_ranks
@@ -25,6 +26,8 @@ README = REPOSITORY / "README.md"
 READMES = [README, *sorted(REPOSITORY.glob("recipes/**/README.md"))]
 ROWS = "recipes/own_data/rows.jsonl"
 LAUNCHED = re.compile(r"-m marco_train\.train (.*)")
+ASKED = re.compile(r"-m marco_train\.commands\.benchmark (.*)")
+CURATED = re.compile(r"-m marco_train\.commands\.curate (.*)")
 
 
 def blocks(readme: Path, language: str) -> list[str]:
@@ -71,7 +74,7 @@ def check_launch(words: str) -> None:
     """Compose what would be launched, and plan it where its shape is known without weights."""
     given = shlex.split(words)
     read_run(given)
-    if re.search(r"experiment=(marco|qwen3)_\w+", words):
+    if re.search(r"experiment=(marco|qwen3)_(?!\S+tiny)\w+", words) and "tiny" not in words:
         answer([word for word in given if not re.search(r"\b(model|teacher)\.path=/", word)])
 
 
@@ -112,8 +115,19 @@ def check_benchmark(command: str) -> None:
     """Of its items and plan; test_benchmark.py runs it."""
     printed = bash(named(command), DRY_RUN="1")
     assert printed.returncode == 0, printed.stderr
-    (words,) = LAUNCHED.findall(printed.stdout)
-    read_run(shlex.split(words))
+    (words,) = ASKED.findall(printed.stdout)
+    read_run(["experiment=benchmark", *as_overrides(shlex.split(words))])
+
+
+def check_curation(command: str) -> None:
+    """Of its config; test_curation_*.py run it on inputs that are here."""
+    printed = bash(named(command), DRY_RUN="1")
+    assert printed.returncode == 0, printed.stderr
+    launches = CURATED.findall(printed.stdout)
+    assert launches
+    for words in launches:
+        kind, *given = shlex.split(words)
+        read_curation(kind, given)
 
 
 def check_download(command: str) -> None:
@@ -123,9 +137,9 @@ def check_download(command: str) -> None:
 
 
 def check_extra(command: str) -> None:
-    (name,) = re.findall(r"marco-train\[(\w+)\]", command)
+    (names,) = re.findall(r"marco-train\[([\w,]+)\]", command)
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
-    assert name in project["optional-dependencies"]
+    assert set(names.split(",")) <= set(project["optional-dependencies"])
 
 
 def check_script(command: str) -> None:
@@ -135,16 +149,18 @@ def check_script(command: str) -> None:
     assert all(option in (REPOSITORY / script).read_text() for option in options)
 
 
-# Those that are run as they stand: below, and by test_recipes.py.
+# Those that are run: below, by test_recipes.py, by test_plan.py, and the last by test_mission.py.
 RUN = re.compile(
     r"python scripts/(checkpoint|decontaminate|compare_benchmarks)\.py|marco-train inspect "
     r"|python recipes/own_data/make_model\.py|marco-train .*own|python scripts/plan\.py"
+    r"|marco-train (card|signatures) "
 )
 CHECKS: list[tuple[str, Callable[[str], None]]] = [
     (r"scripts/(test|check|setup\w*)\b", check_script),
     (r"marco-train plan ", check_plan),
     (r"marco-train (doctor )?(--config-dir \S+ )?experiment=", check_words),
     (r"recipes/benchmark\.sh ", check_benchmark),
+    (r"recipes/curation/", check_curation),
     (r"(\w+=\S+ )*recipes/(supervise\.sh |[\w.]+/\w+\.sh)", check_recipe),
     (r"(\w+=(\"[^\"]*\"|\S+) )*sbatch ", check_job),
     (r"(scripts/serve_sampler|recipes/serve_teacher)\.sh ", check_printed),
