@@ -1,6 +1,6 @@
 """What an entity is about and whose culture it is of, by the classes and places above it.
 
-    edges of all entities, on disk -> what is above the classes and places of some -> topics, languages
+    edges of all entities, on disk -> what is above some of them -> their topics and countries
 
 Legend: E edges.
 """

@@ -96,8 +96,8 @@ def read_lines(file: Path, counts: Counter[str]) -> Iterator[bytes]:
         raise InputError(f"{str(file)!r} cannot be read: {error}") from error
     with content:
         try:
-            for line in content:
-                line = line.strip().rstrip(b",")
+            for whole in content:
+                line = whole.strip().rstrip(b",")
                 if len(line) > 1:  # the brackets of the array stand on lines of their own
                     yield line
         except (EOFError, OSError, zlib.error):
@@ -200,9 +200,7 @@ def _value(snak: Mapping[str, Any]) -> str | None:
             number = amount.lstrip("+")
             unit = str(value.get("unit", "1")).rsplit("/", 1)[-1]
             return f"{number} {unit}" if ITEM.fullmatch(unit) else number
-        case "monolingualtext", {"text": str(text)}:
-            return " ".join(text.split()) or None
-        case "string", str(text):
+        case ("monolingualtext", {"text": str(text)}) | ("string", str(text)):
             return " ".join(text.split()) or None
     return None
 
