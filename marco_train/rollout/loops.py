@@ -19,14 +19,18 @@ def ends_in_loop(rollout: Rollout) -> bool:
     looked at. A loop that the response has left again does not count.
     """
     is_stopped = rollout.finish_reason is FinishReason.stop
-    ids = rollout.response_ids[: -1 if is_stopped else None][::-1]
+    return is_loop_at_end(rollout.response_ids[: -1 if is_stopped else None])
+
+
+def is_loop_at_end(units: Sequence[object]) -> bool:
+    """Whether the last of some units, tokens or words, are one n-gram over and over."""
     return any(
         length >= MIN_LOOP_TOKENS and length >= MIN_REPEATS * (length - border)
-        for length, border in enumerate(_borders(ids), 1)
+        for length, border in enumerate(_borders(units[::-1]), 1)
     )
 
 
-def _borders(ids: Sequence[int]) -> list[int]:
+def _borders(ids: Sequence[object]) -> list[int]:
     """Of each beginning, the length of its longest proper part that both begins and ends it.
 
     The prefix function of Knuth, Morris and Pratt: its length less this is its shortest period.
