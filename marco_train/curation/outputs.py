@@ -67,7 +67,7 @@ def write_rows(pipeline: Pipeline, ran: Ran, directory: Path, seed: int) -> Outp
         replaces(directory / f"{pipeline.kind}.jsonl") as lines_path,
         replaces(directory / f"{pipeline.kind}.parquet") as table_path,
     ):
-        with lines_path.open("wb") as lines, pq.ParquetWriter(table_path, schema) as table:  # noqa: SIM117
+        with lines_path.open("wb") as lines, pq.ParquetWriter(table_path, schema) as table:
             group: list[Row] = []
             for whole in ran.shards.rows():
                 row = {name: whole.get(name) for name in schema.names}

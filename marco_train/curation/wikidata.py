@@ -11,7 +11,6 @@ import gzip
 import json
 import re
 import zlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,6 +34,7 @@ ANY_LANGUAGE = "mul"
 NO_ARTICLES = {"commonswiki", "specieswiki", "metawiki", "mediawikiwiki", "sourceswiki"}
 # Values that name a thing elsewhere and say nothing of it.
 NOT_SAID = {"external-id", "url", "commonsMedia", "globe-coordinate", "math", "tabular-data"}
+BEGIN = re.compile(rb'\{"type": ?"\w+", ?"id": ?"([A-Z]\d+)"')
 ENTITY_URL = "http://www.wikidata.org/entity/"
 YEAR, MONTH, DAY = 9, 10, 11  # precisions of a time
 MAX_VALUES = 8  # of one property
@@ -82,10 +82,10 @@ def is_sparql(file: Path) -> bool:
     return begins.lstrip()[:1] == b"{" and b'"head"' in begins and b'"vars"' in begins
 
 
-def read_lines(file: Path, counts: Counter[str]) -> Iterator[bytes]:
+def read_lines(file: Path) -> Iterator[bytes | None]:
     """Read the lines of a dump that may be packed with bz2 or gzip; memory holds one.
 
-    Of a file that is cut short or damaged all lines before the damage are read, and it is counted.
+    None stands for the rest of a file that is cut short or damaged.
 
     Raises:
         InputError: The file cannot be opened.
@@ -101,7 +101,7 @@ def read_lines(file: Path, counts: Counter[str]) -> Iterator[bytes]:
                 if len(line) > 1:  # the brackets of the array stand on lines of their own
                     yield line
         except (EOFError, OSError, zlib.error):
-            counts["file is cut short or damaged"] += 1
+            yield None
 
 
 def _opened(file: Path) -> IO[bytes]:
@@ -110,21 +110,34 @@ def _opened(file: Path) -> IO[bytes]:
     if begins == b"BZh":
         return bz2.open(file, "rb")
     if begins[:2] == b"\x1f\x8b":
-        return gzip.open(file, "rb")
+        return gzip.open(file, "rb")  # type: ignore[return-value]
     return file.open("rb")
 
 
 def may_matter(line: bytes, min_articles: int) -> bool:
     """Whether a line is worth reading, by what its bytes hold: most items have no article at all.
 
-    Classes and places are: others are told by them.
+    Classes and places are, as others are told by them, and so is what is no line of a dump.
     """
     return (
         line.count(b'"site":') >= min_articles
         or b'"P279":' in line
         or b'"P131":' in line
-        or not line.startswith(b"{")
+        or not (line.startswith(b"{") and line.endswith(b"}"))
     )
+
+
+def id_of(line: bytes) -> str | None:
+    """The id of a line's entity, most often without reading the line; None: it has none."""
+    begin = BEGIN.match(line)
+    if begin:
+        return begin[1].decode()
+    try:
+        found = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    id_ = found.get("id") if isinstance(found, dict) else None
+    return id_ if isinstance(id_, str) else None
 
 
 def entity_of(line: bytes, wanted: Wanted) -> Entity:
@@ -196,9 +209,9 @@ def _value(snak: Mapping[str, Any]) -> str | None:
             return item if ITEM.fullmatch(item) else None
         case "time", {"time": str(time), "precision": int(precision)}:
             return time_of(time, precision)
-        case "quantity", {"amount": str(amount)}:
+        case "quantity", {"amount": str(amount), **rest}:
             number = amount.lstrip("+")
-            unit = str(value.get("unit", "1")).rsplit("/", 1)[-1]
+            unit = str(rest.get("unit", "1")).rsplit("/", 1)[-1]
             return f"{number} {unit}" if ITEM.fullmatch(unit) else number
         case ("monolingualtext", {"text": str(text)}) | ("string", str(text)):
             return " ".join(text.split()) or None
@@ -218,8 +231,10 @@ def time_of(time: str, precision: int) -> str | None:
     return ("-" if sign == "-" else "") + "-".join(p for p in parts if p != "00")
 
 
-def read_sparql(file: Path, wanted: Wanted, counts: Counter[str]) -> Iterator[Entity]:
+def read_sparql(file: Path, wanted: Wanted) -> Iterator[Entity | None]:
     """Read the entities of a SPARQL result, which is held in memory; rows of one item are joined.
+
+    None stands for a row without an item.
 
     Variables: `item`; `label`, `description` with their languages; `articles`; and properties by
     their names, as `P17`, with `P17Label` for the name of an item among the values.
@@ -245,7 +260,7 @@ def read_sparql(file: Path, wanted: Wanted, counts: Counter[str]) -> Iterator[En
     for row in rows:
         item = _item(_bound(row, "item"))
         if item is None:
-            counts["line is no entity"] += 1
+            yield None
             continue
         entity = entities.setdefault(item, Entity(item, 0, {}, {}, {}))
         _add_row(entity, row, wanted)

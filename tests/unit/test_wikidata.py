@@ -3,7 +3,6 @@
 import bz2
 import gzip
 import json
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from marco_train.curation.wikidata import (
     LineError,
     Wanted,
     entity_of,
+    id_of,
     is_sparql,
     may_matter,
     read_lines,
@@ -147,6 +147,13 @@ def test_a_line_that_nobody_writes_about_is_not_read_unless_others_are_told_by_i
     assert may_matter(b"nonsense", 2)  # so that it is counted as such
 
 
+def test_the_id_of_a_line_is_not_that_of_a_claim() -> None:
+    assert id_of(line()) == "Q1000"
+    reordered = {"claims": CASTLE["claims"], "id": "Q7"}
+    assert id_of(json.dumps(reordered).encode()) == "Q7"
+    assert id_of(b'{"id": 3}') is None and id_of(b"{") is None and id_of(b"[]") is None
+
+
 def test_times_are_written_as_far_as_they_are_known() -> None:
     assert time_of("+1952-03-11T00:00:00Z", 11) == "1952-03-11"
     assert time_of("+1952-03-11T00:00:00Z", 10) == "1952-03"
@@ -161,16 +168,15 @@ def test_times_are_written_as_far_as_they_are_known() -> None:
 def test_lines_are_read_packed_or_not_without_the_brackets_around_them(
     pack: Callable[[bytes], bytes], tmp_path: Path
 ) -> None:
-    file, counts = tmp_path / "dump", Counter[str]()
+    file = tmp_path / "dump"
     file.write_bytes(pack(b'[\n{"id":"Q1"},\r\n\n{"id":"Q2"}\n]\n'))
-    assert list(read_lines(file, counts)) == [b'{"id":"Q1"}', b'{"id":"Q2"}']
-    assert counts == {}
+    assert list(read_lines(file)) == [b'{"id":"Q1"}', b'{"id":"Q2"}']
 
 
 def test_bzip2_of_several_streams_as_dumps_have_it_is_read_to_its_end(tmp_path: Path) -> None:
     file = tmp_path / "dump.json.bz2"
     file.write_bytes(b"".join(bz2.compress(b'{"id":"Q%d"},\n' % n) for n in range(3)))
-    assert len(list(read_lines(file, Counter()))) == 3
+    assert len(list(read_lines(file))) == 3
 
 
 def small_blocks(content: bytes) -> bytes:
@@ -182,23 +188,23 @@ def small_blocks(content: bytes) -> bytes:
     # What was overwritten in gzip unpacks to something else, and only its end shows it.
     [(small_blocks, "cut"), (gzip.compress, "cut"), (small_blocks, "overwritten")],
 )
-def test_a_damaged_file_gives_the_lines_before_the_damage_and_is_counted(
+def test_a_damaged_file_gives_the_lines_before_the_damage_and_says_so(
     pack: Callable[[bytes], bytes], damage: str, tmp_path: Path
 ) -> None:
     lines = [json.dumps({"id": f"Q{n}", "n": n * 7919 % 10_007}).encode() for n in range(1, 20_000)]
     whole = pack(b"\n".join(lines))
     half = len(whole) // 2
-    file, counts = tmp_path / "dump", Counter[str]()
+    file = tmp_path / "dump"
     file.write_bytes(whole[:half] + (b"" if damage == "cut" else bytes(4096) + whole[half:]))
-    read = list(read_lines(file, counts))
-    assert counts == {"file is cut short or damaged": 1}
+    *read, rest = read_lines(file)
+    assert rest is None
     assert 2_000 < len(read) < len(lines)
     assert read[:-1] == lines[: len(read) - 1]  # the last one may be a part of a line
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"gone.json' cannot be read"):
-        list(read_lines(tmp_path / "gone.json", Counter()))
+        list(read_lines(tmp_path / "gone.json"))
 
 
 def uri(item: str) -> dict[str, str]:
@@ -233,9 +239,10 @@ def test_rows_of_a_sparql_result_are_joined_to_entities(tmp_path: Path) -> None:
         {"item": literal("nonsense")},
         5,
     )
-    counts = Counter[str]()
     assert is_sparql(file)
-    assert list(read_sparql(file, WANTED, counts)) == [
+    assert list(read_sparql(file, WANTED)) == [
+        None,
+        None,
         Entity(
             "Q1000",
             12,
@@ -246,13 +253,12 @@ def test_rows_of_a_sparql_result_are_joined_to_entities(tmp_path: Path) -> None:
         ),
         Entity("Q2", 0, {}, {}, {}),
     ]
-    assert counts == {"line is no entity": 2}
 
 
 def test_a_sparql_result_that_is_none_is_refused(tmp_path: Path) -> None:
     file = write_sparql(tmp_path / "a.json", variables="thing")
     with pytest.raises(InputError, match=r"has the variables \['thing'\] and no `item`"):
-        list(read_sparql(file, WANTED, Counter()))
+        list(read_sparql(file, WANTED))
     file.write_text(file.read_text()[:-9])
     with pytest.raises(InputError, match="no whole SPARQL result"):
-        list(read_sparql(file, WANTED, Counter()))
+        list(read_sparql(file, WANTED))
