@@ -21,6 +21,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from omegaconf import MISSING
 
 from marco_train.config.architecture import ArchitectureConfig
+from marco_train.config.curation import CURATIONS
 from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.opd import OPDConfig
 from marco_train.config.optim import OptimConfig
@@ -66,6 +67,8 @@ def reference() -> str:
     for teacher in TEACHERS:
         place = "stage.cascade.<name>.teacher"
         sections += section(f"teacher@{place}={teacher.backend.value}", f"{place}.", teacher)
+    for name, curation in CURATIONS.items():
+        sections += section(f"marco-train curate {name}", "", curation)
     return "\n".join(sections)
 
 

@@ -15,6 +15,7 @@ VERBS = {
     "plan": ("marco_train.commands.plan", "say whether a run fits, and how long it takes"),
     "inspect": ("marco_train.commands.inspect_data", "look at a data set as a run would"),
     "decontaminate": ("marco_train.commands.decontaminate", "look for benchmarks in rows"),
+    "curate": ("marco_train.commands.curate", "build translation, culture or science data"),
     "upcycle": ("marco_train.commands.upcycle", "make an MoE model from a dense one"),
     "report": ("marco_train.commands.report", "make one page of what a run measured"),
     "checkpoint": ("marco_train.commands.checkpoint", "list, verify and export saved states"),

@@ -83,10 +83,13 @@ class LLMConfig:
     max_tries: int = 6
     """Of a request to which nothing comes back, with growing waits between them."""
     temperature: float = 0.7
+    """Of sampling."""
     top_p: float = 1.0
+    """Of sampling."""
     max_tokens: int = 2048
     """Of an answer."""
     seed: int = 42
+    """Of sampling; several answers to one question have those that follow."""
     num_reasks: int = MOST_REASKS
     """Of an answer that is not what its schema says."""
     tokens_per_second: float = 1000.0
@@ -149,7 +152,9 @@ class QualityConfig:
     personal: bool = True
     """It has an e-mail address, a telephone, card or account number."""
     min_characters: int = 1
+    """Of a text."""
     max_characters: int = 32_768
+    """Of a text."""
 
     def __post_init__(self) -> None:
         require_positive(
@@ -187,6 +192,7 @@ class CurationConfig:
     """What all pipelines have in common."""
 
     kind: CurationKind = MISSING
+    """Set by the recipe."""
     input: str = MISSING
     """A file or a directory; what it holds is the pipeline's."""
     output_dir: str = MISSING
@@ -195,6 +201,7 @@ class CurationConfig:
     languages: list[str] = MISSING
     """Codes of two letters, as [de,fr]."""
     seed: int = 42
+    """Of what is drawn."""
     shard_rows: int = 2000
     """Rows that are written together; a killed pipeline redoes at most so many of one step."""
     plan: bool = False

@@ -315,10 +315,12 @@ class Pipeline:
     columns: Mapping[str, str]
     """Beside `messages`, of each row that comes out, with its type as pyarrow names it: string,
     int64, double, bool."""
-    weaknesses: Callable[[Sequence[StepCounts]], Sequence[str]]
+    weaknesses: Callable[[Sequence[StepCounts]], Iterable[str]]
     """Sentences for the card, by what became of the rows."""
     prompts: Mapping[str, str] = field(default_factory=dict)
-    """Digests of the prompts of an LLM, by name."""
+    """Digests of prompts and templates, by name."""
+    details: Sequence[str] = ()
+    """Lines for the card: rules with their bounds and sources."""
 
 
 @dataclass(frozen=True)
@@ -352,7 +354,7 @@ def run(pipeline: Pipeline, work: Path, shard_rows: int) -> Ran:
     Raises:
         InputError: The disk is full, or a step refuses; what is finished stays.
     """
-    with _room_on_disk(work):
+    with room_on_disk(work):
         work.mkdir(parents=True, exist_ok=True)
         key = _key_of("", [pipeline.source.name, pipeline.source.identity(), shard_rows])
         names = [pipeline.source.name, *(step.name for step in pipeline.steps)]
@@ -370,7 +372,12 @@ def run(pipeline: Pipeline, work: Path, shard_rows: int) -> Ran:
 
 
 @contextmanager
-def _room_on_disk(work: Path) -> Iterator[None]:
+def room_on_disk(work: Path) -> Iterator[None]:
+    """Say in a sentence that a disk is full.
+
+    Raises:
+        InputError: It is.
+    """
     try:
         yield
     except (OSError, sqlite3.Error) as error:

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from marco_train.curation.scripts import share_of_script
 from marco_train.errors import require
@@ -119,9 +119,12 @@ def repeated_ngram_share(text: Text, n: int) -> float:
     return _share(sum(len(words[at]) for at in marked), sum(map(len, words)))
 
 
+Of = TypeVar("Of")
+
+
 @dataclass(frozen=True)
-class Rule:
-    """A bound on a number of a text."""
+class Rule(Generic[Of]):
+    """A bound on a number of a text or of a pair."""
 
     name: str
     bound: float
@@ -131,22 +134,22 @@ class Rule:
     source: str
     what: str
     """The number, in words."""
-    measure: Callable[[Text], float]
+    measure: Callable[[Of], float]
 
-    def passes(self, text: Text) -> bool:
-        """Whether a text is within the bound."""
-        value = self.measure(text)
+    def passes(self, judged: Of) -> bool:
+        """Whether it is within the bound."""
+        value = self.measure(judged)
         return value >= self.bound if self.is_least else value <= self.bound
 
 
-def _english() -> list[Rule]:
-    def least(name: str, bound: float, source: str, what: str, measure: Any) -> Rule:
+def _english() -> list[Rule[Text]]:
+    def least(name: str, bound: float, source: str, what: str, measure: Any) -> Rule[Text]:
         return Rule(name, bound, True, True, source, what, measure)
 
-    def most(name: str, bound: float, source: str, what: str, measure: Any) -> Rule:
+    def most(name: str, bound: float, source: str, what: str, measure: Any) -> Rule[Text]:
         return Rule(name, bound, False, True, source, what, measure)
 
-    def of_documents(rule: Rule) -> Rule:
+    def of_documents(rule: Rule[Text]) -> Rule[Text]:
         return replace(rule, is_on=False)
 
     return [
@@ -265,7 +268,7 @@ def _english() -> list[Rule]:
                 ),
                 most(
                     "characters_in_repeated_lines",
-                    0.01,
+                    0.1,
                     FINEWEB,
                     "share of characters",
                     lambda t: _repeated_characters(t.lines),
@@ -273,7 +276,7 @@ def _english() -> list[Rule]:
                 most(
                     "newlines",
                     0.3,
-                    FINEWEB,
+                    "FineWeb's code (datatrove, FineWebQualityFilter)",
                     "ends of lines a word",
                     lambda t: _share(t.whole.count("\n"), len(t.words)),
                 ),
@@ -304,27 +307,9 @@ class Pair:
     """Of the other side."""
 
 
-@dataclass(frozen=True)
-class PairRule:
-    """A bound on a number of a pair."""
-
-    name: str
-    bound: float
-    is_least: bool
-    is_on: bool
-    source: str
-    what: str
-    measure: Callable[[Pair], float]
-
-    def passes(self, pair: Pair) -> bool:
-        """Whether a pair is within the bound."""
-        value = self.measure(pair)
-        return value >= self.bound if self.is_least else value <= self.bound
-
-
-def _pairs() -> list[PairRule]:
+def _pairs() -> list[Rule[Pair]]:
     return [
-        PairRule(
+        Rule(
             "length_ratio",
             2.2,
             False,
@@ -333,7 +318,7 @@ def _pairs() -> list[PairRule]:
             "longer by shorter side, in letters of an alphabet",
             length_ratio,
         ),
-        PairRule(
+        Rule(
             "numbers",
             1.0,
             True,
@@ -342,7 +327,7 @@ def _pairs() -> list[PairRule]:
             "share of the numbers of two digits and more that both sides have",
             shared_numbers,
         ),
-        PairRule(
+        Rule(
             "english_script",
             0.9,
             True,
@@ -351,7 +336,7 @@ def _pairs() -> list[PairRule]:
             "share of Latin among the letters of English",
             lambda pair: share_of_script(pair.english, "Latn"),
         ),
-        PairRule(
+        Rule(
             "other_script",
             0.6,
             True,
@@ -360,7 +345,7 @@ def _pairs() -> list[PairRule]:
             "share of the language's script among its letters",
             lambda pair: share_of_script(pair.other, pair.script),
         ),
-        PairRule(
+        Rule(
             "copied",
             0,
             False,
@@ -412,7 +397,7 @@ PAIR_RULES = _pairs()
 
 def chosen_rules(
     switches: Mapping[str, bool], thresholds: Mapping[str, float]
-) -> tuple[list[Rule], list[PairRule]]:
+) -> tuple[list[Rule[Text]], list[Rule[Pair]]]:
     """The rules that are on, with their bounds.
 
     Args:

@@ -49,6 +49,13 @@ class Outputs:
     """By language."""
     categories: Counter[str] = field(default_factory=Counter)
 
+    def add(self, row: Row) -> None:
+        """Count a row."""
+        self.num_rows += 1
+        self.lengths.setdefault(language_of(row), Lengths()).add(row)
+        if row.get("category"):
+            self.categories[str(row["category"])] += 1
+
 
 def write_rows(pipeline: Pipeline, ran: Ran, directory: Path, seed: int) -> Outputs:
     """Write <kind>.jsonl, <kind>.parquet, counts.json and samples.html, each as a whole.
@@ -64,26 +71,24 @@ def write_rows(pipeline: Pipeline, ran: Ran, directory: Path, seed: int) -> Outp
     schema = pa.schema(columns)
     found, digest, samples = Outputs(), sha256(), _Samples(seed)
     with (
-        replaces(directory / f"{pipeline.kind}.jsonl") as lines_path,
-        replaces(directory / f"{pipeline.kind}.parquet") as table_path,
+        replaces(directory / f"{pipeline.kind}.jsonl") as lines_file,
+        replaces(directory / f"{pipeline.kind}.parquet") as table_file,
+        lines_file.open("wb") as lines,
+        pq.ParquetWriter(table_file, schema) as table,
     ):
-        with lines_path.open("wb") as lines, pq.ParquetWriter(table_path, schema) as table:
-            group: list[Row] = []
-            for whole in ran.shards.rows():
-                row = {name: whole.get(name) for name in schema.names}
-                line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
-                lines.write(line)
-                digest.update(line)
-                found.num_rows += 1
-                found.lengths.setdefault(language_of(row), Lengths()).add(row)
-                if whole.get("category"):
-                    found.categories[str(whole["category"])] += 1
-                samples.add(row, line)
-                group.append(row)
-                if len(group) == ROWS_OF_A_GROUP:
-                    table.write_table(pa.Table.from_pylist(group, schema))
-                    group.clear()
-            table.write_table(pa.Table.from_pylist(group, schema))
+        group: list[Row] = []
+        for whole in ran.shards.rows():
+            row = {name: whole.get(name) for name in schema.names}
+            line = (json.dumps(row, ensure_ascii=False) + "\n").encode("utf-8", "replace")
+            lines.write(line)
+            digest.update(line)
+            found.add(row)
+            samples.add(row, line)
+            group.append(row)
+            if len(group) == ROWS_OF_A_GROUP:
+                table.write_table(pa.Table.from_pylist(group, schema))
+                group.clear()
+        table.write_table(pa.Table.from_pylist(group, schema))
     found.digest = digest.hexdigest()
     counts: dict[str, Any] = {
         "rows": found.num_rows,

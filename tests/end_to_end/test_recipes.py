@@ -17,7 +17,9 @@ from marco_train.models import load_model
 from tests.helpers.processes import REPOSITORY
 
 RECIPES = sorted(
-    p.relative_to(REPOSITORY) for p in REPOSITORY.glob("recipes/*/*.sh") if os.access(p, os.X_OK)
+    p.relative_to(REPOSITORY)
+    for p in REPOSITORY.glob("recipes/*/*.sh")
+    if os.access(p, os.X_OK) and p.parent.name != "curation"  # which trains nothing
 )
 LAUNCH = "python -m marco_train.commands.launch"
 

@@ -1,0 +1,106 @@
+"""Build a set of the model card that nobody released.
+
+    marco-train curate translation input=DIR output_dir=D [languages=[de,fr]] [plan=true]
+        [key=value ...]
+
+A killed curation goes on when it is launched again; recipes/curation/README.md has the kinds.
+"""
+
+import shlex
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from marco_train.config.compose import read_curation
+from marco_train.config.curation import CURATIONS, CurationConfig, TranslationConfig
+from marco_train.config.secrets import redacted
+from marco_train.errors import REFUSED, TRY_AGAIN_LATER, InputError, ServersUnavailable
+
+if TYPE_CHECKING:
+    from marco_train.curation.frame import Cost, Pipeline
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Read the command line, and plan or build; says how it ended."""
+    words = list(sys.argv[1:] if words is None else words)
+    if not words or {"--help", "-h"} & set(words):
+        print(f"{(__doc__ or '').strip()}\n\nKinds: {', '.join(CURATIONS)}")
+        return 0
+    try:
+        cfg = read_curation(words[0], words[1:])
+        curate(cfg, shlex.join(["marco-train", "curate", *words]))
+    except InputError as error:
+        print(f"error: {redacted(str(error))}", file=sys.stderr)
+        return REFUSED
+    except ServersUnavailable as error:
+        said = f"error: {redacted(str(error))}; nothing is lost: launch it again later"
+        print(said, file=sys.stderr)
+        return TRY_AGAIN_LATER
+    return 0
+
+
+def curate(cfg: CurationConfig, command: str) -> None:
+    """Plan, or build.
+
+    Raises:
+        InputError: Something that was given is refused, or the disk is full.
+        ServersUnavailable: The LLM is away.
+    """
+    from marco_train.checkpoint.lock import held
+    from marco_train.curation.card import write_card
+    from marco_train.curation.frame import planned, room_on_disk, run
+    from marco_train.curation.outputs import write_rows
+    from marco_train.tracking import log_line
+
+    pipeline = pipeline_of(cfg)
+    if cfg.plan:
+        print("\n".join(_as_text(planned(pipeline))))
+        return
+    directory = Path(cfg.output_dir)
+    with held(directory), room_on_disk(directory):
+        ran = run(pipeline, directory / "work", cfg.shard_rows)
+        outputs = write_rows(pipeline, ran, directory, cfg.seed)
+        write_card(cfg, pipeline, ran.counts, outputs, command)
+    log_line(f"{directory / pipeline.kind}.jsonl: {outputs.num_rows:,} rows, {outputs.digest}")
+
+
+def pipeline_of(cfg: CurationConfig) -> "Pipeline":
+    """Put together the pipeline of a config.
+
+    Raises:
+        InputError: Its input or its rules are refused.
+    """
+    match cfg:
+        case TranslationConfig():
+            from marco_train.curation import translation
+
+            return translation.pipeline(cfg)
+        case _:
+            raise InputError(f"there is no pipeline of {cfg.kind.value} yet")
+
+
+def _as_text(costs: "Sequence[tuple[str, Cost]]") -> Iterator[str]:
+    """The plan for a person."""
+    heads = ("rows out", "LLM calls", "tokens in", "tokens out", "embeddings", "hours")
+    yield " ".join([f"{'step':12}", *(f"{head:>12}" for head in heads)])
+    for name, cost in costs:
+        amounts = (
+            cost.rows,
+            cost.llm_calls,
+            cost.prompt_tokens,
+            cost.completion_tokens,
+            cost.embedding_batches,
+        )
+        cells = [f"{name:12}", *(f"{amount:12,.0f}" for amount in amounts)]
+        yield " ".join([*cells, f"{cost.seconds / 3600:12.2g}"])
+    yield (
+        "Rows are at most, as what steps drop is not known before; embeddings are batches. In all "
+        f"{sum(cost.llm_calls for _, cost in costs):,.0f} LLM calls, "
+        f"{sum(cost.embedding_batches for _, cost in costs):,.0f} embedding batches and "
+        f"{sum(cost.seconds for _, cost in costs) / 3600:.2g} hours."
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
