@@ -14,7 +14,7 @@ from xxhash import xxh3_64_intdigest
 
 from marco_train.config.curation import CARD_LANGUAGES, CultureConfig, LLMConfig
 from marco_train.curation.choices import CHOICE, OPEN, Distractors, Lettered, turns
-from marco_train.curation.decontamination import Decontaminated
+from marco_train.curation.decontamination import decontaminated
 from marco_train.curation.duplicates import ExactDuplicates
 from marco_train.curation.entities import Classified, Entities, Named, Popular
 from marco_train.curation.facts import unsupported
@@ -46,7 +46,7 @@ def object_of(*names: str) -> dict[str, Any]:
     }
 
 
-def culture(cfg: CultureConfig) -> Pipeline:
+def pipeline(cfg: CultureConfig) -> Pipeline:
     """Lay out the pipeline.
 
     Raises:
@@ -63,14 +63,13 @@ def culture(cfg: CultureConfig) -> Pipeline:
         Quality(cfg.quality),
         ExactDuplicates(lambda row: str(row["messages"][0]["content"]), "requests"),
     ]
-    if cfg.decontamination.against is not None:
-        steps.append(Decontaminated(cfg.decontamination, cfg.embedding))
+    steps += decontaminated(cfg)
     prompts = [read_prompt(name) for name in (DESCRIBE, INSTRUCT, ANSWER, CHOOSE)]
     return Pipeline(
-        kind="culture",
+        kind=cfg.kind.value,
         source=source,
         steps=steps,
-        origins=[Origin("Wikidata", cfg.source_revision, "CC0 1.0")],
+        origins=[Origin("Wikidata (https://www.wikidata.org)", cfg.source_revision, "CC0 1.0")],
         columns={
             "id": "string",
             "category": "string",
@@ -212,9 +211,10 @@ def _weaknesses(cfg: CultureConfig, counts: Sequence[StepCounts]) -> list[str]:
     few = {code: count for code, count in found.items() if count < cfg.entities_per_language}
     said = [
         "Names are held against the facts where the script has capitals (Latin, Cyrillic, Greek; "
-        "of German nouns only two in a row); of other scripts titles in quotation marks and words in "
-        "Latin letters are, and numbers and years in all. Numbers in words are not.",
-        "What is right in Wikidata is not checked, and the facts of a row are as old as its dump.",
+        "of German nouns only two in a row); of other scripts titles in quotation marks and words "
+        "in Latin letters are, and numbers and years in all. Numbers in words are not.",
+        "That no wrong choice fits its question is asked of the LLM, and not checked.",
+        "What Wikidata says is not checked, and is as old as its dump.",
     ]
     if few:
         listed = ", ".join(f"{code} {count:,}" for code, count in few.items())

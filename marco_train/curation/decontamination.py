@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from marco_train.config.curation import DecontaminationConfig, EmbeddingConfig
+from marco_train.config.curation import CurationConfig, DecontaminationConfig, EmbeddingConfig
 from marco_train.content import look
 from marco_train.curation.embedding import load_model
 from marco_train.curation.frame import (
@@ -23,6 +23,7 @@ from marco_train.curation.frame import (
     Row,
     Shard,
     Shards,
+    Step,
     Transform,
 )
 from marco_train.data.contamination import Benchmarks, Hit, read_benchmarks, texts_of
@@ -155,6 +156,13 @@ class Decontaminated:
                 yield Dropped(row, "holds a text of a benchmark") if place in of_row else row
 
         yield transform
+
+
+def decontaminated(cfg: CurationConfig) -> list[Step]:
+    """The step of a pipeline, where it was asked for."""
+    if cfg.decontamination.against is None:
+        return []
+    return [Decontaminated(cfg.decontamination, cfg.embedding)]
 
 
 def conversation_of(row: Row, place: int) -> Conversation:

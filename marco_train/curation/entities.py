@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +48,7 @@ from marco_train.curation.wikidata import (
     LineError,
     Wanted,
     entity_of,
+    estimated_lines,
     id_of,
     is_sparql,
     label_of,
@@ -64,8 +64,6 @@ FEW_ARTICLES = "too few articles"
 CUT = "the rest of a file that is cut short or damaged"
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".bz2", ".gz")
 LINES_PER_SECOND = 10_000
-SAMPLED_LINES = 200
-PACKED = 10  # times what a packed file holds, about
 
 
 @cache
@@ -112,12 +110,7 @@ class Entities:
 
     def plan(self) -> Cost:
         """Estimate the lines by the first ones of each file."""
-        rows = 0.0
-        for file in self.files:
-            size = file.stat().st_size * (PACKED if file.suffix in {".bz2", ".gz"} else 1)
-            first = [len(line or b"") + 2 for line in islice(read_lines(file), SAMPLED_LINES)]
-            is_whole = len(first) < SAMPLED_LINES
-            rows += len(first) if is_whole else size * len(first) / sum(first)
+        rows = sum(estimated_lines(file) for file in self.files)
         return Cost(rows, seconds=rows / LINES_PER_SECOND)
 
     def read(self, skip: int) -> Iterator[Row | Dropped]:

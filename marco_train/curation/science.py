@@ -18,7 +18,7 @@ from marco_train.config.curation import ScienceConfig
 from marco_train.config.data import SourceConfig
 from marco_train.content import look
 from marco_train.curation.choices import turns
-from marco_train.curation.decontamination import Decontaminated
+from marco_train.curation.decontamination import decontaminated
 from marco_train.curation.duplicates import ExactDuplicates
 from marco_train.curation.frame import (
     Cost,
@@ -107,7 +107,7 @@ def _is_taken(reference: str, verifier: Mapping[str, Any]) -> bool:
         return False
 
 
-def science(cfg: ScienceConfig) -> Pipeline:
+def pipeline(cfg: ScienceConfig) -> Pipeline:
     """Lay out the pipeline."""
     source = Prompts(
         SourceConfig(path=cfg.input, subset=cfg.subset, split=cfg.split), cfg.languages[0]
@@ -131,10 +131,9 @@ def science(cfg: ScienceConfig) -> Pipeline:
         ),
         Quality(cfg.quality),
     ]
-    if cfg.decontamination.against is not None:
-        steps.append(Decontaminated(cfg.decontamination, cfg.embedding))
+    steps += decontaminated(cfg)
     return Pipeline(
-        kind="science",
+        kind=cfg.kind.value,
         source=source,
         steps=steps,
         origins=[Origin(cfg.input, cfg.source_revision, "as of the input")],

@@ -38,6 +38,7 @@ BEGIN = re.compile(rb'\{"type": ?"\w+", ?"id": ?"([A-Z]\d+)"')
 ENTITY_URL = "http://www.wikidata.org/entity/"
 YEAR, MONTH, DAY = 9, 10, 11  # precisions of a time
 MAX_VALUES = 8  # of one property
+SAMPLED = 2**23  # bytes by which the lines of a file are estimated
 
 
 @dataclass
@@ -104,14 +105,36 @@ def read_lines(file: Path) -> Iterator[bytes | None]:
             yield None
 
 
+def estimated_lines(file: Path) -> float:
+    """Estimate the lines of a file, packed or not, by its beginning; exact of a short one.
+
+    Of a SPARQL result they are those of its JSON, and there may be one.
+    """
+    lines = read = 0
+    with file.open("rb") as packed:
+        content = _unpacked(packed)
+        try:
+            while read < SAMPLED and (chunk := content.read(2**16)):
+                lines += chunk.count(b"\n")
+                read += len(chunk)
+        except (EOFError, OSError, zlib.error):
+            return float(lines)
+        share = packed.tell() / max(1, file.stat().st_size)
+    return lines / share if read >= SAMPLED else float(lines)
+
+
 def _opened(file: Path) -> IO[bytes]:
-    with file.open("rb") as content:
-        begins = content.read(3)
+    return _unpacked(file.open("rb"))
+
+
+def _unpacked(content: IO[bytes]) -> IO[bytes]:
+    begins = content.read(3)
+    content.seek(0)
     if begins == b"BZh":
-        return bz2.open(file, "rb")
+        return bz2.BZ2File(content)
     if begins[:2] == b"\x1f\x8b":
-        return gzip.open(file, "rb")  # type: ignore[return-value]
-    return file.open("rb")
+        return gzip.GzipFile(fileobj=content)  # type: ignore[return-value]
+    return content
 
 
 def may_matter(line: bytes, min_articles: int) -> bool:
