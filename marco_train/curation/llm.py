@@ -38,6 +38,8 @@ from marco_train.files import replaces
 PROMPTS = CURATION_DIR / "prompts"
 PLACEHOLDER = re.compile(r"\{\{(\w+)\}\}")
 CACHE = "llm.sqlite"
+RESEED = 1_000_003
+"""Added to the seed where a question is asked again."""
 MOST_SECONDS = 60.0
 """Between two tries."""
 REJECTED_FIRST = 8
@@ -227,10 +229,11 @@ class LLM:
 
     def answer(self, ask: Ask) -> Answer:
         """Ask one question, and again where its answer is not what the schema says."""
+        cfg = self._cfg
         messages = [dict(message) for message in ask.messages]
         spent = [0, 0]
-        for num_reasks in range(self._cfg.num_reasks + 1):
-            said = self._said(ask, messages)
+        for num_reasks in range(cfg.num_reasks + 1):
+            said = self._said(ask, messages, cfg.seed + ask.sample + RESEED * num_reasks)
             if isinstance(said, str):
                 return Answer("", problem=said, model=self.model, num_reasks=num_reasks)
             spent = [spent[0] + said.prompt_tokens, spent[1] + said.completion_tokens]
@@ -245,7 +248,7 @@ class LLM:
             messages = [*asked, {"role": "assistant", "content": said.text[:2000]}, again]
         return answer
 
-    def _said(self, ask: Ask, messages: list[dict[str, str]]) -> _Said | str:
+    def _said(self, ask: Ask, messages: list[dict[str, str]], seed: int) -> _Said | str:
         """The server's answer, known or new; or why there is none."""
         cfg = self._cfg
         request: dict[str, Any] = {
@@ -254,7 +257,7 @@ class LLM:
             "temperature": cfg.temperature if ask.temperature is None else ask.temperature,
             "top_p": cfg.top_p,
             "max_tokens": ask.max_tokens or cfg.max_tokens,
-            "seed": cfg.seed + ask.sample,
+            "seed": seed,
         }
         if ask.schema is not None:
             schema = {"name": "answer", "schema": ask.schema, "strict": True}
