@@ -199,9 +199,9 @@ def confirmed(
     finals = [final_answer(text) for text in texts]
     if verifier:
         said = [final or text for final, text in zip(finals, texts, strict=True)]
-        wanted = final_answer(reference) or reference
+        key = final_answer(reference) or reference
         return "verifier", [
-            text for text, each in zip(texts, said, strict=True) if verify(each, wanted, verifier)
+            text for text, each in zip(texts, said, strict=True) if verify(each, key, verifier)
         ]
     wanted = final_answer(reference)
     if wanted is not None:
