@@ -31,11 +31,13 @@ POLICIES = (
 )
 REPEATED = 5
 SHORT_LINE = 30  # characters
-# Letters of a script without an alphabet say as much as so many of one.
+# By how much more a letter says than one of an alphabet: whole words and syllables, and consonants
+# whose vowels are marks or are not written.
 DENSE = (
     (re.compile("[\u3400-\u4dbf\u4e00-\u9fff]"), 2.0),
     (re.compile("[\u3040-\u30ff\uac00-\ud7af]"), 1.0),
-    (re.compile("[\u0590-\u05ff\u0600-\u06ff]"), 0.25),
+    (re.compile("[\u0900-\u09ff]"), 0.6),
+    (re.compile("[\u0590-\u05ff\u0600-\u06ff\u0e00-\u0e7f]"), 0.25),
 )
 NO_LETTERS_OR_DIGITS = re.compile(r"[\W_]+")
 NUMBERS = re.compile(
@@ -311,7 +313,7 @@ def _pairs() -> list[Rule[Pair]]:
     return [
         Rule(
             "length_ratio",
-            2.2,
+            2.0,
             False,
             True,
             OURS,
