@@ -27,7 +27,8 @@ from marco_train.curation.wikidata import (
 )
 
 TABLES = CURATION_DIR / "tables"
-EDGES_TOGETHER = 2**20  # 16 MiB
+EDGES_TOGETHER = 2**20  # that are read: 16 MiB
+EDGES_WAITING = 2**14  # to be written
 Claims = Mapping[str, Sequence[str]]
 
 
@@ -61,7 +62,7 @@ class Edges:
         """Add edges; the last ones are in the file once it is flushed."""
         for each in above:
             self._waiting += (item, each)
-        if len(self._waiting) >= 2 * EDGES_TOGETHER:
+        if len(self._waiting) >= 2 * EDGES_WAITING:
             self.flush()
 
     def flush(self) -> None:

@@ -1,21 +1,33 @@
 """Culture and science as a user builds them, and a step of SFT and of OPD on what comes out."""
 
 import json
+import os
+import signal
+import socket
+import subprocess
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+import torch
 
 from marco_train.commands.curate import main
 from marco_train.config import TrainConfig
+from marco_train.models.hf_io import save_model
+from marco_train.models.weights import random_model
 from marco_train.stages.opd import run_opd
 from marco_train.stages.sft import run_sft
 from tests.helpers.configs import compose_config
 from tests.helpers.curation import example
 from tests.helpers.fake_chat import FakeChat, fake_chat
+from tests.helpers.models import WIDE, architecture
 from tests.helpers.nllb_lines import write_nllb
+from tests.helpers.processes import REPOSITORY
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.scripted_author import write
 from tests.helpers.world import World
@@ -122,7 +134,7 @@ HUB_PROMPTS = (
 def config(
     stage: str, kinds: Sequence[str], hub: Sequence[str], built: Path, world: World, out: Path
 ) -> TrainConfig:
-    """One update on the sets of `configs/data/marco_<stage>.yaml` that are built and not fetched."""
+    """One update on the sets of `configs/data/marco_<stage>.yaml` that are built, not fetched."""
     ours = [
         word
         for kind in kinds
@@ -157,3 +169,68 @@ def config(
 
 def metrics_of(out: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.vllm
+@pytest.mark.long
+def test_a_server_of_vllm_whose_model_knows_nothing_is_asked_and_its_answers_are_counted(
+    world: World, tmp_path: Path
+) -> None:
+    example.main(tmp_path)
+    shape = architecture(**WIDE, max_position_embeddings=4096)
+    model, port = str(tmp_path / "model"), free_port()
+    tokenizer = Path(world.path("data", "tokenizer"))
+    save_model(random_model(shape, torch.float32, 0), Path(model), tokenizer)
+    with served(model, port, tmp_path / "log"):
+        llm = [f"llm.base_url=http://127.0.0.1:{port}/v1", "llm.max_tokens=8"]
+        science = [f"input={tmp_path / 'prompts.jsonl'}", "num_samples=2", "prompts_per_language=5"]
+        assert main(["science", *science, f"output_dir={tmp_path / 'science'}", *llm]) == 0
+        culture = [f"input={tmp_path / 'entities.json.bz2'}", "languages=[de]"]
+        few = ["entities_per_language=5", f"output_dir={tmp_path / 'culture'}"]
+        assert main(["culture", *culture, *few, *llm]) == 0
+    for kind, step, asked in (("science", "sampled", 10), ("culture", "described", 5)):
+        counts = json.loads((tmp_path / kind / "counts.json").read_text())
+        (found,) = [each for each in counts["steps"] if each["name"] == step]
+        assert (found["in"], found["out"] + sum(found["dropped"].values())) == (5, 5)
+        assert found["counted"]["llm calls"] >= asked
+        assert found["counted"]["completion tokens"] > 0
+        assert f"answered by {model}" in found["counted"]
+        assert f"- LLM: {model} (" in (tmp_path / kind / "DATA_CARD.md").read_text()
+
+
+def free_port() -> int:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        return int(listening.getsockname()[1])
+
+
+@contextmanager
+def served(model: str, port: int, log: Path) -> Iterator[None]:
+    """Serve a model as `recipes/serve_teacher.sh` does, until the block ends."""
+    given = {"PORT": str(port), "VLLM_CPU_KVCACHE_SPACE": "1"}
+    environment = os.environ | given | {"VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    command = [str(REPOSITORY / "recipes" / "serve_teacher.sh"), model, "--enforce-eager"]
+    with log.open("wb") as said:
+        process = subprocess.Popen(
+            command,
+            env=environment,
+            stdout=said,
+            stderr=said,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 240
+        while not is_up(port):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
+            time.sleep(0.5)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(60)
+
+
+def is_up(port: int) -> bool:
+    try:
+        return httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).is_success
+    except httpx.HTTPError:
+        return False
