@@ -65,7 +65,7 @@ def curate(cfg: CurationConfig, command: str) -> None:
         return
     directory = Path(cfg.output_dir)
     with held(directory), room_on_disk(directory):
-        ran = run(pipeline, directory / "work", cfg.shard_rows)
+        ran = run(pipeline, directory / "work", cfg.shard_rows, cfg.processes)
         outputs = write_rows(pipeline, ran, directory, cfg.seed)
         write_card(cfg, pipeline, ran.counts, outputs, command)
     log_line(f"{directory / pipeline.kind}.jsonl: {outputs.num_rows:,} rows, {outputs.digest}")

@@ -204,6 +204,8 @@ class CurationConfig:
     """Of what is drawn."""
     shard_rows: int = 2000
     """Rows that are written together; a killed pipeline redoes at most so many of one step."""
+    processes: int = 2
+    """That share the steps which look at rows one by one; each may take 0.6 GiB."""
     plan: bool = False
     """Whether to say what would be read and asked and how long it takes, and end there."""
     source_revision: str = ""
@@ -214,7 +216,7 @@ class CurationConfig:
     decontamination: DecontaminationConfig = field(default_factory=DecontaminationConfig)
 
     def __post_init__(self) -> None:
-        require_positive("the curation", shard_rows=self.shard_rows)
+        require_positive("the curation", shard_rows=self.shard_rows, processes=self.processes)
         self.languages = list(self.languages)
         require(bool(self.languages), "languages is empty: name one at least, as languages=[de]")
         for code in self.languages:
@@ -232,6 +234,9 @@ class CurationConfig:
 class TranslationConfig(CurationConfig):
     """Pairs of NLLB, of English and another language."""
 
+    max_pairs: int | None = 1_000_000
+    """Lines that are read of each file, from its beginning, which has the highest scores. None: all
+    of them, which are hundreds of millions of some languages."""
     rows_per_language: int = 10_000
     """The best that are kept (Marco-MoE, section 4.1)."""
     max_domain_share: float = 0.05
@@ -250,7 +255,11 @@ class TranslationConfig(CurationConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.rules, self.thresholds = dict(self.rules), dict(self.thresholds)
-        require_positive("the translation", rows_per_language=self.rows_per_language)
+        require_positive(
+            "the translation",
+            rows_per_language=self.rows_per_language,
+            max_pairs=self.max_pairs,
+        )
         for name, share in (
             ("max_domain_share", self.max_domain_share),
             ("near_duplicates", self.near_duplicates),

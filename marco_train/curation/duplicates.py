@@ -30,6 +30,7 @@ from marco_train.data.duplicates import NUM_HASHES, SEED, SHINGLE
 from marco_train.errors import InputError
 
 SEEN = "seen.sqlite"
+CACHE_KIB = 32_768
 MOST_ASKED = 900  # values of one query of SQLite
 RECALL = 0.99  # of pairs that are just as similar as the bound
 
@@ -38,7 +39,7 @@ def open_store(file: Path, *tables: str) -> sqlite3.Connection:
     """Open a store of what was seen, which is safe from a kill at any time."""
     store = sqlite3.connect(file, isolation_level=None)
     store.execute("PRAGMA journal_mode=WAL")
-    store.execute("PRAGMA cache_size=-262144")  # KiB
+    store.execute(f"PRAGMA cache_size=-{CACHE_KIB}")
     for table in tables:
         store.execute(f"CREATE TABLE IF NOT EXISTS {table}")
     return store

@@ -9,8 +9,11 @@ comes out the same; memory grows with a shard and not with the input.
 
 import errno
 import json
+import os
 import shutil
+import signal
 import sqlite3
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,12 +21,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from hashlib import sha256
 from itertools import islice
+from multiprocessing import get_context
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from marco_train.errors import InputError
+from marco_train.errors import InputError, RunError
 from marco_train.files import replace_directory, replaces
 from marco_train.tracking import log_line
 
@@ -34,6 +39,8 @@ one."""
 ROWS, COUNTS, KEY, COMPLETE = "rows.jsonl", "counts.json", "key.json", "complete.json"
 SCRATCH = "scratch"
 """Of a step, for what it looks up."""
+SHARDS_OF_A_PROCESS = 8
+"""At least; an identifier of languages takes longer to load than it does for them."""
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
 
 
@@ -124,8 +131,12 @@ class Step(Protocol):
         """
 
 
+class PerRow:
+    """Marks a step whose outcomes of a shard follow from that shard alone: processes share them."""
+
+
 @dataclass(frozen=True)
-class RowStep:
+class RowStep(PerRow):
     """A step that looks at one row at a time."""
 
     name: str
@@ -133,6 +144,8 @@ class RowStep:
     about: Any = None
     """Its identity."""
     rows_per_second: float = 20_000
+    made_of_each: float = 1
+    """Rows that come out of one."""
 
     def identity(self) -> Any:
         """Return what it was given."""
@@ -140,7 +153,7 @@ class RowStep:
 
     def plan(self, rows: float) -> Cost:
         """Estimate its time."""
-        return Cost(rows, seconds=rows / self.rows_per_second)
+        return Cost(rows * self.made_of_each, seconds=rows / self.rows_per_second)
 
     def opened(self, before: "Shards", scratch: Path) -> AbstractContextManager[Transform]:
         """Look at the rows of a shard one after the other."""
@@ -250,8 +263,12 @@ class Shards:
         self.directory = directory
 
     def __len__(self) -> int:
-        """Number of those that are finished, which have no gaps."""
-        return sum(path.name.isdigit() for path in self.directory.iterdir())
+        """Number of those that are finished; of a step that is, they have no gaps."""
+        return len(self.finished())
+
+    def finished(self) -> set[int]:
+        """Numbers of those that are finished."""
+        return {int(path.name) for path in self.directory.iterdir() if path.name.isdigit()}
 
     def __iter__(self) -> Iterator[Shard]:
         """Those that are finished, in order, one in memory at a time."""
@@ -279,8 +296,9 @@ class Shards:
         counts = StepCounts(self.directory.name)
         for row in rows_in:
             counts.take_in(row)
-        partial = self.directory / f".{number:05d}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
+        for left in self.directory.glob(f".{number:05d}.*"):
+            shutil.rmtree(left, ignore_errors=True)
+        partial = self.directory / f".{number:05d}.{os.getpid()}.partial"
         partial.mkdir()
         with (partial / ROWS).open("w", encoding="utf-8", errors="replace") as lines:
             for outcome in outcomes:
@@ -343,13 +361,14 @@ def planned(pipeline: Pipeline) -> list[tuple[str, Cost]]:
     return found
 
 
-def run(pipeline: Pipeline, work: Path, shard_rows: int) -> Ran:
+def run(pipeline: Pipeline, work: Path, shard_rows: int, processes: int = 1) -> Ran:
     """Run a pipeline, or go on with it where it was ended.
 
     Args:
         pipeline: What to run.
         work: Where shards lie.
         shard_rows: Outcomes of the source that are a shard.
+        processes: That share a step's shards, where it is `PerRow`.
 
     Raises:
         InputError: The disk is full, or a step refuses; what is finished stays.
@@ -365,7 +384,7 @@ def run(pipeline: Pipeline, work: Path, shard_rows: int) -> Ran:
         for number, step in enumerate(pipeline.steps, 1):
             key = _key_of(key, [step.name, step.identity()])
             after = _prepared(places, number, key)
-            _run_step(step, before, after)
+            _run_step(step, before, after, processes)
             before = after
             counts.append(after.counts())
         return Ran(before, counts)
@@ -428,24 +447,79 @@ def _read_source(source: RowSource, shards: Shards, shard_rows: int) -> None:
     _complete(shards, start)
 
 
-def _run_step(step: Step, before: Shards, after: Shards) -> None:
+def _run_step(step: Step, before: Shards, after: Shards, processes: int) -> None:
     if _is_complete(after):
         return
-    start, first = time.monotonic(), len(after)
-    scratch = after.directory / SCRATCH
-    scratch.mkdir(exist_ok=True)
-    with step.opened(before, scratch) as transform:
-        for number in tqdm(
-            range(first, len(before)),
-            step.name,
-            len(before),
-            initial=first,
-            unit=" shards",
-            delay=3,
-        ):
+    start, finished, count = time.monotonic(), after.finished(), len(before)
+    todo = [number for number in range(count) if number not in finished]
+    (after.directory / SCRATCH).mkdir(exist_ok=True)
+    shown = tqdm(desc=step.name, total=count, initial=len(finished), unit=" shards", delay=3)
+    with shown:
+        processes = min(processes, len(todo) // SHARDS_OF_A_PROCESS)
+        if isinstance(step, PerRow) and processes > 1:
+            _share_shards(step, before, after, todo, processes, shown)
+        else:
+            for _ in _done(step, before, after, todo):
+                shown.update()
+    _complete(after, start)
+
+
+def _done(step: Step, before: Shards, after: Shards, todo: Sequence[int]) -> Iterator[int]:
+    """Do shards one after the other, and say so of each."""
+    with step.opened(before, after.directory / SCRATCH) as transform:
+        for number in todo:
             shard = before.read(number)
             after.write(number, shard.rows, transform(shard))
-    _complete(after, start)
+            yield number
+
+
+def _share_shards(
+    step: Step, before: Shards, after: Shards, todo: Sequence[int], processes: int, shown: Any
+) -> None:
+    """Let processes do shards, each every so manyth.
+
+    Raises:
+        RunError: One ended without a word; what others raise is raised here.
+    """
+    # A fork has the step as it is, with what cannot be pickled; no thread of ours runs by now.
+    context = get_context("fork")
+    ends = [context.Pipe(duplex=False) for _ in range(processes)]
+    workers = [
+        context.Process(
+            target=_work, args=(step, before, after, todo[turn::processes], said), daemon=True
+        )
+        for turn, (_, said) in enumerate(ends)
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        while running := [worker.sentinel for worker in workers if worker.exitcode is None]:
+            wait(running, timeout=1.0)
+            shown.update(len(after) - shown.n)
+            if any(worker.exitcode for worker in workers):
+                break
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+    for worker, (heard, _) in zip(workers, ends, strict=True):
+        if heard.poll():
+            raise heard.recv()
+        if worker.exitcode not in (0, -signal.SIGKILL):
+            raise RunError(f"a process of the step {step.name} ended with {worker.exitcode}")
+    if len(after) < len(before):
+        raise RunError(f"a process of the step {step.name} was killed: is there memory for all?")
+
+
+def _work(step: Step, before: Shards, after: Shards, todo: Sequence[int], said: Connection) -> None:
+    parent = os.getppid()
+    try:
+        for _ in _done(step, before, after, todo):
+            if os.getppid() != parent:  # it was killed, and another may have taken its place
+                return
+    except BaseException as error:
+        said.send(error)
+        sys.exit(1)
 
 
 def _is_complete(shards: Shards) -> bool:

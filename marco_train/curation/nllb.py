@@ -12,6 +12,7 @@ import re
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any
 from urllib.parse import urlsplit
@@ -48,10 +49,12 @@ class NLLB:
     """The files of some languages, one after the other."""
 
     files: Sequence[PairFile]
+    most: int | None = None
+    """Lines of a file that are read. None: all."""
     name: str = "pairs"
 
     @classmethod
-    def of(cls, path: Path, languages: Sequence[str]) -> "NLLB":
+    def of(cls, path: Path, languages: Sequence[str], most: int | None = None) -> "NLLB":
         """Find the files of languages below a directory, or take one file.
 
         Raises:
@@ -85,15 +88,19 @@ class NLLB:
         )
         if other:
             log_line(f"{path}: not read: {', '.join(other[:5])}{', ...' * (len(other) > 5)}")
-        return cls([found[code] for code in languages])
+        return cls([found[code] for code in languages], most)
 
     def identity(self) -> Any:
         """Names, sizes, and digests of the files' beginnings and ends."""
-        return [[each.path.name, each.path.stat().st_size, _ends(each.path)] for each in self.files]
+        files = [
+            [each.path.name, each.path.stat().st_size, _ends(each.path)] for each in self.files
+        ]
+        return [files, self.most]
 
     def plan(self) -> Cost:
         """Estimate the lines from the first of each file."""
-        rows = sum(_estimated_lines(each.path) for each in self.files)
+        most = float("inf") if self.most is None else self.most
+        rows = sum(min(most, _estimated_lines(each.path)) for each in self.files)
         return Cost(rows, seconds=rows / LINES_PER_SECOND)
 
     def read(self, skip: int) -> Iterator[Row | Dropped]:
@@ -102,7 +109,7 @@ class NLLB:
         Lines that are skipped are read, and not taken apart.
         """
         for file in self.files:
-            for number, line in enumerate(_lines(file.path), 1):
+            for number, line in enumerate(islice(_lines(file.path), self.most), 1):
                 if skip:
                     skip -= 1
                 else:

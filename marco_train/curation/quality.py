@@ -16,6 +16,7 @@ from marco_train.curation.frame import (
     Counted,
     Dropped,
     Outcome,
+    PerRow,
     Row,
     Shard,
     Shards,
@@ -58,7 +59,7 @@ def answers_of(row: Row) -> Sequence[tuple[str, str]]:
 
 
 @dataclass(frozen=True)
-class Quality:
+class Quality(PerRow):
     """Counts the faults of texts, and drops the rows whose faults a rule is on for."""
 
     cfg: QualityConfig

@@ -24,6 +24,7 @@ from marco_train.curation.frame import (
     Dropped,
     Origin,
     Outcome,
+    PerRow,
     Pipeline,
     Row,
     RowStep,
@@ -110,7 +111,7 @@ class FastText:
 
 
 @dataclass(frozen=True)
-class Languages:
+class Languages(PerRow):
     """Drops pairs with a side in another language than it should be."""
 
     model: str | None
@@ -212,7 +213,7 @@ def prompts(languages: Sequence[str], seed: int) -> RowStep:
                 "category": "translation",
             }
 
-    return RowStep("prompts", apply, [seed, digests])
+    return RowStep("prompts", apply, [seed, digests], made_of_each=2)
 
 
 def _number_of(text: str) -> int:
@@ -257,7 +258,7 @@ def pipeline(cfg: TranslationConfig) -> Pipeline:
     scores = {"laser": "double", "english_lid": "double", "other_lid": "double"}
     return Pipeline(
         kind=cfg.kind.value,
-        source=NLLB.of(Path(cfg.input), cfg.languages),
+        source=NLLB.of(Path(cfg.input), cfg.languages, cfg.max_pairs),
         steps=steps,
         origins=[
             Origin(
@@ -314,6 +315,14 @@ def _weaknesses(cfg: TranslationConfig, counts: Sequence[StepCounts]) -> Iterato
     cut = [code for code, tally in by_name["pairs"].languages.items() if tally.dropped[CUT]]
     if cut:
         yield f"The files of {', '.join(cut)} are cut short: what is missing was never seen."
+    read_in_part = [
+        code for code, tally in by_name["pairs"].languages.items() if tally.rows_in == cfg.max_pairs
+    ]
+    if read_in_part:
+        yield (
+            f"Of {', '.join(read_in_part)} the first {cfg.max_pairs:,} lines were read, which NLLB "
+            "sorts by LASER's score, and no others."
+        )
     best = by_name["best"]
     few = {
         code: best.of(code).rows_out

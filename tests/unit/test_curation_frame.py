@@ -1,7 +1,9 @@
 """A pipeline goes on shard by shard, and whatever is redone comes out the same."""
 
 import errno
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
@@ -10,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from marco_train.curation import frame
 from marco_train.curation.frame import (
     Cost,
     Counted,
@@ -25,7 +28,7 @@ from marco_train.curation.frame import (
     planned,
     run,
 )
-from marco_train.errors import InputError
+from marco_train.errors import InputError, RunError
 
 
 @dataclass
@@ -156,3 +159,55 @@ def test_a_plan_adds_up_without_a_row_being_read() -> None:
         ("watched", 100, 100),
         ("odd", 100, 0),
     ]
+
+
+def test_processes_share_what_looks_at_rows_one_by_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(frame, "SHARDS_OF_A_PROCESS", 1)
+    alone = run(pipeline(Watched()), tmp_path / "alone", 16)
+    shared = run(pipeline(Watched()), tmp_path / "shared", 16, processes=3)
+    assert [*shared.shards.rows()] == [*alone.shards.rows()]
+    assert [c.as_json() for c in shared.counts] == [c.as_json() for c in alone.counts]
+
+    # Killed, each with a shard of its own: there may be gaps.
+    step = tmp_path / "shared" / "02-odd"
+    (step / "complete.json").unlink()
+    for shard in ("00001", "00004"):
+        (step / shard).rename(step / f".{shard}.77.partial")
+    assert [*run(pipeline(Watched()), tmp_path / "shared", 16, processes=3).shards.rows()] == [
+        *alone.shards.rows()
+    ]
+    assert {path.name[0] for path in step.iterdir()} == {"0", "c", "k", "s"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "raised", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), InputError, "is full; make room"),
+        (ValueError("odd"), ValueError, "odd"),
+        (None, RunError, "a process of the step faulty was killed: is there memory for all"),
+    ],
+)
+def test_what_goes_wrong_in_a_process_is_said(
+    fault: Exception | None,
+    raised: type[Exception],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(frame, "SHARDS_OF_A_PROCESS", 1)
+
+    def look(row: Row) -> Row:
+        if row["n"] == 37 and fault is not None:
+            raise fault
+        if row["n"] == 37:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return row
+
+    faulty = Pipeline("set", Numbers(), [RowStep("faulty", look)], [], {}, lambda counts: [])
+    with pytest.raises(raised, match=said):
+        run(faulty, tmp_path, 16, processes=2)
+    calm = RowStep("faulty", lambda row: row)
+    mended = Pipeline("set", Numbers(), [calm], [], {}, lambda counts: [])
+    assert len([*run(mended, tmp_path, 16, processes=2).shards.rows()]) == 90
