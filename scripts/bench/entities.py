@@ -14,6 +14,7 @@ import json
 import random
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 from typing import IO, Any
@@ -30,7 +31,7 @@ NUM_LINES_OF_MEMORY = (20_000, 80_000)
 SHARD_ROWS = 2_000
 MIN_ARTICLES = 5
 LETTERS = "abcdefghiklmnoprstuvwy"
-PACKS = {"plain": Path.open, "gzip": gzip.open, "bzip2": bz2.open}
+PACKS: dict[str, Callable[..., Any]] = {"plain": Path.open, "gzip": gzip.open, "bzip2": bz2.open}
 
 
 def word(drawn: random.Random) -> str:
