@@ -91,15 +91,17 @@ def _asked(llm: LLMConfig, cache: Path, cfg: CultureConfig) -> list[Step]:
         prompts: Sequence[str],
         ask: Callable[[Row], Sequence[Ask]],
         take: Callable[[Row, list[Answer]], Outcome],
+        calls_per_row: float = 1,
     ) -> AskStep:
         digests = {prompt: read_prompt(prompt).digest for prompt in prompts}
-        return AskStep(name, llm, cache, ask, take, digests)
+        return AskStep(name, llm, cache, ask, take, digests, calls_per_row=calls_per_row)
 
     return [
         step("described", [DESCRIBE], _ask_description, _take_description),
         Distractors(cfg.choice_share, cfg.seed),
         step("requested", [INSTRUCT, CHOOSE], _ask_request, _take_request),
-        step("answered", [ANSWER], _ask_answer, _take_answer),
+        # Questions with choices have their answers.
+        step("answered", [ANSWER], _ask_answer, _take_answer, 1 / (1 + cfg.choice_share)),
     ]
 
 
