@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from marco_train.config.compose import read_curation
-from marco_train.config.curation import CURATIONS, CurationConfig, TranslationConfig
+from marco_train.config.curation import (
+    CURATIONS,
+    CultureConfig,
+    CurationConfig,
+    ScienceConfig,
+    TranslationConfig,
+)
 from marco_train.config.secrets import redacted
 from marco_train.errors import REFUSED, TRY_AGAIN_LATER, InputError, ServersUnavailable
 
@@ -76,8 +82,15 @@ def pipeline_of(cfg: CurationConfig) -> "Pipeline":
             from marco_train.curation import translation
 
             return translation.pipeline(cfg)
-        case _:
-            raise InputError(f"there is no pipeline of {cfg.kind.value} yet")
+        case CultureConfig():
+            from marco_train.curation import culture
+
+            return culture.pipeline(cfg)
+        case ScienceConfig():
+            from marco_train.curation import science
+
+            return science.pipeline(cfg)
+    raise AssertionError(cfg.kind)
 
 
 def _as_text(costs: "Sequence[tuple[str, Cost]]") -> Iterator[str]:

@@ -5,7 +5,7 @@ import json
 import os
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,20 +13,15 @@ from pathlib import Path
 from tqdm import tqdm
 
 from marco_train.commands.source import add_source_arguments, escape_unprintable, open_source
-from marco_train.data.contamination import (
-    CHARACTERS,
-    WORDS,
-    Benchmarks,
-    Hit,
-    read_benchmarks,
-)
+from marco_train.config.curation import DecontaminationConfig, EmbeddingConfig
+from marco_train.curation.decontamination import NearBenchmarks, embedder, texts_against
+from marco_train.data.contamination import CHARACTERS, WORDS, Benchmarks, Hit
 from marco_train.data.conversations import BadRow, Source
 from marco_train.errors import InputError, require
-from marco_train.evaluation.benchmark.tasks import questions_of
 from marco_train.files import replaces
-from marco_train.types import TokenRow
+from marco_train.types import TokenRow, UsableRow
 
-SUITES = ("fixture", "card")
+ROWS_TOGETHER = 256  # that an embedding model gets
 MOST_NAMED = 5  # rows of a benchmark that the table names
 
 
@@ -52,11 +47,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
             is_open = os.access(parent, os.W_OK)
             require(is_open, f"--json: {str(parent)!r} may not be written to; choose another")
         with redirect_stdout(sys.stderr):
-            benchmarks = Benchmarks(_texts(args.against, args.data_dir))
-            report = look(open_source(args), benchmarks)
+            texts = list(texts_against(args.against, args.data_dir))
+            benchmarks, near = Benchmarks(texts), None
+            if args.embedding_model is not None:
+                similarity = DecontaminationConfig(similarity=args.similarity).similarity
+                embed = embedder(EmbeddingConfig(model=args.embedding_model))
+                near = NearBenchmarks(texts, embed, similarity)
+            report = look(open_source(args), benchmarks, near)
     except InputError as error:
         sys.exit(f"error: {' '.join(str(error).split())}")
-    print("\n".join(_as_text(report, benchmarks)))
+    print("\n".join(_as_text(report, benchmarks, near)))
     if args.json is not None:
         found = {"rows": report.rows, "hits": [asdict(hit) for hit in report.hits]}
         with replaces(args.json) as partial:
@@ -76,20 +76,29 @@ def _parser() -> argparse.ArgumentParser:
         "--data-dir",
         help="directory with a folder for each set of the card that is read from files",
     )
+    parser.add_argument(
+        "--embedding-model",
+        metavar="NAME",
+        help="a model of sentence-transformers, by name or directory: also what is near a question "
+        "by it is found, in other words or in another language",
+    )
+    parser.add_argument(
+        "--similarity",
+        type=float,
+        default=DecontaminationConfig.similarity,
+        help="cosine from which a turn is near (%(default)s)",
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the hits")
     return parser
 
 
-def _texts(against: str, data_dir: str | None) -> Iterator[tuple[str, str]]:
-    """Texts to look for, each with its benchmark: of a suite's tasks, or of a directory."""
-    if against in SUITES:
-        return questions_of(against, data_dir)
-    return read_benchmarks(Path(against))
+def look(source: Source, benchmarks: Benchmarks, near: NearBenchmarks | None = None) -> Report:
+    """Look for the benchmarks in all rows of a data set, one after the other.
 
-
-def look(source: Source, benchmarks: Benchmarks) -> Report:
-    """Look for the benchmarks in all rows of a data set, one after the other."""
+    What an embedding model finds counts where the words do not find it.
+    """
     report = Report(rows=len(source))
+    waiting: list[UsableRow] = []
     for index in tqdm(range(len(source)), f"rows of {source.name}", delay=3):
         row = source[index]
         if isinstance(row, BadRow):
@@ -98,10 +107,17 @@ def look(source: Source, benchmarks: Benchmarks) -> Report:
             report.num_tokenised += 1
         else:
             report.hits += benchmarks.hits(row)
+            waiting += [row] if near is not None else []
+        if near is not None and (len(waiting) == ROWS_TOGETHER or index + 1 == len(source)):
+            known = {(hit.row, hit.benchmark) for hit in report.hits}
+            found = near.hits(waiting)
+            report.hits += [hit for hit in found if (hit.row, hit.benchmark) not in known]
+            waiting.clear()
+    report.hits.sort(key=lambda hit: hit.row)
     return report
 
 
-def _as_text(report: Report, benchmarks: Benchmarks) -> Iterable[str]:
+def _as_text(report: Report, benchmarks: Benchmarks, near: NearBenchmarks | None) -> Iterable[str]:
     """The report for a person."""
     rows = {hit.row for hit in report.hits}
     yield f"rows       {report.rows:,}, of which {len(rows):,} hold a text of a benchmark"
@@ -118,11 +134,15 @@ def _as_text(report: Report, benchmarks: Benchmarks) -> Iterable[str]:
         f"without spaces; all of a text from {WORDS.whole} or {CHARACTERS.whole}"
     )
     yield f"hash       a whole turn, from {WORDS.equal} words or {CHARACTERS.equal} characters"
+    if near is not None:
+        yield f"near       a turn whose embedding has a cosine of {near.similarity:g} or more"
+    kinds = ("hash", "ngram", *(["near"] if near is not None else []))
     width = max(9, *(len(name) for name in benchmarks.names))
-    yield f"{'benchmark':{width}} {'hash':>8} {'ngram':>8}  rows, from 0"
+    yield " ".join([f"{'benchmark':{width}}", *(f"{kind:>8}" for kind in kinds), " rows, from 0"])
     for name in sorted(benchmarks.names):
         hits = [hit for hit in report.hits if hit.benchmark == name]
-        kinds = Counter(hit.kind for hit in hits)
+        counts = Counter(hit.kind for hit in hits)
         named = ", ".join(str(hit.row) for hit in hits[:MOST_NAMED])
         more = ", ..." if len(hits) > MOST_NAMED else ""
-        yield f"{name:{width}} {kinds['hash']:>8,} {kinds['ngram']:>8,}  {named}{more}".rstrip()
+        cells = [f"{name:{width}}", *(f"{counts[kind]:>8,}" for kind in kinds)]
+        yield " ".join([*cells, f" {named}{more}"]).rstrip()

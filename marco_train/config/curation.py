@@ -168,6 +168,26 @@ class QualityConfig:
 
 
 @dataclass(kw_only=True)
+class DecontaminationConfig:
+    """Benchmarks whose questions no row may hold."""
+
+    against: str | None = None
+    """`card` or `fixture`, the questions that stage=benchmark asks, or a directory of .jsonl files
+    whose text columns are questions. None: rows are not looked at."""
+    data_dir: str | None = None
+    """A folder for each set of the card that is read from files."""
+    similarity: float = 0.9
+    """Cosine from which a turn is near a question; asked of `embedding.model`, where there is
+    one."""
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.similarity <= 1,
+            f"decontamination.similarity is {self.similarity}, and must be above 0 and up to 1",
+        )
+
+
+@dataclass(kw_only=True)
 class CurationConfig:
     """What all pipelines have in common."""
 
@@ -193,6 +213,7 @@ class CurationConfig:
     llm: LLMConfig = field(default_factory=LLMConfig)
     embedding: EmbeddingConfig = field(default_factory=EmbeddingConfig)
     quality: QualityConfig = field(default_factory=QualityConfig)
+    decontamination: DecontaminationConfig = field(default_factory=DecontaminationConfig)
 
     def __post_init__(self) -> None:
         require_positive("the curation", shard_rows=self.shard_rows, processes=self.processes)
@@ -257,10 +278,57 @@ class TranslationConfig(CurationConfig):
 class CultureConfig(CurationConfig):
     """Questions on entities of Wikidata, in the language of their country."""
 
+    entities_per_language: int = 2_000
+    """The most popular ones, as many of each topic as of others."""
+    min_articles: int = 5
+    """Wikipedias that have an article on an entity."""
+    min_facts: int = 4
+    """Without which nothing is written on it."""
+    choice_share: float = 0.5
+    """Of the entities that are also asked for with choices."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(
+            "the culture",
+            entities_per_language=self.entities_per_language,
+            min_articles=self.min_articles,
+            min_facts=self.min_facts,
+        )
+        require(
+            0 <= self.choice_share <= 1,
+            f"choice_share is {self.choice_share}, and must be a share from 0 to 1",
+        )
+
 
 @dataclass(kw_only=True)
 class ScienceConfig(CurationConfig):
     """Answers to the prompts of a set."""
+
+    subset: str | None = None
+    """Configuration of a set of the hub. None: its default."""
+    split: str = "train"
+    """Of a set of the hub."""
+    prompts_per_language: int = 20_000
+    """Drawn from those that the set has."""
+    num_samples: int = 4
+    """Responses to a prompt."""
+    min_agreement: float = 0.5
+    """Share of a prompt's responses that end in one answer, where the set has none of its own."""
+    only_confirmed: bool = False
+    """Whether prompts whose responses end in no answer that can be compared are left out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(
+            "the science",
+            prompts_per_language=self.prompts_per_language,
+            num_samples=self.num_samples,
+        )
+        require(
+            0 < self.min_agreement <= 1,
+            f"min_agreement is {self.min_agreement}, and must be a share above 0 and up to 1",
+        )
 
 
 CURATIONS: dict[str, type[CurationConfig]] = {

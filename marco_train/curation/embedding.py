@@ -43,7 +43,7 @@ class Similarity:
             InputError: The package or the model cannot be loaded, or the model is of another
                 dimension than that of the rows before.
         """
-        model = _load(self.cfg)
+        model = load_model(self.cfg)
         dimension = int(model.encode(["one"], show_progress_bar=False).shape[1])
         known = scratch / DIMENSION
         before_it = json.loads(known.read_text()) if known.is_file() else dimension
@@ -73,7 +73,12 @@ class Similarity:
         yield transform
 
 
-def _load(cfg: EmbeddingConfig) -> Any:
+def load_model(cfg: EmbeddingConfig) -> Any:
+    """Load a model of sentence-transformers.
+
+    Raises:
+        InputError: The package or the model cannot be loaded.
+    """
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from marco_train.config.curation import CARD_LANGUAGES, TranslationConfig
+from marco_train.curation.decontamination import decontaminated
 from marco_train.curation.duplicates import ExactDuplicates, NearDuplicates, normal
 from marco_train.curation.embedding import Similarity
 from marco_train.curation.frame import (
@@ -251,6 +252,7 @@ def pipeline(cfg: TranslationConfig) -> Pipeline:
             len(cfg.languages),
         ),
         prompts(cfg.languages, cfg.seed),
+        *decontaminated(cfg),
     ]
     kinds = {"id": "string", "direction": "string", "template": "string", "category": "string"}
     scores = {"laser": "double", "english_lid": "double", "other_lid": "double"}
@@ -337,4 +339,3 @@ def _weaknesses(cfg: TranslationConfig, counts: Sequence[StepCounts]) -> Iterato
             "others were too few."
         )
     yield "Nearly equal English is told within a language, and may stand in several languages."
-    yield "Nothing was looked for in benchmarks here: scripts/decontaminate.py does that."

