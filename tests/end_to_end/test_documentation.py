@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -130,6 +131,13 @@ def check_curation(command: str) -> None:
         read_curation(kind, given)
 
 
+def check_example(command: str) -> None:
+    """Have it write its files."""
+    with tempfile.TemporaryDirectory() as directory:
+        done = bash(command.replace(" recipes/", f" {REPOSITORY}/recipes/"), Path(directory))
+        assert done.returncode == 0 and any(Path(directory).iterdir()), done.stderr
+
+
 def check_download(command: str) -> None:
     """That it is what a config names."""
     name = command.removeprefix("hf download ")
@@ -161,6 +169,7 @@ CHECKS: list[tuple[str, Callable[[str], None]]] = [
     (r"marco-train (doctor )?(--config-dir \S+ )?experiment=", check_words),
     (r"recipes/benchmark\.sh ", check_benchmark),
     (r"recipes/curation/", check_curation),
+    (r"python recipes/curation/example\.py ", check_example),
     (r"(\w+=\S+ )*recipes/(supervise\.sh |[\w.]+/\w+\.sh)", check_recipe),
     (r"(\w+=(\"[^\"]*\"|\S+) )*sbatch ", check_job),
     (r"(scripts/serve_sampler|recipes/serve_teacher)\.sh ", check_printed),
