@@ -14,7 +14,7 @@ from marco_train.evaluation.benchmark.extraction import (
     translation_of,
 )
 from marco_train.evaluation.benchmark.grading import answer_of, grade, is_right
-from marco_train.evaluation.benchmark.math_judge import MathJudge, VerifierError
+from marco_train.evaluation.benchmark.judge import Judge, VerifierError
 from marco_train.evaluation.benchmark.tasks import Kind
 
 CITIES = ["Paris", "Rome", "Bonn", "Oslo"]
@@ -165,10 +165,10 @@ def test_three_right_answers_of_eight_are_three_eighths() -> None:
     assert graded.errors == ()
 
 
-def judge_of(tmp_path: Path, program: str) -> MathJudge:
+def judge_of(tmp_path: Path, program: str) -> Judge:
     worker = tmp_path / "worker.py"
     worker.write_text(program)
-    return MathJudge(seconds=0.3, worker=worker)
+    return Judge(seconds=0.3, worker=worker)
 
 
 def test_a_verifier_that_raises_hangs_or_dies_is_an_error_and_not_the_end(tmp_path: Path) -> None:

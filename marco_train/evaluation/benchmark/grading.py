@@ -13,7 +13,7 @@ from marco_train.evaluation.benchmark.extraction import (
     number_of,
     translation_of,
 )
-from marco_train.evaluation.benchmark.math_judge import VerifierError, math_judge, same_number
+from marco_train.evaluation.benchmark.judge import VerifierError, judge, same_number
 from marco_train.evaluation.benchmark.tasks import Kind
 
 
@@ -118,4 +118,4 @@ def is_right(kind: Kind, gold: str, answer: str) -> bool:
     if kind is Kind.choice or answer == gold:
         return answer == gold
     same = same_number(gold, answer)
-    return math_judge().equal(gold, answer) if same is None else same
+    return judge().equal(gold, answer) if same is None else same

@@ -1,7 +1,7 @@
 """The process that compares mathematical answers with `math-verify`: one JSON a line, in and out.
 
 It is a process of its own as what a model writes may be a number of more digits than there is
-memory for, and arithmetic on it can be stopped in no other way. See `math_judge.py`.
+memory for, and arithmetic on it can be stopped in no other way. See `judge.py`.
 """
 
 import json

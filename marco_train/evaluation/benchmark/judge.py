@@ -12,7 +12,7 @@ from pathlib import Path
 
 from marco_train.errors import InputError
 
-WORKER = Path(__file__).with_name("math_worker.py")
+WORKER = Path(__file__).with_name("judge_worker.py")
 SECONDS = 20.0  # for an answer; the process has shorter limits of its own
 SECONDS_TO_START = 120.0
 
@@ -21,7 +21,7 @@ class VerifierError(RuntimeError):
     """A verifier could not judge an answer, which counts as wrong; the report counts these."""
 
 
-class MathJudge:
+class Judge:
     """Asks a worker process, which is started with the first question and again where it died."""
 
     def __init__(self, seconds: float = SECONDS, worker: Path = WORKER) -> None:
@@ -105,9 +105,9 @@ def require_math_verify() -> None:
 
 
 @lru_cache(maxsize=1)
-def math_judge() -> MathJudge:
+def judge() -> Judge:
     """The judge of this process."""
-    return MathJudge()
+    return Judge()
 
 
 def same_number(gold: str, answer: str) -> bool | None:
