@@ -165,6 +165,9 @@ KINDS: dict[str, tuple[str, ...]] = {
         "stage.data_dir",
         "stage.data_dirs.**",
         "stage.languages",
+        "stage.own.**",
+        "stage.max_items",
+        "stage.greedy",
     ),
     "objective": (
         "stage.loss_tokens",
@@ -201,6 +204,7 @@ CONTENT = (
     "stage.cascade.*.teachers_by_group.*.path",
     "stage.models.*",
     "stage.teachers.*.path",
+    "stage.own.path",
 )
 # The part of them that a checkpoint keeps a digest of; the loader and the cascade keep the others'.
 NOTED_CONTENT = ("model.path", "data.held_out.sources.*.path")

@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import blake2b
 from statistics import fmean
@@ -19,10 +19,11 @@ from marco_train.config.benchmark import (
     BENCHMARK_DIR,
     CARD_LITE,
     LITE_SHARE,
+    OWN,
     PREFIX,
-    BenchmarkConfig,
     CardRow,
-    card_rows,
+    SuiteConfig,
+    row_of,
     tasks_of,
 )
 from marco_train.data.chat import Tokenizer
@@ -74,14 +75,14 @@ def require_lm_eval() -> None:
     Raises:
         InputError: Says what to install.
     """
-    for package in ("lm_eval", "math_verify", "sacrebleu"):
+    for package in ("lm_eval", "math_verify", "sacrebleu", "jsonschema"):
         require(
             importlib.util.find_spec(package) is not None,
             f"a benchmark needs the package {package}: pip install 'marco-train[benchmark]'",
         )
 
 
-def load_tasks(stage: BenchmarkConfig) -> list[BenchmarkTask]:
+def load_tasks(suite: str, asked: SuiteConfig) -> list[BenchmarkTask]:
     """Load the items of a suite's tasks.
 
     Raises:
@@ -90,17 +91,22 @@ def load_tasks(stage: BenchmarkConfig) -> list[BenchmarkTask]:
     require_lm_eval()
     from lm_eval.tasks import TaskManager
 
-    where = where_of(stage.suite, stage.data_dir, stage.data_dirs)
-    check_access(tasks_of(stage.suite), where)
+    if suite == OWN:
+        where: dict[str, Any] = {"own": asdict(asked.own)}
+    else:
+        where = where_of(suite, asked.data_dir, asked.data_dirs)
+        check_access(tasks_of(suite), where)
     metadata = where | {
-        "languages": stage.languages,
-        "share": LITE_SHARE if stage.suite == CARD_LITE else None,
+        "languages": asked.languages,
+        "share": LITE_SHARE if suite == CARD_LITE else None,
+        "max_items": asked.max_items,
     }
+    num_responses = 1 if asked.greedy else asked.responses_per_prompt
     with _quiet():
         manager = TaskManager(
             include_path=str(BENCHMARK_DIR / "tasks"), include_defaults=False, metadata=metadata
         )
-        return [_load(manager, name, stage.responses_per_prompt) for name in tasks_of(stage.suite)]
+        return [_load(manager, name, num_responses) for name in tasks_of(suite)]
 
 
 def _load(manager: Any, name: str, num_responses: int | None) -> BenchmarkTask:
@@ -110,9 +116,7 @@ def _load(manager: Any, name: str, num_responses: int | None) -> BenchmarkTask:
     if num_responses is not None:
         loaded.set_config("repeats", num_responses)
         loaded._filters = [build_filter_ensemble("all", [["take_first_k", {"k": num_responses}]])]
-    return BenchmarkTask(
-        name, card_rows()[name], loaded, loaded.config.repeats, loaded.dataset["test"]
-    )
+    return BenchmarkTask(name, row_of(name), loaded, loaded.config.repeats, loaded.dataset["test"])
 
 
 def ask(lm: "SampledLM", task: BenchmarkTask) -> Asked:
@@ -147,8 +151,8 @@ def _as_json(graded: Graded | Translated) -> dict[str, Any]:
 class SampledLM:
     """Answers lm-eval's requests with a sampler of ours; ranks share the items.
 
-    A request is rendered by the run's own chat template, and sampled at temperature 1 with the
-    seed of its task, item and response. Answers that the store has are not asked for again.
+    A request is rendered by the run's own chat template, and sampled with the seed of its task,
+    item and response. Answers that the store has are not asked for again.
     """
 
     def __init__(
@@ -157,7 +161,19 @@ class SampledLM:
         tokenizer: Tokenizer,
         store: AnswerStore,
         max_prompt_length: int,
+        *,
+        greedy: bool,
     ) -> None:
+        """Answer with a sampler.
+
+        Args:
+            sampler: With the weights of a model.
+            tokenizer: Of the model.
+            store: Of answers that are known.
+            max_prompt_length: Tokens, over which a question is not asked.
+            greedy: Whether each token of an answer is the likeliest one.
+        """
+        self._greedy = greedy
         self._sampler = sampler
         self._tokenizer = tokenizer
         self._store = store
@@ -246,7 +262,7 @@ class SampledLM:
             item_of[prompt.index] = item
             asked.append(prompt)
         progress = Progress(task, len(asked) * task.num_responses)
-        for rollout in self._sampler.sample(asked, task.num_responses):
+        for rollout in self._sampler.sample(asked, task.num_responses, greedy=self._greedy):
             item = item_of[rollout.prompt.index]
             keep(self._answer(item, digest_of(prompts[item]), rollout))
             progress.count()
