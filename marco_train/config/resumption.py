@@ -85,6 +85,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "optim.max_skipped_in_a_row",
         "stage.eval_every",
         "stage.num_eval_examples",
+        "stage.eval.**",
         "stage.max_sampler_mismatch",
         "stage.identify_languages",
         "stage.plan",

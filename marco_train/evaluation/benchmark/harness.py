@@ -159,7 +159,7 @@ class SampledLM:
         self,
         sampler: Sampler,
         tokenizer: Tokenizer,
-        store: AnswerStore,
+        store: AnswerStore | None,
         max_prompt_length: int,
         *,
         greedy: bool,
@@ -169,7 +169,7 @@ class SampledLM:
         Args:
             sampler: With the weights of a model.
             tokenizer: Of the model.
-            store: Of answers that are known.
+            store: Of answers that are known, and where others are kept. None: all are asked for.
             max_prompt_length: Tokens, over which a question is not asked.
             greedy: Whether each token of an answer is the likeliest one.
         """
@@ -219,7 +219,7 @@ class SampledLM:
         prompts = {request.doc["id"]: request.args[0] for request in requests}
         digests = {item: digest_of(prompt) for item, prompt in prompts.items()}
         k = task.num_responses
-        known = self._store.read(task.name)
+        known = {} if self._store is None else self._store.read(task.name)
         barrier()  # before another rank writes
         kept = {
             item: [known.get((item, number, digest)) for number in range(k)]
@@ -249,7 +249,8 @@ class SampledLM:
 
         def keep(answer: Answer) -> None:
             if kept[answer.item][answer.response] is None:
-                self._store.append(task.name, answer)
+                if self._store is not None:
+                    self._store.append(task.name, answer)
                 made.append(answer)
 
         for item, text in prompts.items():
