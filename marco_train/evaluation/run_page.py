@@ -341,7 +341,8 @@ def _sample(sample: Mapping[str, Any], scale: float) -> Markup:
     facts = [sample.get(name) for name in ("category", "language", "source", "finish_reason")]
     title = f"step {sample.get('step')}: {', '.join(str(f) for f in facts if f)}, "
     if "reference" in sample:  # the answer to a suite's question, in one piece
-        judged = {True: "right", False: "wrong", None: "not judged"}[sample["right"]]
+        right = sample.get("right")
+        judged = "not judged" if right is None else "right" if right is True else "wrong"
         title += f"{judged}, expected {sample['reference']}"
     else:
         title += f"{len(tokens)} tokens{mean}"

@@ -186,12 +186,20 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
     checks.make("teachers' turns", check_turns, cascade, loader)
 
     first = checks.after(sampler_fits).make("first prompts", loader.first, NUM_ANSWERED)
-    num_held_out = max(cascade.num_held_out, num_eval_prompts(cfg))
-    held_out = checks.make("held-out prompts", loader.held_out, num_held_out)
+    held_out = checks.make("held-out prompts", held_out_prompts, cfg, loader, cascade)
     asked = checks.after(sampler_fits)
     suite = asked.make("suite", prepare_suite, opd, tokenizer)
     judge = checks.make("languages of responses", language_judge, opd, tokenizer, loader)
     return Prepared(student, tokenizer, loader, cascade, first, held_out, suite, judge, plan)
+
+
+def held_out_prompts(cfg: TrainConfig, loader: PromptLoader, cascade: Cascade) -> list[Prompt]:
+    """Render this rank's share of the prompts that convergence or `eval_every` measures on.
+
+    Raises:
+        InputError: There are none to measure on.
+    """
+    return loader.held_out(max(cascade.num_held_out, num_eval_prompts(cfg)))
 
 
 def num_eval_prompts(cfg: TrainConfig) -> int:
