@@ -154,6 +154,11 @@ class OPDConfig(TrainedStageConfig):
             max_prompt_length=self.max_prompt_length,
             max_response_length=self.max_response_length,
         )
+        require(
+            self.eval.max_response_length is None,
+            f"stage.eval.max_response_length is {self.eval.max_response_length}, and OPD's sampler "
+            "makes all answers: give stage.max_response_length alone",
+        )
         require(len(self.cascade) > 0, "stage.cascade has no phase: name at least one teacher")
         for name, phase in self.cascade.items():
             require(

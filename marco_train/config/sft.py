@@ -33,9 +33,6 @@ class SFTConfig(TrainedStageConfig):
     """Tokens of one conversation; `data.overlong` says what becomes of longer ones. Not given: as
     many as the model has positions, 4096 at most."""
     loss_tokens: LossTokens = LossTokens.assistant
-    max_response_length: int | None = None
-    """Tokens of an answer to `eval.suite`; a question may have what `max_length` leaves. None: half
-    of `max_length`."""
     rollout: RolloutConfig = field(default_factory=NativeRolloutConfig)
     """Who samples the answers to `eval.suite`."""
 
@@ -47,7 +44,12 @@ class SFTConfig(TrainedStageConfig):
             num_epochs=self.num_epochs,
             global_batch_size=self.global_batch_size,
             max_length=self.max_length,
-            max_response_length=self.max_response_length,
+        )
+        response = self.eval.max_response_length
+        require(
+            response is None or response < self.max_length,
+            f"stage.eval.max_response_length is {response}, and stage.max_length "
+            f"{self.max_length} leaves a question no room: give fewer, or raise stage.max_length",
         )
         require(
             (self.num_steps is None) != (self.num_epochs is None),
@@ -63,5 +65,5 @@ class SFTConfig(TrainedStageConfig):
     @property
     def answers(self) -> AnsweredStage:
         """The lengths and the sampler with which `eval.suite` is asked."""
-        response = self.max_response_length or max(1, self.max_length // 2)
+        response = self.eval.max_response_length or max(1, self.max_length // 2)
         return AnsweredStage(self.rollout, self.max_length - response, response)

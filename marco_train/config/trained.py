@@ -17,11 +17,18 @@ class EvalConfig(SuiteConfig):
     `eval_every` steps by the run's own sampler. None: no question is asked."""
     responses_per_prompt: int | None = 1
     greedy: bool = True
+    max_response_length: int | None = None
+    """Tokens of an answer in SFT, where a question may have what `stage.max_length` leaves. None:
+    half of that. OPD has its own `stage.max_response_length`."""
     num_examples_shown: int = 8
     """Answers of each measure that are logged to be read, with their references."""
 
     def __post_init__(self) -> None:
-        require_positive("stage.eval", num_examples_shown=self.num_examples_shown)
+        require_positive(
+            "stage.eval",
+            num_examples_shown=self.num_examples_shown,
+            max_response_length=self.max_response_length,
+        )
         if self.suite is not None:
             self.check_suite(self.suite)
 

@@ -7,14 +7,22 @@ from typing import Any
 from marco_train.config.trained import SCORE, EvalConfig
 from marco_train.data.chat import Tokenizer
 from marco_train.distributed import is_main
+from marco_train.errors import require
 from marco_train.evaluation.benchmark.aggregate import RowScore, row_score
 from marco_train.evaluation.benchmark.grading import Graded
-from marco_train.evaluation.benchmark.harness import Asked, BenchmarkTask, SampledLM, ask
+from marco_train.evaluation.benchmark.harness import (
+    Asked,
+    BenchmarkTask,
+    SampledLM,
+    ask,
+    load_tasks,
+    prompt_lengths,
+)
 from marco_train.evaluation.benchmark.store import TOO_LONG
 from marco_train.evaluation.html import Section, page, plain_text
 from marco_train.metrics import Metrics
 from marco_train.rollout.base import Sampler
-from marco_train.tracking import Sample
+from marco_train.tracking import Sample, log_line
 from marco_train.types import FinishReason
 
 
@@ -40,6 +48,30 @@ class Suite:
         self._tasks = tasks
         self._tokenizer = tokenizer
         self._max_prompt_length = max_prompt_length
+
+    @classmethod
+    def load(cls, cfg: EvalConfig, tokenizer: Tokenizer, max_prompt_length: int) -> "Suite":
+        """Load the questions of the suite that a run names, if it names one.
+
+        Raises:
+            InputError: They are not there, are not what they should be, or are all too long.
+        """
+        tasks = [] if cfg.suite is None else load_tasks(cfg.suite, cfg)
+        for task in tasks:
+            lengths = prompt_lengths(tokenizer, task.items)
+            num_long = sum(length > max_prompt_length for length in lengths)
+            said = (
+                f"{task.card.name}: {num_long} of {len(lengths)} questions of stage.eval.suite "
+                f"have more than the {max_prompt_length} tokens that this run has for a prompt"
+            )
+            require(
+                num_long < len(lengths),
+                f"{said}, the shortest {min(lengths)}: raise stage.max_prompt_length, or of SFT "
+                "stage.max_length, or ask another suite",
+            )
+            if num_long and is_main():
+                log_line(f"{said}; they are not asked, and count as answered wrong")
+        return cls(cfg, tasks, tokenizer, max_prompt_length)
 
     def __bool__(self) -> bool:
         return bool(self._tasks)

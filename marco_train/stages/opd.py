@@ -19,7 +19,6 @@ from marco_train.distributed import device
 from marco_train.engine.policy import Policy, build_policy
 from marco_train.engine.student import Student
 from marco_train.errors import RolloutMismatchError, require
-from marco_train.evaluation.benchmark.harness import load_tasks
 from marco_train.evaluation.languages import LanguageJudge
 from marco_train.evaluation.samples import SampleRecorder
 from marco_train.evaluation.suite import Suite
@@ -188,7 +187,7 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
     first = checks.after(sampler_fits).make("first prompts", loader.first, NUM_ANSWERED)
     held_out = checks.make("held-out prompts", held_out_prompts, cfg, loader, cascade)
     asked = checks.after(sampler_fits)
-    suite = asked.make("suite", prepare_suite, opd, tokenizer)
+    suite = asked.make("suite", Suite.load, opd.eval, tokenizer, opd.max_prompt_length)
     judge = checks.make("languages of responses", language_judge, opd, tokenizer, loader)
     return Prepared(student, tokenizer, loader, cascade, first, held_out, suite, judge, plan)
 
@@ -217,16 +216,6 @@ def num_eval_prompts(cfg: TrainConfig) -> int:
         "data.held_out.share or data.held_out.sources for the reverse KL, or stage.eval.suite",
     )
     return opd.num_eval_examples if cfg.data.held_out is not None else 0
-
-
-def prepare_suite(opd: OPDConfig, tokenizer: Tokenizer) -> Suite:
-    """Load the questions of the run's suite, if it names one.
-
-    Raises:
-        InputError: They are not there, or not what they should be.
-    """
-    tasks = [] if opd.eval.suite is None else load_tasks(opd.eval.suite, opd.eval)
-    return Suite(opd.eval, tasks, tokenizer, opd.max_prompt_length)
 
 
 def language_judge(

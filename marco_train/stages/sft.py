@@ -15,7 +15,6 @@ from marco_train.data.chat import Tokenizer, load_tokenizer
 from marco_train.data.loader import QUARANTINE, SFTLoader
 from marco_train.distributed import device
 from marco_train.engine.policy import Policy, build_policy
-from marco_train.evaluation.benchmark.harness import load_tasks
 from marco_train.evaluation.held_out import evaluate
 from marco_train.evaluation.suite import Suite
 from marco_train.inference.engine import require_one_engine
@@ -106,25 +105,23 @@ def prepare_sft(cfg: TrainConfig, checks: Checks) -> Prepared:
     )
     checks.make("profile", cfg.profile.check, train_data.num_steps)
     held_out = checks.make("held-out rows", train_data.held_out)
-    suite = checks.make("suite", prepare_suite, cfg, tokenizer, student)
+    fits = checks.make("sampler", check_answers, cfg, student)
+    lengths = cfg.stage.answers.max_prompt_length
+    suite = checks.after(fits).make("suite", Suite.load, cfg.stage.eval, tokenizer, lengths)
     return Prepared(student, tokenizer, train_data, held_out, suite, plan)
 
 
-def prepare_suite(cfg: TrainConfig, tokenizer: Tokenizer, student: ArchitectureConfig) -> Suite:
-    """Load the questions of the run's suite, and check that they can be sampled answers to.
+def check_answers(cfg: TrainConfig, student: ArchitectureConfig) -> None:
+    """Refuse a sampler that cannot answer the run's suite, if it names one.
 
     Raises:
-        InputError: Says why not.
+        InputError: Says what to install or to change.
     """
     stage: SFTConfig = cfg.stage
-    sampled = stage.answers
-    if stage.eval.suite is None:
-        return Suite(stage.eval, [], tokenizer, sampled.max_prompt_length)
-    engines = ["stage.rollout"] if stage.rollout.backend is SamplerBackend.vllm else []
-    require_one_engine(engines, device())
-    check_sampler(sampled, student, cfg.model.dtype)
-    tasks = load_tasks(stage.eval.suite, stage.eval)
-    return Suite(stage.eval, tasks, tokenizer, sampled.max_prompt_length)
+    if stage.eval.suite is not None:
+        engines = ["stage.rollout"] if stage.rollout.backend is SamplerBackend.vllm else []
+        require_one_engine(engines, device())
+        check_sampler(stage.answers, student, cfg.model.dtype)
 
 
 @contextmanager

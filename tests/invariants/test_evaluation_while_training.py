@@ -31,7 +31,7 @@ def config(stage: str, world: World, tmp_path: Path, name: str, *more: str) -> T
         "stage.num_eval_examples=8",
         "stage.eval.suite=own",
         *(f"stage.eval.{each}" for each in own_rows(tmp_path)),
-        "stage.max_response_length=8",
+        f"stage.{'eval.' if stage == 'sft' else ''}max_response_length=8",
         "checkpoint.save_every=3",
         "checkpoint.keep_last=1",
     ]

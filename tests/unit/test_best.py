@@ -71,6 +71,7 @@ def test_the_best_stays_until_a_better_one_is_there(tmp_path: Path) -> None:
         (["null", "checkpoint.best.export=true"], "nothing says which is the best"),
         (["null", "stage.eval_every=null", "stage.eval.suite=card_lite"], "say after how many"),
         (["null", "stage.eval.suite=own"], "no rows are named: give own.path=<file>"),
+        (["null", "stage.eval.max_response_length=96"], "leaves a question no room"),
         (["null", "stage.eval.suite=gsm8"], "no suite and no task: did you mean gsm8k"),
         (
             ["null", "stage.eval.suite=fixture", "stage.eval.responses_per_prompt=4"],

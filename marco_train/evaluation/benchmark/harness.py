@@ -307,10 +307,15 @@ class Progress:
 def mean_prompt_tokens(tokenizer: Tokenizer, task: BenchmarkTask) -> float:
     """Mean tokens of some of a task's prompts, with the template around them."""
     some = task.items[:: math.ceil(len(task.items) / NUM_COUNTED)]
+    return fmean(prompt_lengths(tokenizer, some))
+
+
+def prompt_lengths(tokenizer: Tokenizer, items: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Tokens of items' prompts, with the template around them."""
     texts = [
-        tokenizer.render([Message("user", item["prompt"])], open_answer=True).text for item in some
+        tokenizer.render([Message("user", item["prompt"])], open_answer=True).text for item in items
     ]
-    return fmean(len(tokenizer.encoder.encode(text)[0]) for text in texts)
+    return [len(tokenizer.encoder.encode(text)[0]) for text in texts]
 
 
 @contextmanager
