@@ -15,7 +15,7 @@ from marco_train.evaluation.benchmark.own import load
 
 GSM8K = {
     "question": "Natalia sold 48 clips in April, and half as many in May. How many in all?",
-    "answer": "In May she sold 48/2 = <<48/2=24>>24.\nIn all 48+24 = <<48+24=72>>72.\n#### 72",
+    "answer": "In May she sold 48/2 = <<48/2=24>>24.\nIn all 72, of 2 months.\n#### 72",
 }
 CAPITAL = {"question": "What is the capital of Peru?", "answer": "Lima"}
 SCHEMA = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}
@@ -103,7 +103,8 @@ def test_json_has_to_satisfy_the_schema_of_its_row(tmp_path: Path) -> None:
 
 
 def test_a_schema_reaches_nothing_else_and_what_it_raises_is_an_error(tmp_path: Path) -> None:
-    row = {"question": "Who?", "answer": {"$ref": "http://127.0.0.1:9/schema.json"}}
+    (tmp_path / "any.json").write_text("{}")
+    row = {"question": "Who?", "answer": {"$ref": (tmp_path / "any.json").as_uri()}}
     found = graded(tmp_path, row, ["{}"], verifier="json_schema")
     assert found.right == (False,)
     assert "Unresolvable" in found.errors[0]
