@@ -27,7 +27,14 @@ NAMES = {
     "kl/ratio_truncated": "share of tokens whose weight policy/sampler was above the cap",
     "kl/sampler_mismatch": "mean |log policy - log sampler| of the sampled tokens, nats",
     "kl/sampler": "sampler against policy, estimated from the sampled tokens, nats a token",
-    "eval/reverse_kl": "on held-out prompts before this step, nats a token",
+    "eval/reverse_kl": "on held-out prompts, nats a token; of eval_every after this step, else "
+    "before it, where a phase may end early",
+    "eval/score": "of stage.eval.suite after this step, per cent or BLEU; mean of its tasks, and "
+    "by task",
+    "eval/no_answer": "share of the suite's responses in which no answer was found",
+    "eval/truncated": "share of the suite's responses cut at the limit",
+    "eval/response_length": "of the suite's responses, mean, tokens",
+    "eval/verifier_errors": "answers of the suite that a verifier failed on; they count as wrong",
     "teacher/rejected": "rollouts of this step left out, as no usable score came",
     "teacher/missing_tokens": "tokens of this step left out, as their score was no number",
     "teacher/repeated_requests": "of this step, after an error, a time-out or an unusable answer",
@@ -115,7 +122,7 @@ class StepWork:
         return work / seconds / self.peak
 
 
-PART = re.compile(r"/(layer_\d+|(source|category|language)_[^/]+|p\d\d)$")
+PART = re.compile(r"/(layer_\d+|(source|category|language|task)_[^/]+|p\d\d)$")
 QUANTILES = (0.05, 0.5, 0.95)
 # Quantiles are read off counts over this range, in nats, which add up over ranks.
 SPREAD_BOUND = 20.0

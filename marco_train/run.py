@@ -11,6 +11,7 @@ from torch.profiler import record_function
 
 from marco_train.checkpoint import (
     BackgroundSaves,
+    BestSoFar,
     Retention,
     StateSource,
     TrainingState,
@@ -25,6 +26,7 @@ from marco_train.checkpoint import (
     save_checkpoint,
     set_aside_newer,
     sweep,
+    verify,
 )
 from marco_train.config import TrainConfig
 from marco_train.config.resume import ResumeChange
@@ -73,6 +75,8 @@ from marco_train.interruption import Interruption, Wish
 from marco_train.metrics import Metrics, StepWork
 from marco_train.profiling import StepProfiler
 from marco_train.tracking import Sample, Tracker, log_line
+
+BEST_EXPORT = "export-best"
 
 
 class Trainable(Protocol):
@@ -141,6 +145,11 @@ class Run:
         self._parts = parts
         self._noted = describe(cfg) if noted is None else noted
         self._kept: list[int] = list(self._noted.get("kept", ()))
+        self._best = best_of(cfg)
+        self._is_best = False
+        """Whether the last step's measure is."""
+        if "best" in self._noted and not self._best.resume(self._noted["best"]) and is_main():
+            log_line("  the best so far was measured otherwise, and counts no more")
         self._work = work
         self._directory = Path(cfg.output_dir)
         self._profiler = StepProfiler(cfg.profile.bounds, self._directory)
@@ -221,11 +230,11 @@ class Run:
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
-        """Take the time of a block as this step's `time/<name>`, in seconds."""
+        """Add the time of a block to this step's `time/<name>`, in seconds."""
         start = time.perf_counter()
         with record_function(name):
             yield
-        self._timers[name] = time.perf_counter() - start
+        self._timers[name] = self._timers.get(name, 0.0) + time.perf_counter() - start
 
     def log(self, step: int, metrics: Metrics, phase: str | None = None) -> None:
         """Record what a step measured, with its times."""
@@ -241,6 +250,7 @@ class Run:
         if self._work is not None:
             updating = self._timers.get("train", seconds)
             metrics["perf/mfu"] = self._work.utilization(metrics, updating)
+        self._is_best = self._best.note(step + 1, metrics)
         made = step + 1 - self._first
         eta = (now - self._started) / made * (self._until - step - 1)
         if self._tracker is not None:
@@ -259,9 +269,9 @@ class Run:
             self._tracker.log_samples(step + 1, samples)
 
     def save_if_due(self, step: int) -> None:
-        """Save a checkpoint every `checkpoint.save_every` updates, or if asked; by all ranks.
+        """Save a checkpoint every `checkpoint.save_every` updates, if asked, or if it is the best.
 
-        What the run is asked was agreed on when the step was logged.
+        All ranks take part. What the run is asked was agreed on when the step was logged.
 
         Raises:
             RunInterrupted: The run was asked to end; it is saved.
@@ -269,7 +279,8 @@ class Run:
         """
         self._publish(wait=False)
         wish, reason = self._asked
-        if due(step, self._cfg.checkpoint.save_every) or wish >= Wish.save:
+        is_due = due(step, self._cfg.checkpoint.save_every) or self._is_best
+        if is_due or wish >= Wish.save:
             self._save(step + 1)
         if wish >= Wish.end:
             self._end_early(step + 1, wish, reason)
@@ -324,9 +335,11 @@ class Run:
         state: dict[str, Any] = {part.name: part.state_at(num_updates) for part in self._parts}
         state |= self._noted
         state |= {"num_updates": num_updates, "schedule_steps": self._policy.schedule_steps}
-        state |= {"kept": list(self._kept)}
+        state |= {"kept": list(self._kept), "best": self._best.state()}
         cfg = self._cfg.checkpoint
-        retention = Retention(cfg.keep_last, tuple(self._kept), cfg.keep_every)
+        retention = Retention(
+            cfg.keep_last, tuple(self._kept), cfg.keep_every, tuple(self._best.steps)
+        )
         what = self._policy.state(), generator_tensors(), state, retention
         try:
             if self._background is not None:
@@ -379,6 +392,22 @@ class Run:
         """Write the policy as a Hugging Face directory under the run's; all ranks take part."""
         self._policy.export(self._directory / name)
 
+    def _export_best(self) -> None:
+        """Write the best checkpoint as a Hugging Face directory; the policy is its then."""
+        for step in self._best.steps:
+            path = checkpoint_path(checkpoints_of(self._cfg), step)
+            if verify(path) is not None:
+                continue
+            if step != self._policy.num_updates:
+                stored, _ = load_checkpoint(path)
+                self._policy.load_state(stored, step)
+            self.export(BEST_EXPORT)
+            if is_main():
+                log_line(f"best: {self._directory / BEST_EXPORT}, after {step} updates")
+            return
+        if is_main():
+            log_line(f"no {BEST_EXPORT}: no checkpoint was measured that is still there and sound")
+
     def finish(self, last_phase: str | None = None) -> None:
         """Save, export the policy and mark the run as finished; with more steps it can go on.
 
@@ -392,11 +421,25 @@ class Run:
         self.export(name)
         if is_main() and last_phase is not None:
             link_directory(self._directory / "export", self._directory / name)
+        if self._cfg.checkpoint.best.export:
+            self._export_best()
         barrier()  # what follows may take long, and no rank has to wait for it
         if self._tracker is not None:
             self._tracker.close()
             mark_finished(self._cfg, self._noted["content"], self._noted["epoch_rows"])
             log_line(f"{self._cfg.name}: finished, {self._directory / 'export'}")
+
+
+def best_of(cfg: TrainConfig) -> BestSoFar:
+    """Begin to look for the best checkpoint of a run, if it asks for one."""
+    best = cfg.checkpoint.best
+    how = {}
+    if best.metric is not None:
+        config = saved_config(cfg)
+        stage = config["stage"]
+        how = {"eval": stage["eval"], "num_eval_examples": stage["num_eval_examples"]}
+        how |= {"held_out": config["data"]["held_out"]}
+    return BestSoFar(best.metric, how, is_max=best.is_max)
 
 
 def phase_export(phase: str) -> str:
@@ -460,11 +503,14 @@ def resume_from(
             )
     anew = {change.name for change in changed}
     known = {name: c["digest"] for name, c in state["content"].items() if name not in anew}
-    return {
+    noted = {
         "content": digests_at_start(cfg, known),
         "resumed_from": [*state["resumed_from"], str(path)],
         "kept": state["kept"],
     }
+    if path.parent.resolve() == checkpoints_of(cfg).resolve() and "best" in state:
+        noted["best"] = state["best"]  # of another run, the checkpoint lies elsewhere
+    return noted
 
 
 def resume_parts(

@@ -1,6 +1,7 @@
 """What a run can be resumed from: directories, tensors and generators, and who may write them."""
 
 from marco_train.checkpoint.background import BackgroundSaves
+from marco_train.checkpoint.best import BestSoFar
 from marco_train.checkpoint.choice import settle_checkpoint
 from marco_train.checkpoint.generators import generator_tensors, load_generators
 from marco_train.checkpoint.lock import held
@@ -23,11 +24,13 @@ from marco_train.checkpoint.store import (
     save_checkpoint,
     set_aside_newer,
     sweep,
+    verify,
 )
 
 __all__ = [
     "KINDS",
     "BackgroundSaves",
+    "BestSoFar",
     "Piece",
     "Retention",
     "Snapshot",
@@ -49,4 +52,5 @@ __all__ = [
     "set_aside_newer",
     "settle_checkpoint",
     "sweep",
+    "verify",
 ]

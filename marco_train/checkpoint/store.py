@@ -62,6 +62,8 @@ class Retention:
     """Updates of others that stay."""
     keep_every: int | None = None
     """Those of a multiple of so many updates stay too."""
+    best: Sequence[int] = ()
+    """Updates from the best on downwards: the first of which there is a sound one stays."""
 
 
 def save_checkpoint(
@@ -161,9 +163,11 @@ def _retire(directory: Path, retention: Retention) -> None:
     What cannot be deleted stays, and is said.
     """
     sound = [path for path in complete_checkpoints(directory) if fault_of(path) is None]
+    there = set(map(step_of, sound))
+    best = next((step for step in retention.best if step in there), None)
     for path in sound[retention.keep_last :]:
         step, every = step_of(path), retention.keep_every
-        if step in retention.kept or (every is not None and step % every == 0):
+        if step in (*retention.kept, best) or (every is not None and step % every == 0):
             continue
         try:
             shutil.rmtree(_into_trash(path))

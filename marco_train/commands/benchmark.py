@@ -1,9 +1,10 @@
 """Ask a model the model card's benchmarks.
 
     marco-train benchmark model.path=PATH suite=card [output_dir=D] [key=value ...]
+    marco-train benchmark model.path=PATH benchmark=own own.path=my.jsonl own.verifier=number
     recipes/benchmark.sh model.path=PATH suite=card ...   # on all GPUs
 
-Keys of the stage need no `stage.`: suite, plan, data_dir, languages, responses_per_prompt.
+Keys of the stage need no `stage.`: suite, plan, data_dir, languages, responses_per_prompt, greedy.
 """
 
 import sys
@@ -14,6 +15,8 @@ from marco_train import train
 from marco_train.config.benchmark import BenchmarkConfig
 
 KEYS = {field.name for field in fields(BenchmarkConfig)}
+# As Hydra takes a comma for a choice of several runs, and braces for a dictionary.
+QUOTED = {"suite", "own.prompt"}
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -29,11 +32,11 @@ def as_overrides(words: Sequence[str]) -> Iterator[str]:
     """Put the keys of the stage where Hydra finds them."""
     for word in words:
         key, equals, value = word.partition("=")
+        key = "suite" if key == "benchmark" else key
         if not equals or key.partition(".")[0] not in KEYS:
             yield word
-        elif key == "suite":
-            # Quoted, as Hydra takes a comma for a choice of several runs.
-            yield f"stage.suite='{value}'"
+        elif key in QUOTED:
+            yield f"stage.{key}='{value}'"
         else:
             yield f"stage.{word}"
 

@@ -21,6 +21,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from omegaconf import MISSING
 
 from marco_train.config.architecture import ArchitectureConfig
+from marco_train.config.benchmark import BenchmarkConfig
 from marco_train.config.curation import CURATIONS
 from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.opd import OPDConfig
@@ -29,7 +30,12 @@ from marco_train.config.paths import CONFIG_DIR
 from marco_train.config.run import ROLLOUTS, TEACHERS, TrainConfig
 from marco_train.config.sft import SFTConfig
 
-STAGES = {"sft": SFTConfig, "opd": OPDConfig, "evaluate": EvaluateConfig}
+STAGES = {
+    "sft": SFTConfig,
+    "opd": OPDConfig,
+    "evaluate": EvaluateConfig,
+    "benchmark": BenchmarkConfig,
+}
 # Chosen by a group, each with sections of their own.
 CHOSEN = ("RolloutConfig", "TeacherConfig")
 HEAD = """# Every key of a run

@@ -42,8 +42,8 @@ def pin(folder: Path, revision_of: Callable[[str], str], *, again: bool) -> dict
     found = {}
     for file in sorted(folder.glob("[!_]*.yaml")):
         text = file.read_text(encoding="utf-8")
-        given = next(line for line in text.splitlines() if line.startswith(NAMED))
-        if given != f"{NAMED}null" and not again:
+        given = next((line for line in text.splitlines() if line.startswith(NAMED)), None)
+        if given is None or (given != f"{NAMED}null" and not again):
             continue
         revision = revision_of(task_set_of(file.stem)["path"])
         with replaces(file) as partial:

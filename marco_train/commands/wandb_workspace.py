@@ -64,6 +64,8 @@ SECTIONS: Mapping[str, Mapping[str, Sequence[str]]] = {
     "eval": {
         "held-out loss": ["eval/cross_entropy"],
         "held-out reverse KL": ["eval/reverse_kl"],
+        "score of the suite": ["eval/score"],
+        "score by task": ["eval/score/task_.*"],
     },
 }
 

@@ -1,5 +1,7 @@
-"""What a benchmark asks of a model."""
+"""What a benchmark asks of a model: suites of the card's tasks, and rows of one's own."""
 
+import re
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from functools import cache
@@ -18,6 +20,8 @@ PREFIX = "marco_"
 """Of our tasks' names in lm-eval."""
 FIXTURE = "fixture"
 CARD, CARD_LITE = "card", "card_lite"
+OWN = "own"
+"""The suite and the task of one's own rows."""
 LITE_SHARE = 0.05
 """Of each subset's items, in `card_lite`."""
 
@@ -32,6 +36,9 @@ class CardRow:
     metric: str
     published: dict[str, float]
     """Per cent or BLEU, by model."""
+
+
+OWN_ROW = CardRow("own", OWN, OWN, "Acc", published={})
 
 
 @cache
@@ -52,12 +59,22 @@ def card_rows() -> dict[str, CardRow]:
     return {row.task: row for row in found}
 
 
+def row_of(task: str) -> CardRow:
+    """The row that a task measures: of the card, or that of one's own rows."""
+    return OWN_ROW if task == OWN else card_rows()[task]
+
+
 def sections() -> dict[str, list[str]]:
     """Names of the card's rows, by section."""
     found: dict[str, list[str]] = {}
     for row in card_rows().values():
         found.setdefault(row.section, []).append(row.name)
     return found
+
+
+def reported(rows: Collection[str]) -> dict[str, list[str]]:
+    """All rows of a report's sections, by section: the card's, or that of one's own rows."""
+    return {OWN: [OWN_ROW.name]} if OWN_ROW.name in rows else sections()
 
 
 def suites() -> dict[str, list[str]]:
@@ -68,7 +85,7 @@ def suites() -> dict[str, list[str]]:
         section: [task for task, row in rows.items() if row.section == section]
         for section in sections()
     }
-    return {CARD: every, CARD_LITE: every, FIXTURE: every, **by_section}
+    return {CARD: every, CARD_LITE: every, FIXTURE: every, OWN: [OWN], **by_section}
 
 
 def tasks_of(suite: str) -> list[str]:
@@ -92,21 +109,127 @@ def tasks_of(suite: str) -> list[str]:
     return [task for task in card_rows() if task in names]
 
 
-@dataclass(kw_only=True)
-class BenchmarkConfig(UntrainedStageConfig):
-    """The card's benchmarks, asked of one model."""
+VERIFIERS = ("number", "choice", "exact", "regex", "math", "json_schema")
+"""How answers to one's own rows are judged; a function is named as `python:module.function`."""
+PYTHON = "python:"
 
-    suite: str = MISSING
-    """card, its sections english, multilingual and cultural, card_lite (5 % of each subset's
-    items), fixture (made-up items that come with the package), or tasks joined by commas."""
+
+@dataclass(kw_only=True)
+class OwnRowsConfig:
+    """A benchmark of one's own rows."""
+
+    path: str | None = None
+    """A file, a directory or a pattern of files (JSON lines or arrays, Parquet, Arrow), or a data
+    set of the hub."""
+    subset: str | None = None
+    """Configuration of a set of the hub. None: its default."""
+    split: str = "test"
+    """Of a set of the hub, or of a directory whose files name splits."""
+    question: str = "question"
+    """Column of what is asked."""
+    answer: str = "answer"
+    """Column of the reference, whose form the verifier says."""
+    verifier: str = "number"
+    """number: the last number of the reference, or what stands behind its ####, against that of the
+    answer; choice: a letter, the text of a choice or, as a number, its place from 0; exact: the
+    text itself; regex: a pattern of Python that is found in the answer; math: a formula, by
+    math-verify; json_schema: a schema that the answer satisfies as JSON;
+    python:module.function: `function(response, reference)` says whether it is right. Of an answer
+    to number, choice, math and exact the last \\boxed{} counts first."""
+    choices: str | None = None
+    """Column with the list of choices, which are asked as A, B, ... None: the question names
+    them."""
+    language: str | None = None
+    """Column with the code of each row's language; the score is then the mean of the languages'
+    scores. None: all rows are of one that is not named."""
+    prompt: str | None = None
+    """What is asked, with {{question}} and, where there are choices, {{options}} in it. None: the
+    question, and for number, math and choice the card's own instruction to think and to box."""
+
+    def check(self) -> None:
+        """Refuse what cannot be read; rows and functions are looked at later.
+
+        Raises:
+            InputError: Says what to give.
+        """
+        require(
+            self.path is not None,
+            "stage's suite is own, and no rows are named: give own.path=<file> of the stage, with "
+            "own.question and own.answer where its columns have other names",
+        )
+        function = self.verifier.removeprefix(PYTHON)
+        is_named = function != self.verifier and re.fullmatch(r"\w+(\.\w+)+", function)
+        near = get_close_matches(self.verifier, VERIFIERS, n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        require(
+            self.verifier in VERIFIERS or bool(is_named),
+            f"own.verifier is {self.verifier!r}: {meant}Known are {', '.join(VERIFIERS)} and "
+            f"{PYTHON}module.function",
+        )
+        require(
+            self.choices is None or self.verifier == "choice",
+            f"own.choices is {self.choices!r}, and own.verifier is {self.verifier}: choices are "
+            "for own.verifier=choice",
+        )
+        asks = "{{question}}" if self.choices is None else "{{options}}"
+        require(
+            self.prompt is None or asks in self.prompt,
+            f"own.prompt has no {asks} in it: each row would be asked the same",
+        )
+
+
+@dataclass(kw_only=True)
+class SuiteConfig:
+    """What a suite asks, from where, and how often."""
+
+    own: OwnRowsConfig = field(default_factory=OwnRowsConfig)
     data_dir: str | None = None
     """Directory with a folder for each set that is read from files. None: the hub."""
     data_dirs: dict[str, str] = field(default_factory=open_names)
     """Folders of single sets, by the name of their mirror, as `cmmlu`."""
     languages: list[str] | None = None
     """Codes of the languages to ask in. None: all of the card's that a set has."""
+    max_items: int | None = None
+    """Most items of each task, chosen by their ids. None: all."""
     responses_per_prompt: int | None = None
-    """None: as many as the card's, 8, or 1 of GlobalMMLU and MMMLU."""
+    """The n of avg@n. None: as many as the card's, 8, or 1 of GlobalMMLU and MMMLU; 1 with
+    `greedy`."""
+    greedy: bool = False
+    """Whether each token of an answer is the likeliest one, and not sampled at temperature 1."""
+
+    def check_suite(self, suite: str) -> None:
+        """Refuse a suite that cannot be asked so.
+
+        Raises:
+            InputError: Says why.
+        """
+        tasks = tasks_of(suite)
+        self.data_dirs = dict(self.data_dirs)
+        if OWN in tasks:
+            self.own.check()
+        require_positive(
+            "stage", responses_per_prompt=self.responses_per_prompt, max_items=self.max_items
+        )
+        require(
+            not self.greedy or self.responses_per_prompt in (None, 1),
+            f"greedy answers are all the same, and responses_per_prompt is "
+            f"{self.responses_per_prompt}: set greedy=false, or leave responses_per_prompt out",
+        )
+        require(
+            suite != FIXTURE or (self.data_dir is None and not self.data_dirs),
+            "stage.suite is fixture, whose items come with the package, and stage.data_dir or "
+            "stage.data_dirs names others: leave them out, or choose another suite",
+        )
+
+
+@dataclass(kw_only=True)
+class BenchmarkConfig(SuiteConfig, UntrainedStageConfig):
+    """The card's benchmarks or one's own, asked of one model."""
+
+    suite: str = MISSING
+    """card, its sections english, multilingual and cultural, card_lite (5 % of each subset's
+    items), fixture (made-up items that come with the package), own (rows of one's own), or tasks
+    joined by commas."""
     max_prompt_length: int = 4096
     """Tokens. A longer question is not asked, and counts as answered wrong."""
     max_response_length: int = 8192
@@ -129,11 +252,9 @@ class BenchmarkConfig(UntrainedStageConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        tasks_of(self.suite)
-        self.data_dirs = dict(self.data_dirs)
+        self.check_suite(self.suite)
         require_positive(
             "stage",
-            responses_per_prompt=self.responses_per_prompt,
             max_prompt_length=self.max_prompt_length,
             max_response_length=self.max_response_length,
             plan_gpus=self.plan_gpus,
@@ -147,11 +268,6 @@ class BenchmarkConfig(UntrainedStageConfig):
             not (isinstance(self.rollout, VLLMRolloutConfig) and self.rollout.expert_parallel),
             "stage.rollout.expert_parallel is true, and in a benchmark each rank samples alone: "
             "set it to false",
-        )
-        require(
-            self.suite != FIXTURE or (self.data_dir is None and not self.data_dirs),
-            "stage.suite is fixture, whose items come with the package, and stage.data_dir or "
-            "stage.data_dirs names others: leave them out, or choose another suite",
         )
 
     @property

@@ -10,6 +10,7 @@ from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.opd import OPDConfig
 from marco_train.config.sft import SFTConfig
 from marco_train.config.stage import StageConfig
+from marco_train.config.trained import AnsweredStage
 from marco_train.errors import InputError
 
 MAX_LENGTH = 4096
@@ -62,12 +63,12 @@ def _positions(composed: DictConfig) -> int | None:
     return found if isinstance(found, int) and found > 0 else None
 
 
-def longest_sequence(stage: StageConfig) -> int:
+def longest_sequence(stage: StageConfig | AnsweredStage) -> int:
     """Tokens of the longest sequence that a stage lets through."""
     match stage:
         case SFTConfig():
             return stage.max_length
-        case OPDConfig() | EvaluateConfig() | BenchmarkConfig():
+        case OPDConfig() | EvaluateConfig() | BenchmarkConfig() | AnsweredStage():
             return stage.max_prompt_length + stage.max_response_length
     raise TypeError(f"no such stage: {type(stage).__name__}")
 

@@ -6,8 +6,9 @@ from enum import Enum
 from omegaconf import MISSING
 
 from marco_train.config.rollout import RolloutConfig, VLLMServerRolloutConfig
-from marco_train.config.stage import StageConfig, steps_of
+from marco_train.config.stage import steps_of
 from marco_train.config.teacher import TeacherConfig
+from marco_train.config.trained import TrainedStageConfig
 from marco_train.errors import require, require_positive
 
 
@@ -103,7 +104,7 @@ class PhaseConfig:
 
 
 @dataclass(kw_only=True)
-class OPDConfig(StageConfig):
+class OPDConfig(TrainedStageConfig):
     """On-policy distillation from a cascade of teachers."""
 
     objective: Objective = MISSING
@@ -153,6 +154,11 @@ class OPDConfig(StageConfig):
             max_prompt_length=self.max_prompt_length,
             max_response_length=self.max_response_length,
         )
+        require(
+            self.eval.max_response_length is None,
+            f"stage.eval.max_response_length is {self.eval.max_response_length}, and OPD's sampler "
+            "makes all answers: give stage.max_response_length alone",
+        )
         require(len(self.cascade) > 0, "stage.cascade has no phase: name at least one teacher")
         for name, phase in self.cascade.items():
             require(
@@ -176,6 +182,11 @@ class OPDConfig(StageConfig):
         phase = self.cascade[name]
         size = self.global_batch_size
         return self.capped(steps_of(phase.num_steps, phase.num_epochs, size, epoch_rows))
+
+    @property
+    def loss_metric(self) -> str:
+        """What is measured on held-out prompts."""
+        return "eval/reverse_kl"
 
     @property
     def whole_epochs(self) -> float | None:

@@ -89,6 +89,7 @@ KINDS: dict[str, tuple[str, ...]] = {
         "optim.max_skipped_in_a_row",
         "stage.eval_every",
         "stage.num_eval_examples",
+        "stage.eval.**",
         "stage.max_sampler_mismatch",
         "stage.identify_languages",
         "stage.plan",
@@ -169,6 +170,9 @@ KINDS: dict[str, tuple[str, ...]] = {
         "stage.data_dir",
         "stage.data_dirs.**",
         "stage.languages",
+        "stage.own.**",
+        "stage.max_items",
+        "stage.greedy",
     ),
     "objective": (
         "stage.loss_tokens",
@@ -205,6 +209,7 @@ CONTENT = (
     "stage.cascade.*.teachers_by_group.*.path",
     "stage.models.*",
     "stage.teachers.*.path",
+    "stage.own.path",
 )
 # The part of them that a checkpoint keeps a digest of; the loader and the cascade keep the others'.
 NOTED_CONTENT = ("model.path", "data.held_out.sources.*.path")

@@ -45,6 +45,7 @@ from marco_train.config.teacher import (
     VLLMTeacherConfig,
 )
 from marco_train.config.tracking import LoggingConfig
+from marco_train.config.trained import SCORE, TrainedStageConfig
 from marco_train.errors import InputError, require, require_positive
 
 NO_STAGE = "no stage was chosen: add experiment=<name>, or stage=sft|opd|evaluate|benchmark"
@@ -53,6 +54,41 @@ NO_STAGE = "no stage was chosen: add experiment=<name>, or stage=sft|opd|evaluat
 OnError = Enum("OnError", {"continue": "continue", "stop": "stop"})
 """What a run does that could not save a checkpoint: it trains on, and saves when it is due again;
 or it ends."""
+
+
+class BestMode(Enum):
+    """Which values of a metric are better."""
+
+    min = "min"
+    max = "max"
+
+
+@dataclass(kw_only=True)
+class BestConfig:
+    """The checkpoint that stays as a measure of the held-out was never better."""
+
+    metric: str | None = None
+    """eval/cross_entropy of SFT, eval/reverse_kl of OPD, or eval/score of `stage.eval.suite` and
+    eval/score/task_<task> of one of its tasks. A step at which it is better than ever is saved, and
+    stays until another is. None: no checkpoint is kept as the best."""
+    mode: BestMode | None = None
+    """None: max of a score, and min of any other."""
+    export: bool = False
+    """Whether the best one is exported too at the end of the run, as export-best."""
+
+    def __post_init__(self) -> None:
+        require(
+            self.metric is not None or not self.export,
+            "checkpoint.best.export is true, and nothing says which is the best: give "
+            "checkpoint.best.metric=eval/...",
+        )
+
+    @property
+    def is_max(self) -> bool:
+        """Whether larger values are better."""
+        if self.mode is None:
+            return (self.metric or "").startswith(SCORE)
+        return self.mode is BestMode.max
 
 
 @dataclass(kw_only=True)
@@ -75,6 +111,7 @@ class CheckpointConfig:
     """Whether a run trains on that could not save a checkpoint, and tries the next one."""
     max_failures: int = 3
     """Saves that may fail in a row with `on_error=continue`; the run ends with the last of them."""
+    best: BestConfig = field(default_factory=BestConfig)
     must_save_by: str | None = None
     """Hours, minutes and seconds of a launch, as 3:50:00, before which the run is saved and ends
     with exit status 75, to be queued again. The longest step so far is left as room."""
@@ -188,6 +225,7 @@ class TrainConfig:
                 isinstance(self.optim, OptimConfig),
                 f"optim is {self.optim}, and the stage trains: give optim.learning_rate instead",
             )
+            self._check_best(self.stage)
             require(
                 len(self.data.sources) > 0,
                 "data.sources is empty: choose data=own data.path=<rows>, or another data=<group>",
@@ -212,6 +250,31 @@ class TrainConfig:
             f"longest sequence the stage allows, {longest} tokens",
         )
 
+    def _check_best(self, stage: TrainedStageConfig) -> None:
+        """Refuse a measure of the best checkpoint that is not made, or whose best is not kept."""
+        metric = self.checkpoint.best.metric
+        if metric is None:
+            return
+        known = stage.eval_metrics(has_held_out=self.data.held_out is not None)
+        near = get_close_matches(metric, known, 1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        ways = "stage.eval_every with data.held_out or stage.eval.suite makes some"
+        require(
+            metric in known,
+            f"checkpoint.best.metric is {metric}, which this run does not measure: {hint}It "
+            f"measures {', '.join(known) or 'nothing'}; {ways}",
+        )
+        require(
+            self.checkpoint.save_every is not None,
+            "checkpoint.best.metric is given, and checkpoint.save_every is null: no checkpoint is "
+            "saved that could stay; give its steps",
+        )
+        require(
+            not self.checkpoint.best.export or "best" not in getattr(stage, "cascade", {}),
+            "checkpoint.best.export writes export-best, which is also that of the phase `best`: "
+            "name the phase otherwise",
+        )
+
 
 UNIONS = (RolloutConfig, TeacherConfig)
 ROLLOUTS = (NativeRolloutConfig, VLLMRolloutConfig, VLLMServerRolloutConfig)
@@ -234,7 +297,10 @@ def register_schemas() -> None:
         "benchmark": BenchmarkConfig,
     }
     for kind, stage in stages.items():
-        store.store(name=kind, group="schema/stage", node=stage)
+        node = OmegaConf.structured(stage)
+        if "rollout" in node:
+            node.rollout = MISSING  # the group chooses, which could not replace another's fields
+        store.store(name=kind, group="schema/stage", node=node)
     for name, curation in CURATIONS.items():
         store.store(name=name, group="schema/curation", node=curation)
     store.store(name="adamw", group="schema/optim", node=OptimConfig)

@@ -1,11 +1,12 @@
 """What supervised fine-tuning does."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from omegaconf import MISSING
 
-from marco_train.config.stage import StageConfig
+from marco_train.config.rollout import NativeRolloutConfig, RolloutConfig
+from marco_train.config.trained import AnsweredStage, TrainedStageConfig
 from marco_train.errors import require, require_positive
 
 
@@ -17,7 +18,7 @@ class LossTokens(Enum):
 
 
 @dataclass(kw_only=True)
-class SFTConfig(StageConfig):
+class SFTConfig(TrainedStageConfig):
     """Supervised fine-tuning on conversations."""
 
     num_steps: int | None = None
@@ -32,10 +33,8 @@ class SFTConfig(StageConfig):
     """Tokens of one conversation; `data.overlong` says what becomes of longer ones. Not given: as
     many as the model has positions, 4096 at most."""
     loss_tokens: LossTokens = LossTokens.assistant
-    eval_every: int | None = None
-    """Steps between two measures of the held-out loss. None: off."""
-    num_eval_examples: int = 512
-    """Held-out conversations of one measure."""
+    rollout: RolloutConfig = field(default_factory=NativeRolloutConfig)
+    """Who samples the answers to `eval.suite`."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,11 +44,26 @@ class SFTConfig(StageConfig):
             num_epochs=self.num_epochs,
             global_batch_size=self.global_batch_size,
             max_length=self.max_length,
-            eval_every=self.eval_every,
-            num_eval_examples=self.num_eval_examples,
+        )
+        response = self.eval.max_response_length
+        require(
+            response is None or response < self.max_length,
+            f"stage.eval.max_response_length is {response}, and stage.max_length "
+            f"{self.max_length} leaves a question no room: give fewer, or raise stage.max_length",
         )
         require(
             (self.num_steps is None) != (self.num_epochs is None),
             f"stage.num_steps is {self.num_steps} and stage.num_epochs is {self.num_epochs}: give "
             "one of them, and null for the other",
         )
+
+    @property
+    def loss_metric(self) -> str:
+        """What is measured on held-out conversations."""
+        return "eval/cross_entropy"
+
+    @property
+    def answers(self) -> AnsweredStage:
+        """The lengths and the sampler with which `eval.suite` is asked."""
+        response = self.eval.max_response_length or max(1, self.max_length // 2)
+        return AnsweredStage(self.rollout, self.max_length - response, response)

@@ -472,7 +472,7 @@ class PromptLoader(_Loader):
             return []
         if self._data.held_out is None:
             raise InputError(
-                "stage.cascade.*.early_switch measures the KL on held-out prompts: "
+                "stage.cascade.*.early_switch measures the reverse KL on held-out prompts: "
                 "set data.held_out.share or data.held_out.sources"
             )
 

@@ -42,6 +42,7 @@ Chart = tuple[str, str, Mapping[str, str]]
 LEARNING: tuple[Chart, ...] = (
     ("Loss", "nats a token", {"loss/cross_entropy": "training", "eval/cross_entropy": "held-out"}),
     ("Held-out reverse KL", "nats a token", {"eval/reverse_kl": "held-out"}),
+    ("Score of the suite", "per cent or BLEU", {"eval/score": "mean of its tasks"}),
     ("Entropy", "nats a token", {"loss/entropy": "policy", "kl/teacher_entropy": "teacher"}),
     (
         "Advantage of sampled tokens",
@@ -101,6 +102,7 @@ SUMMARY = {
     "eval/cross_entropy": "held-out loss, nats a token",
     "kl/reverse": "reverse KL, nats a token",
     "eval/reverse_kl": "held-out reverse KL, nats a token",
+    "eval/score": "score of the suite, per cent or BLEU",
     "loss/entropy": "entropy of the policy, nats a token",
     "rollout/response_length": "length of responses, tokens",
     "optim/grad_norm": "gradient norm",
@@ -343,14 +345,20 @@ def _sample(sample: Mapping[str, Any], scale: float) -> Markup:
     known = [value for value in values if value is not None]
     mean = f", {sum(known) / len(known):.3g} nats a token" if known else ""
     facts = [sample.get(name) for name in ("category", "language", "source", "finish_reason")]
-    title = f"step {sample.get('step')}: {', '.join(str(f) for f in facts if f)}, {len(tokens)} "
+    title = f"step {sample.get('step')}: {', '.join(str(f) for f in facts if f)}, "
+    if "reference" in sample:  # the answer to a suite's question, in one piece
+        right = sample.get("right")
+        judged = "not judged" if right is None else "right" if right is True else "wrong"
+        title += f"{judged}, expected {sample['reference']}"
+    else:
+        title += f"{len(tokens)} tokens{mean}"
     prompt = str(sample.get("prompt", ""))
     cut = "…" * (len(prompt) > MOST_CHARACTERS)
     values += [None] * len(tokens)
     shown = heat_text(tokens[:MOST_TOKENS], values[: len(tokens)][:MOST_TOKENS], scale)
     rest = len(tokens) - MOST_TOKENS
     more = [plain_text(f"… and {rest} tokens more")] if rest > 0 else []
-    return card(f"{title}tokens{mean}", [plain_text(cut + prompt[-MOST_CHARACTERS:]), shown, *more])
+    return card(title, [plain_text(cut + prompt[-MOST_CHARACTERS:]), shown, *more])
 
 
 def evaluation(run: RunFiles) -> list[Markup]:

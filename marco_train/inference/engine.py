@@ -272,14 +272,17 @@ class VLLMEngine:
         max_tokens: int,
         stop_ids: Sequence[int],
         num_topk: int,
+        *,
+        greedy: bool,
     ) -> Iterator[tuple[int, Generation]]:
-        """Sample one response to each request at temperature 1.
+        """Sample one response to each request at temperature 1, or take the likeliest tokens.
 
         Args:
             requests: Token ids of a prompt and the seed of its response, below 2**63.
             max_tokens: Of a response.
             stop_ids: With which a response ends; no other token ends one.
             num_topk: Likeliest tokens to name in each place.
+            greedy: Whether to take the likeliest tokens.
 
         Yields:
             The number of a request and its response, as each ends.
@@ -290,7 +293,7 @@ class VLLMEngine:
         engine = self._llm.llm_engine
         for number, (prompt, seed) in enumerate(requests):
             params = SamplingParams(
-                **neutral_sampling(max_tokens),
+                **neutral_sampling(max_tokens) | ({"temperature": 0.0} if greedy else {}),
                 seed=seed,
                 stop_token_ids=list(stop_ids),
                 ignore_eos=True,

@@ -34,12 +34,14 @@ from marco_train.config.rollout import (
     VLLMRolloutConfig,
     kv_cache_bytes,
 )
+from marco_train.config.sft import SFTConfig
 from marco_train.config.teacher import (
     HFTeacherConfig,
     NativeTeacherConfig,
     TeacherConfig,
     VLLMTeacherConfig,
 )
+from marco_train.config.trained import AnsweredStage
 from marco_train.errors import InputError
 from marco_train.models.attention import GROWTH
 from marco_train.models.weights import FUSED, meta_model
@@ -156,6 +158,14 @@ class Memory:
     def opd(self) -> OPDConfig | None:
         """The stage, where it distils."""
         return self.cfg.stage if isinstance(self.cfg.stage, OPDConfig) else None
+
+    @property
+    def _sampled(self) -> OPDConfig | AnsweredStage | None:
+        """What is sampled in the run, if anything is."""
+        stage = self.cfg.stage
+        if isinstance(stage, SFTConfig):
+            return stage.answers if stage.eval.suite is not None else None
+        return self.opd
 
     @property
     def _bfloat16(self) -> bool:
@@ -363,25 +373,25 @@ class Memory:
     @property
     def _sampler_weights(self) -> int:
         """Bytes of a sampler's copy of the whole model in this process."""
-        if self.opd is None:
+        if self._sampled is None:
             return 0
-        if not isinstance(self.opd.rollout, NativeRolloutConfig | VLLMRolloutConfig):
+        if not isinstance(self._sampled.rollout, NativeRolloutConfig | VLLMRolloutConfig):
             return 0
         return sizes_of(self.architecture, 1).total * self.cfg.model.dtype.num_bytes
 
     def _asleep(self) -> Components:
         """What a sampler keeps while it does not sample."""
-        if self.opd is None:
+        if self._sampled is None:
             return {}
-        rollout = self.opd.rollout
+        rollout = self._sampled.rollout
         if isinstance(rollout, VLLMRolloutConfig) and self.card.is_gpu:
             return {"context": ENGINE_ASLEEP}
         return {"sampler_weights": self._sampler_weights, "kv_cache": self._engine_keys()}
 
     def _engine_keys(self) -> int:
         """Bytes that an engine of vLLM reserves for keys and values."""
-        assert self.opd is not None
-        rollout = self.opd.rollout
+        assert self._sampled is not None
+        rollout = self._sampled.rollout
         if not isinstance(rollout, VLLMRolloutConfig):
             return 0
         if not isinstance(rollout.kv_cache_gib, str):
@@ -401,18 +411,18 @@ class Memory:
     @property
     def bytes_a_sequence(self) -> int:
         """Keys and values of one sequence of the longest."""
-        assert self.opd is not None
+        assert self._sampled is not None
         return kv_cache_bytes(
-            self.architecture, self.cfg.model.dtype, longest_sequence(self.opd) + 1
+            self.architecture, self.cfg.model.dtype, longest_sequence(self._sampled) + 1
         )
 
     def sync(self) -> Components:
         """Weights on their way to the sampler: what is gathered, and what an engine lays out."""
-        assert self.opd is not None
+        assert self._sampled is not None
         size = self.expert_parallel_size
         layer = self.sizes.layer_experts * size * self.cfg.model.dtype.num_bytes
         moving = 0
-        rollout = self.opd.rollout
+        rollout = self._sampled.rollout
         sampler = {"sampler_weights": self._sampler_weights}
         if isinstance(rollout, VLLMRolloutConfig):
             # What was gathered is kept until the layer is complete, which is then laid out.
@@ -432,8 +442,8 @@ class Memory:
 
     def sample(self) -> Components:
         """Responses are sampled, beside an open teacher."""
-        assert self.opd is not None
-        rollout = self.opd.rollout
+        assert self._sampled is not None
+        rollout = self._sampled.rollout
         keys, working, logits = self._engine_keys(), 0, 0
         if isinstance(rollout, VLLMRolloutConfig) and self.card.is_gpu:
             working = ENGINE_AWAKE
@@ -450,10 +460,11 @@ class Memory:
 
     def _native_sampling(self, rollout: NativeRolloutConfig) -> tuple[int, int, int]:
         """Keys at their longest, a layer's of them copied as they grow, and the draw of tokens."""
-        assert self.opd is not None
-        cfg = self.architecture
-        rows = min(rollout.batch_size, math.ceil(self.num_responses / self.gpus))
-        longest = longest_sequence(self.opd) + GROWTH
+        assert self._sampled is not None
+        cfg, rows = self.architecture, rollout.batch_size
+        if self.cfg.stage.eval.suite is None:  # of which there may be more than of a step's
+            rows = min(rows, math.ceil(self.num_responses / self.gpus))
+        longest = longest_sequence(self._sampled) + GROWTH
         width = 2 * cfg.num_key_value_heads * cfg.head_dim * self.cfg.model.dtype.num_bytes
         keys = rows * longest * width * cfg.num_hidden_layers
 
@@ -478,7 +489,9 @@ class Memory:
     def phases(self) -> dict[str, Components]:
         """Bytes of a rank by phase and component."""
         if self.opd is None:
-            return {"train": self.train(), "checkpoint": self.checkpoint()}
+            found = {"train": self.train(), "checkpoint": self.checkpoint()}
+            measuring = {} if self._sampled is None else {"sample": self.sample()}
+            return found | measuring
         return {
             "sync": self.sync(),
             "sample": self.sample(),
@@ -514,13 +527,14 @@ class Memory:
         if cfg.save_every is None:
             return 0
         # The last phase's end is the run's.
-        return cfg.keep_last + 1 + max(0, len(self._phases()) - 1) * cfg.keep_phase_ends
+        ends = max(0, len(self._phases()) - 1) * cfg.keep_phase_ends
+        return cfg.keep_last + 1 + ends + (cfg.best.metric is not None)
 
     @property
     def exports(self) -> int:
         """Bytes of exported weights, of each phase and of the run."""
         whole = sizes_of(self.architecture, 1).total * self.cfg.model.dtype.num_bytes
-        return whole * (1 + len(self._phases()))
+        return whole * (1 + len(self._phases()) + self.cfg.checkpoint.best.export)
 
     def disk(self) -> int:
         """Bytes of checkpoints and exports, and of a score cache."""

@@ -28,11 +28,14 @@ class Sampler:
         """Take a complete stream of named weights, of the experts those of `share`."""
         raise NotImplementedError
 
-    def sample(self, prompts: Sequence[Prompt], num_responses: int) -> Iterator[Rollout]:
-        """Sample responses of each prompt; yields each as it ends.
+    def sample(
+        self, prompts: Sequence[Prompt], num_responses: int, *, greedy: bool = False
+    ) -> Iterator[Rollout]:
+        """Sample responses of each prompt at temperature 1; yields each as it ends.
 
-        Servers are asked at once; a sampler in this process samples while it is iterated. Every
-        rank takes part, with any number of prompts, and iterates to the end.
+        With `greedy` each token is the likeliest instead, for measures alone. Servers are asked at
+        once; a sampler in this process samples while it is iterated. Every rank takes part, with
+        any number of prompts, and iterates to the end.
         """
         raise NotImplementedError
 

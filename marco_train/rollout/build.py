@@ -19,6 +19,7 @@ from marco_train.config.rollout import (
     check_kv_cache,
     check_replay,
 )
+from marco_train.config.trained import AnsweredStage
 from marco_train.distributed import device, world_size
 from marco_train.errors import require
 from marco_train.inference.engine import require_shared_experts, require_vllm
@@ -26,7 +27,7 @@ from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.models.weights import empty_model, torch_dtype
 from marco_train.rollout.base import Sampler, SamplerSpec
 
-SampledStage = OPDConfig | EvaluateConfig | BenchmarkConfig
+SampledStage = OPDConfig | EvaluateConfig | BenchmarkConfig | AnsweredStage
 """Of which a sampler makes the responses."""
 
 

@@ -66,8 +66,10 @@ class NativeSampler(Sampler):
         """Log-probabilities of the tokens of sequences; see `sequence_logprobs`."""
         return sequence_logprobs(self._model, self._model.head, sequences)
 
-    def sample(self, prompts: Sequence[Prompt], num_responses: int) -> Iterator[Rollout]:
-        """Sample responses of each prompt at temperature 1; yields each as it ends.
+    def sample(
+        self, prompts: Sequence[Prompt], num_responses: int, *, greedy: bool = False
+    ) -> Iterator[Rollout]:
+        """Sample responses of each prompt; see `Sampler.sample`.
 
         Raises:
             RuntimeError: No weights were loaded.
@@ -75,20 +77,20 @@ class NativeSampler(Sampler):
         if self._weight_version is None:
             raise RuntimeError(NO_WEIGHTS)
         requests = [(prompt, n) for prompt in prompts for n in range(num_responses)]
-        return self._sample_in_batches(requests, self._weight_version)
+        return self._sample_in_batches(requests, self._weight_version, greedy)
 
     def _sample_in_batches(
-        self, requests: Sequence[tuple[Prompt, int]], weight_version: int
+        self, requests: Sequence[tuple[Prompt, int]], weight_version: int, greedy: bool
     ) -> Iterator[Rollout]:
         # Neighbours of similar length waste little of the cache.
         by_length = sorted(range(len(requests)), key=lambda i: len(requests[i][0].input_ids))
         for start in range(0, len(by_length), self._batch_size):
             members = by_length[start : start + self._batch_size]
-            yield from self._sample_batch([requests[i] for i in members], weight_version)
+            yield from self._sample_batch([requests[i] for i in members], weight_version, greedy)
 
     @torch.inference_mode()
     def _sample_batch(
-        self, requests: Sequence[tuple[Prompt, int]], weight_version: int
+        self, requests: Sequence[tuple[Prompt, int]], weight_version: int, greedy: bool
     ) -> Iterator[Rollout]:
         cache = KVCache(self._model.architecture.num_hidden_layers)
         uniforms = self._uniforms(requests)  # [B, L]
@@ -99,7 +101,10 @@ class NativeSampler(Sampler):
         logits = self._prefill([prompt.input_ids for prompt, _ in requests], cache, experts)
         active = list(range(len(requests)))
         for place in range(self._max_response_length):
-            tokens, token_lps = draw_tokens(logits, uniforms[active, place])
+            if greedy:
+                tokens, token_lps = likeliest_tokens(logits)
+            else:
+                tokens, token_lps = draw_tokens(logits, uniforms[active, place])
             likeliest = logits.topk(self._num_topk, dim=-1).indices.tolist()
             last = place + 1 == self._max_response_length
             running = []
@@ -201,3 +206,9 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     drawn = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)
     tokens = drawn.clamp(max=logits.shape[1] - 1)
     return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
+
+
+def likeliest_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Take the likeliest token of each row of logits [B, V]; ids and log-probabilities [B]."""
+    logprobs, tokens = logits.log_softmax(-1).max(-1)
+    return tokens, logprobs

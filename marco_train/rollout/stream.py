@@ -79,9 +79,10 @@ class RolloutStream:
         """Sample one response to each of the run's first prompts, to check a new teacher with."""
         return list(self._sampler.sample(self._first_prompts, 1))
 
-    def held_out(self) -> list[Rollout]:
-        """Sample one response to each held-out prompt."""
-        return list(self._sampler.sample(self._held_out, 1))
+    def held_out(self, count: int) -> list[Rollout]:
+        """Sample one response to each of this rank's prompts among the first held-out ones."""
+        asked = [prompt for prompt in self._held_out if prompt.index < count]
+        return list(self._sampler.sample(asked, 1))
 
     def metrics(self, rollouts: Iterable[Rollout]) -> Metrics:
         """Describe the last rollouts, their prompts, and how stale they were, over all ranks."""

@@ -36,6 +36,7 @@ from marco_train.config.evaluate import EvaluateConfig
 from marco_train.config.lengths import longest_sequence
 from marco_train.config.model import DType
 from marco_train.config.opd import OPDConfig
+from marco_train.config.trained import AnsweredStage
 from marco_train.distributed import device, gather_objects
 from marco_train.errors import WeightSyncError
 from marco_train.metrics import Metrics
@@ -94,7 +95,7 @@ def canary_sequences(vocab_size: int, max_length: int) -> list[list[int]]:
 
 
 def canary_of(
-    stage: OPDConfig | EvaluateConfig | BenchmarkConfig,
+    stage: OPDConfig | EvaluateConfig | BenchmarkConfig | AnsweredStage,
     architecture: ArchitectureConfig,
     dtype: DType,
 ) -> Canary:

@@ -96,18 +96,20 @@ class VLLMSampler(Sampler):
         logprobs[place][-1] = self._engine.next_logprob(prompt, token)
         return torch.cat(logprobs)
 
-    def sample(self, prompts: Sequence[Prompt], num_responses: int) -> Iterator[Rollout]:
-        """Sample responses of each prompt at temperature 1; yields each as it ends.
+    def sample(
+        self, prompts: Sequence[Prompt], num_responses: int, *, greedy: bool = False
+    ) -> Iterator[Rollout]:
+        """Sample responses of each prompt; see `Sampler.sample`.
 
         Raises:
             RuntimeError: No weights were loaded.
         """
         if self._weight_version is None:
             raise RuntimeError(NO_WEIGHTS)
-        return self._sample(prompts, num_responses, self._weight_version)
+        return self._sample(prompts, num_responses, self._weight_version, greedy)
 
     def _sample(
-        self, prompts: Sequence[Prompt], num_responses: int, version: int
+        self, prompts: Sequence[Prompt], num_responses: int, version: int, greedy: bool
     ) -> Iterator[Rollout]:
         asked = [(prompt, n) for prompt in prompts for n in range(num_responses)]
         requests = [
@@ -119,6 +121,7 @@ class VLLMSampler(Sampler):
             self._sampling.max_response_length,
             self._sampling.stop_ids,
             self._sampling.num_topk,
+            greedy=greedy,
         )
         for number, generation in generations:
             prompt, sample_index = asked[number]

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from marco_train.config.model import DType
-from marco_train.config.rollout import VLLMServerRolloutConfig, WeightsBy
+from marco_train.config.rollout import TEMPERATURE, VLLMServerRolloutConfig, WeightsBy
 from marco_train.distributed import barrier, gather_objects, is_main, rank, world_size
 from marco_train.errors import InputError, UntrustedServerError, UnusableAnswerError
 from marco_train.inference import protocol
@@ -301,8 +301,10 @@ class ServerSampler(Sampler):
             raise UnusableAnswerError(f"an answer of the weights {sorted(versions)}")
         return answer
 
-    def sample(self, prompts: Sequence[Prompt], num_responses: int) -> Iterator[Rollout]:
-        """Ask for responses of each prompt at temperature 1, at once; yields each as it ends.
+    def sample(
+        self, prompts: Sequence[Prompt], num_responses: int, *, greedy: bool = False
+    ) -> Iterator[Rollout]:
+        """Ask for responses of each prompt at once; see `Sampler.sample`.
 
         Every rank takes part, to the end.
 
@@ -314,7 +316,7 @@ class ServerSampler(Sampler):
         if self._weight_version is None:
             raise RuntimeError(NO_WEIGHTS)
         asked = [
-            self._pool.submit(partial(self._sample, prompt, number, self._weight_version))
+            self._pool.submit(partial(self._sample, prompt, number, self._weight_version, greedy))
             for prompt in prompts
             for number in range(num_responses)
         ]
@@ -322,12 +324,13 @@ class ServerSampler(Sampler):
         return (future.result() for future in self._pool.as_answered(asked))
 
     async def _sample(
-        self, prompt: Prompt, sample_index: int, version: int, server: Server
+        self, prompt: Prompt, sample_index: int, version: int, greedy: bool, server: Server
     ) -> Rollout:
         spec = self._spec
         params = {
             "max_tokens": spec.max_response_length,
             "seed": response_seed(spec.seed, prompt.index, sample_index),
+            "temperature": 0.0 if greedy else TEMPERATURE,
             "stop_token_ids": spec.stop_ids,
             "ignore_eos": True,
             "skip_reading_prefix_cache": True,

@@ -75,7 +75,7 @@ def prepare_benchmark(cfg: TrainConfig, checks: Checks) -> PreparedBenchmark:
     checks.make("engines of vLLM", require_one_engine, engines, device())
     fitted = checks.make("lengths", fit_lengths, cfg, architecture)
     checks.make("sampler", check_sampler, fitted.stage, architecture, cfg.model.dtype)
-    tasks = checks.make("tasks", load_tasks, stage)
+    tasks = checks.make("tasks", load_tasks, stage.suite, stage)
     return PreparedBenchmark(fitted, tokenizer, architecture, tasks)
 
 
@@ -149,12 +149,18 @@ def open_benchmark(
         "seed": cfg.seed,
         "dtype": cfg.model.dtype.value,
         "max_response_length": cfg.stage.max_response_length,
-    }
+    } | ({"greedy": True} if cfg.stage.greedy else {})
     store = AnswerStore(Path(cfg.output_dir), made_by, anew=cfg.resume == "never")
     model = load_model(str(cfg.model.path), torch_dtype(cfg.model.dtype))
     report = BenchmarkReport(asked, tokenizer)
     with closing(AnswerSampler(cfg, tokenizer)) as sampler, closing(store):
-        lm = SampledLM(sampler.sampler_of(model), tokenizer, store, cfg.stage.max_prompt_length)
+        lm = SampledLM(
+            sampler.sampler_of(model),
+            tokenizer,
+            store,
+            cfg.stage.max_prompt_length,
+            greedy=cfg.stage.greedy,
+        )
         yield lm, report
     report.write()
     if is_main():

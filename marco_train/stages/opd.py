@@ -1,6 +1,6 @@
 """Cascaded on-policy distillation."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +18,10 @@ from marco_train.data.packing import pack_rollouts
 from marco_train.distributed import device
 from marco_train.engine.policy import Policy, build_policy
 from marco_train.engine.student import Student
-from marco_train.errors import RolloutMismatchError
+from marco_train.errors import RolloutMismatchError, require
 from marco_train.evaluation.languages import LanguageJudge
 from marco_train.evaluation.samples import SampleRecorder
+from marco_train.evaluation.suite import Suite
 from marco_train.inference.engine import require_one_engine
 from marco_train.inference.pool import SaveEarly, nothing_to_save
 from marco_train.losses.distillation import build_reverse_kl
@@ -33,14 +34,16 @@ from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.loops import without_loops
 from marco_train.rollout.stream import RolloutStream
 from marco_train.rollout.sync import canary_of, sync_weights
-from marco_train.run import Run, phase_export
+from marco_train.run import Run, due, phase_export
 from marco_train.stages.checks import Checks
 from marco_train.stages.header import say_header
 from marco_train.stages.skipped import note_skipped
+from marco_train.teachers.base import Teacher
 from marco_train.teachers.cascade import Cascade, check_teacher, teachers_of
 from marco_train.teachers.preflight import NUM_ANSWERED, FirstOfEachKind
 from marco_train.teachers.vocab import check_head_rows, check_student_vocabulary
-from marco_train.types import Prompt
+from marco_train.tracking import Sample
+from marco_train.types import Prompt, Rollout
 
 
 def run_opd(cfg: TrainConfig) -> None:
@@ -50,7 +53,7 @@ def run_opd(cfg: TrainConfig) -> None:
     token, and lowers the reverse KL  E_{x~policy}[log policy(x) - log teacher(x)].
     """
     opd = cfg.stage
-    with open_opd(cfg) as (policy, prompts, sampler, cascade, samples, run, data):
+    with open_opd(cfg) as (policy, prompts, sampler, cascade, samples, run, data, suite):
         for step in run.steps(cascade):
             if cascade.measure_due(step):
                 with run.timer("evaluate"):  # syncs, sleeps and scores on its own
@@ -78,7 +81,12 @@ def run_opd(cfg: TrainConfig) -> None:
                 note_skipped(policy, data, cfg.optim.max_skipped_in_a_row)
 
             metrics |= dropped | prompts.metrics(submitted.rollouts) | cascade.metrics(step)
-            run.log_samples(step, samples.collected(step))
+            shown = samples.collected(step)
+            if due(step, opd.eval_every):
+                with run.timer("evaluate"):
+                    found, asked = evaluate(cfg, step, policy, prompts, sampler, teacher, suite)
+                metrics, shown = metrics | found, shown + asked
+            run.log_samples(step, shown)
             run.log(step, metrics, cascade.phase_at(step).name)
             refuse_mismatch(step, metrics, opd.max_sampler_mismatch)
             if cascade.ends_at(step):
@@ -86,7 +94,7 @@ def run_opd(cfg: TrainConfig) -> None:
                 if step + 1 < cascade.num_steps:
                     run.export(phase_export(cascade.phase_at(step).name))
                 run.keep(step + 1)
-            run.save_if_due(step)
+            run.save_if_due(step)  # also where it is the best so far
 
     run.finish(cascade.phases[-1].name)  # saves and exports
 
@@ -94,7 +102,9 @@ def run_opd(cfg: TrainConfig) -> None:
 @contextmanager
 def open_opd(
     cfg: TrainConfig,
-) -> Iterator[tuple[Policy, RolloutStream, Sampler, Cascade, SampleRecorder, Run, PromptLoader]]:
+) -> Iterator[
+    tuple[Policy, RolloutStream, Sampler, Cascade, SampleRecorder, Run, PromptLoader, Suite]
+]:
     """Build what a run is made of, and close sampler and teachers, however it ends.
 
     Raises:
@@ -121,7 +131,7 @@ def open_opd(
     prompts = prepared.loader, prepared.first_prompts, prepared.held_out, prepared.in_language
     with closing(sampler), closing(cascade):
         stream = RolloutStream(cfg.stage, sampler, *prompts)
-        yield policy, stream, sampler, cascade, samples, run, prepared.loader
+        yield policy, stream, sampler, cascade, samples, run, prepared.loader, prepared.suite
     prepared.loader.log_end()
 
 
@@ -136,7 +146,9 @@ class Prepared:
     first_prompts: list[Prompt]
     """This rank's share of those that new teachers are checked with."""
     held_out: list[Prompt]
-    """This rank's share of those that convergence is measured on."""
+    """This rank's share of those that the reverse KL is measured on."""
+    suite: Suite
+    """Questions that are asked meanwhile, if the run names any."""
     in_language: InLanguage | None
     """Judges responses, where the run asks for it."""
     plan: RunPlan
@@ -175,9 +187,37 @@ def prepare_opd(cfg: TrainConfig, checks: Checks) -> Prepared:
     checks.make("teachers' turns", check_turns, cascade, loader)
 
     first = checks.after(sampler_fits).make("first prompts", loader.first, NUM_ANSWERED)
-    held_out = checks.make("held-out prompts", loader.held_out, cascade.num_held_out)
+    held_out = checks.make("held-out prompts", held_out_prompts, cfg, loader, cascade)
+    asked = checks.after(sampler_fits)
+    suite = asked.make("suite", Suite.load, opd.eval, tokenizer, opd.max_prompt_length)
     judge = checks.make("languages of responses", language_judge, opd, tokenizer, loader)
-    return Prepared(student, tokenizer, loader, cascade, first, held_out, judge, plan)
+    return Prepared(student, tokenizer, loader, cascade, first, held_out, suite, judge, plan)
+
+
+def held_out_prompts(cfg: TrainConfig, loader: PromptLoader, cascade: Cascade) -> list[Prompt]:
+    """Render this rank's share of the prompts that convergence or `eval_every` measures on.
+
+    Raises:
+        InputError: There are none to measure on.
+    """
+    return loader.held_out(max(cascade.num_held_out, num_eval_prompts(cfg)))
+
+
+def num_eval_prompts(cfg: TrainConfig) -> int:
+    """Held-out prompts that a measure of `eval_every` asks; none where there are only questions.
+
+    Raises:
+        InputError: There is nothing to measure.
+    """
+    opd: OPDConfig = cfg.stage
+    if opd.eval_every is None:
+        return 0
+    require(
+        cfg.data.held_out is not None or opd.eval.suite is not None,
+        f"stage.eval_every is {opd.eval_every}, and there is nothing to measure: set "
+        "data.held_out.share or data.held_out.sources for the reverse KL, or stage.eval.suite",
+    )
+    return opd.num_eval_examples if cfg.data.held_out is not None else 0
 
 
 def language_judge(
@@ -257,18 +297,47 @@ def end_converged_phases(
         sampler.drain()
         sync(cfg, policy, sampler, step)
         answers = prompts.answers() if cascade.opens_at(step) else []
-        held_out = prompts.held_out()
+        held_out = prompts.held_out(cascade.num_held_out)
         sampler.sleep()
         teacher = cascade.teacher_at(step, answers)
-        scored = teacher.score(held_out)
-        batch = pack_rollouts(scored, cfg.stage.objective, cfg.data.max_tokens_per_microbatch)
-        found = policy.measure(batch, build_reverse_kl(cfg.stage, teacher.head))
-        converged = cascade.observe(step, found["kl/reverse"])
+        converged = cascade.observe(step, reverse_kl(cfg, policy, teacher, held_out))
         if converged is not None:
             policy.guard.forget()
             if step < cascade.num_steps:
                 run.export(phase_export(converged))
             run.keep(step)
+
+
+def reverse_kl(
+    cfg: TrainConfig, policy: Policy, teacher: Teacher, rollouts: Sequence[Rollout]
+) -> float:
+    """Reverse KL of the policy to a teacher on its responses, nats a token, over all ranks."""
+    scored = teacher.score(rollouts)
+    batch = pack_rollouts(scored, cfg.stage.objective, cfg.data.max_tokens_per_microbatch)
+    return policy.measure(batch, build_reverse_kl(cfg.stage, teacher.head))["kl/reverse"]
+
+
+def evaluate(
+    cfg: TrainConfig,
+    step: int,
+    policy: Policy,
+    prompts: RolloutStream,
+    sampler: Sampler,
+    teacher: Teacher,
+    suite: Suite,
+) -> tuple[Metrics, list[Sample]]:
+    """Measure the policy after a step, on held-out prompts and on a suite; see `eval_every`.
+
+    The sampler is left asleep.
+    """
+    sampler.drain()
+    sync(cfg, policy, sampler, step + 1)
+    held_out = prompts.held_out(num_eval_prompts(cfg))
+    metrics, answers = suite.ask(sampler, step)
+    sampler.sleep()
+    if cfg.data.held_out is not None:
+        metrics["eval/reverse_kl"] = reverse_kl(cfg, policy, teacher, held_out)
+    return metrics, answers
 
 
 def refuse_mismatch(step: int, metrics: Metrics, bound: float | None) -> None:

@@ -24,6 +24,7 @@ def step_line(step: int, until: int, phase: str | None, metrics: Metrics, eta: f
         ("held-out", "eval/cross_entropy", ".3f"),
         ("kl", "kl/reverse", ".3f"),
         ("held-out kl", "eval/reverse_kl", ".3f"),
+        ("score", "eval/score", ".1f"),
         ("grad", "optim/grad_norm", ".2f"),
         ("lr", "optim/lr", ".1e"),
         ("length", "rollout/response_length", ".1f"),

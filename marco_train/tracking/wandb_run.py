@@ -43,6 +43,7 @@ class WandbRun:
         self._run.define_metric("*", step_metric="step")
         for metric in BETTER_LOWER:
             self._run.define_metric(metric, step_metric="step", summary="min,last")
+        self._run.define_metric("eval/score", step_metric="step", summary="max,last")
 
     def start(self, lines: Sequence[Mapping[str, Any]]) -> None:
         """Record again what a killed launch did not write, of the lines of all launches."""
@@ -60,17 +61,23 @@ class WandbRun:
         self._run.log(line, step=max(line["step"], self._run.step), commit=True)
 
     def log_samples(self, step: int, samples: Sequence[Sample]) -> None:
-        """Add a table of samples to a step that is logged next."""
+        """Add a table of samples to a step that is logged next, and one of a suite's answers."""
         import wandb
 
-        columns = ["step", "category", "language", "prompt", "response", "kl"]
-        table = wandb.Table(columns=columns)
+        facts = ["step", "category", "language", "prompt"]
+        trained = wandb.Table(columns=[*facts, "response", "kl"])
+        asked = wandb.Table(columns=[*facts, "response", "answer", "reference", "right"])
         for sample in samples:
-            facts = sample.facts
-            response = wandb.Html(sample.html, inject=False)
-            row = [step, facts["category"], facts["language"], facts["prompt"], response]
-            table.add_data(*row, sample.mean_kl)
-        self._run.log({"samples": table}, step=max(step, self._run.step), commit=False)
+            row = [step, *(sample.facts[name] for name in facts[1:])]
+            if sample.is_answer:
+                judged = [sample.facts[name] for name in ("answer", "reference", "right")]
+                asked.add_data(*row, sample.response, *judged)
+            else:
+                response = wandb.Html(sample.html, inject=False)
+                trained.add_data(*row, response, sample.mean_kl)
+        tables = {"samples": trained, "eval/samples": asked}
+        filled = {name: table for name, table in tables.items() if table.data}
+        self._run.log(filled, step=max(step, self._run.step), commit=False)
 
     def close(self) -> None:
         """Write everything."""

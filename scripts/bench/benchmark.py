@@ -73,7 +73,7 @@ class Case:
         self._directory = directory
         self._tokenizer = load_tokenizer(cfg.model)
         self._sampler = AnswerSampler(self._cfg, self._tokenizer).sampler_of(model)
-        (task,) = load_tasks(cfg.stage)
+        (task,) = load_tasks(cfg.stage.suite, cfg.stage)
         self._num_responses = task.num_responses
         self._prompts = []
         for item in task.items:
@@ -98,8 +98,8 @@ class Case:
     def _ask(self, directory: Path, *, anew: bool) -> None:
         limit = self._cfg.stage.max_prompt_length
         with closing(AnswerStore(directory, {}, anew=anew)) as store:
-            (task,) = load_tasks(self._cfg.stage)
-            lm = SampledLM(self._sampler, self._tokenizer, store, limit)
+            (task,) = load_tasks(self._cfg.stage.suite, self._cfg.stage)
+            lm = SampledLM(self._sampler, self._tokenizer, store, limit, greedy=False)
             row_score(ask(lm, task).graded)
 
 

@@ -1,5 +1,7 @@
 """The list of all keys is current, and says what each is."""
 
+import re
+
 import pytest
 from omegaconf import DictConfig
 
@@ -51,5 +53,5 @@ def test_every_key_of_a_run_is_in_it() -> None:
         for key in paths(compose([*words, "model.path=x", "data=own", "data.path=x"])):
             if key.startswith("teacher"):
                 continue  # as stage.cascade.<name>.teacher
-            general = key.replace(".own.", ".<name>.")
+            general = re.sub(r"\b(sources|cascade)\.own\.", r"\1.<name>.", key)
             assert f"`{general}`" in text, key

@@ -162,6 +162,37 @@ def test_the_recipe_takes_suites_and_says_the_plan(model: Path, tmp_path: Path) 
     assert not (tmp_path / "out").exists()
 
 
+def test_own_rows_are_asked_by_one_command_and_a_verifier_that_raises_is_shown(
+    model: Path, tmp_path: Path
+) -> None:
+    rows = [{"question": f"{n} + {n}?", "answer": f"Add them.\n#### {n}"} for n in range(5)]
+    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "mine.py").write_text(
+        "def right(response, reference):\n    return reference[-1:] < '3' or 1 / 0\n"
+    )
+    own = ["benchmark=own", f"own.path={tmp_path / 'my.jsonl'}", "own.verifier=python:mine.right"]
+    more = ["own.prompt=Add: {{question}}", "model.dtype=float32", f"output_dir={tmp_path}/out"]
+    done = subprocess.run(
+        [str(REPOSITORY / "recipes" / "benchmark.sh"), f"model.path={model}", *own, *more],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=os.environ | {"NPROC": "1", "PYTHONPATH": f"{REPOSITORY}:{tmp_path}"},
+    )
+    assert done.returncode == 0, done.stderr
+    found, details = read(tmp_path / "out" / "benchmark.json"), read(tmp_path / "out/details.json")
+    row, more_of_row = found["rows"]["own"], details["own"]
+    assert (row["n_items"], row["n_samples"], row["languages"].keys()) == (5, 40, {"und"})
+    num_empty = round(row["extraction_failures"] * 40)
+    assert more_of_row["verifier_errors"] > 0
+    assert round(row["score"] * 0.4) == 40 - num_empty - more_of_row["verifier_errors"]
+    assert more_of_row["first_verifier_errors"][0] == "ZeroDivisionError: division by zero"
+    assert found["means"] == {"own": row["score"]}
+    for report in ("benchmark.md", "benchmark.html"):
+        assert "ZeroDivisionError: division by zero" in (tmp_path / "out" / report).read_text()
+    assert "verifier errors, as ZeroDivisionError" in done.stdout
+
+
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [

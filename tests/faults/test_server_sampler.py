@@ -190,6 +190,10 @@ def test_two_servers_sample_from_the_policy_after_each_sync(
         assert len(asked) > 5  # of 40; both take part
         wanted = NEUTRAL | {"max_tokens": LIMIT, "ignore_eos": True, "stop_token_ids": STOP_IDS}
         assert all(wanted.items() <= params.items() for params in asked)
+        server.bodies.clear()
+    assert len(list(sampler.sample(prompts(), 1, greedy=True))) == len(prompts())
+    bodies = [body["sampling_params"] for server in servers for body in server.bodies]
+    assert {params["temperature"] for params in bodies} == {0.0}
     OPENED.pop().close()
     assert list(tmp_path.iterdir()) == [model]
 

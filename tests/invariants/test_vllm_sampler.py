@@ -74,6 +74,8 @@ def check_samples() -> None:
     backwards = in_order(sampler.sample(prompts()[::-1], 4))
     alone = [r for p in prompts() for r in in_order(sampler.sample([p], 4))]
     assert found == again == backwards == alone
+    for r in sampler.sample(prompts(), 1, greedy=True):
+        assert r.response_ids == [likeliest for likeliest, *_ in r.topk_ids]
 
 
 def test_responses_are_the_policys_and_depend_on_nothing_else(rank: Rank) -> None:

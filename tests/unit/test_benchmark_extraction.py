@@ -14,7 +14,7 @@ from marco_train.evaluation.benchmark.extraction import (
     translation_of,
 )
 from marco_train.evaluation.benchmark.grading import answer_of, grade, is_right
-from marco_train.evaluation.benchmark.math_judge import MathJudge, VerifierError
+from marco_train.evaluation.benchmark.judge import Judge, VerifierError
 from marco_train.evaluation.benchmark.tasks import Kind
 
 CITIES = ["Paris", "Rome", "Bonn", "Oslo"]
@@ -165,10 +165,10 @@ def test_three_right_answers_of_eight_are_three_eighths() -> None:
     assert graded.errors == ()
 
 
-def judge_of(tmp_path: Path, program: str) -> MathJudge:
+def judge_of(tmp_path: Path, program: str) -> Judge:
     worker = tmp_path / "worker.py"
     worker.write_text(program)
-    return MathJudge(seconds=0.3, worker=worker)
+    return Judge(seconds=0.3, worker=worker)
 
 
 def test_a_verifier_that_raises_hangs_or_dies_is_an_error_and_not_the_end(tmp_path: Path) -> None:
@@ -178,12 +178,12 @@ def test_a_verifier_that_raises_hangs_or_dies_is_an_error_and_not_the_end(tmp_pa
     )
     for _ in range(2):
         with pytest.raises(VerifierError, match="ValueError: no on 'x'"):
-            raising.equal("1", "x")
+            raising.is_right("math", "1", "x")
     raising.close()
     dying = judge_of(tmp_path, answering + "    sys.exit(3)")
     for _ in range(2):
         with pytest.raises(VerifierError, match="the process died"):
-            dying.equal("1", "x")
+            dying.is_right("math", "1", "x")
 
 
 def test_a_verifier_that_hangs_is_ended(tmp_path: Path) -> None:
@@ -192,17 +192,17 @@ def test_a_verifier_that_hangs_is_ended(tmp_path: Path) -> None:
         "import sys, time\n"
         """print('{"right": true}', flush=True)\nsys.stdin.readline()\ntime.sleep(1e3)""",
     )
-    assert hanging.equal("1", "1")
+    assert hanging.is_right("math", "1", "1")
     start = time.monotonic()
     with pytest.raises(VerifierError, match="no answer within 0 s"):
-        hanging.equal("1", "2")
+        hanging.is_right("math", "1", "2")
     assert time.monotonic() - start < 30
-    assert hanging.equal("1", "1")  # by a new process
+    assert hanging.is_right("math", "1", "1")  # by a new process
     hanging.close()
 
 
 def test_errors_of_a_verifier_are_kept_and_count_as_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(kind: Kind, gold: str, answer: str) -> bool:
+    def fails(kind: Kind, *_: object) -> bool:
         raise VerifierError("no reason")
 
     monkeypatch.setattr("marco_train.evaluation.benchmark.grading.is_right", fails)

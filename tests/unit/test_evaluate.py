@@ -35,7 +35,7 @@ class NotedSampler(Sampler):
     def __init__(self, events: list[str], name: str) -> None:
         self.note = lambda what: events.append(f"{name} {what}")
 
-    def sample(self, prompts: Any, num_responses: int) -> Any:
+    def sample(self, prompts: Any, num_responses: int, *, greedy: bool = False) -> Any:
         self.note("samples")
         return iter(())
 

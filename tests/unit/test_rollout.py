@@ -83,6 +83,20 @@ def test_the_logprobs_with_a_cache_are_those_of_a_full_forward_pass() -> None:
         assert r.topk_ids == likeliest.tolist()
 
 
+def test_a_greedy_response_is_of_the_likeliest_tokens_whatever_the_seed() -> None:
+    model = spread_model()
+    found = in_order(sampler(model).sample(prompts(), 1, greedy=True))
+    others = in_order(sampler(model, seed=8).sample(prompts(), 1, greedy=True))
+    assert found == others
+    for r in found:
+        assert r.response_ids == [likeliest for likeliest, *_ in r.topk_ids]
+        ids = torch.tensor([r.input_ids])
+        hidden = model(ids, torch.arange(ids.shape[1])[None])
+        every, _ = token_logprobs(hidden[:-1], model.head, ids[0, 1:])
+        wanted = every[len(r.prompt.input_ids) - 1 :]
+        torch.testing.assert_close(torch.tensor(r.sampler_logprobs), wanted, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
 def test_the_experts_recorded_are_those_of_a_full_forward_pass(batch_size: int) -> None:
     model = spread_model()
@@ -138,7 +152,7 @@ class FakeEngine:
         list(weights)
 
     def generate(
-        self, requests: Sequence[tuple[list[int], int]], *more: object
+        self, requests: Sequence[tuple[list[int], int]], *more: object, greedy: bool
     ) -> Iterator[tuple[int, Generation]]:
         for number, (prompt, _) in reversed(list(enumerate(requests))):
             first = np.full((len(prompt) + 1, 2, 1), number % 7, dtype=np.uint8)

@@ -74,6 +74,22 @@ def test_a_torn_line_is_counted_and_left_out(torn: bytes, tmp_path: Path) -> Non
     assert "1 steps." in said
 
 
+@pytest.mark.parametrize(
+    ("right", "said"), [(True, "right"), (False, "wrong"), (None, "not judged")]
+)
+def test_an_answer_to_a_suite_is_shown_with_what_was_expected(
+    right: bool | None, said: str, tmp_path: Path
+) -> None:
+    line = {"step": 4, "eval/score": 37.5, "eval/score/task_own": 37.5}
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(line))
+    answer = {"step": 4, "category": "own", "prompt": "1 + 1?", "tokens": ["<3>"], "kl": [None]}
+    answer |= {"reference": "2", "answer": "3", "right": right}
+    (tmp_path / "samples.jsonl").write_text(json.dumps(answer))
+    shown = report(tmp_path)
+    assert f"step 4: own, {said}, expected 2" in shown and "<3>" in shown
+    assert "score of the suite, per cent or BLEU" in shown
+
+
 def test_what_is_no_number_is_no_metric(tmp_path: Path) -> None:
     line = {"step": 1, "kl/reverse": "much", "loss/entropy": None, "optim/lr": True, "x": 10**400}
     (tmp_path / "metrics.jsonl").write_text(json.dumps(line | {"optim/grad_norm": 2}))

@@ -8,6 +8,7 @@ import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from marco_train.errors import InputError
 from marco_train.metrics import NAMES
 from marco_train.tracking import Sample, Tracker
 from marco_train.tracking.console import format_eta, step_line
-from marco_train.tracking.wandb_run import lost_after, tags_of
+from marco_train.tracking.wandb_run import WandbRun, lost_after, tags_of
 from tests.helpers.configs import compose_config
 
 
@@ -186,6 +187,32 @@ def test_samples_are_recorded_and_printed_by_choice(
         said = capsys.readouterr().out.splitlines()
         expected = ["sample of step 1: math, 0.500 nats a token", "  prompt   1+1?⏎"]
         assert said == ([*expected, "  response ·[2Jب"] if printed else [])
+
+
+def test_answers_to_a_suite_have_a_table_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Table:
+        def __init__(self, columns: list[str]) -> None:
+            self.columns, self.data = columns, list[Any]()
+
+        def add_data(self, *row: Any) -> None:
+            self.data.append(dict(zip(self.columns, row, strict=True)))
+
+    logged: list[dict[str, Table]] = []
+    run = SimpleNamespace(step=0, log=lambda tables, **_: logged.append(tables))
+    fake = SimpleNamespace(Table=Table, Html=lambda html, **_: html)
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    recorder = WandbRun.__new__(WandbRun)
+    recorder._run = run
+    judged = {"reference": "2", "answer": "3", "right": False}
+    recorder.log_samples(4, [sample(), sample(category="own", kl=[None, None], **judged)])
+    recorder.log_samples(5, [sample()])
+    both, alone = logged
+    assert list(both) == ["samples", "eval/samples"] and list(alone) == ["samples"]
+    (row,) = both["eval/samples"].data
+    facts = {"step": 4, "category": "own", "language": "", "prompt": "1+1?\n", "response": "2"}
+    assert row == facts | judged
+    (row,) = both["samples"].data
+    assert row["kl"] == 0.5
 
 
 def test_samples_and_warnings_past_the_resumed_step_are_dropped(tmp_path: Path) -> None:

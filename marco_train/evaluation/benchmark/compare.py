@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from marco_train.config.benchmark import card_rows, sections
+from marco_train.config.benchmark import OWN_ROW, card_rows, sections
 from marco_train.errors import InputError, require
 from marco_train.evaluation.benchmark.aggregate import (
     RESAMPLES,
@@ -60,7 +60,7 @@ def compare(first: Path, second: Path, seed: int = 0) -> list[Moved]:
         InputError: A directory holds no report, or they have no items in common.
     """
     ours, theirs = read_items(first), read_items(second)
-    names = [row.name for row in card_rows().values()]
+    names = [row.name for row in (*card_rows().values(), OWN_ROW)]
     moved, drawn = [], {}
     for row in [name for name in names if name in ours and name in theirs]:
         found = _paired(ours[row], theirs[row], seed)

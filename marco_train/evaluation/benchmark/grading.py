@@ -3,18 +3,30 @@
 item, responses -> letters, numbers, formulas or texts -> Graded | Translated -> aggregate.py
 """
 
-from collections.abc import Mapping, Sequence
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cache
+from importlib import import_module
+from typing import Any, cast
 
+from marco_train.config.benchmark import PYTHON
+from marco_train.data.chat import without_thinking
+from marco_train.errors import InputError, require
 from marco_train.evaluation.benchmark.extraction import (
+    boxed,
     formula_of,
     letter_of,
     number_of,
     translation_of,
 )
-from marco_train.evaluation.benchmark.math_judge import VerifierError, math_judge, same_number
+from marco_train.evaluation.benchmark.judge import VerifierError, judge, same_number
 from marco_train.evaluation.benchmark.tasks import Kind
+from marco_train.evaluation.verifiers import verify
+
+FENCED = re.compile(r"```(?:json)?\s*\n(.*?)```", re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -78,13 +90,13 @@ def responses_of(results: Sequence[Any]) -> list[str]:
 
 def grade(doc: Mapping[str, Any], responses: Sequence[str]) -> Graded:
     """Read and judge the responses to an item whose answer is right or wrong."""
-    kind, gold = Kind(doc["kind"]), str(doc["gold"])
+    kind, gold = Kind(doc["kind"]), doc["gold"]
     right, answers, errors = [], [], []
     for response in responses:
         answer = answer_of(kind, response, doc["choices"])
         answers.append(answer)
         try:
-            right.append(answer is not None and is_right(kind, gold, answer))
+            right.append(answer is not None and is_right(kind, gold, answer, doc.get("function")))
         except VerifierError as error:
             right.append(False)
             errors.append(str(error))
@@ -106,16 +118,77 @@ def answer_of(kind: Kind, response: str, choices: Sequence[str]) -> str | None:
             return letter_of(response, choices)
         case Kind.number:
             return number_of(response)
-    return formula_of(response)
+        case Kind.formula:
+            return formula_of(response)
+    text = without_thinking(response).strip()
+    match kind:
+        case Kind.exact:
+            return boxed(text) or text or None
+        case Kind.json_schema:
+            fenced = FENCED.findall(text)
+            return (fenced[-1] if fenced else text).strip() or None
+    return text or None
 
 
-def is_right(kind: Kind, gold: str, answer: str) -> bool:
-    """Whether an answer is the reference.
+def is_right(kind: Kind, gold: Any, answer: str, function: str | None = None) -> bool:
+    """Whether an answer is the reference, or fits it.
+
+    Args:
+        kind: Of the item.
+        gold: Its reference: a text, but for `python`, which takes any value.
+        answer: As it was read.
+        function: `module.function` of `python`.
 
     Raises:
         VerifierError: The verifier could not tell.
     """
-    if kind is Kind.choice or answer == gold:
-        return answer == gold
+    match kind:
+        case Kind.choice:
+            return bool(answer == gold)
+        case Kind.exact:
+            return verify(answer, gold, {"name": "exact"})
+        case Kind.regex | Kind.json_schema:
+            return judge().is_right(kind.value, gold, answer)
+        case Kind.python:
+            assert function is not None
+            return says(function_of(function), answer, gold)
+    if answer == gold:
+        return True
     same = same_number(gold, answer)
-    return math_judge().equal(gold, answer) if same is None else same
+    return judge().is_right("math", gold, answer) if same is None else same
+
+
+def says(function: Callable[[str, Any], object], answer: str, gold: Any) -> bool:
+    """Ask a function of the user's own.
+
+    Raises:
+        VerifierError: It raised something, or answered neither yes nor no.
+    """
+    try:
+        found = function(answer, gold)
+    except Exception as error:  # whatever it is that others' code raises
+        raise VerifierError(f"{type(error).__name__}: {error}"[:200]) from error
+    if not isinstance(found, bool | int) or found not in (0, 1):
+        raise VerifierError(f"answers {str(found)[:60]!r}, and neither true nor false")
+    return bool(found)
+
+
+@cache
+def function_of(name: str) -> Callable[[str, Any], object]:
+    """Import a function by `module.function`; modules of the working directory are found too.
+
+    Raises:
+        InputError: There is none.
+    """
+    module, _, attribute = name.rpartition(".")
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        found = getattr(import_module(module), attribute)
+    except Exception as error:  # whatever it is that others' modules raise
+        raise InputError(
+            f"own.verifier is {PYTHON}{name}, and it cannot be imported: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    require(callable(found), f"own.verifier is {PYTHON}{name}, which is no function: {found!r}")
+    return cast(Callable[[str, Any], object], found)

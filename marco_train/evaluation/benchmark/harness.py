@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from hashlib import blake2b
 from statistics import fmean
@@ -19,10 +19,11 @@ from marco_train.config.benchmark import (
     BENCHMARK_DIR,
     CARD_LITE,
     LITE_SHARE,
+    OWN,
     PREFIX,
-    BenchmarkConfig,
     CardRow,
-    card_rows,
+    SuiteConfig,
+    row_of,
     tasks_of,
 )
 from marco_train.data.chat import Tokenizer
@@ -74,14 +75,14 @@ def require_lm_eval() -> None:
     Raises:
         InputError: Says what to install.
     """
-    for package in ("lm_eval", "math_verify", "sacrebleu"):
+    for package in ("lm_eval", "math_verify", "sacrebleu", "jsonschema"):
         require(
             importlib.util.find_spec(package) is not None,
             f"a benchmark needs the package {package}: pip install 'marco-train[benchmark]'",
         )
 
 
-def load_tasks(stage: BenchmarkConfig) -> list[BenchmarkTask]:
+def load_tasks(suite: str, asked: SuiteConfig) -> list[BenchmarkTask]:
     """Load the items of a suite's tasks.
 
     Raises:
@@ -90,17 +91,22 @@ def load_tasks(stage: BenchmarkConfig) -> list[BenchmarkTask]:
     require_lm_eval()
     from lm_eval.tasks import TaskManager
 
-    where = where_of(stage.suite, stage.data_dir, stage.data_dirs)
-    check_access(tasks_of(stage.suite), where)
+    if suite == OWN:
+        where: dict[str, Any] = {"own": asdict(asked.own)}
+    else:
+        where = where_of(suite, asked.data_dir, asked.data_dirs)
+        check_access(tasks_of(suite), where)
     metadata = where | {
-        "languages": stage.languages,
-        "share": LITE_SHARE if stage.suite == CARD_LITE else None,
+        "languages": asked.languages,
+        "share": LITE_SHARE if suite == CARD_LITE else None,
+        "max_items": asked.max_items,
     }
+    num_responses = 1 if asked.greedy else asked.responses_per_prompt
     with _quiet():
         manager = TaskManager(
             include_path=str(BENCHMARK_DIR / "tasks"), include_defaults=False, metadata=metadata
         )
-        return [_load(manager, name, stage.responses_per_prompt) for name in tasks_of(stage.suite)]
+        return [_load(manager, name, num_responses) for name in tasks_of(suite)]
 
 
 def _load(manager: Any, name: str, num_responses: int | None) -> BenchmarkTask:
@@ -110,9 +116,7 @@ def _load(manager: Any, name: str, num_responses: int | None) -> BenchmarkTask:
     if num_responses is not None:
         loaded.set_config("repeats", num_responses)
         loaded._filters = [build_filter_ensemble("all", [["take_first_k", {"k": num_responses}]])]
-    return BenchmarkTask(
-        name, card_rows()[name], loaded, loaded.config.repeats, loaded.dataset["test"]
-    )
+    return BenchmarkTask(name, row_of(name), loaded, loaded.config.repeats, loaded.dataset["test"])
 
 
 def ask(lm: "SampledLM", task: BenchmarkTask) -> Asked:
@@ -147,17 +151,29 @@ def _as_json(graded: Graded | Translated) -> dict[str, Any]:
 class SampledLM:
     """Answers lm-eval's requests with a sampler of ours; ranks share the items.
 
-    A request is rendered by the run's own chat template, and sampled at temperature 1 with the
-    seed of its task, item and response. Answers that the store has are not asked for again.
+    A request is rendered by the run's own chat template, and sampled with the seed of its task,
+    item and response. Answers that the store has are not asked for again.
     """
 
     def __init__(
         self,
         sampler: Sampler,
         tokenizer: Tokenizer,
-        store: AnswerStore,
+        store: AnswerStore | None,
         max_prompt_length: int,
+        *,
+        greedy: bool,
     ) -> None:
+        """Answer with a sampler.
+
+        Args:
+            sampler: With the weights of a model.
+            tokenizer: Of the model.
+            store: Of answers that are known, and where others are kept. None: all are asked for.
+            max_prompt_length: Tokens, over which a question is not asked.
+            greedy: Whether each token of an answer is the likeliest one.
+        """
+        self._greedy = greedy
         self._sampler = sampler
         self._tokenizer = tokenizer
         self._store = store
@@ -203,7 +219,7 @@ class SampledLM:
         prompts = {request.doc["id"]: request.args[0] for request in requests}
         digests = {item: digest_of(prompt) for item, prompt in prompts.items()}
         k = task.num_responses
-        known = self._store.read(task.name)
+        known = {} if self._store is None else self._store.read(task.name)
         barrier()  # before another rank writes
         kept = {
             item: [known.get((item, number, digest)) for number in range(k)]
@@ -233,7 +249,8 @@ class SampledLM:
 
         def keep(answer: Answer) -> None:
             if kept[answer.item][answer.response] is None:
-                self._store.append(task.name, answer)
+                if self._store is not None:
+                    self._store.append(task.name, answer)
                 made.append(answer)
 
         for item, text in prompts.items():
@@ -246,7 +263,7 @@ class SampledLM:
             item_of[prompt.index] = item
             asked.append(prompt)
         progress = Progress(task, len(asked) * task.num_responses)
-        for rollout in self._sampler.sample(asked, task.num_responses):
+        for rollout in self._sampler.sample(asked, task.num_responses, greedy=self._greedy):
             item = item_of[rollout.prompt.index]
             keep(self._answer(item, digest_of(prompts[item]), rollout))
             progress.count()
@@ -290,10 +307,15 @@ class Progress:
 def mean_prompt_tokens(tokenizer: Tokenizer, task: BenchmarkTask) -> float:
     """Mean tokens of some of a task's prompts, with the template around them."""
     some = task.items[:: math.ceil(len(task.items) / NUM_COUNTED)]
+    return fmean(prompt_lengths(tokenizer, some))
+
+
+def prompt_lengths(tokenizer: Tokenizer, items: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Tokens of items' prompts, with the template around them."""
     texts = [
-        tokenizer.render([Message("user", item["prompt"])], open_answer=True).text for item in some
+        tokenizer.render([Message("user", item["prompt"])], open_answer=True).text for item in items
     ]
-    return fmean(len(tokenizer.encoder.encode(text)[0]) for text in texts)
+    return [len(tokenizer.encoder.encode(text)[0]) for text in texts]
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from html import escape
 from typing import Any
 
-from marco_train.config.benchmark import card_rows, sections
+from marco_train.config.benchmark import FIXTURE, card_rows, reported
 from marco_train.evaluation.html import Markup, Section, table
 from marco_train.evaluation.html import page as html_page
 
@@ -21,9 +21,16 @@ def page(found: dict[str, Any], details: dict[str, Any], *, with_published: bool
     title = f"{found['model']}, suite {found['suite']}"
     card = {row.name: row for row in card_rows().values()}
     models = list(next(iter(card.values())).published) if with_published else []
-    said = [] if with_published else ["The items are made up: scores say nothing of the model."]
+    made_up = found["suite"] == FIXTURE
+    said = ["The items are made up: scores say nothing of the model."] if made_up else []
+    said += [
+        f"{name}: its verifier failed on {more['verifier_errors']} answers, which count as wrong, "
+        f"as {more['first_verifier_errors'][0]}"
+        for name, more in details.items()
+        if more["verifier_errors"]
+    ]
     parts = []
-    for section, names in sections().items():
+    for section, names in reported(found["rows"]).items():
         rows = {name: found["rows"][name] for name in names if name in found["rows"]}
         if not rows:
             continue

@@ -16,11 +16,17 @@ from statistics import fmean
 from typing import Any
 
 from marco_train.config import TrainConfig
-from marco_train.config.benchmark import FIXTURE, BenchmarkConfig, card_rows, sections
+from marco_train.config.benchmark import (
+    FIXTURE,
+    OWN,
+    BenchmarkConfig,
+    card_rows,
+    reported,
+)
 from marco_train.data.chat import Tokenizer, without_thinking
 from marco_train.distributed import is_main
 from marco_train.evaluation.benchmark.aggregate import RowScore, row_score, section_means
-from marco_train.evaluation.benchmark.harness import Asked
+from marco_train.evaluation.benchmark.harness import Asked, BenchmarkTask
 from marco_train.evaluation.benchmark.page import page
 from marco_train.evaluation.benchmark.store import TOO_LONG
 from marco_train.evaluation.benchmark.tasks import TaskSet
@@ -35,6 +41,7 @@ SECTION_TITLES = {
     "english": "English",
     "multilingual": "Multilingual, general",
     "cultural": "Multilingual, cultural and regional",
+    OWN: "Own rows",
 }
 
 
@@ -80,14 +87,10 @@ class BenchmarkReport:
 
     def _details_of(self, asked: Asked, scored: RowScore) -> dict[str, Any]:
         task, answers = asked.task, [a for of_item in asked.answers.values() for a in of_item]
-        task_set = TaskSet.of(task.of_lm_eval.config.metadata["set"])
         sampled = [answer.num_tokens for answer in answers if answer.finish != TOO_LONG]
         return {
             "task": task.name,
-            "set": task_set.path,
-            "revision": task_set.revision,
-            "licence": task_set.licence,
-            "prompt": task_set.prompt,
+            **self._set_of(task),
             "responses_per_item": task.num_responses,
             "runs": [round(score, DIGITS) for score in scored.runs],
             **{
@@ -101,6 +104,19 @@ class BenchmarkReport:
             "verifier_errors": len(scored.errors),
             "first_verifier_errors": scored.errors[:MOST_ERRORS],
             "seconds": round(asked.seconds, 1),
+        }
+
+    def _set_of(self, task: BenchmarkTask) -> dict[str, Any]:
+        """Where the items are from, and how they are asked."""
+        if task.name == OWN:
+            own = self._stage.own
+            return {"set": own.path, "verifier": own.verifier, "prompt": own.prompt}
+        task_set = TaskSet.of(task.of_lm_eval.config.metadata["set"])
+        return {
+            "set": task_set.path,
+            "revision": task_set.revision,
+            "licence": task_set.licence,
+            "prompt": task_set.prompt,
         }
 
     def _share_in_language(self, asked: Asked) -> float | None:
@@ -143,15 +159,16 @@ class BenchmarkReport:
         """Write the files of the whole suite."""
         if not is_main():
             return
-        rows = {row.name: self._found["rows"].get(row.name) for row in card_rows().values()}
-        self._found["rows"] = {name: row for name, row in rows.items() if row is not None}
+        found = self._found["rows"]
+        named = [name for names in reported(found).values() for name in names]
+        self._found["rows"] = {name: found[name] for name in named if name in found}
         scores = {name: row["score"] for name, row in self._found["rows"].items()}
-        means = section_means(scores, sections())
+        means = section_means(scores, reported(found))
         self._found["means"] = {
             section: None if mean is None else round(mean, DIGITS)
             for section, mean in means.items()
         }
-        published = self._stage.suite != FIXTURE  # whose items are not the card's
+        published = self._stage.suite not in (FIXTURE, OWN)  # whose items are not the card's
         _write(self._directory / "benchmark.json", _json(self._found))
         _write(self._directory / "details.json", _json(self._details))
         tables = as_markdown(self._found, self._details, with_published=published)
@@ -178,11 +195,11 @@ def as_markdown(found: dict[str, Any], details: dict[str, Any], *, with_publishe
         with_published: Whether the items are those that the published figures are of.
     """
     lines = [f"# {found['model']}, suite {found['suite']}", ""]
-    if not with_published:
+    if found["suite"] == FIXTURE:
         lines += ["The items are made up: scores say that all runs, and nothing of the model.", ""]
     card = {row.name: row for row in card_rows().values()}
     models = list(next(iter(card.values())).published) if with_published else []
-    for section, names in sections().items():
+    for section, names in reported(found["rows"]).items():
         shown = [name for name in names if name in found["rows"]]
         if not shown:
             continue
@@ -206,6 +223,10 @@ def as_markdown(found: dict[str, Any], details: dict[str, Any], *, with_publishe
         scores = ", ".join(f"{code} {score:.1f}" for code, score in row["languages"].items())
         lines.append(_line([name, scores]))
     signatures = {s for each in details.values() for s in each.get("signatures", [])}
+    errors = {name: more["first_verifier_errors"] for name, more in details.items()}
+    if any(errors.values()):
+        lines += ["", "Verifiers failed on some answers, which count as wrong:", ""]
+        lines += [f"- {name}: {each}" for name, of_row in errors.items() for each in of_row]
     if signatures:
         lines += ["", "BLEU is that of sacrebleu:", "", *(f"- `{s}`" for s in sorted(signatures))]
     return "\n".join(lines) + "\n"

@@ -69,6 +69,11 @@ class Kind(Enum):
     number = "number"
     formula = "formula"
     translation = "translation"
+    # Of one's own rows alone.
+    exact = "exact"
+    regex = "regex"
+    json_schema = "json_schema"
+    python = "python"
 
 
 class AnswerForm(Enum):
@@ -178,6 +183,14 @@ class Items(list[dict[str, Any]]):
         """Names of what every item has; lm-eval looks for the columns of a template here."""
         return dict.fromkeys(self[0])
 
+    def first(self, count: int | None) -> "Items":
+        """At most so many of them, chosen by their ids. None: all."""
+        if count is None or count >= len(self):
+            return self
+        found = Items(_chosen(self, count))
+        found.num_faulty = self.num_faulty
+        return found
+
 
 def load(
     *,
@@ -186,6 +199,7 @@ def load(
     data_dirs: Mapping[str, str] | None = None,
     languages: Sequence[str] | None = None,
     share: float | None = None,
+    max_items: int | None = None,
     is_partial: bool = False,
     **_: Any,
 ) -> dict[str, Items]:
@@ -197,6 +211,7 @@ def load(
         data_dirs: Folders of single sets, by the names of their mirrors.
         languages: Codes to keep. None: all of the set's.
         share: Of the items, the same in each subset, chosen by their ids. None: all.
+        max_items: Most items, chosen by their ids. None: all.
         is_partial: Whether subsets may be missing, as in the fixtures.
 
     Raises:
@@ -216,12 +231,16 @@ def load(
         bool(items),
         f"{task_set.row} has no items{wanted}: its languages are {', '.join(task_set.subsets)}",
     )
-    return {"test": items}
+    return {"test": items.first(max_items)}
 
 
 def _share_of(items: list[dict[str, Any]], share: float) -> list[dict[str, Any]]:
     """A share of a subset's items, one at least, that does not depend on others."""
-    count = math.ceil(share * len(items))
+    return _chosen(items, math.ceil(share * len(items)))
+
+
+def _chosen(items: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """So many items, the same whatever others there are, in their order."""
     chosen = {item["id"] for item in sorted(items, key=lambda item: _seed_of(item["id"]))[:count]}
     return [item for item in items if item["id"] in chosen]
 
@@ -287,14 +306,18 @@ def _item(task_set: TaskSet, row: Mapping[str, Any], identifier: str) -> dict[st
             gold = answer.strip("(). ").upper()
         if not choices or len(gold) != 1 or gold not in LETTERS[: len(choices)]:
             return None
-        lines = [f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False)]
-        prompt = render(task_set.prompt, named | {"options": "\n".join(lines)})
+        prompt = render(task_set.prompt, named | {"options": options_of(choices)})
         return {"question": question, "prompt": prompt, "gold": gold, "choices": choices}
     gold = _gold(task_set.answer, named["answer"])
     if not gold:
         return None
     prompt = render(task_set.prompt, named)
     return {"question": question, "prompt": prompt, "gold": gold, "choices": []}
+
+
+def options_of(choices: Sequence[str]) -> str:
+    """Choices as a question names them, a line each."""
+    return "\n".join(f"{letter}. {text}" for letter, text in zip(LETTERS, choices, strict=False))
 
 
 def _gold(form: AnswerForm, answer: str) -> str:
@@ -395,8 +418,13 @@ def render(prompt: str, values: Mapping[str, str]) -> str:
     Raises:
         KeyError: The prompt names something that the set has not.
     """
+    return fill(prompt_text(prompt), values)
+
+
+def fill(text: str, values: Mapping[str, str]) -> str:
+    """Put values in the places of a prompt that name them; see `render`."""
     lines = []
-    for line in prompt_text(prompt).splitlines():
+    for line in text.splitlines():
         names = PLACEHOLDER.findall(line)
         if names and not any(values[name] for name in names):
             continue

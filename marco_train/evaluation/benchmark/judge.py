@@ -1,4 +1,4 @@
-"""Whether two mathematical answers are equal, judged in a process that may be killed."""
+"""Whether an answer is right, judged in a process that may be killed."""
 
 import json
 import os
@@ -10,9 +10,7 @@ from decimal import Decimal, InvalidOperation
 from functools import lru_cache
 from pathlib import Path
 
-from marco_train.errors import InputError
-
-WORKER = Path(__file__).with_name("math_worker.py")
+WORKER = Path(__file__).with_name("judge_worker.py")
 SECONDS = 20.0  # for an answer; the process has shorter limits of its own
 SECONDS_TO_START = 120.0
 
@@ -21,7 +19,7 @@ class VerifierError(RuntimeError):
     """A verifier could not judge an answer, which counts as wrong; the report counts these."""
 
 
-class MathJudge:
+class Judge:
     """Asks a worker process, which is started with the first question and again where it died."""
 
     def __init__(self, seconds: float = SECONDS, worker: Path = WORKER) -> None:
@@ -29,18 +27,25 @@ class MathJudge:
         self._worker = worker
         self._process: subprocess.Popen[bytes] | None = None
 
-    def equal(self, gold: str, answer: str) -> bool:
-        """Whether an answer equals the reference.
+    def is_right(self, by: str, gold: str, answer: str) -> bool:
+        """Whether an answer fits the reference.
+
+        Args:
+            by: `math`, whether both are equal; `regex`, a pattern that is found in the answer; or
+                `json_schema`, which the answer satisfies as JSON.
+            gold: The reference.
+            answer: As it was read.
 
         Raises:
             VerifierError: It could not be judged: it took too long or too much memory.
-            InputError: math-verify is not installed.
         """
         fresh = self._process is None
         process = self._started()
         assert process.stdin is not None
         try:
-            process.stdin.write(json.dumps({"gold": gold, "answer": answer}).encode() + b"\n")
+            process.stdin.write(
+                json.dumps({"by": by, "gold": gold, "answer": answer}).encode() + b"\n"
+            )
             process.stdin.flush()
             line = self._line(process, SECONDS_TO_START if fresh else self._seconds)
         except (OSError, TimeoutError) as error:
@@ -60,7 +65,6 @@ class MathJudge:
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
-            require_math_verify()
             self._process = subprocess.Popen(
                 [sys.executable, "-P", str(self._worker)],
                 stdin=subprocess.PIPE,
@@ -90,24 +94,10 @@ class MathJudge:
         return found
 
 
-def require_math_verify() -> None:
-    """Refuse to go on without math-verify.
-
-    Raises:
-        InputError: Says what to install.
-    """
-    from importlib.util import find_spec
-
-    if find_spec("math_verify") is None:
-        raise InputError(
-            "math answers need the package math-verify: pip install 'marco-train[benchmark]'"
-        )
-
-
 @lru_cache(maxsize=1)
-def math_judge() -> MathJudge:
+def judge() -> Judge:
     """The judge of this process."""
-    return MathJudge()
+    return Judge()
 
 
 def same_number(gold: str, answer: str) -> bool | None:
