@@ -10,6 +10,7 @@ comes out the same; memory grows with a shard and not with the input.
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import sqlite3
@@ -37,6 +38,8 @@ Row = dict[str, Any]
 one."""
 
 ROWS, COUNTS, KEY, COMPLETE = "rows.jsonl", "counts.json", "key.json", "complete.json"
+STEP = re.compile(r"\d{2}-")
+"""Begins the names of steps' directories."""
 SCRATCH = "scratch"
 """Of a step, for what it looks up."""
 SHARDS_OF_A_PROCESS = 8
@@ -422,7 +425,7 @@ def _prepared(places: Sequence[Path], number: int, key: str) -> Shards:
         if known.is_file():
             log_line(f"{place.name}: its rows or its settings are others than before; redone")
         for each in sorted(place.parent.iterdir()):
-            if each.is_dir() and each.name >= f"{number:02d}-":
+            if STEP.match(each.name) and each.name >= f"{number:02d}-":
                 shutil.rmtree(each)
     if not place.is_dir():
         place.mkdir()

@@ -205,7 +205,7 @@ class LLM:
         self._threads = ThreadPoolExecutor(cfg.concurrency, "ask")
 
     def close(self) -> None:
-        """End; what is being asked is given up."""
+        """End; answers that are on their way are waited for and kept, as they may be paid for."""
         self._stopping.set()
         self._threads.shutdown(cancel_futures=True)
         self._cache.close()

@@ -4,8 +4,9 @@ import errno
 import os
 import shutil
 import signal
+import sqlite3
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,8 +136,10 @@ def test_a_source_that_was_ended_is_read_on(tmp_path: Path) -> None:
 def test_a_step_of_other_settings_is_redone_with_those_behind_it(tmp_path: Path) -> None:
     run(pipeline(Watched()), tmp_path, 16)
     before = (tmp_path / "00-numbers" / "complete.json").stat().st_mtime_ns
+    (tmp_path / "notes").mkdir()  # somebody's
     step = Watched(setting=2)
     run(pipeline(step), tmp_path, 16)
+    assert (tmp_path / "notes").is_dir()
     assert step.seen == [0, 1, 2, 3, 4, 5, 6]
     assert (tmp_path / "00-numbers" / "complete.json").stat().st_mtime_ns == before
     more = Watched(setting=2)
@@ -144,8 +147,24 @@ def test_a_step_of_other_settings_is_redone_with_those_behind_it(tmp_path: Path)
     assert more.seen == [0, 1, 2, 3, 4, 5, 6]
 
 
-def test_a_full_disk_is_said_in_a_sentence_and_loses_nothing(tmp_path: Path) -> None:
-    step = Watched(fails_at=2, error=OSError(errno.ENOSPC, "No space left on device"))
+def full_store() -> sqlite3.Error:
+    """What SQLite raises where it finds no room."""
+    with closing(sqlite3.connect(":memory:")) as store:
+        store.execute("PRAGMA max_page_count=1")
+        try:
+            store.execute("CREATE TABLE a (b)")
+        except sqlite3.Error as error:
+            return error
+    raise AssertionError
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, "No space left on device"), full_store()], ids=["file", "store"]
+)
+def test_a_full_disk_is_said_in_a_sentence_and_loses_nothing(
+    error: Exception, tmp_path: Path
+) -> None:
+    step = Watched(fails_at=2, error=error)
     with pytest.raises(InputError, match="is full; make room and launch this again"):
         run(pipeline(step), tmp_path, 16)
     assert len(list(run(pipeline(step), tmp_path, 16).shards.rows())) == 100

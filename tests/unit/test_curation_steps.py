@@ -239,20 +239,19 @@ def test_the_best_of_each_language_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_domain_has_at_most_its_share_while_others_remain(tmp_path: Path) -> None:
-    crowd = scored(
-        *(("de", "big", 9.0 - n / 10) for n in range(6)), ("de", "", 0.1), ("de", "", 0.1)
-    )
+    crowd = scored(*(("de", "big", 9.0 - n / 10) for n in range(6)))
+    unknown = scored(*(("de", "", 5.0) for _ in range(3)))  # which are of no domain
     others = scored(*(("de", f"d{n}", 1.0) for n in range(6)))
-    found = best(tmp_path / "1", crowd + others, 8, 0.25)
+    found = best(tmp_path / "1", crowd + unknown + others, 8, 0.25)
     domains = [row["domain"] for row in found.shards.rows()]
-    assert domains == ["big", "big", "d0", "d1", "d2", "d3", "d4", "d5"]
+    assert domains == ["big", "big", "", "", "", "d0", "d1", "d2"]
     assert found.counts[1].whole.dropped == {
         "its domain has its share": 4,
-        "not among the best": 2,
+        "not among the best": 3,
     }
-    few = best(tmp_path / "2", crowd + others[:3], 8, 0.25)
+    few = best(tmp_path / "2", crowd + unknown + others[:2], 8, 0.25)
     domains = [row["domain"] for row in few.shards.rows()]
-    assert domains == ["big", "big", "big", "", "", "d0", "d1", "d2"]
+    assert domains == ["big", "big", "big", "", "", "", "d0", "d1"]
     assert few.counts[1].whole.counted == {"rows of domains over their share": 1}
 
 
