@@ -139,7 +139,7 @@ def test_each_letter_is_right_equally_often_in_each_language(tmp_path: Path) -> 
     assert again == found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_build_whose_llm_goes_away_goes_on_and_comes_out_as_a_calm_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
