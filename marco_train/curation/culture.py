@@ -213,8 +213,8 @@ def _weaknesses(cfg: CultureConfig, counts: Sequence[StepCounts]) -> list[str]:
     few = {code: count for code, count in found.items() if count < cfg.entities_per_language}
     said = [
         "Names are held against the facts where the script has capitals (Latin, Cyrillic, Greek; "
-        "of German nouns only two in a row); of other scripts titles in quotation marks and words "
-        "in Latin letters are, and numbers and years in all. Numbers in words are not.",
+        "of German only what follows another noun); of other scripts titles in quotation marks and "
+        "words in Latin letters are, and numbers and years in all. Numbers in words are not.",
         "That no wrong choice fits its question is asked of the LLM, and not checked.",
         "What Wikidata says is not checked, and is as old as its dump.",
     ]

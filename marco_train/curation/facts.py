@@ -1,9 +1,9 @@
 """Whether a text says more than the facts that it was to be made of: numbers, years and names.
 
-Numbers are compared in any script's digits. A name is a word in capitals within a sentence, which
-only Latin, Cyrillic and Greek letters show, and German, whose nouns have capitals, only by two of
-them in a row; in other scripts what is written in Latin letters, or stands in the quotation marks
-of titles, is taken for one. An ending may differ, as names are inflected.
+Numbers are compared in any script's digits. A name is a word with a capital within a sentence,
+which only Latin, Cyrillic and Greek letters show; in German, whose nouns have capitals, it follows
+another one, as in Stadt Wien. In other scripts what is written in Latin letters, or stands in the
+quotation marks of titles, is taken for one. An ending may differ, as names are inflected.
 """
 
 import re
@@ -91,10 +91,9 @@ def _names(text: str, language: str) -> list[str]:
             found.append(match)
     if language in NOUNS_IN_CAPITALS:
         found = [
-            match
-            for pair in pairwise(found)
-            for match in pair
-            if not text[pair[0].end() : pair[1].start()].strip()
+            second
+            for first, second in pairwise(found)
+            if not text[first.end() : second.start()].strip()
         ]
     return list(dict.fromkeys(part for match in found for part in _words(match[0])))
 

@@ -152,3 +152,16 @@ def test_the_cost_of_saves_is_measured(tmp_path: Path) -> None:
     figures = dict(line.rsplit(": ", 1) for line in done.stdout.splitlines()[1:])
     assert float(figures["blocking save, s"].split()[0]) > 0
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.long
+def test_entities_are_read_packed_and_not(tmp_path: Path) -> None:
+    file = tmp_path / "bench.json"
+    done = bench("--repeats", "1", "--only", "lines", "--json", str(file), script="entities.py")
+    assert done.returncode == 0, done.stderr
+    lines = json.loads(file.read_text())["parts"]["lines"]
+    assert [(row["packed"], row["kept"]) for row in lines] == [
+        ("plain", 0.2),
+        ("gzip", 0.2),
+        ("bzip2", 0.2),
+    ]

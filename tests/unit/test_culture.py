@@ -6,11 +6,15 @@ from typing import Any
 
 import pytest
 
-from marco_train.curation import culture
+from marco_train.commands.curate import main
+from marco_train.curation import culture, llm
 from marco_train.curation.choices import Distractors, Lettered, texts_of_choices
 from marco_train.curation.frame import Dropped, Row
 from marco_train.curation.llm import Answer
-from tests.helpers.curation import Given, ran
+from marco_train.errors import TRY_AGAIN_LATER
+from tests.helpers.curation import Given, example, ran
+from tests.helpers.fake_chat import FakeChat, fake_chat
+from tests.helpers.scripted_author import write
 
 BURG: Row = {
     "id": "Q1",
@@ -133,3 +137,34 @@ def test_each_letter_is_right_equally_often_in_each_language(tmp_path: Path) -> 
         assert answered == f"Diese.\n\n{texts['answer'].format(letter=row['letter'])}"
     again = list(ran(Given(rows), [Lettered(0)], tmp_path / "other", 1000).shards.rows())
     assert again == found
+
+
+@pytest.mark.long
+def test_a_build_whose_llm_goes_away_goes_on_and_comes_out_as_a_calm_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm, "MOST_SECONDS", 0.01)
+    example.main(tmp_path)
+    words = ["culture", f"input={tmp_path / 'entities.json.bz2'}", "languages=[de]"]
+    words += [
+        "shard_rows=100",
+        "entities_per_language=15",
+        "quality.language=false",
+        "llm.max_tries=1",
+        "llm.concurrency=1",
+    ]
+
+    def built(server: FakeChat, out: str) -> int:
+        return main([*words, f"llm.base_url={server.base_url}", f"output_dir={tmp_path / out}"])
+
+    with fake_chat(write) as server:
+        assert built(server, "calm") == 0
+        num_questions = len(server.bodies)
+    with fake_chat(write) as server:
+        server.script = [""] * 20 + ["503"] * 100  # among the requests
+        assert built(server, "left") == TRY_AGAIN_LATER
+        server.script = []
+        assert built(server, "left") == 0
+        assert server.outcomes["fine"] == num_questions  # what was answered is not asked again
+    calm, left = (tmp_path / out / "culture.jsonl" for out in ("calm", "left"))
+    assert left.read_bytes() == calm.read_bytes() and calm.stat().st_size > 3_000

@@ -176,3 +176,31 @@ def test_an_entity_of_which_little_is_known_is_dropped(dump: Path, tmp_path: Pat
     named = replace(Named(source, 4), min_facts=6)
     found = ran(source, [Classified(LANGUAGES, 5), Popular(2000, 6), named], tmp_path)
     assert dropped(found)["named"] == {"too few facts": 253}
+
+
+def test_facts_of_a_sparql_result_are_told_by_the_names_that_it_gives(tmp_path: Path) -> None:
+    def item(id_: str) -> dict[str, str]:
+        return {"type": "uri", "value": f"http://www.wikidata.org/entity/{id_}"}
+
+    def german(text: str) -> dict[str, str]:
+        return {"type": "literal", "value": text, "xml:lang": "de"}
+
+    row = {
+        "item": item("Q1"),
+        "label": german("Burg Eltz"),
+        "articles": {"type": "literal", "value": "12"},
+        "P31": item("Q23413"),
+        "P31Label": german("Burg"),
+        "P17": item("Q183"),
+        "P17Label": german("Deutschland"),
+        "P131": item("Q5"),
+        "P131Label": {"type": "literal", "value": "Q5"},  # without a label
+    }
+    (tmp_path / "a.json").write_text(
+        json.dumps({"head": {"vars": list(row)}, "results": {"bindings": [row]}})
+    )
+    source = entities(tmp_path / "a.json")
+    steps: list[Step] = [Classified(LANGUAGES, 5), Popular(2000, 6), Named(source, 2)]
+    (found,) = ran(source, steps, tmp_path / "work").shards.rows()
+    assert sorted(found["facts"]) == [["country", "Deutschland"], ["is a", "Burg"]]
+    assert (found["language"], found["topic"]) == ("de", "buildings and monuments")

@@ -19,7 +19,8 @@ TESTS = [
     ("en", "It was opened in 1890 by Napoleon in Paris.", ["1890", "Napoleon"]),
     ("en", "A tower. Napoleon begins a sentence, and I do not know.", []),
     ("de", "Der Turm in Paris hat eine Höhe von 330 Metern und steht auf dem Champ de Mars.", []),
-    ("de", "Der Turm von Gustave Eiffel zog Otto Bismarck an.", ["Otto", "Bismarck"]),
+    ("de", "Der Turm von Gustave Eiffel zog Otto Bismarck an.", ["Bismarck"]),
+    ("de", "Er steht in der Hauptstadt Paris und nicht in der Stadt Wien.", ["Wien"]),
     (
         "fr",
         "La tour fut construite par Gustave Eiffel, et non par Victor Hugo.",
