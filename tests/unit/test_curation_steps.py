@@ -280,11 +280,11 @@ def test_a_model_of_another_dimension_is_refused_in_a_run_that_goes_on(
 ) -> None:
     rows = [{"a": "aab", "b": "aab"}, {"a": "a", "b": "b"}, {"a": "abb", "b": "ab"}] * 2
     step = Similarity(EmbeddingConfig(model="letters"), lambda row: (row["a"], row["b"]))
-    monkeypatch.setattr(embedding, "_load", lambda cfg: Counts("ab"))
+    monkeypatch.setattr(embedding, "load_model", lambda cfg: Counts("ab"))
     found = ran(Given(rows), tmp_path, step)
     assert [row["similarity"] for row in found.shards.rows()] == [1.0, 0.0, 0.948683] * 2
     redone(tmp_path, "01-similarity", 1)
-    monkeypatch.setattr(embedding, "_load", lambda cfg: Counts("abc"))
+    monkeypatch.setattr(embedding, "load_model", lambda cfg: Counts("abc"))
     with pytest.raises(
         InputError, match="'letters' gives 3 numbers a text, and gave 2 for earlier"
     ):
