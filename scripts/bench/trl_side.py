@@ -1,25 +1,27 @@
-"""TRL's side of `opd.py`; runs in an environment of its own, which has no marco_train.
+"""TRL's side of `opd.py` and `sft.py`; runs in an environment of its own, which has no marco_train.
 
-The trainer is TRL's `DistillationTrainer`: reverse KL over the whole vocabulary on the student's
-own samples, which TRL recommends over `GKDTrainer` for such runs. It has no number of responses a
-prompt, so prompts are repeated. Nothing is logged or saved.
+For `opd.py` the trainer is TRL's `DistillationTrainer`: reverse KL over the whole vocabulary on the
+student's own samples, which TRL recommends over `GKDTrainer` for such runs. It has no number of
+responses a prompt, so prompts are repeated. For `sft.py` it is `SFTTrainer`. Nothing is saved.
 """
 
+import json
 import tempfile
 import time
 from collections.abc import Callable
 from importlib.metadata import version
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
-from harness import do_job
+from harness import do_job, linux_bytes
 from torch import Tensor, tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerCallback
 from transformers.utils import logging
-from trl import DistillationConfig, DistillationTrainer
+from trl import DistillationConfig, DistillationTrainer, SFTConfig, SFTTrainer
 
 
 class Clock(TrainerCallback):  # type: ignore[misc]
@@ -147,7 +149,60 @@ def train(setup: dict[str, Any]) -> list[dict[str, float]]:
     return clock.steps()
 
 
+def fine_tune(setup: dict[str, Any]) -> dict[str, Any]:
+    """Job: make steps of all rows with TRL's `SFTTrainer`, one epoch each.
+
+    Returns:
+        Seconds of each step, loss of the first, and the process's peak memory.
+    """
+    clock = Clock()
+    lines = Path(setup["rows"]).read_text().splitlines()
+    rows = [{"input_ids": json.loads(line)["input_ids"]} for line in lines]
+    with tempfile.TemporaryDirectory() as directory:
+        config = SFTConfig(
+            output_dir=directory,
+            per_device_train_batch_size=setup["microbatch"],
+            # More than there are: an epoch's last step takes the rows that are left.
+            gradient_accumulation_steps=-(-len(rows) // setup["microbatch"]),
+            num_train_epochs=setup["steps"],
+            max_length=1024,
+            packing=setup["packing"],
+            gradient_checkpointing=setup["recompute"],
+            learning_rate=1e-5,
+            lr_scheduler_type="constant",
+            adam_beta2=0.95,
+            weight_decay=0.1,
+            max_grad_norm=1.0,
+            use_cpu=True,
+            bf16=False,
+            dataloader_pin_memory=False,
+            logging_steps=1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        trainer = SFTTrainer(
+            model=AutoModelForCausalLM.from_pretrained(
+                setup["model"],
+                dtype=torch.float32,
+                attn_implementation="sdpa",
+                experts_implementation=setup["experts"],
+            ),
+            args=config,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=PreTrainedTokenizerFast.from_pretrained(setup["model"]),
+            callbacks=[clock],
+        )
+        trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return {
+        "seconds": [step["time/step"] for step in clock.steps()],
+        "loss": losses[0],
+        "peak": linux_bytes("VmHWM"),
+    }
+
+
 if __name__ == "__main__":
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    do_job({"check": check, "train": train})
+    do_job({"check": check, "train": train, "fine_tune": fine_tune})
