@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import InterpolationToMissingValueError, MissingMandatoryValue
+from omegaconf.errors import OmegaConfBaseException
 
 from marco_train.config import TrainConfig, to_run
 from marco_train.config.compose import compose
@@ -139,7 +139,7 @@ def hub_ids(composed: DictConfig) -> dict[str, Wanted]:
     for field in (name for pattern in FIELDS for name in _fields(composed, pattern.split("."))):
         try:
             value = OmegaConf.select(composed, field)
-        except (InterpolationToMissingValueError, MissingMandatoryValue):
+        except OmegaConfBaseException:  # it is not given, or what it is taken from is not
             continue
         if is_hub_id(value):
             found[field] = Wanted(value, weights=_reads_weights(composed, field))

@@ -49,7 +49,10 @@ launch() {
 launch_module() {
   local module=$1; shift
   local processes=${NPROC:-$(count_gpus)}
-  [ "$processes" -gt 0 ] || processes=1
+  if [ "$processes" -le 0 ]; then
+    processes=1
+    [ "${DRY_RUN:-0}" != 1 ] || echo "no GPU is seen here, so one process is launched: NPROC=8 prints eight" >&2
+  fi
   local rendezvous=(--standalone)
   if [ "${NNODES:-1}" -gt 1 ]; then
     rendezvous=(--nnodes "$NNODES" --node_rank "${NODE_RANK:-0}"

@@ -4,7 +4,7 @@ import argparse
 import math
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from marco_train.models.weights import ALL_EXPERTS, meta_model, single_experts
 MIB = 2**20
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> None:
     """Do what the command line says; ends with 1 where a checkpoint is damaged."""
-    args = _parser().parse_args()
+    args = _parser().parse_args(words)
     do: Callable[[argparse.Namespace], bool] = args.do
     try:
         is_well = do(args)
@@ -37,7 +37,7 @@ def main() -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser("marco-train checkpoint", description=__doc__)
     verbs = parser.add_subparsers(required=True, metavar="list|verify|show|export|convert")
 
     def verb(name: str, do: Callable[[argparse.Namespace], bool], path: str) -> Any:

@@ -3,15 +3,20 @@
     python -m marco_train.commands.launch <torchrun's options> -m marco_train.train <overrides>
 
 `recipes/launch.sh` calls it. A rank that ends by a refusal, or is told to end, says so in a
-sentence and leaves its status in the file $MARCO_TRAIN_EXIT_STATUS; pages of torchrun's own would
-only hide the sentence. Of a rank that was killed, which could say nothing, its report is printed.
+sentence and leaves its status in the file $MARCO_TRAIN_EXIT_STATUS, with which this ends; pages of
+torchrun's own would only hide the sentence. Of a rank that was killed, which could say nothing,
+its report is printed.
 """
 
+import atexit
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import NamedTemporaryFile
+
+VARIABLE = "MARCO_TRAIN_EXIT_STATUS"
 
 
 class HeldBack(logging.Filter):
@@ -37,18 +42,22 @@ class HeldBack(logging.Filter):
 
 
 def main(words: Sequence[str] | None = None) -> None:
-    """Run torchrun; ends as it does."""
+    """Run torchrun; ends with the status of the ranks, or as torchrun does."""
     from torch.distributed import DistNetworkError
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    if VARIABLE not in os.environ:
+        with NamedTemporaryFile(delete=False) as file:
+            os.environ[VARIABLE] = file.name
+        atexit.register(Path(file.name).unlink, missing_ok=True)
     kept = [HeldBack(handler) for handler in logging.getLogger("torch.distributed").handlers]
     try:
         torchrun(list(sys.argv[1:] if words is None else words))
     except (ChildFailedError, SignalException):
-        if ranks_have_said_why():
-            sys.exit(1)
+        if status := status_of_ranks():
+            sys.exit(status)
         for held in kept:
             held.print()
         raise
@@ -61,10 +70,10 @@ def main(words: Sequence[str] | None = None) -> None:
         )
 
 
-def ranks_have_said_why() -> bool:
-    """Whether a rank of this node ended by itself, and left a status that is no success."""
-    file = Path(os.environ.get("MARCO_TRAIN_EXIT_STATUS", ""))
-    return file.is_file() and file.read_text().strip() not in {"", "0"}
+def status_of_ranks() -> int:
+    """With which a rank of this node ended by itself; 0 where none failed, or could say so."""
+    file = Path(os.environ[VARIABLE])
+    return int(file.read_text().strip() or 0) if file.is_file() else 0
 
 
 if __name__ == "__main__":

@@ -37,8 +37,8 @@ A run of your own:
   marco-train experiment=opd model.path=... teacher.path=... data=own data.path=prompts.jsonl
   marco-train --config-dir DIR experiment=mine     # DIR/experiment/mine.yaml
   marco-train experiment=sft --cfg job             # prints a run
-On several GPUs:
-  torchrun --nproc_per_node 8 -m marco_train.train experiment=<name> [key=value ...]"""
+On several GPUs, in a checkout (elsewhere: torchrun --nproc_per_node 8 -m marco_train.train ...):
+  recipes/run.sh <experiment> [--config-dir DIR] [key=value ...]"""
 
 
 def main(words: Sequence[str] | None = None) -> None:

@@ -7,10 +7,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-import tempfile
 import tomllib
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -64,10 +65,23 @@ def bash(
     )
 
 
+@cache
+def own_configs() -> TemporaryDirectory[str]:
+    """The experiment that README shows, which is there until these tests end."""
+    directory = TemporaryDirectory()
+    (experiment,) = (block for block in blocks(README, "yaml") if "name: chats" in block)
+    file = Path(directory.name) / "experiment" / "chats.yaml"
+    file.parent.mkdir()
+    file.write_text(experiment)
+    return directory
+
+
 def named(command: str, **paths: str | Path) -> str:
     """With paths in the place of what stands in angle brackets; without one, made-up ones."""
     for name, path in paths.items():
         command = command.replace(f"<{name}>", str(path))
+    if "--config-dir mine" in command:
+        command = command.replace("--config-dir mine", f"--config-dir {own_configs().name}")
     return re.sub(r"<[^>]+>|(?<==)\.\.\.", "/models/any", command)
 
 
@@ -133,7 +147,7 @@ def check_curation(command: str) -> None:
 
 def check_example(command: str) -> None:
     """Have it write its files."""
-    with tempfile.TemporaryDirectory() as directory:
+    with TemporaryDirectory() as directory:
         done = bash(command.replace(" recipes/", f" {REPOSITORY}/recipes/"), Path(directory))
         assert done.returncode == 0 and any(Path(directory).iterdir()), done.stderr
 
@@ -177,7 +191,7 @@ CHECKS: list[tuple[str, Callable[[str], None]]] = [
     (r"recipes/benchmark\.sh ", check_benchmark),
     (r"recipes/curation/", check_curation),
     (r"python recipes/curation/example\.py ", check_example),
-    (r"(\w+=\S+ )*recipes/(supervise\.sh |[\w.]+/\w+\.sh)", check_recipe),
+    (r"(\w+=\S+ )*recipes/(run\.sh chats|supervise\.sh |[\w.]+/\w+\.sh)", check_recipe),
     (r"(\w+=(\"[^\"]*\"|\S+) )*sbatch ", check_job),
     (r"(scripts/serve_sampler|recipes/serve_teacher)\.sh ", check_printed),
     (r"hf download ", check_download),

@@ -47,7 +47,7 @@ def test_help_names_every_verb_and_imports_nothing_heavy() -> None:
     assert all(f"  {verb} " in done.stdout for verb in VERBS)
 
 
-@pytest.mark.parametrize("verb", ["train", *SCRIPTS, "benchmark", "signatures", "card", "env"])
+@pytest.mark.parametrize("verb", VERBS)
 def test_a_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
     code, out = said(verb, "--help", capsys=capsys)
     assert code in {0, None}
@@ -205,3 +205,38 @@ def test_a_port_that_something_else_has_is_said_in_a_sentence() -> None:
     last = done.stderr.splitlines()[-1]
     assert last.startswith("error: the port that nodes meet at is in use on this one (MASTER_PORT)")
     assert f"port: {port}" in last
+
+
+@pytest.mark.slow
+def test_a_launch_of_several_ranks_ends_with_their_status(tmp_path: Path) -> None:
+    words = ["experiment=quickstart_sft", f"root={tmp_path}", "parallel.expert_parallel_size=1"]
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "marco_train.commands.launch", "--standalone"),
+            *("--nproc_per_node", "2", "-m", "marco_train.train", *words),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=REPOSITORY,
+        env={k: v for k, v in os.environ.items() if k != "MARCO_TRAIN_EXIT_STATUS"},
+    )
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("error: ") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_an_experiment_of_ones_own_is_launched_from_anywhere(tmp_path: Path) -> None:
+    (tmp_path / "mine" / "experiment").mkdir(parents=True)
+    text = "# @package _global_\ndefaults: [sft, override /data: own, _self_]\nname: chats\n"
+    (tmp_path / "mine" / "experiment" / "chats.yaml").write_text(text)
+    done = subprocess.run(
+        [REPOSITORY / "recipes" / "run.sh", "chats", "--config-dir", "mine", "data.path=no.jsonl"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=tmp_path,
+        env=os.environ | {"NPROC": "2", "PYTHONPATH": str(REPOSITORY)},
+    )
+    assert done.returncode == 2, done.stderr
+    assert "model.path" in done.stderr and "Traceback" not in done.stderr
