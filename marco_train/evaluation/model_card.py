@@ -6,6 +6,7 @@ What no file tells is said to be not known.
 """
 
 import re
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,7 +26,8 @@ from marco_train.evaluation.run_page import phases, summary_rows
 from marco_train.files import replaces
 from marco_train.hub import is_hub_id
 
-CARD = "README.md"
+CARD, DATA_CARD = "README.md", "DATA_CARD.md"
+UNSAFE_IN_FILES = re.compile(r"[^\w.-]", re.ASCII)
 NOT_KNOWN = "not known"
 UPCYCLING = "upcycling.json"
 COURSE = {"sft": "supervised fine-tuning", "opd": "on-policy distillation"}
@@ -42,7 +44,7 @@ def write_card(
     benchmark: Path | None = None,
     licence: str | None = None,
 ) -> Path:
-    """Write the card of a run's model; complete or not there.
+    """Write the card of a run's model, and beside it those of sets that were built for it.
 
     Args:
         directory: output_dir of the run that trained it last.
@@ -63,7 +65,11 @@ def write_card(
         output = (export if export.is_dir() else directory) / CARD
     if benchmark is None and (directory / "benchmark" / "benchmark.json").is_file():
         benchmark = directory / "benchmark"
-    text = model_card(lineage(directory), benchmark, licence)
+    runs = lineage(directory)
+    text = model_card(runs, benchmark, licence)
+    for name, file in data_cards(runs).items():
+        with replaces(output.parent / name) as partial:
+            shutil.copyfile(file, partial)
     with replaces(output) as partial:
         partial.write_text(text, encoding="utf-8")
     return output
@@ -410,6 +416,17 @@ def is_hub_set(source: Mapping[str, Any]) -> bool:
     return kind == "hub" or (kind == "auto" and is_hub_id(source.get("path")))
 
 
+def data_cards(runs: Sequence[RunFiles]) -> dict[str, Path]:
+    """Cards of the sets that `marco-train curate` built, by the names that copies of them have."""
+    found = {}
+    for run in runs:
+        for name, source in _sources(run).items():
+            file = Path(str(source.get("path"))).resolve().parent / DATA_CARD
+            if not is_hub_set(source) and file.is_file():
+                found[f"DATA_CARD_{UNSAFE_IN_FILES.sub('_', name)}.md"] = file
+    return found
+
+
 def data(runs: Sequence[RunFiles]) -> Iterator[str]:
     """One table a run: each source, with where it is from and how much of it there is."""
     head = ["source", "rows of", "which", "licence", "rows", "weight", "category"]
@@ -432,6 +449,9 @@ def data(runs: Sequence[RunFiles]) -> Iterator[str]:
             rows.append([*row, source.get("weight"), category])
         yield f"{_name(run)}: {_lost(run.header)}."
         yield markdown_table(head, rows)
+    if cards := data_cards(runs):
+        links = ", ".join(f"[{name}]({name})" for name in cards)
+        yield f"How the sets were built that nobody released: {links}."
     told = ", ".join(languages(runs))
     yield f"Languages that rows name: {told or 'none'}."
 

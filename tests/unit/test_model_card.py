@@ -172,6 +172,24 @@ def test_made_up_items_are_called_so(tmp_path: Path) -> None:
     assert lines_with(text, "| GSM8K |", "| not known | mit |")
 
 
+def test_cards_of_sets_that_were_built_lie_beside_the_models(tmp_path: Path) -> None:
+    built = tmp_path / "data" / "culture"
+    built.mkdir(parents=True)
+    (built / "culture.jsonl").touch()
+    (built / "DATA_CARD.md").write_text("# How it was built\n")
+    (tmp_path / "data" / "culture.jsonl").symlink_to("culture/culture.jsonl")
+    run = tmp_path / "sft"
+    write_sft(run)
+    config = json.loads((run / "config.json").read_text())
+    path = str(tmp_path / "data" / "culture.jsonl")
+    config["data"]["sources"]["my/set"] = {"kind": "auto", "path": path}
+    write(run / "config.json", config)
+    text = card_of(run)
+    assert "that nobody released: [DATA_CARD_my_set.md](DATA_CARD_my_set.md)." in text
+    copied = run / "export" / "DATA_CARD_my_set.md"
+    assert copied.read_text() == "# How it was built\n"
+
+
 def test_files_have_no_revision(tmp_path: Path) -> None:
     write_sft(tmp_path / "sft")
     write_benchmark(tmp_path / "sft" / "benchmark", tmp_path / "sft" / "export")
