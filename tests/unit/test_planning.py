@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from marco_train.config import TrainConfig
 from marco_train.config.model import DType
 from marco_train.config.parallel import Dispatch, Recompute
 from marco_train.errors import InputError
@@ -19,7 +20,7 @@ from marco_train.planning.cards import CARDS, Card, card_of, card_of_device
 from marco_train.planning.check import check_free
 from marco_train.planning.memory import GIB, Memory, sizes_of
 from marco_train.planning.plan import make_plan
-from marco_train.planning.seconds import Assumptions
+from marco_train.planning.seconds import Assumptions, Time
 from marco_train.planning.shapes import student_shape, teacher_architecture
 from marco_train.planning.trace import PlannedGroup, Shapes, trace_update
 from marco_train.stages import opd
@@ -166,6 +167,48 @@ def test_a_sync_keeps_a_gathered_layer_and_lays_it_out() -> None:
     assert cfg.model.architecture is not None
     alone = Memory(cfg, cfg.model.architecture, 8, H100, 1.0).sync()
     assert alone["activations"] == layer
+
+
+@pytest.mark.parametrize("experiment", ["marco_mini_opd", "marco_nano_opd"])
+def test_more_keys_never_make_sampling_slower(experiment: str) -> None:
+    cfg = compose_config(experiment, *MINI)
+    for share in (0.02, 0.2, 1.0):
+        found = []
+        for gib in (0.1, 1.1, 2, 5, 10, 20, 40, 80):
+            cfg.stage.rollout.kv_cache_gib = gib
+            found.append(seconds_of_sampling(cfg, share))
+        assert found == sorted(found, reverse=True)
+        assert found[-1] < found[0]
+
+
+def seconds_of_sampling(cfg: TrainConfig, mean_share_of_response: float) -> float:
+    """Of a step on eight cards."""
+    assumed = Assumptions(mean_share_of_response=mean_share_of_response)
+    return Time(Memory(cfg, student_shape(cfg), 8, H100, 1.0), assumed).sample()
+
+
+def test_responses_of_one_length_end_together() -> None:
+    overrides = ["stage.rollout.batch_size=32", "stage.rollout.kv_cache_gib=80"]
+    found = seconds_of_sampling(compose_config("marco_mini_opd", *MINI, *overrides), 1.0)
+    # Of 128 responses of 8,192 tokens on a rank, 32 at a time, to prompts of 307.2.
+    dense, experts = 151_936 * 1024 + 28 * 6_555_904 + 1024, 28 * 256 * 3 * 1024 * 768
+    taken = 1 - (1 - 8 / 256) ** 32
+    weights = 4 * 8192 * 2 * (dense + experts * taken)
+    # Of 28 layers keys and values of 8 heads of 128 in bfloat16.
+    keys = 128 * 28 * 2 * 8 * 128 * 2 * 8192 * (307.2 + 8192 / 2)
+    assert found == pytest.approx((weights + keys) / (3350e9 * 0.8), rel=1e-6)
+
+
+def test_a_batch_shrinks_as_responses_end() -> None:
+    cfg = compose_config("marco_mini_opd", *MINI, "stage.rollout.kv_cache_gib=80")
+    # All 128 begin at once, and end evenly over 8,192 steps.
+    dense, experts = 151_936 * 1024 + 28 * 6_555_904 + 1024, 28 * 256 * 3 * 1024 * 768
+    taken = sum(1 - (1 - 8 / 256) ** n for n in range(1, 129)) / 128
+    weights = 8192 * 2 * (dense + experts * taken)
+    lengths = [8192 * n / 128 for n in range(1, 129)]
+    tokens = sum(307.2 * length + length**2 / 2 for length in lengths)
+    expected = (weights + tokens * 28 * 2 * 8 * 128 * 2) / (3350e9 * 0.8)
+    assert seconds_of_sampling(cfg, 0.5) == pytest.approx(expected, rel=0.02)
 
 
 def test_a_sampler_leaves_room_for_the_teachers_that_are_opened_in_this_process(
