@@ -40,6 +40,8 @@ class Plan:
     peak_gib: float
     peak_phase: str
     fits: bool
+    lack_of_keys: str | None
+    """Why a sampler would refuse to start, though no phase needs more than there is."""
     host_gib: float
     """Of a node."""
     disk_gib: float
@@ -104,7 +106,9 @@ def make_plan(
     peak = phases[peak_phase].total_gib
     ranks_per_node = min(gpus, assumed.ranks_per_node)
     host = memory.host(ranks_per_node) / GIB
-    fits = peak <= card.capacity_gib and (not card.is_gpu or host <= assumed.host_gib_per_node)
+    lack_of_keys = memory.lack_of_keys
+    fits = peak <= card.capacity_gib and lack_of_keys is None
+    fits = fits and (not card.is_gpu or host <= assumed.host_gib_per_node)
     num_steps = time.num_steps()
     hours = None if num_steps is None else num_steps * time.step() / 3600
     said = asdict(assumed)
@@ -119,6 +123,7 @@ def make_plan(
         peak,
         peak_phase,
         fits,
+        lack_of_keys,
         round(host, 1),
         round(memory.disk() / GIB, 1),
         round(time.step(), 2),

@@ -36,6 +36,7 @@ def test_a_plan_is_written_as_json(tmp_path: Path) -> None:
         "peak_gib",
         "peak_phase",
         "fits",
+        "lack_of_keys",
         "host_gib",
         "disk_gib",
         "step_seconds",

@@ -158,6 +158,15 @@ def test_keys_take_what_the_trainer_the_teacher_and_the_reserve_leave() -> None:
     assert sample["kv_cache"] == pytest.approx(left, abs=0.01)
 
 
+def test_a_plan_without_keys_for_one_sequence_does_not_fit() -> None:
+    stays = ["parallel.offload_while_sampling=false", "parallel.zero_stage=2"]
+    plan = make_plan(compose_config("marco_mini_opd", *MINI, *stays), 8, H100)
+    assert plan.peak_gib < plan.capacity_gib and not plan.fits
+    assert plan.lack_of_keys is not None and "give fewer reserve_gib" in plan.lack_of_keys
+    stays.append("stage.rollout.reserve_gib=4.9")
+    assert make_plan(compose_config("marco_mini_opd", *MINI, *stays), 8, H100).fits
+
+
 def test_a_sync_keeps_a_gathered_layer_and_lays_it_out() -> None:
     cfg = compose_config("marco_mini_opd", *MINI)
     layer = 256 * 3 * 1024 * 768 * 2
