@@ -192,7 +192,7 @@ def in_words(plan: Any) -> str:
         )
     else:
         lines.append(f"{plan.step_seconds:.1f} s a step; the rows of an epoch were not counted")
-    return "\n".join([*lines, *plan.advice])
+    return "\n".join([*lines, plan.basis, *plan.advice])
 
 
 def side_by_side(plans: Sequence[Any]) -> str:

@@ -42,6 +42,7 @@ def test_a_plan_is_written_as_json(tmp_path: Path) -> None:
         "step_seconds",
         "run_hours",
         "gpu_hours",
+        "basis",
         "assumptions",
         "advice",
     ]

@@ -256,6 +256,19 @@ def test_a_plan_s_phases_add_up_and_the_largest_is_its_peak() -> None:
     assert plan.phases[plan.peak_phase].total_gib == plan.peak_gib
 
 
+def test_a_plan_says_what_its_hours_are_of() -> None:
+    opd = make_plan(compose_config("marco_mini_opd", *MINI), 8, H100).basis
+    assert opd == (
+        "3800 steps; checkpoint seconds are per save, every 100 steps; GPUs of teachers on servers "
+        "are not counted; assumed: 17% of a card's peak in training, 25% in scoring, 80% of its "
+        "bandwidth in sampling; responses of 1638 tokens on average and 8192 at most, the batch "
+        "shrinking as they end"
+    )
+    sft = compose_config("marco_mini_sft", *MINI, "checkpoint.save_every=null")
+    said = make_plan(sft, 8, H100, Assumptions(training_efficiency=0.3)).basis
+    assert said == "4000 steps; assumed: 30% of a card's peak in training"
+
+
 def test_each_advice_makes_the_run_fit() -> None:
     overrides = ["parallel.recompute=none", "data.max_tokens_per_microbatch=32768"]
     cfg = compose_config("marco_mini_sft", *MINI, *overrides)
