@@ -183,6 +183,8 @@ def in_words(plan: Any) -> str:
         f"{plan.peak_phase}, {verdict}; {plan.host_gib:.0f} GiB of host memory a node, "
         f"{plan.disk_gib:.0f} GiB of disk",
     ]
+    if plan.lack_of_keys is not None:
+        lines.append(f"it would end at its start: {plan.lack_of_keys}")
     if plan.run_hours is not None:
         lines.append(
             f"{plan.step_seconds:.1f} s a step, {plan.run_hours:.0f} hours, "
@@ -190,7 +192,7 @@ def in_words(plan: Any) -> str:
         )
     else:
         lines.append(f"{plan.step_seconds:.1f} s a step; the rows of an epoch were not counted")
-    return "\n".join([*lines, *plan.advice])
+    return "\n".join([*lines, plan.basis, *plan.advice])
 
 
 def side_by_side(plans: Sequence[Any]) -> str:

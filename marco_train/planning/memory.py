@@ -398,15 +398,40 @@ class Memory:
             return int(rollout.kv_cache_gib * GIB)
         if not self.card.is_gpu:
             return KV_CACHE_BYTES_ON_CPU
+        try:
+            return self._keys_left(rollout)
+        except InputError:
+            return self.bytes_a_sequence  # the least that an engine needs
+
+    def _keys_left(self, rollout: VLLMRolloutConfig) -> int:
+        """Bytes that kv_cache_gib=auto finds on a GPU.
+
+        Raises:
+            InputError: They do not hold one sequence.
+        """
         # As at the start of a run, before a teacher is opened.
         held = sum(self._components(**self._resting()).values())
-        one = self.bytes_a_sequence
         reserve = int(rollout.reserve_gib * GIB) + self.teacher_bytes()
-        free = int(self.card.capacity_gib * GIB) - held
+        return share_for_keys(
+            int(self.card.capacity_gib * GIB) - held,
+            self._sampler_weights,
+            reserve,
+            self.bytes_a_sequence,
+            rollout.batch_size,
+        )
+
+    @property
+    def lack_of_keys(self) -> str | None:
+        """Why kv_cache_gib=auto would end the run at its start. None: it would not."""
+        rollout = None if self._sampled is None else self._sampled.rollout
+        if not isinstance(rollout, VLLMRolloutConfig) or not self.card.is_gpu:
+            return None
         try:
-            return share_for_keys(free, self._sampler_weights, reserve, one, rollout.batch_size)
-        except InputError:
-            return one  # the least that an engine needs: the plan says what does not fit
+            if isinstance(rollout.kv_cache_gib, str):
+                self._keys_left(rollout)
+        except InputError as refused:
+            return str(refused)
+        return None
 
     @property
     def bytes_a_sequence(self) -> int:

@@ -9,7 +9,7 @@ from marco_train.config.architecture import ArchitectureConfig, check_expert_par
 from marco_train.config.lengths import check_positions
 from marco_train.config.opd import OPDConfig
 from marco_train.config.stage import UntrainedStageConfig
-from marco_train.config.teacher import NativeTeacherConfig
+from marco_train.config.teacher import NativeTeacherConfig, VLLMServerTeacherConfig
 from marco_train.errors import require, require_positive
 from marco_train.planning.cards import Card
 from marco_train.planning.memory import GIB, Memory, total
@@ -40,6 +40,8 @@ class Plan:
     peak_gib: float
     peak_phase: str
     fits: bool
+    lack_of_keys: str | None
+    """Why a sampler would refuse to start, though no phase needs more than there is."""
     host_gib: float
     """Of a node."""
     disk_gib: float
@@ -47,6 +49,8 @@ class Plan:
     run_hours: float | None
     """None: the rows of an epoch were not counted."""
     gpu_hours: float | None
+    basis: str
+    """What hours and seconds are of, and the factors that matter most."""
     assumptions: dict[str, Any]
     advice: list[str]
 
@@ -104,7 +108,9 @@ def make_plan(
     peak = phases[peak_phase].total_gib
     ranks_per_node = min(gpus, assumed.ranks_per_node)
     host = memory.host(ranks_per_node) / GIB
-    fits = peak <= card.capacity_gib and (not card.is_gpu or host <= assumed.host_gib_per_node)
+    lack_of_keys = memory.lack_of_keys
+    fits = peak <= card.capacity_gib and lack_of_keys is None
+    fits = fits and (not card.is_gpu or host <= assumed.host_gib_per_node)
     num_steps = time.num_steps()
     hours = None if num_steps is None else num_steps * time.step() / 3600
     said = asdict(assumed)
@@ -119,14 +125,37 @@ def make_plan(
         peak,
         peak_phase,
         fits,
+        lack_of_keys,
         round(host, 1),
         round(memory.disk() / GIB, 1),
         round(time.step(), 2),
         None if hours is None else round(hours, 1),
         None if hours is None else round(hours * gpus, 1),
+        basis_of(cfg, assumed, num_steps),
         said,
         advice,
     )
+
+
+def basis_of(cfg: TrainConfig, assumed: Assumptions, num_steps: int | None) -> str:
+    """Say in a line what a plan's hours and seconds are of, and what they are reckoned with."""
+    said = [] if num_steps is None else [f"{num_steps} steps"]
+    if cfg.checkpoint.save_every is not None:
+        said.append(f"checkpoint seconds are per save, every {cfg.checkpoint.save_every} steps")
+    assume = f"assumed: {assumed.training_efficiency:.0%} of a card's peak in training"
+    if isinstance(cfg.stage, OPDConfig):
+        phases = cfg.stage.cascade.values()
+        teachers = [t for p in phases for t in (p.teacher, *p.teachers_by_group.values())]
+        if any(isinstance(teacher, VLLMServerTeacherConfig) for teacher in teachers):
+            said.append("GPUs of teachers on servers are not counted")
+        longest = cfg.stage.max_response_length
+        mean = assumed.mean_share_of_response * longest
+        assume += (
+            f", {assumed.scoring_efficiency:.0%} in scoring, {assumed.sampling_efficiency:.0%} of "
+            f"its bandwidth in sampling; responses of {mean:.0f} tokens on average "
+            f"and {longest} at most, the batch shrinking as they end"
+        )
+    return "; ".join([*said, assume])
 
 
 def check_ranks(cfg: TrainConfig, architecture: ArchitectureConfig, gpus: int) -> None:

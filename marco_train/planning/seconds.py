@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.lengths import longest_sequence
 from marco_train.config.opd import OPDConfig
-from marco_train.config.rollout import NativeRolloutConfig, VLLMRolloutConfig
+from marco_train.config.rollout import NativeRolloutConfig, VLLMRolloutConfig, key_bytes_a_token
 from marco_train.config.sft import SFTConfig
 from marco_train.config.teacher import VLLMServerTeacherConfig
 from marco_train.errors import require
@@ -21,6 +21,8 @@ from marco_train.planning.trace import Traced, Work, trace_update
 SECONDS_A_TENSOR = 4e-4
 # Bytes a second of a card's link to the host.
 HOST_LINK = 25e9
+# Equal ones, of the steps at which a batch shrinks; the middle of each stands for it.
+PARTS = 100
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,8 @@ class Assumptions:
     mean_share_of_prompt: float = 0.15
     """Mean length of a prompt, over stage.max_prompt_length."""
     mean_share_of_response: float = 0.2
-    """Mean length of a response, over stage.max_response_length; the longest takes all of it."""
+    """Mean length of a response, over stage.max_response_length; the longest takes all of it, and
+    between them the share that is longer than a part t of it is (1 - t) ** (1 / this - 1)."""
     imbalance: float = 1.0
     """Rows of this rank's experts, over the mean of the ranks."""
     disk_gib_per_second: float = 2.0
@@ -70,7 +73,7 @@ def executed(work: Work) -> float:
     return work.layers + work.attention / 2 + work.head
 
 
-def weights_a_step(architecture: ArchitectureConfig, batch: int) -> int:
+def weights_a_step(architecture: ArchitectureConfig, batch: float) -> int:
     """Weights that a step of decoding reads: all dense ones, and the experts that a batch takes."""
     sizes = sizes_of(architecture, 1)
     if architecture.num_experts is None or architecture.num_experts_per_tok is None:
@@ -142,22 +145,43 @@ class Time:
             rate = memory.card.bandwidth_gb * 1e9 / 4
         return float(tensors * SECONDS_A_TENSOR + weights / rate)
 
-    def sample(self) -> float:
-        """Until the last response has ended: steps that read the weights, and all keys."""
+    @property
+    def sampled_together(self) -> int:
+        """Responses that a rank decodes at a time, while there are enough of them."""
         memory, opd = self._memory, self._memory.opd
         assert opd is not None
         responses = math.ceil(memory.num_responses / memory.gpus)
-        a_token = memory.bytes_a_sequence / longest_sequence(opd)
-        batch = getattr(opd.rollout, "batch_size", responses)
+        batch = min(responses, getattr(opd.rollout, "batch_size", responses))
         keys = memory.sample()["kv_cache"]
         if keys:
-            batch = min(batch, max(1, int(keys / (a_token * self.mean_length))))
-        batch = min(batch, responses)
-        weights = weights_a_step(memory.architecture, batch) * self._cfg.model.dtype.num_bytes
-        read = weights + batch * a_token * self.mean_length / 2
-        bandwidth = memory.card.bandwidth_gb * 1e9 * self._assumed.sampling_efficiency
-        steps = max(opd.max_response_length, responses * self._mean_response / batch)
-        return float(steps * read / bandwidth)
+            batch = min(batch, max(1, int(keys / (self._bytes_a_token * self.mean_length))))
+        return batch
+
+    @property
+    def _bytes_a_token(self) -> int:
+        """Of keys and values."""
+        return key_bytes_a_token(self._memory.architecture, self._cfg.model.dtype)
+
+    def sample(self) -> float:
+        """Until the last response has ended.
+
+        While responses wait, one takes the place of each that ends; then the batch shrinks for as
+        many steps as the longest has tokens, by the lengths that are assumed, down to one. A step
+        reads all dense weights and the experts that its batch takes. The keys that a response
+        reads, of its prompt at every token and of half itself, are as many in any batch.
+        """
+        memory, opd, share = self._memory, self._memory.opd, self._assumed.mean_share_of_response
+        assert opd is not None
+        responses = math.ceil(memory.num_responses / memory.gpus)
+        batch, response = self.sampled_together, self._mean_response
+        going_on = [(1 - (n + 0.5) / PARTS) ** (1 / share - 1) for n in range(PARTS)]
+        shrinking = [weights_a_step(memory.architecture, max(1, batch * s)) for s in going_on]
+        weights = (responses / batch - 1) * response * weights_a_step(memory.architecture, batch)
+        weights += opd.max_response_length * sum(shrinking) / PARTS
+        # Half the mean square of a response's length is response ** 2 / (1 + share).
+        keys = response * (self.mean_length - response + response / (1 + share))
+        read = weights * self._cfg.model.dtype.num_bytes + responses * keys * self._bytes_a_token
+        return read / (memory.card.bandwidth_gb * 1e9 * self._assumed.sampling_efficiency)
 
     def score(self) -> float:
         """Of the slowest phase's teacher; of servers what sampling does not hide is not known."""

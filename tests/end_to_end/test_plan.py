@@ -36,11 +36,13 @@ def test_a_plan_is_written_as_json(tmp_path: Path) -> None:
         "peak_gib",
         "peak_phase",
         "fits",
+        "lack_of_keys",
         "host_gib",
         "disk_gib",
         "step_seconds",
         "run_hours",
         "gpu_hours",
+        "basis",
         "assumptions",
         "advice",
     ]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from marco_train.config import TrainConfig
 from marco_train.config.model import DType
 from marco_train.config.parallel import Dispatch, Recompute
 from marco_train.errors import InputError
@@ -19,7 +20,7 @@ from marco_train.planning.cards import CARDS, Card, card_of, card_of_device
 from marco_train.planning.check import check_free
 from marco_train.planning.memory import GIB, Memory, sizes_of
 from marco_train.planning.plan import make_plan
-from marco_train.planning.seconds import Assumptions
+from marco_train.planning.seconds import Assumptions, Time
 from marco_train.planning.shapes import student_shape, teacher_architecture
 from marco_train.planning.trace import PlannedGroup, Shapes, trace_update
 from marco_train.stages import opd
@@ -157,6 +158,15 @@ def test_keys_take_what_the_trainer_the_teacher_and_the_reserve_leave() -> None:
     assert sample["kv_cache"] == pytest.approx(left, abs=0.01)
 
 
+def test_a_plan_without_keys_for_one_sequence_does_not_fit() -> None:
+    stays = ["parallel.offload_while_sampling=false", "parallel.zero_stage=2"]
+    plan = make_plan(compose_config("marco_mini_opd", *MINI, *stays), 8, H100)
+    assert plan.peak_gib < plan.capacity_gib and not plan.fits
+    assert plan.lack_of_keys is not None and "give fewer reserve_gib" in plan.lack_of_keys
+    stays.append("stage.rollout.reserve_gib=4.9")
+    assert make_plan(compose_config("marco_mini_opd", *MINI, *stays), 8, H100).fits
+
+
 def test_a_sync_keeps_a_gathered_layer_and_lays_it_out() -> None:
     cfg = compose_config("marco_mini_opd", *MINI)
     layer = 256 * 3 * 1024 * 768 * 2
@@ -166,6 +176,48 @@ def test_a_sync_keeps_a_gathered_layer_and_lays_it_out() -> None:
     assert cfg.model.architecture is not None
     alone = Memory(cfg, cfg.model.architecture, 8, H100, 1.0).sync()
     assert alone["activations"] == layer
+
+
+@pytest.mark.parametrize("experiment", ["marco_mini_opd", "marco_nano_opd"])
+def test_more_keys_never_make_sampling_slower(experiment: str) -> None:
+    cfg = compose_config(experiment, *MINI)
+    for share in (0.02, 0.2, 1.0):
+        found = []
+        for gib in (0.1, 1.1, 2, 5, 10, 20, 40, 80):
+            cfg.stage.rollout.kv_cache_gib = gib
+            found.append(seconds_of_sampling(cfg, share))
+        assert found == sorted(found, reverse=True)
+        assert found[-1] < found[0]
+
+
+def seconds_of_sampling(cfg: TrainConfig, mean_share_of_response: float) -> float:
+    """Of a step on eight cards."""
+    assumed = Assumptions(mean_share_of_response=mean_share_of_response)
+    return Time(Memory(cfg, student_shape(cfg), 8, H100, 1.0), assumed).sample()
+
+
+def test_responses_of_one_length_end_together() -> None:
+    overrides = ["stage.rollout.batch_size=32", "stage.rollout.kv_cache_gib=80"]
+    found = seconds_of_sampling(compose_config("marco_mini_opd", *MINI, *overrides), 1.0)
+    # Of 128 responses of 8,192 tokens on a rank, 32 at a time, to prompts of 307.2.
+    dense, experts = 151_936 * 1024 + 28 * 6_555_904 + 1024, 28 * 256 * 3 * 1024 * 768
+    taken = 1 - (1 - 8 / 256) ** 32
+    weights = 4 * 8192 * 2 * (dense + experts * taken)
+    # Of 28 layers keys and values of 8 heads of 128 in bfloat16.
+    keys = 128 * 28 * 2 * 8 * 128 * 2 * 8192 * (307.2 + 8192 / 2)
+    assert found == pytest.approx((weights + keys) / (3350e9 * 0.8), rel=1e-6)
+
+
+def test_a_batch_shrinks_as_responses_end() -> None:
+    cfg = compose_config("marco_mini_opd", *MINI, "stage.rollout.kv_cache_gib=80")
+    # All 128 begin at once, and end evenly over 8,192 steps.
+    dense, experts = 151_936 * 1024 + 28 * 6_555_904 + 1024, 28 * 256 * 3 * 1024 * 768
+    taken = sum(1 - (1 - 8 / 256) ** n for n in range(1, 129)) / 128
+    weights = 8192 * 2 * (dense + experts * taken)
+    lengths = [8192 * n / 128 for n in range(1, 129)]
+    tokens = sum(307.2 * length + length**2 / 2 for length in lengths)
+    expected = (weights + tokens * 28 * 2 * 8 * 128 * 2) / (3350e9 * 0.8)
+    assert seconds_of_sampling(cfg, 0.5) == pytest.approx(expected, rel=0.02)
 
 
 def test_a_sampler_leaves_room_for_the_teachers_that_are_opened_in_this_process(
@@ -202,6 +254,19 @@ def test_a_plan_s_phases_add_up_and_the_largest_is_its_peak() -> None:
         assert sum(phase.components_gib.values()) == pytest.approx(phase.total_gib, abs=0.01)
     assert plan.peak_gib == max(phase.total_gib for phase in plan.phases.values())
     assert plan.phases[plan.peak_phase].total_gib == plan.peak_gib
+
+
+def test_a_plan_says_what_its_hours_are_of() -> None:
+    opd = make_plan(compose_config("marco_mini_opd", *MINI), 8, H100).basis
+    assert opd == (
+        "3800 steps; checkpoint seconds are per save, every 100 steps; GPUs of teachers on servers "
+        "are not counted; assumed: 17% of a card's peak in training, 25% in scoring, 80% of its "
+        "bandwidth in sampling; responses of 1638 tokens on average and 8192 at most, the batch "
+        "shrinking as they end"
+    )
+    sft = compose_config("marco_mini_sft", *MINI, "checkpoint.save_every=null")
+    said = make_plan(sft, 8, H100, Assumptions(training_efficiency=0.3)).basis
+    assert said == "4000 steps; assumed: 30% of a card's peak in training"
 
 
 def test_each_advice_makes_the_run_fit() -> None:
