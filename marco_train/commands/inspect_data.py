@@ -13,7 +13,7 @@ from typing import Any
 
 from marco_train.commands.source import add_source_arguments, escape_unprintable, open_source
 from marco_train.config.data import DataConfig
-from marco_train.config.lengths import MAX_LENGTH
+from marco_train.config.lengths import MAX_LENGTH, positions_of
 from marco_train.config.model import ChatTemplate, ModelConfig
 from marco_train.config.sft import LossTokens
 from marco_train.data.chat import (
@@ -25,7 +25,7 @@ from marco_train.data.chat import (
     stretches,
 )
 from marco_train.data.conversations import Source
-from marco_train.data.drops import Dropped
+from marco_train.data.drops import Dropped, over
 from marco_train.data.gate import (
     Structure,
     check_bad_rows,
@@ -36,7 +36,7 @@ from marco_train.data.gate import (
 )
 from marco_train.data.render import ExampleRenderer, PromptRenderer
 from marco_train.data.tokens import render_row
-from marco_train.errors import InputError
+from marco_train.errors import InputError, require
 from marco_train.hub import fetch, is_hub_id
 from marco_train.types import Conversation
 
@@ -77,8 +77,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with ExitStack() as opened:
         opened.enter_context(redirect_stdout(sys.stderr))
         try:
-            tokenizer = _tokenizer(args, opened)
-            found = inspect(report, args, tokenizer, lengths, marked)
+            directory = _tokenizer_directory(args, opened)
+            tokenizer = _tokenizer(args, directory)
+            limit = _length_limit(args, directory)
+            found = inspect(report, args, tokenizer, limit, lengths, marked)
             refusal = None
         except InputError as error:
             refusal = " ".join(str(error).split())
@@ -103,21 +105,46 @@ def _parser() -> argparse.ArgumentParser:
         choices=[template.value for template in ChatTemplate],
         help="the tokenizer's own, or ours (chatml, without a tokenizer)",
     )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        help="tokens of a row, or of a prompt in opd, over which it is not used (with --tokenizer: "
+        "the positions in the config.json beside it, 4096 at most, of which a prompt gets half)",
+    )
     parser.add_argument("--stage", choices=["sft", "opd"], default="sft", help="who reads it (sft)")
     parser.add_argument("--samples", type=int, default=5, help="rows to show (5)")
     parser.add_argument("--json", action="store_true", help="one line of JSON on stdout")
     return parser
 
 
-def _tokenizer(args: argparse.Namespace, opened: ExitStack) -> Tokenizer:
-    path = args.tokenizer
-    if path is None:
-        path = opened.enter_context(tempfile.TemporaryDirectory())
-        write_byte_tokenizer(Path(path))
-    elif is_hub_id(path):
-        path = str(fetch(path, weights=False))
+def _tokenizer_directory(args: argparse.Namespace, opened: ExitStack) -> Path:
+    if args.tokenizer is None:
+        path = Path(opened.enter_context(tempfile.TemporaryDirectory()))
+        write_byte_tokenizer(path)
+        return path
+    return (
+        fetch(args.tokenizer, weights=False) if is_hub_id(args.tokenizer) else Path(args.tokenizer)
+    )
+
+
+def _length_limit(args: argparse.Namespace, directory: Path) -> int:
+    """Tokens that a run would allow a row, or a prompt, which shares them with its response."""
+    if args.max_length is not None:
+        require(
+            args.max_length > 0, f"--max-length is {args.max_length}, and must be greater than 0"
+        )
+        return int(args.max_length)
+    if args.tokenizer is None:
+        return NO_LIMIT
+    whole = min(MAX_LENGTH, positions_of(directory) or MAX_LENGTH)
+    return whole if args.stage == "sft" else max(1, whole // 2)
+
+
+def _tokenizer(args: argparse.Namespace, directory: Path) -> Tokenizer:
     template = args.chat_template or ("tokenizer" if args.tokenizer else "chatml")
-    return load_tokenizer(ModelConfig(tokenizer=path, chat_template=ChatTemplate(template)))
+    return load_tokenizer(
+        ModelConfig(tokenizer=str(directory), chat_template=ChatTemplate(template))
+    )
 
 
 def write_byte_tokenizer(path: Path) -> None:
@@ -140,6 +167,7 @@ def inspect(
     report: Report,
     args: argparse.Namespace,
     tokenizer: Tokenizer,
+    limit: int,
     lengths: list[int],
     marked: list[str],
 ) -> Structure:
@@ -158,7 +186,7 @@ def inspect(
     report.kept = report.rows - len(found.bad)
     check_bad_rows(source.name, found, cfg)
 
-    render = _renderer(args, tokenizer, cfg)
+    render = _renderer(args, tokenizer, limit, cfg)
     rows = judged_rows(source, cfg)
     if args.stage == "sft":
         said = check_marks(tokenizer, _first_conversations(source, rows))
@@ -167,14 +195,17 @@ def inspect(
     _show_samples(report, marked, source, render, rows, args.samples)
     files, lost = judge_tokens(source, cfg, render, render.identity())
     is_bad = Counter({"data/dropped_malformed": len(found.bad)})
-    report.quarantined |= {LOST[name]: n for name, n in (lost.counts - is_bad).items()}
+    bound = f"--max-length={limit}"
+    report.quarantined |= {
+        LOST[name] + over(name, bound): n for name, n in (lost.counts - is_bad).items()
+    }
     report.kept = report.rows - sum(report.quarantined.values())
     for index in rows:
         item = files[index] if files is not None else render_row(source, index, render)
         if not isinstance(item, Dropped):
             lengths.append(len(item[1].input_ids))
     scale(report, found)
-    check_lost_rows(source.name, found, lost, cfg)
+    check_lost_rows(source.name, found, lost, bound, cfg)
     return found
 
 
@@ -188,15 +219,12 @@ def scale(report: Report, found: Structure) -> None:
 
 
 def _renderer(
-    args: argparse.Namespace, tokenizer: Tokenizer, cfg: DataConfig
+    args: argparse.Namespace, tokenizer: Tokenizer, limit: int, cfg: DataConfig
 ) -> ExampleRenderer | PromptRenderer:
-    """What a stage makes of a row, with the limits that it has by itself."""
-    bounded = args.tokenizer is not None
+    """What a stage makes of a row."""
     if args.stage == "sft":
-        limit = MAX_LENGTH if bounded else NO_LIMIT
         return ExampleRenderer.of(tokenizer, cfg, LossTokens.assistant, limit)
-    # A distillation has to name its own limit.
-    return PromptRenderer(tokenizer, NO_LIMIT, cfg.thinking, cfg.overlong)
+    return PromptRenderer(tokenizer, limit, cfg.thinking, cfg.overlong)
 
 
 def _first_conversations(source: Source, rows: Sequence[int]) -> list[Conversation]:

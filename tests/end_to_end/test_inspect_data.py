@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from marco_train.commands.inspect_data import main
 from tests.helpers.processes import REPOSITORY
 from tests.helpers.world import World
 
@@ -120,3 +122,27 @@ def test_what_cannot_be_looked_at_is_a_sentence(
     assert done.returncode != 0
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "limit"),
+    [("sft", [], 40), ("opd", [], 20), ("sft", ["--max-length", "30"], 30)],
+)
+def test_rows_over_the_positions_of_the_model_beside_the_tokenizer_are_not_used(
+    stage: str,
+    more: list[str],
+    limit: int,
+    world: World,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(world.path("data", "tokenizer"), model)
+    shape = {"model_type": "qwen3", "max_position_embeddings": 40}
+    (model / "config.json").write_text(json.dumps(shape))
+    long = {"messages": [{"role": "user", "content": "one? " * 40}, ANSWERED]}
+    file = write(tmp_path, *[GOOD] * 3, long)
+    main([file, "--stage", stage, "--tokenizer", str(model), *more])
+    said = capsys.readouterr().out
+    assert "rows     4, of which 3 would be used" in said
+    assert f"1 not used: too long over --max-length={limit}\n" in said

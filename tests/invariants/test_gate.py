@@ -293,11 +293,11 @@ def test_half_of_a_source_may_be_lost_or_the_share_that_is_allowed(
 ) -> None:
     cfg = DataConfig(max_lost_rows=share)
     if starts:
-        check_lost_rows("s", Structure(num_rows, num_rows), losses(num_lost), cfg)
+        check_lost_rows("s", Structure(num_rows, num_rows), losses(num_lost), "", cfg)
         return
     says = rf"can use {num_rows - num_lost} of {num_rows} rows.*{num_lost} data/dropped_too_long"
     with pytest.raises(InputError, match=says):
-        check_lost_rows("s", Structure(num_rows, num_rows), losses(num_lost), cfg)
+        check_lost_rows("s", Structure(num_rows, num_rows), losses(num_lost), "", cfg)
 
 
 def rated(question: str) -> dict[str, Any]:
@@ -318,12 +318,17 @@ LOST: dict[str, tuple[str, Any, str]] = {
         r"\(8 data/dropped_empty\): mend the rows, learn them with "
         r"data.keep_empty_answers=true, or raise data.max_lost_rows$",
     ),
-    "long answers": ("sft", chat("x", "word " * 200), r"\(8 data/dropped_too_long\)"),
+    "long answers": (
+        "sft",
+        chat("x", "word " * 200),
+        r"\(8 data/dropped_too_long over stage.max_length=96\)",
+    ),
     "long prompts": (
         "opd",
         chat("word " * 200),
-        r"\(8 data/dropped_too_long\): mend the rows, raise the stage's limit on their length, cut "
-        r"them with data.overlong=truncate, or raise data.max_lost_rows$",
+        r"\(8 data/dropped_too_long over stage.max_prompt_length=72\): mend the rows, raise "
+        r"stage.max_prompt_length, cut them with data.overlong=truncate, or raise "
+        r"data.max_lost_rows$",
     ),
     "control tokens": (
         "opd",
@@ -377,7 +382,7 @@ def test_what_was_lost_is_said_by_source_at_the_start_and_at_the_end(
 
 def test_a_source_without_a_fault_is_said_in_a_line() -> None:
     found = Structure(1234, 1234, shapes=Counter({"alpaca": 1234}))
-    assert describe("s", found, LostRows()) == ["source 's': 1,234 rows, shape alpaca"]
+    assert describe("s", found, LostRows(), "") == ["source 's': 1,234 rows, shape alpaca"]
 
 
 def tokens(counts: list[int]) -> Callable[[UsableRow], Example | str]:
