@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -83,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = inspect(report, args, tokenizer, limit, lengths, marked)
             refusal = None
         except InputError as error:
-            refusal = " ".join(str(error).split())
+            refusal = as_options(" ".join(str(error).split()), Path(args.path).name)
     if args.json:
         print(json.dumps(vars(report)))  # in ASCII: no character of a row ends the line
     else:
@@ -209,6 +210,26 @@ def inspect(
     return found
 
 
+def as_options(text: str, name: str) -> str:
+    """Say of the keys of a run what they are here, and what in a run of the rows.
+
+    Args:
+        text: A sentence for a run, which speaks of data.sources.<name> or other keys of it.
+        name: Of the source.
+    """
+    key = rf"data\.sources\.(?:<name>|{re.escape(name)})\.(columns|roles)"
+    text = re.sub(
+        rf"{key} and \.roles",
+        "--columns and --roles (in a run data.sources.own.columns and .roles)",
+        text,
+    )
+    value = r"((?:<[^>]+>|\w+)=(?:<[^>]+>|\w+))"
+    text = re.sub(rf"{key}\.{value}", r"--\1 \2 (in a run data.sources.own.\1.\2)", text)
+    text = re.sub(rf"{key}\.(\w+)", r"--\1 \2=<own name> (in a run data.sources.own.\1.\2)", text)
+    text = re.sub(key, r"--\1", text)
+    return re.sub(r"(raise|with) (data\.(?!sources)\w+)", r"\1 the run's \2", text)
+
+
 def scale(report: Report, found: Structure) -> None:
     """Reckon from the rows that were judged to all of them."""
     if found.is_complete:
@@ -270,8 +291,9 @@ def _as_text(
             f"{name or 'none'} {n:,}" for name, n in found.languages.most_common(12)
         )
         yield f"language {languages}"
-        for reason, row in {row["kind"]: row for row in reversed(found.bad)}.items():
-            yield f"at fault {reason}, as row {row['row']} (from 0): {row['reason']}"
+        for kind, row in {row["kind"]: row for row in reversed(found.bad)}.items():
+            reason = as_options(row["reason"], str(row["source"]))
+            yield f"at fault {kind}, as row {row['row']} (from 0): {reason}"
     if report.ignored_columns:
         yield f"not read {', '.join(report.ignored_columns)}: columns that hold something"
     yield from _histogram(lengths, unit)

@@ -30,6 +30,8 @@ NUM_SAMPLED = 10_000
 NUM_FORGIVEN = 10
 # Kinds of fault that a refusal names.
 NUM_NAMED = 5
+# Kinds of fault that other names of columns or roles may mend.
+READ_OTHERWISE = {"unknown columns", "unknown role", "two shapes", "no list of turns"}
 # What helps beside mending the rows, by the metric that counts them.
 FIXES = {
     "data/dropped_no_loss": "name the column of the answer with "
@@ -152,11 +154,17 @@ def check_bad_rows(name: str, found: Structure, cfg: DataConfig) -> None:
         f"{count} {kind}, as row {first[kind]['row']} (from 0): {first[kind]['reason']}"
         for kind, count in found.kinds.most_common(NUM_NAMED)
     ]
+    share = f"data.max_bad_rows={cfg.max_bad_rows:g}"
+    bound = f"{share} allows"
+    if num_bad <= allowed:
+        bound = f"half of them, which {share} does not allow"
+    elif allowed == NUM_FORGIVEN:
+        bound = f"{share} allows beyond the first {NUM_FORGIVEN}, which are free"
+    named = f"say with data.sources.{name}.columns and .roles how they are to be read, "
     raise InputError(
         f"source {name!r}: {num_bad} of {found.num_judged} rows are at fault, more than "
-        f"data.max_bad_rows={cfg.max_bad_rows:g} allows ({'; '.join(lines)}): mend the rows, say "
-        f"with data.sources.{name}.columns and .roles how they are to be read, or raise "
-        "data.max_bad_rows"
+        f"{bound} ({'; '.join(lines)}): mend the rows, "
+        f"{named if READ_OTHERWISE & found.kinds.keys() else ''}or raise data.max_bad_rows"
     )
 
 

@@ -146,3 +146,43 @@ def test_rows_over_the_positions_of_the_model_beside_the_tokenizer_are_not_used(
     said = capsys.readouterr().out
     assert "rows     4, of which 3 would be used" in said
     assert f"1 not used: too long over --max-length={limit}\n" in said
+
+
+def test_advice_is_of_options_that_are_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([write(tmp_path, {"chat": [ASKED, ANSWERED]})])
+    said = str(ended.value)
+    assert said.endswith(
+        "mend the rows, say with --columns and --roles (in a run data.sources.own.columns and "
+        ".roles) how they are to be read, or raise the run's data.max_bad_rows"
+    )
+    mapped = "--columns messages=<own name> (in a run data.sources.own.columns.messages=<own name>)"
+    assert mapped in said
+    main([write(tmp_path, *[GOOD] * 3, {"chat": [ASKED, ANSWERED]})])
+    assert mapped in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main([write(tmp_path, {"prompt": "one?"})])
+    assert (
+        "name the column of the answer with --columns response=<own name> (in a run "
+        "data.sources.own.columns.response), or raise the run's data.max_lost_rows"
+    ) in str(ended.value)
+
+
+def test_a_column_that_is_not_read_is_named_and_a_context_beside_a_question_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, {"question": "one?", "context": "two.", "response": "yes"})
+    main([file])
+    said = capsys.readouterr().out
+    assert "one?\n\ntwo." in said and "not read" not in said
+    main([file, "--columns", "prompt=question"])
+    assert "not read context: columns that hold something\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.TSV", "rows.csv.gz"])
+def test_a_file_of_csv_is_named_as_what_it_is(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("prompt,response\none?,yes\n")
+    with pytest.raises(SystemExit, match="CSV is not read: convert it to JSON lines or Parquet"):
+        main([str(tmp_path / name)])
