@@ -132,7 +132,8 @@ def test_the_five_commonest_faults_end_a_run_before_its_first_step(
     said = str(refusal.value)
     assert said.startswith(
         "source 'text': 21 of 41 rows are at fault, more than data.max_bad_rows=0.01 allows "
-        "beyond the first 10, which are free (6 unknown columns, as row 20 (from 0): no column messages"
+        "beyond the first 10, which are free (6 unknown columns, as row 20 (from 0): "
+        "no column messages"
     )
     assert "; 5 no object, as row 26 (from 0): the row is [], not an object" in said
     assert "; 4 content that is not text, as row 31 (from 0)" in said
