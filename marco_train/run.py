@@ -218,6 +218,7 @@ class Run:
         """Yield the steps still to make, counted from 0; the plan may become shorter meanwhile."""
         if self._tracker is not None:
             self._tracker.start(self._first, plan.num_steps)
+            self._say_if_never_measured(plan.num_steps)
         self._started = time.perf_counter()
         step = self._first
         while step < plan.num_steps:
@@ -227,6 +228,18 @@ class Run:
             with self._profiler.step(step + 1):
                 yield step
             step += 1
+
+    def _say_if_never_measured(self, num_steps: int) -> None:
+        """Say where what is to be measured meanwhile is due after no step that is still to make."""
+        stage, has_held_out = self._cfg.stage, self._cfg.data.held_out is not None
+        if not stage.eval_metrics(has_held_out=has_held_out) or self._first >= num_steps:
+            return
+        if num_steps // stage.eval_every == self._first // stage.eval_every:
+            log_line(
+                f"nothing will be measured: stage.eval_every is {stage.eval_every}, and this run "
+                f"goes from step {self._first + 1} to {num_steps}; give at most "
+                f"stage.eval_every={num_steps - self._first}"
+            )
 
     @contextmanager
     def timer(self, name: str) -> Iterator[None]:
@@ -406,7 +419,11 @@ class Run:
                 log_line(f"best: {self._directory / BEST_EXPORT}, after {step} updates")
             return
         if is_main():
-            log_line(f"no {BEST_EXPORT}: no checkpoint was measured that is still there and sound")
+            why = "no checkpoint that was measured is still there and sound"
+            if not self._best.steps:
+                metric, every = self._cfg.checkpoint.best.metric, self._cfg.stage.eval_every
+                why = f"{metric} was never measured (stage.eval_every={every})"
+            log_line(f"no {BEST_EXPORT}: {why}")
 
     def finish(self, last_phase: str | None = None) -> None:
         """Save, export the policy and mark the run as finished; with more steps it can go on.

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import sys
 import tempfile
 from collections import Counter
@@ -13,7 +14,7 @@ from typing import Any
 
 from marco_train.commands.source import add_source_arguments, escape_unprintable, open_source
 from marco_train.config.data import DataConfig
-from marco_train.config.lengths import MAX_LENGTH
+from marco_train.config.lengths import MAX_LENGTH, positions_of
 from marco_train.config.model import ChatTemplate, ModelConfig
 from marco_train.config.sft import LossTokens
 from marco_train.data.chat import (
@@ -25,7 +26,7 @@ from marco_train.data.chat import (
     stretches,
 )
 from marco_train.data.conversations import Source
-from marco_train.data.drops import Dropped
+from marco_train.data.drops import Dropped, over
 from marco_train.data.gate import (
     Structure,
     check_bad_rows,
@@ -36,7 +37,7 @@ from marco_train.data.gate import (
 )
 from marco_train.data.render import ExampleRenderer, PromptRenderer
 from marco_train.data.tokens import render_row
-from marco_train.errors import InputError
+from marco_train.errors import InputError, require
 from marco_train.hub import fetch, is_hub_id
 from marco_train.types import Conversation
 
@@ -77,11 +78,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with ExitStack() as opened:
         opened.enter_context(redirect_stdout(sys.stderr))
         try:
-            tokenizer = _tokenizer(args, opened)
-            found = inspect(report, args, tokenizer, lengths, marked)
+            directory = _tokenizer_directory(args, opened)
+            tokenizer = _tokenizer(args, directory)
+            limit = _length_limit(args, directory)
+            found = inspect(report, args, tokenizer, limit, lengths, marked)
             refusal = None
         except InputError as error:
-            refusal = " ".join(str(error).split())
+            refusal = as_options(" ".join(str(error).split()), Path(args.path).name)
     if args.json:
         print(json.dumps(vars(report)))  # in ASCII: no character of a row ends the line
     else:
@@ -103,21 +106,46 @@ def _parser() -> argparse.ArgumentParser:
         choices=[template.value for template in ChatTemplate],
         help="the tokenizer's own, or ours (chatml, without a tokenizer)",
     )
+    parser.add_argument(
+        "--max-length",
+        type=int,
+        help="tokens of a row, or of a prompt in opd, over which it is not used (with --tokenizer: "
+        "the positions in the config.json beside it, 4096 at most, of which a prompt gets half)",
+    )
     parser.add_argument("--stage", choices=["sft", "opd"], default="sft", help="who reads it (sft)")
     parser.add_argument("--samples", type=int, default=5, help="rows to show (5)")
     parser.add_argument("--json", action="store_true", help="one line of JSON on stdout")
     return parser
 
 
-def _tokenizer(args: argparse.Namespace, opened: ExitStack) -> Tokenizer:
-    path = args.tokenizer
-    if path is None:
-        path = opened.enter_context(tempfile.TemporaryDirectory())
-        write_byte_tokenizer(Path(path))
-    elif is_hub_id(path):
-        path = str(fetch(path, weights=False))
+def _tokenizer_directory(args: argparse.Namespace, opened: ExitStack) -> Path:
+    if args.tokenizer is None:
+        path = Path(opened.enter_context(tempfile.TemporaryDirectory()))
+        write_byte_tokenizer(path)
+        return path
+    return (
+        fetch(args.tokenizer, weights=False) if is_hub_id(args.tokenizer) else Path(args.tokenizer)
+    )
+
+
+def _length_limit(args: argparse.Namespace, directory: Path) -> int:
+    """Tokens that a run would allow a row, or a prompt, which shares them with its response."""
+    if args.max_length is not None:
+        require(
+            args.max_length > 0, f"--max-length is {args.max_length}, and must be greater than 0"
+        )
+        return int(args.max_length)
+    if args.tokenizer is None:
+        return NO_LIMIT
+    whole = min(MAX_LENGTH, positions_of(directory) or MAX_LENGTH)
+    return whole if args.stage == "sft" else max(1, whole // 2)
+
+
+def _tokenizer(args: argparse.Namespace, directory: Path) -> Tokenizer:
     template = args.chat_template or ("tokenizer" if args.tokenizer else "chatml")
-    return load_tokenizer(ModelConfig(tokenizer=path, chat_template=ChatTemplate(template)))
+    return load_tokenizer(
+        ModelConfig(tokenizer=str(directory), chat_template=ChatTemplate(template))
+    )
 
 
 def write_byte_tokenizer(path: Path) -> None:
@@ -140,6 +168,7 @@ def inspect(
     report: Report,
     args: argparse.Namespace,
     tokenizer: Tokenizer,
+    limit: int,
     lengths: list[int],
     marked: list[str],
 ) -> Structure:
@@ -158,7 +187,7 @@ def inspect(
     report.kept = report.rows - len(found.bad)
     check_bad_rows(source.name, found, cfg)
 
-    render = _renderer(args, tokenizer, cfg)
+    render = _renderer(args, tokenizer, limit, cfg)
     rows = judged_rows(source, cfg)
     if args.stage == "sft":
         said = check_marks(tokenizer, _first_conversations(source, rows))
@@ -167,15 +196,38 @@ def inspect(
     _show_samples(report, marked, source, render, rows, args.samples)
     files, lost = judge_tokens(source, cfg, render, render.identity())
     is_bad = Counter({"data/dropped_malformed": len(found.bad)})
-    report.quarantined |= {LOST[name]: n for name, n in (lost.counts - is_bad).items()}
+    bound = f"--max-length={limit}"
+    report.quarantined |= {
+        LOST[name] + over(name, bound): n for name, n in (lost.counts - is_bad).items()
+    }
     report.kept = report.rows - sum(report.quarantined.values())
     for index in rows:
         item = files[index] if files is not None else render_row(source, index, render)
         if not isinstance(item, Dropped):
             lengths.append(len(item[1].input_ids))
     scale(report, found)
-    check_lost_rows(source.name, found, lost, cfg)
+    check_lost_rows(source.name, found, lost, bound, cfg)
     return found
+
+
+def as_options(text: str, name: str) -> str:
+    """Say of the keys of a run what they are here, and what in a run of the rows.
+
+    Args:
+        text: A sentence for a run, which speaks of data.sources.<name> or other keys of it.
+        name: Of the source.
+    """
+    key = rf"data\.sources\.(?:<name>|{re.escape(name)})\.(columns|roles)"
+    text = re.sub(
+        rf"{key} and \.roles",
+        "--columns and --roles (in a run data.sources.own.columns and .roles)",
+        text,
+    )
+    value = r"((?:<[^>]+>|\w+)=(?:<[^>]+>|\w+))"
+    text = re.sub(rf"{key}\.{value}", r"--\1 \2 (in a run data.sources.own.\1.\2)", text)
+    text = re.sub(rf"{key}\.(\w+)", r"--\1 \2=<own name> (in a run data.sources.own.\1.\2)", text)
+    text = re.sub(key, r"--\1", text)
+    return re.sub(r"(raise|with) (data\.(?!sources)\w+)", r"\1 the run's \2", text)
 
 
 def scale(report: Report, found: Structure) -> None:
@@ -188,15 +240,12 @@ def scale(report: Report, found: Structure) -> None:
 
 
 def _renderer(
-    args: argparse.Namespace, tokenizer: Tokenizer, cfg: DataConfig
+    args: argparse.Namespace, tokenizer: Tokenizer, limit: int, cfg: DataConfig
 ) -> ExampleRenderer | PromptRenderer:
-    """What a stage makes of a row, with the limits that it has by itself."""
-    bounded = args.tokenizer is not None
+    """What a stage makes of a row."""
     if args.stage == "sft":
-        limit = MAX_LENGTH if bounded else NO_LIMIT
         return ExampleRenderer.of(tokenizer, cfg, LossTokens.assistant, limit)
-    # A distillation has to name its own limit.
-    return PromptRenderer(tokenizer, NO_LIMIT, cfg.thinking, cfg.overlong)
+    return PromptRenderer(tokenizer, limit, cfg.thinking, cfg.overlong)
 
 
 def _first_conversations(source: Source, rows: Sequence[int]) -> list[Conversation]:
@@ -242,8 +291,9 @@ def _as_text(
             f"{name or 'none'} {n:,}" for name, n in found.languages.most_common(12)
         )
         yield f"language {languages}"
-        for reason, row in {row["kind"]: row for row in reversed(found.bad)}.items():
-            yield f"at fault {reason}, as row {row['row']} (from 0): {row['reason']}"
+        for kind, row in {row["kind"]: row for row in reversed(found.bad)}.items():
+            reason = as_options(row["reason"], str(row["source"]))
+            yield f"at fault {kind}, as row {row['row']} (from 0): {reason}"
     if report.ignored_columns:
         yield f"not read {', '.join(report.ignored_columns)}: columns that hold something"
     yield from _histogram(lengths, unit)

@@ -162,9 +162,14 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """Read the config.json of a model's directory.
 
     Raises:
-        InputError: There is none, or it is no JSON object.
+        InputError: There is none, it is no JSON object, or the directory is a run's.
     """
-    file = Path(path) / "config.json"
+    file, export = Path(path) / "config.json", Path(path) / "export"
+    is_run = (export / "config.json").is_file() and not any(Path(path).glob("*.safetensors"))
+    require(
+        not is_run,
+        f"{path} is the directory of a run and has no weights: did you mean {export}?",
+    )
     if not file.is_file():
         refuse_adapter(path)
         raise InputError(f"no model at {str(path)!r}: {file} does not exist")

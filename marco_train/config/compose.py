@@ -49,6 +49,11 @@ OTHERS_SAY = {
     "lr_scheduler_type": "schedule",
     "gradient_clipping": "clip_norm",
 }
+# A word that is no key=value as there are spaces in it, or as the shell parted it there.
+SPACED = re.compile(r"^[^=~]*$|^=|^[^={\['\"]*\s=|^[^=]*=\s")
+# What a value that OmegaConf cannot convert has to be.
+TAKES = {"Float": "a number", "Integer": "a whole number", "bool": "true or false"}
+SHAPE = "model.architecture"
 HELD_OUT = (
     "data.held_out takes data.held_out.share=0.02 (of the rows of data.sources), or rows of their "
     "own as data.held_out.sources.<name>.path=<file>"
@@ -108,7 +113,7 @@ def compose(words: Sequence[str]) -> DictConfig:
         raise InputError(f"this is not YAML: {_in_one_line(error)}") from error
     except MissingConfigException as error:
         raise InputError(_no_such_choice(error, directory)) from error
-    except AssertionError as error:  # of OmegaConf, where a field of nothing is set
+    except (AssertionError, AttributeError) as error:  # of OmegaConf: a field of nothing is set
         raise InputError(_nothing_there(overrides, directory)) from error
     except (HydraException, OmegaConfBaseException, ValueError, OSError) as error:
         raise InputError(_explained(error, overrides, directory)) from error
@@ -193,7 +198,9 @@ def _explained(error: Exception, overrides: Sequence[str], directory: Path | Non
         key = said.split("'")[1]
         return f"there is no {key} to delete{_known(key, overrides, directory)}"
     if isinstance(error, OverrideParseException):
-        return f"{error.override!r} is no key=value that can be read: {_in_one_line(error)}"
+        is_parted = SPACED.search(str(error.override))
+        why = "it takes no spaces around =" if is_parted else _in_one_line(error)
+        return f"{error.override!r} is no key=value that can be read: {why}"
     named = re.match(r"Could not override '(.+?)'", said)
     if named and "efault" in said:  # the defaults list
         near = re.search(r"Did you mean to override (\S+)\?", said)
@@ -221,7 +228,11 @@ def _wrong_field(
         text = re.match(r"Error merging override (.+)", str(error))
         key = text[1].lstrip("+~").partition("=")[0] if text else str(cause.full_key or "")
         forms = f"; {HELD_OUT}" if key.startswith("data.held_out") else ""
-        return f"{where}{text[1] if text else key}: {str(cause).splitlines()[0]}{forms}"
+        said = str(cause).splitlines()[0]
+        kind = re.search(r"(?:could not be converted to|is not a valid) (\w+)", said)
+        if kind and kind[1] in TAKES:
+            said = f"takes {TAKES[kind[1]]}"
+        return f"{where}{text[1] if text else key}: {said}{forms}"
     key = str(cause.full_key or unknown[1])
     if override is not None and cause.object_type is dict and not cause.parent_node:
         return _nothing_there(overrides, directory)
@@ -303,6 +314,11 @@ def _nothing_there(overrides: Sequence[str], directory: Path | None) -> str:
             how = "experiment=<name>, or stage=sft|opd|evaluate"
             chosen = how if part in {"stage", "optim"} else f"an experiment that has a {part}"
             return f"{word} sets a field of {part}, and this run has no {part}: choose {chosen}"
+        if _is_of(word, SHAPE) and _is_empty(whole.model._get_node("architecture")):
+            return (
+                f"{word}: {SHAPE} is null, as the model's files tell its shape; for a new model "
+                "choose model=<group>, or give its shape in a file of --config-dir"
+            )
     return f"one of {' '.join(overrides)} sets a field of a part that this run does not have"
 
 

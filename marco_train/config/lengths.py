@@ -57,9 +57,18 @@ def _positions(composed: DictConfig) -> int | None:
         return int(model.architecture.max_position_embeddings)
     if OmegaConf.is_missing(model, "path") or model.path is None:
         return None
-    if not (Path(model.path) / "config.json").is_file():
+    return positions_of(Path(model.path))
+
+
+def positions_of(directory: Path) -> int | None:
+    """Positions of a model, by its config.json; None: there is none, or it does not say.
+
+    Raises:
+        InputError: config.json cannot be read.
+    """
+    if not (directory / "config.json").is_file():
         return None
-    found = text_config(read_config(model.path)).get("max_position_embeddings")
+    found = text_config(read_config(str(directory))).get("max_position_embeddings")
     return found if isinstance(found, int) and found > 0 else None
 
 

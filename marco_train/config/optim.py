@@ -118,6 +118,12 @@ class OptimConfig:
             "or more, or choose optim.schedule=constant",
         )
 
+    def num_warmup_steps(self, num_steps: int) -> int:
+        """Updates of the warm-up in a run of `num_steps` updates."""
+        if self.warmup_share is None:
+            return self.warmup_steps
+        return round(self.warmup_share * num_steps)
+
     def rate_at(self, step: int, num_steps: int) -> float:
         """Learning rate of an update, from 0, in a run of `num_steps` updates.
 
@@ -125,9 +131,7 @@ class OptimConfig:
         then stays, or falls along half a cosine or a line to `min_learning_rate` at the last
         update, where it stays.
         """
-        warmup = self.warmup_steps
-        if self.warmup_share is not None:
-            warmup = round(self.warmup_share * num_steps)
+        warmup = self.num_warmup_steps(num_steps)
         if step < warmup:
             return self.learning_rate * (step + 1) / warmup
         if self.schedule is Schedule.constant:

@@ -517,9 +517,12 @@ def check_resume(cfg: TrainConfig) -> None:
     if cfg.resume in {"auto", "never"}:
         return
     path = Path(cfg.resume)
+    meant = {"true": "auto", "yes": "auto", "1": "auto", "false": "never", "no": "never"}
+    word = meant.get(cfg.resume.lower())
+    hint = f" (did you mean {word}?)" if word else ""
     require(
         (path / MANIFEST).is_file(),
-        f"resume={cfg.resume} is no complete checkpoint, nor auto or never; complete ones: "
+        f"resume={cfg.resume} is no complete checkpoint, nor auto or never{hint}; complete ones: "
         f"{others_than(path, cfg)}",
     )
     refuse_damaged(path, fault_of(path), cfg)

@@ -9,9 +9,10 @@ from marco_train.errors import InputError
 from marco_train.types import Row
 
 MALFORMED = "data/dropped_malformed"
+TOO_LONG = "data/dropped_too_long"
 TRUNCATED = "data/truncated"
 DROPS = (
-    "data/dropped_too_long",
+    TOO_LONG,
     "data/dropped_no_loss",
     "data/dropped_special",
     "data/dropped_empty",
@@ -45,10 +46,21 @@ def by_language(counts: Mapping[str, int]) -> str:
     return f" ({', '.join(named)})"
 
 
+def over(metric: str, limit: str) -> str:
+    """Say of rows that are too long which limit they are over, as stage.max_length=256."""
+    return f" over {limit}" if metric == TOO_LONG and limit else ""
+
+
 class Tally:
     """Counts the rows that are dropped or cut, by reason, source and language."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: str = "") -> None:
+        """Begin without any.
+
+        Args:
+            limit: On their length, as stage.max_length=256. Nothing: it is not said.
+        """
+        self._limit = limit
         self._counts: Counter[tuple[str, str, str]] = Counter()  # metric, source, language
         self._first: dict[str, str] = {}  # source -> what is wrong with its first row at fault
 
@@ -73,7 +85,7 @@ class Tally:
 
     def gathered(self) -> "Tally":
         """Add up the counts of all ranks; all of them take part."""
-        total = Tally()
+        total = Tally(self._limit)
         for counts, first in gather_objects((self._counts, self._first)):
             total._counts.update(counts)
             total._first = first | total._first
@@ -86,13 +98,15 @@ class Tally:
             found.setdefault((metric, source), Counter())[language] = n
         return [
             f"{languages.total()} {metric} in {source!r}{by_language(languages)}"
+            f"{over(metric, self._limit)}"
             for (metric, source), languages in found.items()
         ]
 
     def gathered_refusal(self, what: str) -> InputError:
         """Say why no row can be used; all ranks take part."""
         total = self.gathered()
+        key = self._limit.partition("=")[0] or "the stage's limit on their length"
         return InputError(
             f"{what} can be used ({'; '.join([*total.said(), *total._first.values()])}): mend the "
-            "rows, or raise the stage's limit on their length"
+            f"rows, or raise {key}"
         )

@@ -16,7 +16,7 @@ from typing import Any
 from marco_train.config.data import DataConfig
 from marco_train.data.cache import digest_of, read_json, write_json
 from marco_train.data.conversations import BadRow, Source
-from marco_train.data.drops import MALFORMED, TRUNCATED, by_language
+from marco_train.data.drops import MALFORMED, TOO_LONG, TRUNCATED, by_language, over
 from marco_train.data.formats import ignored_columns
 from marco_train.data.tokens import LostRows, Render, TokenFiles, render_row, token_files
 from marco_train.data.turns import MOST_SHOWN
@@ -30,12 +30,13 @@ NUM_SAMPLED = 10_000
 NUM_FORGIVEN = 10
 # Kinds of fault that a refusal names.
 NUM_NAMED = 5
+# Kinds of fault that other names of columns or roles may mend.
+READ_OTHERWISE = {"unknown columns", "unknown role", "two shapes", "no list of turns"}
 # What helps beside mending the rows, by the metric that counts them.
 FIXES = {
     "data/dropped_no_loss": "name the column of the answer with "
     "data.sources.{name}.columns.response, ",
-    "data/dropped_too_long": "raise the stage's limit on their length, cut them with "
-    "data.overlong=truncate, ",
+    TOO_LONG: "raise {limit}, cut them with data.overlong=truncate, ",
     "data/dropped_empty": "learn them with data.keep_empty_answers=true, ",
 }
 
@@ -153,11 +154,17 @@ def check_bad_rows(name: str, found: Structure, cfg: DataConfig) -> None:
         f"{count} {kind}, as row {first[kind]['row']} (from 0): {first[kind]['reason']}"
         for kind, count in found.kinds.most_common(NUM_NAMED)
     ]
+    share = f"data.max_bad_rows={cfg.max_bad_rows:g}"
+    bound = f"{share} allows"
+    if num_bad <= allowed:
+        bound = f"half of them, which {share} does not allow"
+    elif allowed == NUM_FORGIVEN:
+        bound = f"{share} allows beyond the first {NUM_FORGIVEN}, which are free"
+    named = f"say with data.sources.{name}.columns and .roles how they are to be read, "
     raise InputError(
         f"source {name!r}: {num_bad} of {found.num_judged} rows are at fault, more than "
-        f"data.max_bad_rows={cfg.max_bad_rows:g} allows ({'; '.join(lines)}): mend the rows, say "
-        f"with data.sources.{name}.columns and .roles how they are to be read, or raise "
-        "data.max_bad_rows"
+        f"{bound} ({'; '.join(lines)}): mend the rows, "
+        f"{named if READ_OTHERWISE & found.kinds.keys() else ''}or raise data.max_bad_rows"
     )
 
 
@@ -218,8 +225,17 @@ def judge_tokens(
     return None, total
 
 
-def check_lost_rows(name: str, found: Structure, lost: LostRows, cfg: DataConfig) -> None:
+def check_lost_rows(
+    name: str, found: Structure, lost: LostRows, limit: str, cfg: DataConfig
+) -> None:
     """Refuse a source of which the stage cannot use enough.
+
+    Args:
+        name: Of the source.
+        found: What its rows are.
+        lost: Those that the stage cannot use.
+        limit: On the length of a row, as stage.max_length=256.
+        cfg: Says how many may be lost.
 
     Raises:
         InputError: Says how many rows which metric would count.
@@ -228,7 +244,7 @@ def check_lost_rows(name: str, found: Structure, lost: LostRows, cfg: DataConfig
     if num_lost <= cfg.max_lost_rows * num_judged:
         return
     said = ", ".join(
-        f"{count} {metric}{by_language(lost.languages.get(metric, {}))}"
+        f"{count} {metric}{by_language(lost.languages.get(metric, {}))}{over(metric, limit)}"
         for metric, count in sorted(lost.counts.items())
     )
     if lost.reasons:
@@ -239,12 +255,12 @@ def check_lost_rows(name: str, found: Structure, lost: LostRows, cfg: DataConfig
     raise InputError(
         f"source {name!r}: this stage can use {num_judged - num_lost} of {num_judged} rows, and "
         f"may lose a share of {cfg.max_lost_rows:g} ({said}): mend the rows, "
-        f"{fixes.format(name=name)}or raise data.max_lost_rows"
+        f"{fixes.format(name=name, limit=limit.partition('=')[0])}or raise data.max_lost_rows"
     )
 
 
-def describe(name: str, found: Structure, lost: LostRows) -> list[str]:
-    """Say what was found of a source, in a line or two."""
+def describe(name: str, found: Structure, lost: LostRows, limit: str) -> list[str]:
+    """Say what was found of a source, in a line or two; arguments as in `check_lost_rows`."""
 
     def languages(metric: str) -> str:
         return by_language(lost.languages.get(metric, {}))
@@ -260,7 +276,10 @@ def describe(name: str, found: Structure, lost: LostRows) -> list[str]:
     lines = [
         f"source {name!r}: {found.num_rows:,} rows{judged}, shape {shapes or 'none'}"
         + (f"; at fault: {bad}" if bad else "")
-        + "".join(f"; {n:,} {metric}{languages(metric)}" for metric, n in sorted(lost_too.items()))
+        + "".join(
+            f"; {n:,} {metric}{languages(metric)}{over(metric, limit)}"
+            for metric, n in sorted(lost_too.items())
+        )
         + (f"; {cut.total():,} {TRUNCATED}{languages(TRUNCATED)}" if cut else "")
     ]
     if found.ignored:

@@ -91,11 +91,11 @@ class _Loader:
         self.epoch_rows = self._stream.num_rows
         self._identity = self._stream.identity() | tokenizer.digests()
         self._check_template()
-        self._stream.judge(data, render, render.identity(), quarantine)
+        self._stream.judge(data, render, render.identity(), render.limit, quarantine)
         self._step = 0
         self._positions = {0: Position(0, Counter())}  # by step; of the last few
         self._metrics: Metrics = {}
-        self._dropped = Tally()  # of this rank, since it started
+        self._dropped = Tally(render.limit)  # of this rank, since it started
         self._quarantine = quarantine
         self._skipped: list[dict[str, Any]] = []  # lines of the quarantine, by `skip`
         self._num_samples: int | None = None  # of a run whose length is given in epochs
@@ -111,7 +111,7 @@ class _Loader:
         """
         begin = self._positions[self._step]
         first = end = begin.cursor
-        dropped = Tally()
+        dropped = Tally(self._render.limit)
         counts: Counter[str] = Counter()  # of this step over all ranks: uses by group, and drops
         while not counts[""]:  # on every rank alike
             if end - first >= max(self._batch_size, self._stream.num_samples_of_all):
@@ -435,7 +435,7 @@ class PromptLoader(_Loader):
             InputError: There is none among the first samples.
         """
         found: list[Prompt] = []
-        dropped = Tally()
+        dropped = Tally(self._render.limit)
         for index in range(NUM_FIRST):
             if len(found) == count:
                 break

@@ -48,6 +48,11 @@ class ExampleRenderer:
             data.overlong,
         )
 
+    @property
+    def limit(self) -> str:
+        """The key that bounds the length of a row, with its value in tokens."""
+        return f"stage.max_length={self.max_length}"
+
     def identity(self) -> list[Any]:
         """All that the tokens are a function of beside the row, as JSON."""
         options: list[Any] = [self.loss_tokens.value, self.max_length, self.thinking.value]
@@ -87,6 +92,11 @@ class PromptRenderer:
     max_length: int
     thinking: Thinking
     overlong: Overlong
+
+    @property
+    def limit(self) -> str:
+        """The key that bounds the length of a prompt, with its value in tokens."""
+        return f"stage.max_prompt_length={self.max_length}"
 
     def identity(self) -> list[Any]:
         """All that the tokens are a function of beside the row, as JSON."""

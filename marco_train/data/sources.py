@@ -152,6 +152,10 @@ def _split_of(below: Path) -> str:
 
 def _open_file(name: str, file: Path, kind: SourceKind) -> Rows:
     """Open a file by what it holds, whatever it is called."""
+    if file.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+        raise InputError(
+            f"source {name!r}: {str(file)!r}: CSV is not read: convert it to JSON lines or Parquet"
+        )
     with file.open("rb") as content:
         begins = content.read(8)
     for sign, what in NO_ROWS.items():

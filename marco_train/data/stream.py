@@ -90,7 +90,12 @@ class ConversationStream:
         return self.sources[source][row]
 
     def judge(
-        self, cfg: DataConfig, render: Render, decided_by: Sequence[Any], quarantine: Path | None
+        self,
+        cfg: DataConfig,
+        render: Render,
+        decided_by: Sequence[Any],
+        limit: str,
+        quarantine: Path | None,
     ) -> None:
         """Judge the rows of all sources before any is used; see `gate`. Every rank takes part.
 
@@ -98,6 +103,7 @@ class ConversationStream:
             cfg: Says how many rows may be lost.
             render: Makes the tokens of a row, or names the metric that counts it as dropped.
             decided_by: All that `render` is a function of, as JSON.
+            limit: On the length of a row, as stage.max_length=256.
             quarantine: Where rows at fault are written down. None: nowhere.
 
         Raises:
@@ -117,12 +123,12 @@ class ConversationStream:
                 self._token_files[name] = found
             self._lost.update(lost.counts)
             if is_main():
-                for line in describe(name, self._structures[name], lost):
+                for line in describe(name, self._structures[name], lost, limit):
                     log_line(line)
                 at_fault += unrendered(source, self._structures[name], lost)
             if quarantine is not None and is_main():
                 write_quarantine(quarantine, at_fault)
-            check_lost_rows(name, self._structures[name], lost, cfg)
+            check_lost_rows(name, self._structures[name], lost, limit, cfg)
 
     def place(self, index: int) -> tuple[str, int]:
         """Source of a sample, and its row's place among the rows of the dataset."""

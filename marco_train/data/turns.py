@@ -325,6 +325,16 @@ def _parsed(text: str) -> Any:
         return None
 
 
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except RecursionError:  # nested too deep to be read here, and stays text
+        return True
+    except ValueError:
+        return False
+    return True
+
+
 def _check_text(value: Any, what: str, kind: str) -> None:
     """Refuse halves of surrogate pairs in any text of a value.
 
@@ -357,13 +367,22 @@ def _read_calls(turn: Mapping[str, Any]) -> tuple[tuple[Mapping[str, Any], ...],
 
 
 def _call(call: Any, turn: Any) -> dict[str, Any]:
-    """Bring a call into the shape that chat templates read; its arguments stay as they are."""
+    """Bring a call into the shape that chat templates read; its arguments stay as they are.
+
+    Raises:
+        RowError: It names no function, or its arguments are text and not JSON.
+    """
     function = call.get("function") or call if isinstance(call, Mapping) else None
     name = function.get("name") if isinstance(function, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(name, str) or not name:
         raise RowError("calls at fault", f"a call of {shown(turn)} names no function")
     arguments = _either(function, "arguments", "parameters", "args", "input")
     arguments = {} if arguments == "" else arguments
+    if isinstance(arguments, str) and not _is_json(arguments):
+        raise RowError(
+            "arguments of a call that are not JSON",
+            f"the arguments {shown(arguments)} of a call of {name} are not JSON",
+        )
     found: dict[str, Any] = {
         "type": "function",
         "function": {

@@ -26,6 +26,7 @@ def say_header(
     cfg: TrainConfig,
     architecture: ArchitectureConfig,
     data: Mapping[str, Any],
+    schedule_steps: int,
     plan_gib: float | None,
 ) -> None:
     """Print what runs and write it to header.json; the main rank does.
@@ -34,11 +35,12 @@ def say_header(
         cfg: The run.
         architecture: The student's.
         data: As the loader's `header` gives it.
+        schedule_steps: Updates that the learning rate's course spans.
         plan_gib: Of a rank, by the plan. None: there is no plan.
     """
     if not is_main():
         return
-    header = header_of(cfg, architecture, data, plan_gib)
+    header = header_of(cfg, architecture, data, schedule_steps, plan_gib)
     with replaces(Path(cfg.output_dir) / HEADER) as partial:
         partial.write_text(json.dumps(header, indent=2, ensure_ascii=False), encoding="utf-8")
     for line in header_lines(header):
@@ -49,6 +51,7 @@ def header_of(
     cfg: TrainConfig,
     architecture: ArchitectureConfig,
     data: Mapping[str, Any],
+    schedule_steps: int,
     plan_gib: float | None,
 ) -> dict[str, Any]:
     """Collect the facts of a run; see `say_header`.
@@ -77,7 +80,7 @@ def header_of(
         "plan_gib": None if plan_gib is None else round(plan_gib, 3),
         **data,
         **_learning(cfg.stage, data),
-        "optimizer": _optimizer(cfg.optim),
+        "optimizer": _optimizer(cfg.optim, schedule_steps),
     }
 
 
@@ -99,11 +102,11 @@ def _learning(stage: SFTConfig | OPDConfig, data: Mapping[str, Any]) -> dict[str
     }
 
 
-def _optimizer(optim: OptimConfig) -> str:
+def _optimizer(optim: OptimConfig, schedule_steps: int) -> str:
     falls = f" to {optim.min_learning_rate:g}" if optim.schedule is Schedule.cosine else ""
     return (
         f"learning rate {optim.learning_rate:g}{falls} ({optim.schedule.value}), warm-up of "
-        f"{optim.warmup_steps} steps"
+        f"{optim.num_warmup_steps(schedule_steps)} steps"
     )
 
 

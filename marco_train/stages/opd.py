@@ -124,7 +124,8 @@ def open_opd(
     epoch_rows = prepared.loader.epoch_rows
     run = Run.open(cfg, policy, *parts, epoch_rows=epoch_rows, work=prepared.plan.work)
     prepared.loader.log_plan(cascade.num_steps)
-    say_header(cfg, prepared.student, prepared.loader.header(cascade.num_steps), prepared.plan.gib)
+    header = prepared.loader.header(cascade.num_steps)
+    say_header(cfg, prepared.student, header, policy.schedule_steps, prepared.plan.gib)
     cascade.save_early = run.save_early
     sampler = open_sampler(cfg, prepared.student, run.save_early)
     samples = SampleRecorder(cfg.logging, prepared.tokenizer)

@@ -51,7 +51,8 @@ def run_sft(cfg: TrainConfig) -> None:
     parts = train_data, policy.guard
     run = Run.open(cfg, policy, *parts, epoch_rows=epoch_rows, work=plan.work)
     train_data.log_plan(train_data.num_steps)
-    say_header(cfg, prepared.student, train_data.header(train_data.num_steps), plan.gib)
+    header = train_data.header(train_data.num_steps)
+    say_header(cfg, prepared.student, header, policy.schedule_steps, plan.gib)
 
     with open_sampler(cfg, prepared) as sampler:
         for step in run.steps(train_data):

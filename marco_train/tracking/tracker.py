@@ -56,7 +56,7 @@ class Tracker:
         self._files: dict[str, TextIO] = {}
         self._bar: Any = None
         self._failed: set[str] = set()
-        self._watch = Watch()
+        self._watch = Watch(run_config)
         self._backends: list[Backend] = []
         for backend in dict.fromkeys(cfg.backends):
             match backend:

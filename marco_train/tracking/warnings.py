@@ -1,13 +1,14 @@
 """What a person should not overlook among a run's metrics, said once and not at every step."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from marco_train.metrics import Metrics
 
 # By metric: whether its values add up over the steps, and what is said above 0, or above a bound.
 WATCHED: Mapping[str, tuple[bool, str]] = {
     "moe/dead_experts": (False, "{count:,.0f} experts, over all layers, got no token of a step"),
-    "data/dropped_too_long": (True, "{count:,.0f} rows over the length limit were dropped so far"),
+    "data/dropped_too_long": (True, "{count:,.0f} rows over {limit} were dropped so far"),
     "data/dropped_no_loss": (
         True,
         "{count:,.0f} rows without a token to learn were dropped so far",
@@ -32,7 +33,11 @@ BOUNDS: Mapping[str, float] = {"kl/sampler_mismatch": 0.1}
 class Watch:
     """Says that something went wrong, and again whenever there is twice as much of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, run_config: Mapping[str, Any]) -> None:
+        stage = run_config.get("stage", {})
+        named = (key for key in ("max_length", "max_prompt_length") if key in stage)
+        key = next(named, None)
+        self._limit = "the length limit" if key is None else f"stage.{key}={stage[key]}"
         self._counts: dict[str, float] = {}
         self._said: dict[str, float] = {}
 
@@ -44,5 +49,5 @@ class Watch:
             self._counts[name] = count
             if count > BOUNDS.get(name, 0.0) and count >= 2 * self._said.get(name, 0.0):
                 self._said[name] = count
-                found.append(f"{sentence.format(count=count)} ({name})")
+                found.append(f"{sentence.format(count=count, limit=self._limit)} ({name})")
         return found

@@ -88,6 +88,10 @@ def test_sources_are_added_by_their_fields_alone() -> None:
     assert data.held_out.sources["dev"].path == "dev.jsonl"
 
 
+NO_SHAPE = (
+    "model.architecture is null, as the model's files tell its shape; for a new model choose "
+    "model=<group>, or give its shape in a file of --config-dir"
+)
 MISTYPED = [
     (["optim.learnin_rate=1"], "there is no optim.learnin_rate; did you mean optim.learning_rate"),
     (["optim.lr=1"], "did you mean optim.learning_rate? optim has balance_coefficient, "),
@@ -101,6 +105,15 @@ MISTYPED = [
     (["~optim.beta"], "there is no optim.beta to delete; did you mean optim.beta"),
     (["rollout@stage.rolout=vllm"], "this run has no part that rollout@stage.rolout could"),
     (["seed"], "'seed' is no key=value"),
+    (["seed = 1"], "'seed = 1' is no key=value that can be read: it takes no spaces around ="),
+    (["seed", "=", "1"], "'seed' is no key=value that can be read: it takes no spaces around ="),
+    (["seed=", "1"], "'1' is no key=value that can be read: it takes no spaces around ="),
+    (["stage.num_epochs=two"], "stage.num_epochs=two: takes a number"),
+    (["stage.max_length=two"], "stage.max_length=two: takes a whole number"),
+    (["data.keep_empty_answers=perhaps"], "keep_empty_answers=perhaps: takes true or false"),
+    (["model.architecture={hidden_size:8}"], f"model.architecture={{hidden_size:8}}: {NO_SHAPE}"),
+    (["model.architecture.hidden_size=8"], f"model.architecture.hidden_size=8: {NO_SHAPE}"),
+    (["+model.architecture.hidden_size=8"], f"+model.architecture.hidden_size=8: {NO_SHAPE}"),
     (["name=[a"], "'name=[a' is no key=value"),
     (["--frob"], "there is no option '--frob'"),
     (["data.held_out=0.02"], "data.held_out takes data.held_out.share=0.02"),

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from marco_train.commands.inspect_data import main
 from tests.helpers.processes import REPOSITORY
 from tests.helpers.world import World
 
@@ -120,3 +122,67 @@ def test_what_cannot_be_looked_at_is_a_sentence(
     assert done.returncode != 0
     assert says in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("stage", "more", "limit"),
+    [("sft", [], 40), ("opd", [], 20), ("sft", ["--max-length", "30"], 30)],
+)
+def test_rows_over_the_positions_of_the_model_beside_the_tokenizer_are_not_used(
+    stage: str,
+    more: list[str],
+    limit: int,
+    world: World,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(world.path("data", "tokenizer"), model)
+    shape = {"model_type": "qwen3", "max_position_embeddings": 40}
+    (model / "config.json").write_text(json.dumps(shape))
+    long = {"messages": [{"role": "user", "content": "one? " * 40}, ANSWERED]}
+    file = write(tmp_path, *[GOOD] * 3, long)
+    main([file, "--stage", stage, "--tokenizer", str(model), *more])
+    said = capsys.readouterr().out
+    assert "rows     4, of which 3 would be used" in said
+    assert f"1 not used: too long over --max-length={limit}\n" in said
+
+
+def test_advice_is_of_options_that_are_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([write(tmp_path, {"chat": [ASKED, ANSWERED]})])
+    said = str(ended.value)
+    assert said.endswith(
+        "mend the rows, say with --columns and --roles (in a run data.sources.own.columns and "
+        ".roles) how they are to be read, or raise the run's data.max_bad_rows"
+    )
+    mapped = "--columns messages=<own name> (in a run data.sources.own.columns.messages=<own name>)"
+    assert mapped in said
+    main([write(tmp_path, *[GOOD] * 3, {"chat": [ASKED, ANSWERED]})])
+    assert mapped in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main([write(tmp_path, {"prompt": "one?"})])
+    assert (
+        "name the column of the answer with --columns response=<own name> (in a run "
+        "data.sources.own.columns.response), or raise the run's data.max_lost_rows"
+    ) in str(ended.value)
+
+
+def test_a_column_that_is_not_read_is_named_and_a_context_beside_a_question_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, {"question": "one?", "context": "two.", "response": "yes"})
+    main([file])
+    said = capsys.readouterr().out
+    assert "one?\n\ntwo." in said and "not read" not in said
+    main([file, "--columns", "prompt=question"])
+    assert "not read context: columns that hold something\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["rows.csv", "rows.TSV", "rows.csv.gz"])
+def test_a_file_of_csv_is_named_as_what_it_is(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("prompt,response\none?,yes\n")
+    with pytest.raises(SystemExit, match="CSV is not read: convert it to JSON lines or Parquet"):
+        main([str(tmp_path / name)])

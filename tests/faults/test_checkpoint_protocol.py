@@ -381,6 +381,15 @@ def test_a_path_that_is_no_checkpoint_is_refused_with_those_near_it(
     )
 
 
+@pytest.mark.parametrize(("word", "meant"), [("True", "auto"), ("no", "never")])
+def test_a_word_for_yes_or_no_is_no_checkpoint_and_what_it_may_mean_is_asked(
+    word: str, meant: str, tmp_path: Path
+) -> None:
+    with pytest.raises(InputError) as refused:
+        check_resume(config(tmp_path, f"resume={word}"))
+    assert f"nor auto or never (did you mean {meant}?); complete" in str(refused.value)
+
+
 # Ranks agree, on what they read and on what they could not write.
 
 

@@ -90,6 +90,36 @@ def test_ten_rows_or_a_share_may_be_at_fault_and_half_must_be_left(
         check_bad_rows("s", structure(num_rows, num_bad), cfg)
 
 
+@pytest.mark.parametrize(
+    ("num_rows", "num_bad", "kind", "says"),
+    [
+        (
+            40,
+            11,
+            "not JSON",
+            "more than data.max_bad_rows=0.01 allows beyond the first 10, which are free (11 not "
+            "JSON, as row 0 (from 0): at fault): mend the rows, or raise data.max_bad_rows",
+        ),
+        (
+            1200,
+            13,
+            "unknown role",
+            "more than data.max_bad_rows=0.01 allows (13 unknown role, as row 0 (from 0): at "
+            "fault): mend the rows, say with data.sources.s.columns and .roles how they are to be "
+            "read, or raise data.max_bad_rows",
+        ),
+    ],
+)
+def test_a_refusal_names_what_is_free_and_what_helps_against_its_faults(
+    num_rows: int, num_bad: int, kind: str, says: str
+) -> None:
+    found = structure(num_rows, num_bad)
+    found.bad = [row | {"kind": kind, "reason": "at fault"} for row in found.bad]
+    with pytest.raises(InputError) as refusal:
+        check_bad_rows("s", found, DataConfig())
+    assert str(refusal.value) == f"source 's': {num_bad} of {num_rows} rows are at fault, {says}"
+
+
 @pytest.mark.parametrize("stage", ["sft", "opd"])
 def test_the_five_commonest_faults_end_a_run_before_its_first_step(
     stage: str, world: World, tmp_path: Path
@@ -101,8 +131,9 @@ def test_the_five_commonest_faults_end_a_run_before_its_first_step(
         loader_of(stage, world, file, quarantine=quarantine)
     said = str(refusal.value)
     assert said.startswith(
-        "source 'text': 21 of 41 rows are at fault, more than data.max_bad_rows=0.01 allows ("
-        "6 unknown columns, as row 20 (from 0): no column messages"
+        "source 'text': 21 of 41 rows are at fault, more than data.max_bad_rows=0.01 allows "
+        "beyond the first 10, which are free (6 unknown columns, as row 20 (from 0): "
+        "no column messages"
     )
     assert "; 5 no object, as row 26 (from 0): the row is [], not an object" in said
     assert "; 4 content that is not text, as row 31 (from 0)" in said
@@ -293,11 +324,11 @@ def test_half_of_a_source_may_be_lost_or_the_share_that_is_allowed(
 ) -> None:
     cfg = DataConfig(max_lost_rows=share)
     if starts:
-        check_lost_rows("s", Structure(num_rows, num_rows), losses(num_lost), cfg)
+        check_lost_rows("s", Structure(num_rows, num_rows), losses(num_lost), "", cfg)
         return
     says = rf"can use {num_rows - num_lost} of {num_rows} rows.*{num_lost} data/dropped_too_long"
     with pytest.raises(InputError, match=says):
-        check_lost_rows("s", Structure(num_rows, num_rows), losses(num_lost), cfg)
+        check_lost_rows("s", Structure(num_rows, num_rows), losses(num_lost), "", cfg)
 
 
 def rated(question: str) -> dict[str, Any]:
@@ -318,12 +349,17 @@ LOST: dict[str, tuple[str, Any, str]] = {
         r"\(8 data/dropped_empty\): mend the rows, learn them with "
         r"data.keep_empty_answers=true, or raise data.max_lost_rows$",
     ),
-    "long answers": ("sft", chat("x", "word " * 200), r"\(8 data/dropped_too_long\)"),
+    "long answers": (
+        "sft",
+        chat("x", "word " * 200),
+        r"\(8 data/dropped_too_long over stage.max_length=96\)",
+    ),
     "long prompts": (
         "opd",
         chat("word " * 200),
-        r"\(8 data/dropped_too_long\): mend the rows, raise the stage's limit on their length, cut "
-        r"them with data.overlong=truncate, or raise data.max_lost_rows$",
+        r"\(8 data/dropped_too_long over stage.max_prompt_length=72\): mend the rows, raise "
+        r"stage.max_prompt_length, cut them with data.overlong=truncate, or raise "
+        r"data.max_lost_rows$",
     ),
     "control tokens": (
         "opd",
@@ -377,7 +413,7 @@ def test_what_was_lost_is_said_by_source_at_the_start_and_at_the_end(
 
 def test_a_source_without_a_fault_is_said_in_a_line() -> None:
     found = Structure(1234, 1234, shapes=Counter({"alpaca": 1234}))
-    assert describe("s", found, LostRows()) == ["source 's': 1,234 rows, shape alpaca"]
+    assert describe("s", found, LostRows(), "") == ["source 's': 1,234 rows, shape alpaca"]
 
 
 def tokens(counts: list[int]) -> Callable[[UsableRow], Example | str]:

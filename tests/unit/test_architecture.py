@@ -296,3 +296,19 @@ POSITIONS: list[tuple[dict[str, Any], int | None]] = [
 @pytest.mark.parametrize(("config", "expected"), POSITIONS)
 def test_positions_are_counted_as_vllm_does(config: dict[str, Any], expected: int | None) -> None:
     assert max_positions(config) == expected
+
+
+def test_the_directory_of_a_run_is_refused_and_its_export_asked_for(tmp_path: Path) -> None:
+    write(tmp_path, {"name": "own", "stage": {}})  # as a run writes its own
+    (tmp_path / "export").mkdir()
+    write(tmp_path / "export", KINDS["qwen3"])
+    with pytest.raises(InputError) as refusal:
+        read_architecture(tmp_path)
+    assert str(refusal.value) == (
+        f"{tmp_path} is the directory of a run and has no weights: did you mean "
+        f"{tmp_path / 'export'}?"
+    )
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(InputError, match="did you mean"):
+        read_architecture(tmp_path)
+    read_architecture(tmp_path / "export")

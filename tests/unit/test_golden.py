@@ -248,11 +248,11 @@ def test_arguments_that_are_text_are_read_for_a_template_that_takes_objects(
     assert '"arguments": {"city": "São Paulo"}}' in text
 
 
-def test_arguments_that_are_no_json_stay_text(tmp_path: Path) -> None:
+def test_arguments_that_are_json_of_no_object_stay_text(tmp_path: Path) -> None:
     writes = TAKES_OBJECTS["quotes text once more"]
     template = TEMPLATE.replace(TAKES_BOTH, writes)
     tokenizer = tokenizer_of(write_tokenizer(tmp_path / "tokenizer", template))
-    call = {"type": "function", "function": {"name": "weather", "arguments": "Paris"}}
+    call = {"type": "function", "function": {"name": "weather", "arguments": '"Paris"'}}
     turns = [user("a"), assistant("", tool_calls=[call])]
     example = render_example(tokenizer, conversation(turns), LossTokens.assistant)
     assert example == of_transformers(tokenizer, turns)

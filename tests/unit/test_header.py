@@ -35,12 +35,12 @@ def test_a_header_counts_rows_samples_and_tokens(world: World, tmp_path: Path) -
 def test_a_header_counts_the_parameters_that_a_token_meets(world: World, tmp_path: Path) -> None:
     cfg = config("sft", world, write(tmp_path, *ROWS), *BATCH)
     moe, dense = architecture(), architecture(**DENSE)
-    found = header_of(cfg, moe, {}, None)
+    found = header_of(cfg, moe, {}, 4, None)
     total = sum(parameter.numel() for parameter in meta_model(moe).parameters())
     one_expert = 3 * moe.hidden_size * 16
     assert found["parameters"] == total
     assert found["active_parameters"] == total - 2 * (8 - 2) * one_expert
-    found = header_of(cfg, dense, {}, None)
+    found = header_of(cfg, dense, {}, 4, None)
     assert found["active_parameters"] == found["parameters"]
 
 
@@ -51,7 +51,7 @@ def test_a_header_is_a_few_lines_and_a_file(
     cfg = config("sft", world, file, *BATCH, f"output_dir={tmp_path}", "optim.warmup_steps=2")
     data = loader_of("sft", world, file, *BATCH).header(4)
     capsys.readouterr()
-    say_header(cfg, architecture(), data, 0.0123)
+    say_header(cfg, architecture(), data, 4, 0.0123)
     lines = capsys.readouterr().out.splitlines()
     assert lines[:-1] == [
         f"quickstart_sft: sft in {tmp_path}",
@@ -68,12 +68,22 @@ def test_a_header_is_a_few_lines_and_a_file(
     assert (kept["parameters"], kept["rows_lost"], kept["plan_gib"]) == (41_664, LOST, 0.012)
 
 
+def test_a_header_counts_the_steps_of_a_warm_up_that_is_given_as_a_share(
+    world: World, tmp_path: Path
+) -> None:
+    share = ["optim.warmup_steps=0", "optim.warmup_share=0.1"]
+    cfg = config("sft", world, write(tmp_path, *ROWS), *BATCH, *share)
+    found = header_of(cfg, architecture(), {}, 37, None)["optimizer"]
+    assert found == "learning rate 0.004 to 0.0004 (cosine), warm-up of 4 steps"
+    assert cfg.optim.rate_at(2, 37) == cfg.optim.learning_rate * 3 / 4  # as the schedule has it
+
+
 def test_the_header_of_a_distillation_names_its_phases(world: World, tmp_path: Path) -> None:
     phases = ["stage.cascade.first.num_steps=5", "stage.cascade.second.num_steps=3"]
     file = write(tmp_path, *ROWS[:2])
     cfg = config("opd", world, file, *BATCH, *phases, "stage.max_steps=4")
     data = loader_of("opd", world, file, *BATCH).header(7)
-    lines = header_lines(header_of(cfg, architecture(**DENSE), data, None))
+    lines = header_lines(header_of(cfg, architecture(**DENSE), data, 4, None))
     expected = (
         "  steps      7 (first 4, then second 3) of 3 prompts x 2 responses, at most prompts of "
     )
@@ -85,7 +95,7 @@ def test_an_example_moves_no_cursor_of_a_terminal(world: World, tmp_path: Path) 
     file = write(tmp_path, json.dumps(chat("one?", "\x1b[2J\u202etwo" + "x" * 9)))
     cfg = config("sft", world, file, *BATCH)
     data = loader_of("sft", world, file, *BATCH).header(4)
-    last = header_lines(header_of(cfg, architecture(), data, None))[-1]
+    last = header_lines(header_of(cfg, architecture(), data, 4, None))[-1]
     assert last.isprintable() and "[2J" in last
 
 

@@ -64,6 +64,34 @@ def test_a_plan_that_becomes_shorter_ends_the_run_earlier(run: Run) -> None:
     assert made == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    ("first", "last", "is_warned"),
+    [(0, 2, True), (0, 4, False), (4, 7, True), (4, 8, False), (4, 4, False)],
+)
+def test_a_run_that_ends_before_its_first_measure_says_so(
+    first: int,
+    last: int,
+    is_warned: bool,
+    world: World,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    asked = ["stage.eval_every=4", "stage.eval.suite=fixture"]
+    best = ["checkpoint.best.metric=eval/score", "checkpoint.save_every=100"]
+    given = [f"root={world.root}", f"output_dir={tmp_path}", *asked, *best]
+    run = Run(compose_config("quickstart_opd", *given), Untrained(), [], resumed=False)  # type: ignore[arg-type]
+    run._first = first
+    assert len(list(run.steps(SimpleNamespace(num_steps=last)))) == last - first
+    warning = (
+        f"nothing will be measured: stage.eval_every is 4, and this run goes from step {first + 1} "
+        f"to {last}; give at most stage.eval_every={last - first}\n"
+    )
+    assert capsys.readouterr().out == warning * is_warned
+    run._export_best()
+    why = "eval/score was never measured (stage.eval_every=4)"
+    assert capsys.readouterr().out == f"no export-best: {why}\n"
+
+
 def test_a_run_that_learnt_nothing_is_not_saved_early_and_one_that_did_is_saved_once(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

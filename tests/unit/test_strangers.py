@@ -112,6 +112,14 @@ def test_arguments_that_json_does_not_have_stay_as_text(calls: str) -> None:
     assert found.content == f"<tool_call>\n{calls}\n</tool_call>"
 
 
+@pytest.mark.parametrize("arguments", ["{order_id: 5", "{'order_id': 5}", "Paris", " "])
+def test_arguments_that_are_text_and_not_json_are_at_fault(arguments: str) -> None:
+    call = {"type": "function", "function": {"name": "look", "arguments": arguments}}
+    with pytest.raises(RowError, match="of a call of look are not JSON") as fault:
+        read_turns([ASK, {"role": "assistant", "tool_calls": [call]}], {})
+    assert fault.value.kind == "arguments of a call that are not JSON"
+
+
 def test_a_turn_that_is_exempt_in_part_is_at_fault() -> None:
     part = {"begin_offset": 0, "end_offset": 3, "train": False}
     turn = {"role": "assistant", "content": "yes", "train_detail": [part]}

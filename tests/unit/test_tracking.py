@@ -20,6 +20,7 @@ from marco_train.metrics import NAMES
 from marco_train.tracking import Sample, Tracker
 from marco_train.tracking.console import format_eta, step_line
 from marco_train.tracking.wandb_run import WandbRun, lost_after, tags_of
+from marco_train.tracking.warnings import Watch
 from tests.helpers.configs import compose_config
 
 
@@ -64,6 +65,21 @@ def test_every_step_is_recorded_and_every_fifth_printed(
     assert lines == [{"step": n, "loss/cross_entropy": float(n)} for n in range(1, 8)]
     printed = capsys.readouterr().out.splitlines()
     assert [line.split(" | ")[0] for line in printed] == ["step 5/7", "step 7/7"]
+
+
+@pytest.mark.parametrize(
+    ("stage", "limit"),
+    [
+        ({"max_length": 96}, "stage.max_length=96"),
+        ({"max_prompt_length": 72, "max_response_length": 24}, "stage.max_prompt_length=72"),
+        ({}, "the length limit"),
+    ],
+)
+def test_a_warning_of_rows_that_are_too_long_names_their_limit(
+    stage: dict[str, int], limit: str
+) -> None:
+    said = Watch({"stage": stage}).sentences({"data/dropped_too_long": 3.0})
+    assert said == [f"3 rows over {limit} were dropped so far (data/dropped_too_long)"]
 
 
 def test_lines_past_the_resumed_step_are_dropped(tmp_path: Path) -> None:
