@@ -55,7 +55,8 @@ def curate(cfg: CurationConfig, command: str) -> None:
     """
     from marco_train.checkpoint.lock import held
     from marco_train.curation.card import write_card
-    from marco_train.curation.frame import planned, room_on_disk, run
+    from marco_train.curation.frame import planned, room_on_disk, run, unfinished
+    from marco_train.curation.llm import check_endpoint
     from marco_train.curation.outputs import write_rows
     from marco_train.tracking import log_line
 
@@ -64,6 +65,7 @@ def curate(cfg: CurationConfig, command: str) -> None:
         print("\n".join(_as_text(planned(pipeline))))
         return
     directory = Path(cfg.output_dir)
+    check_endpoint(unfinished(pipeline, directory / "work", cfg.shard_rows))
     with held(directory), room_on_disk(directory):
         ran = run(pipeline, directory / "work", cfg.shard_rows, cfg.processes)
         outputs = write_rows(pipeline, ran, directory, cfg.seed)
