@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from marco_train.errors import InputError, RunError
+from marco_train.errors import InputError, RunError, require
 from marco_train.files import replace_directory, replaces
 from marco_train.tracking import log_line
 
@@ -374,19 +374,19 @@ def run(pipeline: Pipeline, work: Path, shard_rows: int, processes: int = 1) -> 
         processes: That share a step's shards, where it is `PerRow`.
 
     Raises:
-        InputError: The disk is full, or a step refuses; what is finished stays.
+        InputError: The disk is full, a step refuses, or one leaves no row; what is finished stays.
     """
     with room_on_disk(work):
         work.mkdir(parents=True, exist_ok=True)
         keys, places = _keys_of(pipeline, shard_rows), _places_of(pipeline, work)
         before = _prepared(places, 0, keys[0])
         _read_source(pipeline.source, before, shard_rows)
-        counts = [before.counts()]
+        counts = [_counts_of_some(before)]
         for number, step in enumerate(pipeline.steps, 1):
             after = _prepared(places, number, keys[number])
             _run_step(step, before, after, processes)
             before = after
-            counts.append(after.counts())
+            counts.append(_counts_of_some(after))
         return Ran(before, counts)
 
 
@@ -549,6 +549,26 @@ def _work(step: Step, before: Shards, after: Shards, todo: Sequence[int], said: 
     except BaseException as error:
         said.send(error)
         sys.exit(1)
+
+
+def _counts_of_some(shards: Shards) -> StepCounts:
+    """What became of the rows of a step that is finished.
+
+    Raises:
+        InputError: None of them is left.
+    """
+    counts = shards.counts()
+    whole, name = counts.whole, shards.directory.name
+    why = ""
+    if whole.dropped:
+        ((reason, count),) = whole.dropped.most_common(1)
+        why = f", most of them ({count:,}) for: {reason}"
+    require(
+        whole.rows_out > 0,
+        f"the step {name} leaves none of {whole.rows_in:,} rows{why}: give another input, or other "
+        "settings of this step",
+    )
+    return counts
 
 
 def _is_complete(shards: Shards) -> bool:
