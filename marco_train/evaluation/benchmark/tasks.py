@@ -177,6 +177,8 @@ class Items(list[dict[str, Any]]):
 
     num_faulty: int = 0
     """Rows left out as their key points nowhere."""
+    left_out: str = ""
+    """How many those are of how many rows, and why; empty where there are none."""
 
     @property
     def features(self) -> dict[str, None]:
@@ -188,7 +190,7 @@ class Items(list[dict[str, Any]]):
         if count is None or count >= len(self):
             return self
         found = Items(_chosen(self, count))
-        found.num_faulty = self.num_faulty
+        found.num_faulty, found.left_out = self.num_faulty, self.left_out
         return found
 
 
@@ -219,18 +221,25 @@ def load(
     """
     task_set = TaskSet.of(set)
     rows = SetRows.of(task_set, data_dir, data_dirs or {})
-    items = Items()
+    items, num_items = Items(), 0
     for language, patterns in task_set.subsets.items():
         if languages is not None and language not in languages:
             continue
         for subset in subsets_of(rows, patterns, is_partial=is_partial):
             found = list(_items_of(task_set, rows, language, subset, items))
+            num_items += len(found)
             items += found if share is None else _share_of(found, share)
     wanted = f" in the languages {', '.join(languages)}" if languages is not None else ""
     require(
         bool(items),
         f"{task_set.row} has no items{wanted}: its languages are {', '.join(task_set.subsets)}",
     )
+    if items.num_faulty:
+        num_rows = num_items + items.num_faulty
+        items.left_out = (
+            f"{items.num_faulty:,} of {num_rows:,} rows left out: their key points to no choice, "
+            "or is no answer"
+        )
     return {"test": items.first(max_items)}
 
 
