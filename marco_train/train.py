@@ -55,7 +55,8 @@ def main(words: Sequence[str] | None = None) -> None:
     cfg = read(list(sys.argv[1:] if words is None else words))
     if cfg is None:
         return
-    if is_first_rank() and (lost := lost_since_finished(cfg)) is not None:
+    lost = lost_since_finished(cfg) if cfg.stage.leaves_files else None
+    if is_first_rank() and lost is not None:
         print(f"{cfg.name}: {lost}; finishing again from the last checkpoint", flush=True)
     run_to_its_end(cfg)
 
@@ -115,6 +116,8 @@ def read(words: Sequence[str]) -> TrainConfig | None:
             read_run([word for word in words if word != "--check"])
             return None
         cfg = read_settled(words)
+        if not cfg.stage.leaves_files:  # a plan, whatever the directory holds
+            return cfg
         check_resume(cfg)
         if not is_finished(cfg):
             continuation(cfg)  # refuses what it may not change, before anything is loaded

@@ -55,7 +55,8 @@ def curate(cfg: CurationConfig, command: str) -> None:
     """
     from marco_train.checkpoint.lock import held
     from marco_train.curation.card import write_card
-    from marco_train.curation.frame import planned, room_on_disk, run
+    from marco_train.curation.frame import planned, room_on_disk, run, unfinished
+    from marco_train.curation.llm import check_endpoint
     from marco_train.curation.outputs import write_rows
     from marco_train.tracking import log_line
 
@@ -64,11 +65,32 @@ def curate(cfg: CurationConfig, command: str) -> None:
         print("\n".join(_as_text(planned(pipeline))))
         return
     directory = Path(cfg.output_dir)
+    check_endpoint(unfinished(pipeline, directory / "work", cfg.shard_rows))
     with held(directory), room_on_disk(directory):
         ran = run(pipeline, directory / "work", cfg.shard_rows, cfg.processes)
         outputs = write_rows(pipeline, ran, directory, cfg.seed)
         write_card(cfg, pipeline, ran.counts, outputs, command)
-    log_line(f"{directory / pipeline.kind}.jsonl: {outputs.num_rows:,} rows, {outputs.digest}")
+    rows = directory / f"{pipeline.kind}.jsonl"
+    log_line(f"{rows}: {outputs.num_rows:,} rows, {outputs.digest}")
+    if directory.resolve().name == pipeline.kind:
+        log_line(_link_beside(rows))
+
+
+def _link_beside(rows: Path) -> str:
+    """Link the rows of D/<kind>/ as D/<kind>.jsonl, where configs/data/marco_*.yaml read them.
+
+    Returns:
+        What was done; a file that is no link is left as it is.
+    """
+    directory = rows.parent.resolve()
+    link = directory.parent / rows.name
+    if link.exists() and not link.is_symlink():
+        return f"{link} is a file of its own, and no link to these rows was made there"
+    partial = link.with_name(f".{link.name}.partial")
+    partial.unlink(missing_ok=True)
+    partial.symlink_to(Path(directory.name) / rows.name)
+    partial.replace(link)
+    return f"{link} links to them"
 
 
 def pipeline_of(cfg: CurationConfig) -> "Pipeline":

@@ -23,6 +23,8 @@ from marco_train.types import TokenRow, UsableRow
 
 ROWS_TOGETHER = 256  # that an embedding model gets
 MOST_NAMED = 5  # rows of a benchmark that the table names
+OPTIONS = {"decontamination.similarity": "--similarity", "embedding.model": "--embedding-model"}
+"""What fields of a curation, by which faults are named, are called here."""
 
 
 @dataclass
@@ -47,15 +49,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
             is_open = os.access(parent, os.W_OK)
             require(is_open, f"--json: {str(parent)!r} may not be written to; choose another")
         with redirect_stdout(sys.stderr):
-            texts = list(texts_against(args.against, args.data_dir))
+            similarity = DecontaminationConfig(similarity=args.similarity).similarity
+            texts = list(texts_against(args.against, args.data_dir, "--data-dir"))
             benchmarks, near = Benchmarks(texts), None
             if args.embedding_model is not None:
-                similarity = DecontaminationConfig(similarity=args.similarity).similarity
                 embed = embedder(EmbeddingConfig(model=args.embedding_model))
                 near = NearBenchmarks(texts, embed, similarity)
             report = look(open_source(args), benchmarks, near)
     except InputError as error:
-        sys.exit(f"error: {' '.join(str(error).split())}")
+        said = " ".join(str(error).split())
+        for field_of_curation, option in OPTIONS.items():
+            said = said.replace(field_of_curation, option)
+        sys.exit(f"error: {said}")
     print("\n".join(_as_text(report, benchmarks, near)))
     if args.json is not None:
         found = {"rows": report.rows, "hits": [asdict(hit) for hit in report.hits]}

@@ -47,7 +47,8 @@ def examine(words: Sequence[str]) -> list[str]:
     cfg = checks.make("config", read_settled, words)
     if checks.faults:
         return faults_of_words(words) or checks.faults
-    checks.make("output directory", check_output, cfg)
+    if cfg.stage.leaves_files:
+        checks.make("output directory", check_output, cfg)
     # Heavy libraries are imported from here on.
     from marco_train import distributed
     from marco_train.commands import stage_checks

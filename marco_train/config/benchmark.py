@@ -99,6 +99,11 @@ def tasks_of(suite: str) -> list[str]:
         return known[suite]
     names = [name.strip().removeprefix(PREFIX) for name in suite.split(",")]
     for name in names:
+        require(
+            name not in known,
+            f"stage.suite is {suite!r}, and {name} is a suite, which cannot be joined with tasks "
+            "or other suites: name it alone, or name tasks only",
+        )
         if name not in card_rows():
             near = get_close_matches(name, [*known, *card_rows()], n=1)
             meant = f"did you mean {near[0]}? " if near else ""

@@ -54,6 +54,7 @@ SPACED = re.compile(r"^[^=~]*$|^=|^[^={\['\"]*\s=|^[^=]*=\s")
 # What a value that OmegaConf cannot convert has to be.
 TAKES = {"Float": "a number", "Integer": "a whole number", "bool": "true or false"}
 SHAPE = "model.architecture"
+MERGING = re.compile(r"Error merging override (.+)")
 HELD_OUT = (
     "data.held_out takes data.held_out.share=0.02 (of the rows of data.sources), or rows of their "
     "own as data.held_out.sources.<name>.path=<file>"
@@ -87,7 +88,14 @@ def read_curation(kind: str, words: Sequence[str]) -> CurationConfig:
 
 def _wrong_word(error: Exception, kind: str) -> str:
     """Say which word of a curation does not fit, with the nearest key."""
-    said = f"{_in_one_line(error)}: {error.__cause__}" if error.__cause__ else _in_one_line(error)
+    said, cause = str(error), error.__cause__
+    merging = MERGING.match(said)
+    if cause is not None and merging:
+        return _misfit(merging[1], cause)
+    if several := re.match(r"Ambiguous value for argument '(.+?)'", said):
+        key, _, values = several[1].partition("=")
+        return f"{several[1]} gives several values: write a list in brackets, as {key}=[{values}]"
+    said = f"{_in_one_line(error)}: {cause}" if cause else _in_one_line(error)
     named = re.match(r"Could not override '(.+?)'", said)
     if named is None:
         return said
@@ -225,14 +233,10 @@ def _wrong_field(
         return f"{where}an experiment begins with the line `# @package _global_`: add it"
     unknown = re.match(r"Key '(.+?)' (not in '|is not in struct)", str(cause))
     if unknown is None:
-        text = re.match(r"Error merging override (.+)", str(error))
-        key = text[1].lstrip("+~").partition("=")[0] if text else str(cause.full_key or "")
-        forms = f"; {HELD_OUT}" if key.startswith("data.held_out") else ""
-        said = str(cause).splitlines()[0]
-        kind = re.search(r"(?:could not be converted to|is not a valid) (\w+)", said)
-        if kind and kind[1] in TAKES:
-            said = f"takes {TAKES[kind[1]]}"
-        return f"{where}{text[1] if text else key}: {said}{forms}"
+        text = MERGING.match(str(error))
+        told = text[1] if text else str(cause.full_key or "")
+        forms = f"; {HELD_OUT}" if told.lstrip("+~").startswith("data.held_out") else ""
+        return f"{where}{_misfit(told, cause)}{forms}"
     key = str(cause.full_key or unknown[1])
     if override is not None and cause.object_type is dict and not cause.parent_node:
         return _nothing_there(overrides, directory)
@@ -243,6 +247,21 @@ def _wrong_field(
         return f"{where}there is no {key}: {MEANT[owner, unknown[1]]}"
     named = override if override and override.startswith(key) else key
     return f"{where}there is no {named}{_known(key, overrides, directory, cause)}"
+
+
+def _misfit(told: str, cause: BaseException) -> str:
+    """Say that a value is none of its field, of `key=value`, or of a file's key alone."""
+    said = str(cause).splitlines()[0]
+    if "is not a ListConfig" in said:
+        return _as_list(told)
+    kind = re.search(r"(?:could not be converted to|is not a valid) (\w+)", said)
+    return f"{told}: takes {TAKES[kind[1]]}" if kind and kind[1] in TAKES else f"{told}: {said}"
+
+
+def _as_list(told: str) -> str:
+    """Say how a list is written instead of a single value."""
+    key, _, value = told.lstrip("+").partition("=")
+    return f"{told}: {key} takes a list: write {key}=[{value or '...'}]"
 
 
 def _known(

@@ -27,6 +27,7 @@ from marco_train.curation.frame import (
     Transform,
 )
 from marco_train.data.contamination import Benchmarks, Hit, read_benchmarks, texts_of
+from marco_train.errors import require
 from marco_train.evaluation.benchmark.tasks import questions_of
 from marco_train.types import Conversation, Message, UsableRow
 
@@ -36,14 +37,25 @@ LONGEST = 2000  # characters of a text that are embedded: questions are shorter
 CHUNK = 2**16  # texts of benchmarks that are compared together
 
 
-def texts_against(against: str, data_dir: str | None) -> Iterator[tuple[str, str]]:
+def texts_against(
+    against: str, data_dir: str | None, data_dir_is: str = "decontamination.data_dir"
+) -> Iterator[tuple[str, str]]:
     """Texts to look for, each with its benchmark: of a suite's tasks, or of a directory.
+
+    Args:
+        against: A suite or the directory.
+        data_dir: A folder for each set of the suite that is read from files.
+        data_dir_is: What a user calls it.
 
     Raises:
         InputError: They cannot be read.
     """
+    require(
+        data_dir is None or Path(data_dir).is_dir(),
+        f"{data_dir_is}: there is no directory {data_dir!r}",
+    )
     if against in SUITES:
-        return questions_of(against, data_dir)
+        return questions_of(against, data_dir, data_dir_is)
     return read_benchmarks(Path(against))
 
 

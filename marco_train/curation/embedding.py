@@ -77,7 +77,7 @@ def load_model(cfg: EmbeddingConfig) -> Any:
     """Load a model of sentence-transformers.
 
     Raises:
-        InputError: The package or the model cannot be loaded.
+        InputError: The package or the model cannot be loaded, or it takes no texts together.
     """
     try:
         from sentence_transformers import SentenceTransformer
@@ -87,8 +87,14 @@ def load_model(cfg: EmbeddingConfig) -> Any:
             "'marco-train[embeddings]'; without a model LASER's score ranks"
         ) from error
     try:
-        return SentenceTransformer(cfg.model, revision=cfg.revision, device=cfg.device)
+        model = SentenceTransformer(cfg.model, revision=cfg.revision, device=cfg.device)
     except (OSError, ValueError) as error:
         raise InputError(
             f"embedding.model {cfg.model!r} cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
+    require(
+        getattr(model.tokenizer, "pad_token", "") is not None,
+        f"embedding.model {cfg.model!r} has no pad token, so it cannot take texts together, and is "
+        "hardly made for embeddings: name a model of sentence-transformers",
+    )
+    return model

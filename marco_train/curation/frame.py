@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 from tqdm import tqdm
 
-from marco_train.errors import InputError, RunError
+from marco_train.errors import InputError, RunError, require
 from marco_train.files import replace_directory, replaces
 from marco_train.tracking import log_line
 
@@ -374,23 +374,44 @@ def run(pipeline: Pipeline, work: Path, shard_rows: int, processes: int = 1) -> 
         processes: That share a step's shards, where it is `PerRow`.
 
     Raises:
-        InputError: The disk is full, or a step refuses; what is finished stays.
+        InputError: The disk is full, a step refuses, or one leaves no row; what is finished stays.
     """
     with room_on_disk(work):
         work.mkdir(parents=True, exist_ok=True)
-        key = _key_of("", [pipeline.source.name, pipeline.source.identity(), shard_rows])
-        names = [pipeline.source.name, *(step.name for step in pipeline.steps)]
-        places = [work / f"{number:02d}-{name}" for number, name in enumerate(names)]
-        before = _prepared(places, 0, key)
+        keys, places = _keys_of(pipeline, shard_rows), _places_of(pipeline, work)
+        before = _prepared(places, 0, keys[0])
         _read_source(pipeline.source, before, shard_rows)
-        counts = [before.counts()]
+        counts = [_counts_of_some(before)]
         for number, step in enumerate(pipeline.steps, 1):
-            key = _key_of(key, [step.name, step.identity()])
-            after = _prepared(places, number, key)
+            after = _prepared(places, number, keys[number])
             _run_step(step, before, after, processes)
             before = after
-            counts.append(after.counts())
+            counts.append(_counts_of_some(after))
         return Ran(before, counts)
+
+
+def unfinished(pipeline: Pipeline, work: Path, shard_rows: int) -> list[Step]:
+    """Steps that `run` has something left to do in; reads only what says so."""
+    keys, places = _keys_of(pipeline, shard_rows), _places_of(pipeline, work)
+    return [
+        step
+        for step, place, key in zip(pipeline.steps, places[1:], keys[1:], strict=True)
+        if not (_has_key(place, key) and _is_complete(Shards(place)))
+    ]
+
+
+def _keys_of(pipeline: Pipeline, shard_rows: int) -> list[str]:
+    """What tells the rows of the source and of each step from those of other settings."""
+    keys = [_key_of("", [pipeline.source.name, pipeline.source.identity(), shard_rows])]
+    for step in pipeline.steps:
+        keys.append(_key_of(keys[-1], [step.name, step.identity()]))
+    return keys
+
+
+def _places_of(pipeline: Pipeline, work: Path) -> list[Path]:
+    """Directories of the source and of each step."""
+    names = [pipeline.source.name, *(step.name for step in pipeline.steps)]
+    return [work / f"{number:02d}-{name}" for number, name in enumerate(names)]
 
 
 @contextmanager
@@ -421,7 +442,7 @@ def _prepared(places: Sequence[Path], number: int, key: str) -> Shards:
     """Make the directory of a step; what another identity left there, and behind it, goes."""
     place = places[number]
     known = place / KEY
-    if place.is_dir() and not (known.is_file() and json.loads(known.read_text()) == key):
+    if place.is_dir() and not _has_key(place, key):
         if known.is_file():
             log_line(f"{place.name}: its rows or its settings are others than before; redone")
         for each in sorted(place.parent.iterdir()):
@@ -432,6 +453,11 @@ def _prepared(places: Sequence[Path], number: int, key: str) -> Shards:
         with replaces(known) as partial:
             partial.write_text(json.dumps(key))
     return Shards(place)
+
+
+def _has_key(place: Path, key: str) -> bool:
+    known = place / KEY
+    return known.is_file() and bool(json.loads(known.read_text()) == key)
 
 
 def _read_source(source: RowSource, shards: Shards, shard_rows: int) -> None:
@@ -523,6 +549,26 @@ def _work(step: Step, before: Shards, after: Shards, todo: Sequence[int], said: 
     except BaseException as error:
         said.send(error)
         sys.exit(1)
+
+
+def _counts_of_some(shards: Shards) -> StepCounts:
+    """What became of the rows of a step that is finished.
+
+    Raises:
+        InputError: None of them is left.
+    """
+    counts = shards.counts()
+    whole, name = counts.whole, shards.directory.name
+    why = ""
+    if whole.dropped:
+        ((reason, count),) = whole.dropped.most_common(1)
+        why = f", most of them ({count:,}) for: {reason}"
+    require(
+        whole.rows_out > 0,
+        f"the step {name} leaves none of {whole.rows_in:,} rows{why}: give another input, or other "
+        "settings of this step",
+    )
+    return counts
 
 
 def _is_complete(shards: Shards) -> bool:

@@ -28,6 +28,7 @@ from marco_train.curation.frame import (
     Row,
     Shard,
     Shards,
+    Step,
     Transform,
     language_of,
     outcomes_of,
@@ -179,28 +180,12 @@ class LLM:
             InputError: The package is missing, there is no endpoint, or it serves something else.
             ServersUnavailable: It is away.
         """
-        try:
-            import openai
-        except ImportError as error:
-            raise InputError(
-                "an LLM is asked through the package openai: pip install 'marco-train[curation]'"
-            ) from error
-        require(
-            cfg.base_url is not None,
-            "this needs an LLM: give llm.base_url=http://<host>:<port>/v1, as of "
-            "recipes/serve_teacher.sh",
-        )
         self._cfg = cfg
-        self._openai = openai
-        # A server without a key takes any, and the client insists on one.
-        key = os.environ.get(cfg.key_variable) or "none"
-        self._client = openai.OpenAI(
-            base_url=cfg.base_url, api_key=key, timeout=cfg.timeout_seconds, max_retries=0
-        )
+        self._client = _client(cfg)
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self._num_answered = self._num_rejected = 0
-        self.model = cfg.model or self._only_model()
+        self.model = cfg.model or _only_model(cfg, self._client)
         self._cache = _Cache(cache / CACHE)
         self._threads = ThreadPoolExecutor(cfg.concurrency, "ask")
 
@@ -273,6 +258,8 @@ class LLM:
         return said
 
     def _tried(self, request: dict[str, Any]) -> _Said | str:
+        import openai
+
         before = self._num_answered
         for attempt in range(self._cfg.max_tries):
             if attempt:
@@ -282,12 +269,12 @@ class LLM:
                 raise ServersUnavailable("the asking was ended")
             try:
                 said = _as_said(self._client.chat.completions.create(**request))
-            except self._openai.APIStatusError as error:
+            except openai.APIStatusError as error:
                 if not self._may_pass(error):
                     return "rejected"
                 last = str(error)
             # A body that is cut, or is no JSON, or is JSON of something else.
-            except (self._openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
+            except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
                 last = str(error) or type(error).__name__
             else:
                 with self._lock:
@@ -319,24 +306,75 @@ class LLM:
         require(not is_setting, f"{self._cfg.base_url} takes no request: {said}")
         return False
 
-    def _only_model(self) -> str:
-        try:
-            names = [model.id for model in self._client.models.list()]
-        except self._openai.APIStatusError as error:
-            require(
-                error.status_code not in {401, 403},
-                f"{self._cfg.base_url} refuses the key of ${self._cfg.key_variable} "
-                f"({error.status_code}): set that variable",
-            )
-            raise ServersUnavailable(f"{self._cfg.base_url} lists no models: {error}") from error
-        except (self._openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
-            raise ServersUnavailable(f"{self._cfg.base_url} is away: {error}") from error
-        listed = ", ".join(names[:10]) or "none"
+
+def _client(cfg: LLMConfig) -> Any:
+    """A client of the endpoint.
+
+    Raises:
+        InputError: The package is missing, or there is no endpoint.
+    """
+    try:
+        import openai
+    except ImportError as error:
+        raise InputError(
+            "an LLM is asked through the package openai: pip install 'marco-train[curation]'"
+        ) from error
+    require(
+        cfg.base_url is not None,
+        "this needs an LLM: give llm.base_url=http://<host>:<port>/v1, as of "
+        "recipes/serve_teacher.sh",
+    )
+    # A server without a key takes any, and the client insists on one.
+    key = os.environ.get(cfg.key_variable) or "none"
+    return openai.OpenAI(
+        base_url=cfg.base_url, api_key=key, timeout=cfg.timeout_seconds, max_retries=0
+    )
+
+
+def check_endpoint(steps: Iterable[Step]) -> None:
+    """See that the endpoint that steps will ask is given and answers, before anything is read.
+
+    Raises:
+        InputError: There is no endpoint, or it refuses the key, or has no model to choose.
+        ServersUnavailable: It is away.
+    """
+    cfg = next((step.cfg for step in steps if isinstance(step, AskStep)), None)
+    if cfg is None:
+        return
+    with closing(_client(cfg)) as client:
+        if cfg.model is None:
+            _only_model(cfg, client)
+        else:
+            _listed(cfg, client)
+
+
+def _only_model(cfg: LLMConfig, client: Any) -> str:
+    names = _listed(cfg, client)
+    listed = ", ".join(names[:10]) or "none"
+    require(
+        len(names) == 1,
+        f"{cfg.base_url} serves several models or none ({listed}): set llm.model",
+    )
+    return names[0]
+
+
+def _listed(cfg: LLMConfig, client: Any) -> list[str]:
+    """The models that the endpoint lists; none where one is named and it keeps no list."""
+    import openai
+
+    try:
+        return [model.id for model in client.models.list()]
+    except openai.APIStatusError as error:
+        status = error.status_code
         require(
-            len(names) == 1,
-            f"{self._cfg.base_url} serves several models or none ({listed}): set llm.model",
+            status not in {401, 403},
+            f"{cfg.base_url} refuses the key of ${cfg.key_variable} ({status}): set that variable",
         )
-        return names[0]
+        if cfg.model is not None and status < 500:
+            return []
+        raise ServersUnavailable(f"{cfg.base_url} lists no models: {error}") from error
+    except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
+        raise ServersUnavailable(f"{cfg.base_url} is away: {error}") from error
 
 
 def _as_said(completion: Any) -> _Said:

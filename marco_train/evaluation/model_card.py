@@ -548,11 +548,11 @@ def benchmarks(found: Mapping[str, Any]) -> Iterator[str]:
         f"Suite {cell(found.get('suite'))}, by the tasks of marco_train {version('marco-train')} "
         "in lm-eval."
     )
-    if found.get("suite") == FIXTURE:
+    made_up = found.get("suite") == FIXTURE
+    if made_up:
         yield "**The items are made up: scores say that all runs, and nothing of the model.**"
     if found["from_files"]:
         yield "Sets were read from files, whose revisions are not known."
-    is_pinned = not found["from_files"] and found.get("suite") != FIXTURE
     rows: list[list[object]] = []
     of_card = {name for names in sections().values() for name in names}
     others = [name for name in found["rows"] if name not in of_card]
@@ -560,12 +560,13 @@ def benchmarks(found: Mapping[str, Any]) -> Iterator[str]:
         shown = [name for name in names if name in found["rows"]]
         for name in shown:
             row, more = found["rows"][name], found["details"].get(name, {})
+            revision = None if found["from_files"] else more.get("revision")
+            origin = ["made up", "made up"] if made_up else [revision, more.get("licence")]
             low, high = row["ci95"]
             rows.append(
                 [
                     *(name, row["metric"], f"{row['score']:.1f}", f"{low:.1f} to {high:.1f}"),
-                    *(row["n_items"], more.get("revision") if is_pinned else None),
-                    more.get("licence"),
+                    *(row["n_items"], *origin),
                 ]
             )
         mean = found["means"].get(section)

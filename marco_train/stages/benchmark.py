@@ -113,6 +113,9 @@ def fit_lengths(cfg: TrainConfig, architecture: ArchitectureConfig) -> TrainConf
 def say_plan(prepared: PreparedBenchmark, tasks: Sequence[BenchmarkTask]) -> None:
     """Say what is asked, and how long it is planned to take."""
     if is_main():
+        for task in tasks:
+            if task.items.left_out:
+                log_line(f"{task.card.name}: {task.items.left_out}")
         asked = [
             AskedTask(
                 task.card.name,

@@ -21,7 +21,4 @@ for kind in translation culture science; do
     case $word in "$kind".*) own+=("${word#"$kind".}") ;; esac
   done
   build "$kind" "output_dir=$output_dir/$kind" "${shared[@]}" "${own[@]}"
-  if [ -e "$output_dir/$kind/$kind.jsonl" ]; then
-    ln -sfn "$kind/$kind.jsonl" "$output_dir/$kind.jsonl"
-  fi
 done

@@ -166,7 +166,8 @@ def test_own_rows_are_asked_by_one_command_and_a_verifier_that_raises_is_shown(
     model: Path, tmp_path: Path
 ) -> None:
     rows = [{"question": f"{n} + {n}?", "answer": f"Add them.\n#### {n}"} for n in range(5)]
-    (tmp_path / "my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = [json.dumps(row) + "\n" for row in [*rows, {"question": "5 + 5?", "answer": None}]]
+    (tmp_path / "my.jsonl").write_text("".join(lines))
     (tmp_path / "mine.py").write_text(
         "def right(response, reference):\n    return reference[-1:] < '3' or 1 / 0\n"
     )
@@ -189,7 +190,10 @@ def test_own_rows_are_asked_by_one_command_and_a_verifier_that_raises_is_shown(
     assert more_of_row["first_verifier_errors"][0] == "ZeroDivisionError: division by zero"
     assert found["means"] == {"own": row["score"]}
     for report in ("benchmark.md", "benchmark.html"):
-        assert "ZeroDivisionError: division by zero" in (tmp_path / "out" / report).read_text()
+        shown = (tmp_path / "out" / report).read_text()
+        assert "ZeroDivisionError: division by zero" in shown
+        assert "own: 1 of 6 rows left out: 1 as row 5 has no answer" in shown
+    assert "own: 1 of 6 rows left out: 1 as row 5 has no answer" in done.stdout
     assert "verifier errors, as ZeroDivisionError" in done.stdout
 
 

@@ -18,6 +18,8 @@ import torch
 
 from marco_train.commands.curate import main
 from marco_train.config import TrainConfig
+from marco_train.curation.frame import Shards
+from marco_train.errors import REFUSED
 from marco_train.models.hf_io import save_model
 from marco_train.models.weights import random_model
 from marco_train.stages.opd import run_opd
@@ -174,7 +176,7 @@ def metrics_of(out: Path) -> list[dict[str, float]]:
 @pytest.mark.vllm
 @pytest.mark.long
 def test_a_server_of_vllm_whose_model_knows_nothing_is_asked_and_its_answers_are_counted(
-    world: World, tmp_path: Path
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     example.main(tmp_path)
     shape = architecture(**WIDE, max_position_embeddings=4096)
@@ -184,18 +186,19 @@ def test_a_server_of_vllm_whose_model_knows_nothing_is_asked_and_its_answers_are
     with served(model, port, tmp_path / "log"):
         llm = [f"llm.base_url=http://127.0.0.1:{port}/v1", "llm.max_tokens=8"]
         science = [f"input={tmp_path / 'prompts.jsonl'}", "num_samples=2", "prompts_per_language=5"]
-        assert main(["science", *science, f"output_dir={tmp_path / 'science'}", *llm]) == 0
+        assert main(["science", *science, f"output_dir={tmp_path / 'science'}", *llm]) == REFUSED
+        assert "step 04-sampled leaves none of 5 rows" in capsys.readouterr().err
         culture = [f"input={tmp_path / 'entities.json.bz2'}", "languages=[de]"]
         few = ["entities_per_language=5", f"output_dir={tmp_path / 'culture'}"]
-        assert main(["culture", *culture, *few, *llm]) == 0
+        assert main(["culture", *culture, *few, *llm]) == REFUSED
+        assert "described leaves none of 5 rows" in capsys.readouterr().err
     for kind, step, asked in (("science", "sampled", 10), ("culture", "described", 5)):
-        counts = json.loads((tmp_path / kind / "counts.json").read_text())
-        (found,) = [each for each in counts["steps"] if each["name"] == step]
-        assert (found["in"], found["out"] + sum(found["dropped"].values())) == (5, 5)
-        assert found["counted"]["llm calls"] >= asked
-        assert found["counted"]["completion tokens"] > 0
-        assert found["counted"]["answered by teacher"] == asked  # as that recipe calls all models
-        assert "- LLM: teacher (" in (tmp_path / kind / "DATA_CARD.md").read_text()
+        (shards,) = (tmp_path / kind / "work").glob(f"*-{step}")
+        found = Shards(shards).counts().whole
+        assert (found.rows_in, found.rows_out, found.dropped.total()) == (5, 0, 5)
+        assert found.counted["llm calls"] >= asked
+        assert found.counted["completion tokens"] > 0
+        assert found.counted["answered by teacher"] == asked  # as that recipe calls all models
 
 
 def free_port() -> int:

@@ -130,6 +130,22 @@ def test_an_embedding_model_ranks_the_pairs(nllb: Path, tmp_path: Path) -> None:
     assert f"Embedding model: {model}" in card and "LASER's score" not in card
 
 
+def test_rows_are_linked_where_the_configs_read_them_and_no_file_is_replaced(
+    nllb: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, link = tmp_path / "translation", tmp_path / "translation.jsonl"
+    words = ["translation", f"input={nllb}", f"output_dir={out}", "languages=[ne]"]
+    assert main(words) == 0
+    assert os.readlink(link) == "translation/translation.jsonl"
+    assert link.read_bytes() == (out / "translation.jsonl").read_bytes() != b""
+    assert f"{link} links to them" in capsys.readouterr().out
+    link.unlink()
+    link.write_text("mine")
+    assert main(words) == 0
+    assert link.read_text() == "mine"
+    assert f"{link} is a file of its own" in capsys.readouterr().out
+
+
 def test_a_plan_says_what_it_takes_and_writes_nothing(
     nllb: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -147,6 +163,9 @@ def test_a_plan_says_what_it_takes_and_writes_nothing(
     ("words", "said"),
     [
         (["languages=[de,xx]"], "languages names 'xx', which is unknown; known are en zh"),
+        (["languages=de"], "languages=de: languages takes a list: write languages=[de]"),
+        (["languages=de,fr"], "write a list in brackets, as languages=[de,fr]"),
+        (["llm.max_tries=x"], "llm.max_tries=x: Value 'x' of type 'str' could not be converted"),
         (["languages=[en]"], "languages names en, which is the other side of every pair"),
         (["languages=[de,de]"], "languages names one twice"),
         (["input=nowhere"], "input: there is no file and no directory 'nowhere'"),

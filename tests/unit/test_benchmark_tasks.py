@@ -274,6 +274,7 @@ def test_a_few_keys_that_point_nowhere_are_left_out_and_counted_and_many_are_ref
     file.write_text(source.read_text(encoding="utf-8") + 2 * faulty, encoding="utf-8")
     found = load(set=task_set_of("indo_mmlu"), data_dirs={"indo_mmlu": str(tmp_path)})["test"]
     assert (len(found), found.num_faulty) == (2, 2)
+    assert found.left_out.startswith("2 of 4 rows left out: their key points to no choice")
     file.write_text(source.read_text(encoding="utf-8") + 11 * faulty, encoding="utf-8")
     with pytest.raises(InputError, match="IndoMMLU: the key of 11 of 13 rows of 'IndoMMLU' points"):
         items_of("indo_mmlu", data_dirs={"indo_mmlu": str(tmp_path)})

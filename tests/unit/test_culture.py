@@ -11,7 +11,7 @@ from marco_train.curation import culture, llm
 from marco_train.curation.choices import Distractors, Lettered, texts_of_choices
 from marco_train.curation.frame import Dropped, Row
 from marco_train.curation.llm import Answer
-from marco_train.errors import TRY_AGAIN_LATER
+from marco_train.errors import REFUSED, TRY_AGAIN_LATER
 from tests.helpers.curation import Given, example, ran
 from tests.helpers.fake_chat import FakeChat, fake_chat
 from tests.helpers.scripted_author import write
@@ -137,6 +137,26 @@ def test_each_letter_is_right_equally_often_in_each_language(tmp_path: Path) -> 
         assert answered == f"Diese.\n\n{texts['answer'].format(letter=row['letter'])}"
     again = list(ran(Given(rows), [Lettered(0)], tmp_path / "other", 1000).shards.rows())
     assert again == found
+
+
+def test_an_llm_that_is_not_given_or_away_is_said_before_anything_is_read(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "entities.json").write_text("[]\n")
+    words = ["culture", f"input={tmp_path / 'entities.json'}", "languages=[de]"]
+    words += [f"output_dir={tmp_path / 'out'}"]
+    assert main(words) == REFUSED
+    assert "this needs an LLM: give llm.base_url=http://" in capsys.readouterr().err
+    with fake_chat() as server:
+        url = server.base_url
+        server.key = "planted-key-1234"
+        assert main([*words, f"llm.base_url={url}", "llm.model=llm"]) == REFUSED
+        assert "refuses the key of $OPENAI_API_KEY (401)" in capsys.readouterr().err
+    for model in ([], ["llm.model=llm"]):
+        assert main([*words, f"llm.base_url={url}", *model]) == TRY_AGAIN_LATER
+        assert f"{url} is away" in capsys.readouterr().err
+    assert main([*words, "plan=true"]) == 0
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.long

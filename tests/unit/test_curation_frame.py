@@ -124,6 +124,19 @@ def test_what_was_finished_is_not_done_again(tmp_path: Path) -> None:
     assert again.seen == []
 
 
+def test_a_step_that_leaves_nothing_ends_the_pipeline_in_a_sentence(tmp_path: Path) -> None:
+    none = RowStep("none", lambda row: Dropped(row, "odd" if row["n"] % 2 else "even"))
+    behind = Watched()
+    whole = Pipeline("numbers", Numbers(12), [none, behind], [], {}, lambda counts: [])
+    said = r"step 01-none leaves none of 10 rows, most of them \(6\) for: odd"
+    for _ in range(2):  # also where it was finished before
+        with pytest.raises(InputError, match=said):
+            run(whole, tmp_path, 4)
+    assert behind.seen == []
+    with pytest.raises(InputError, match="step 00-numbers leaves none of 0 rows: give another"):
+        run(pipeline(Watched(), count=0), tmp_path, 4)
+
+
 def test_a_source_that_was_ended_is_read_on(tmp_path: Path) -> None:
     calm = run(pipeline(Watched()), tmp_path, 16)
     source = tmp_path / "00-numbers"

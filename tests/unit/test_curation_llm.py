@@ -11,8 +11,8 @@ import pytest
 
 from marco_train.config.curation import LLMConfig
 from marco_train.curation import llm as llm_module
-from marco_train.curation.frame import Cost, Dropped, Outcome, Pipeline, Row, run
-from marco_train.curation.llm import LLM, Answer, Ask, AskStep, Prompt
+from marco_train.curation.frame import Cost, Dropped, Outcome, Pipeline, Row, run, unfinished
+from marco_train.curation.llm import LLM, Answer, Ask, AskStep, Prompt, check_endpoint
 from marco_train.errors import InputError, ServersUnavailable
 from tests.helpers.fake_chat import FakeChat, fake_chat
 
@@ -197,6 +197,19 @@ def words(server: FakeChat, cache: Path, **changed: object) -> Pipeline:
     cfg = replace(cfg, **changed)  # type: ignore[arg-type]
     step = AskStep("say", cfg, cache, lambda row: [ask(row["word"])], take, {"say_v1": "abc"})
     return Pipeline("words", Words(), [step], [], {}, lambda counts: [])
+
+
+def test_what_is_finished_needs_no_endpoint(server: FakeChat, tmp_path: Path) -> None:
+    pipeline, work = words(server, tmp_path / "cache"), tmp_path / "work"
+    assert unfinished(pipeline, work, 2) == pipeline.steps
+    run(pipeline, work, 2)
+    assert unfinished(pipeline, work, 2) == []
+    other = words(server, tmp_path / "cache", temperature=0.1)
+    assert unfinished(other, work, 2) == other.steps
+    check_endpoint(other.steps)
+    server.leave()
+    with pytest.raises(ServersUnavailable, match="is away"):
+        check_endpoint(other.steps)
 
 
 def test_a_step_that_asks_counts_what_it_took(server: FakeChat, tmp_path: Path) -> None:

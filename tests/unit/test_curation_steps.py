@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from marco_train.curation.duplicates import (
     normal,
     rows_of_a_band,
 )
-from marco_train.curation.embedding import Similarity
+from marco_train.curation.embedding import Similarity, load_model
 from marco_train.curation.frame import Cost, Dropped, Pipeline, Ran, Row, RowSource, Step, run
 from marco_train.curation.nllb import CUT, NLLB, domain_of
 from marco_train.curation.selection import Best
@@ -32,6 +33,7 @@ from tests.helpers.nllb_lines import (
     name_of,
     write_nllb,
 )
+from tests.helpers.world import World
 
 
 @dataclass
@@ -301,6 +303,20 @@ def test_an_embedding_model_that_is_not_there_is_refused(
     step = Similarity(EmbeddingConfig(model=str(tmp_path / "no")), lambda row: ("a", "b"))
     with pytest.raises(InputError, match=r"embedding\.model .* cannot be loaded"):
         ran(Given([{"a": 1}]), tmp_path / "work", step)
+
+
+@pytest.mark.slow  # the library takes seconds to load
+def test_a_causal_model_without_a_pad_token_is_no_embedding_model(
+    world: World, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(world.path("student"), model)
+    file = model / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config.pop("pad_token", None)
+    file.write_text(json.dumps(config))
+    with pytest.raises(InputError, match="has no pad token, so it cannot take texts together"):
+        load_model(EmbeddingConfig(model=str(model)))
 
 
 def test_rows_of_shards_are_json(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from marco_train.commands import decontaminate
 from marco_train.config.curation import DecontaminationConfig, EmbeddingConfig
 from marco_train.curation.choices import turns
 from marco_train.curation.decontamination import (
@@ -97,3 +98,19 @@ def test_a_turn_that_is_near_a_question_is_found_once_for_each_benchmark() -> No
     ]
     assert near.hits(rows) == [Hit(3, "a", "near"), Hit(4, "a", "near"), Hit(4, "b", "near")]
     assert near.hits([]) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--against", "fixture", "--data-dir", "no"], "--data-dir: there is no directory 'no'"),
+        (["--against", "fixture", "--similarity", "2"], "--similarity is 2.0, and must be above 0"),
+        (["--against", "card"], "and give --data-dir, a directory that has them in its folder"),
+    ],
+)
+def test_the_command_names_its_own_options(words: list[str], said: str, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a", "response": "b"}\n')
+    with pytest.raises(SystemExit) as refused:
+        decontaminate.main([str(rows), *words])
+    assert said in str(refused.value) and "stage." not in str(refused.value)

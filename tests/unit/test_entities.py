@@ -174,8 +174,9 @@ def test_an_entity_of_two_countries_is_one_of_each_language(tmp_path: Path) -> N
 def test_an_entity_of_which_little_is_known_is_dropped(dump: Path, tmp_path: Path) -> None:
     source = entities(dump)
     named = replace(Named(source, 4), min_facts=6)
-    found = ran(source, [Classified(LANGUAGES, 5), Popular(2000, 6), named], tmp_path)
-    assert dropped(found)["named"] == {"too few facts": 253}
+    said = r"step 03-named leaves none of 253 rows, most of them \(253\) for: too few facts"
+    with pytest.raises(InputError, match=said):
+        ran(source, [Classified(LANGUAGES, 5), Popular(2000, 6), named], tmp_path)
 
 
 def test_facts_of_a_sparql_result_are_told_by_the_names_that_it_gives(tmp_path: Path) -> None:

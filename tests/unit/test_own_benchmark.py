@@ -158,7 +158,7 @@ def test_a_function_that_raises_is_counted(tmp_path: Path, name: str, said: str)
         ({"question": "questoin"}, "no column 'questoin', and has question, answer; did you mean"),
         ({"choices": "options"}, "choices are for own.verifier=choice"),
         ({"prompt": "Answer."}, "own.prompt has no {{question}} in it"),
-        ({"verifier": "choice"}, "row 0 has the answer 'Lima', which names none of A, B"),
+        ({"verifier": "choice"}, "row 0 has an answer that names no choice: 'Lima' of A, B"),
     ],
 )
 def test_what_cannot_be_asked_is_refused(tmp_path: Path, own: dict[str, Any], said: str) -> None:
@@ -188,8 +188,25 @@ def test_a_few_rows_without_an_answer_are_left_out_and_counted(tmp_path: Path) -
     items = items_of(tmp_path, *rows)
     assert [item["id"] for item in items] == ["und/own/0", "und/own/4"]
     assert items.num_faulty == 3  # type: ignore[attr-defined]
+    assert items.left_out == (  # type: ignore[attr-defined]
+        "3 of 5 rows left out: 1 as row 1 has no answer; 1 as row 2 has no column 'answer'; "
+        "1 as row 3 is no object with columns"
+    )
     with pytest.raises(InputError, match=r"11 of 12 rows cannot be asked, as \['row 1 has no ans"):
         items_of(tmp_path, GSM8K, *rows[1:2] * 11)
+
+
+def test_why_rows_are_left_out_is_said_by_reason_with_the_first(tmp_path: Path) -> None:
+    words = [GSM8K | {"answer": word} for word in ("four", "five")]
+    rows = [GSM8K, *words, GSM8K | {"answer": None}, GSM8K | {"question": ["a", "b"]}]
+    own = {"path": str(rows_of(tmp_path, *rows))}
+    said = (
+        "4 of 5 rows left out: 2 as row 1 has no number in its answer 'four'; "
+        "1 as row 3 has no answer; 1 as row 4 has no text in question, but a list or an object"
+    )
+    items = load(own=own, max_items=1)["test"]
+    assert (len(items), items.left_out) == (1, said)
+    assert load(own={"path": str(rows_of(tmp_path, GSM8K))})["test"].left_out == ""
 
 
 def test_rows_may_have_languages_and_a_prompt_of_their_own(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from marco_train.config import TrainConfig
+from marco_train.config.compose import read_run
 from marco_train.config.opd import OPDConfig
 from marco_train.config.resumption import (
     KINDS,
@@ -23,6 +24,7 @@ from marco_train.config.resumption import (
 from marco_train.content import digest
 from marco_train.errors import InputError
 from marco_train.run import mark_finished
+from marco_train.train import read
 from tests.helpers.checkpoints import leave_checkpoint, write_state
 from tests.helpers.configs import compose_config
 from tests.helpers.world import World
@@ -508,6 +510,18 @@ def test_a_finished_run_looks_at_what_files_hold_and_not_at_their_times(
         InputError, match=rf"was finished before .*{Path(file).parts[0]}.* was made anew"
     ):
         is_finished(cfg)
+
+
+def test_a_plan_of_a_benchmark_ignores_what_its_directory_holds(
+    world: World, tmp_path: Path
+) -> None:
+    words = ["experiment=benchmark", "stage.suite=fixture", f"output_dir={tmp_path}"]
+    words += [f"model.path={world.path('student')}"]
+    finish(read_run(words))
+    with pytest.raises(SystemExit, match="holds a finished run of another config"):
+        read([*words, "seed=7"])
+    cfg = read([*words, "seed=7", "stage.plan=true"])
+    assert cfg is not None and cfg.seed == 7
 
 
 def test_a_file_that_was_written_while_the_run_ran_is_not_noted_as_its_own(

@@ -29,10 +29,17 @@ class SetRows:
     task_set: "TaskSet"
     directory: Path | None
     """Of local files. None: the hub."""
+    data_dir_is: str | None = None
+    """What a user calls the directory of all sets, where no set has one of its own. None: a field
+    of the stage."""
 
     @classmethod
     def of(
-        cls, task_set: "TaskSet", data_dir: str | None, data_dirs: Mapping[str, str]
+        cls,
+        task_set: "TaskSet",
+        data_dir: str | None,
+        data_dirs: Mapping[str, str],
+        data_dir_is: str | None = None,
     ) -> "SetRows":
         """Choose the set's own directory, its folder below the common one, or the hub.
 
@@ -44,7 +51,7 @@ class SetRows:
         if directory is None and data_dir is not None:
             below = Path(data_dir) / task_set.mirror
             directory = below if below.is_dir() else None
-        rows = cls(task_set, directory)
+        rows = cls(task_set, directory, data_dir_is)
         if directory is not None:
             require(
                 directory.is_dir(),
@@ -70,10 +77,13 @@ class SetRows:
         subset = next(iter(this.subsets.values()))[0]
         subset = "<subset>" if "*" in subset else subset
         revision = f" --revision {this.revision}" if this.revision else ""
+        give = f"stage.data_dirs.{this.mirror}=DIR, or stage.data_dir of"
+        if self.data_dir_is is not None:
+            give = f"{self.data_dir_is},"
         return (
             f": {terms}fetch its files with `hf download {this.path} --repo-type "
-            f"dataset{revision} --local-dir DIR` and give stage.data_dirs.{this.mirror}=DIR, or "
-            f"stage.data_dir of a directory that has them in its folder {this.mirror}; "
+            f"dataset{revision} --local-dir DIR` and give {give} a directory that has them in its "
+            f"folder {this.mirror}; "
             f"expected are DIR/{subset}/{this.splits[0]}.parquet, .jsonl or .csv, or "
             f"DIR/{subset}.parquet where there is one split, with the columns "
             f"{', '.join(name for name, is_needed in this.column_names.items() if is_needed)}"

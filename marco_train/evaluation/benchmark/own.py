@@ -5,6 +5,7 @@ rows -> items as those of the card's tasks, asked and graded in the same way
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
@@ -37,6 +38,11 @@ MAX_CHOICES = len(LETTERS)
 class UnusableError(ValueError):
     """Why a row cannot be asked, as the end of a sentence."""
 
+    def __init__(self, reason: str, value: str = "") -> None:
+        """Say why, in words that many rows share, and what of this row shows it."""
+        super().__init__(reason + value)
+        self.reason = reason
+
 
 def load(
     *,
@@ -64,12 +70,12 @@ def load(
         function_of(function)
     rows = open_rows("own", SourceConfig(path=asked.path, subset=asked.subset, split=asked.split))
     _check_columns(asked, rows)
-    items, faults = Items(), list[str]()
+    items, faults = Items(), list[tuple[str, str]]()
     for number, row in enumerate(rows.walk(columns_of(asked))):
         try:
             item = _item(asked, kind, row)
         except UnusableError as error:
-            faults.append(f"row {number} {error}")
+            faults.append((error.reason, f"row {number} {error}"))
             continue
         language = item["language"]
         if languages is None or language in languages:
@@ -79,12 +85,26 @@ def load(
     total = len(items) + len(faults)
     require(
         len(faults) <= 10 or len(faults) <= MAX_FAULTY * total,
-        f"own.path {asked.path!r}: {len(faults)} of {total} rows cannot be asked, as {faults[:1]}",
+        f"own.path {asked.path!r}: {len(faults)} of {total} rows cannot be asked, as "
+        f"{[said for _, said in faults[:1]]}",
     )
-    said = f": {faults[0]}" if faults else ""
+    said = f": {faults[0][1]}" if faults else ""
     wanted = f" in the languages {', '.join(languages)}" if languages is not None else ""
     require(bool(items), f"own.path {asked.path!r} holds no row that can be asked{wanted}{said}")
+    items.left_out = _left_out(faults, total)
     return {"test": items.first(max_items)}
+
+
+def _left_out(faults: Sequence[tuple[str, str]], total: int) -> str:
+    """Say how many rows are left out, by reason, each with its first row."""
+    if not faults:
+        return ""
+    first: dict[str, str] = {}
+    for reason, said in faults:
+        first.setdefault(reason, said)
+    counts = Counter(reason for reason, _ in faults)
+    why = "; ".join(f"{count:,} as {first[reason]}" for reason, count in counts.most_common())
+    return f"{len(faults):,} of {total:,} rows left out: {why}"
 
 
 def kind_of(verifier: str) -> Kind:
@@ -127,12 +147,14 @@ def _item(asked: OwnRowsConfig, kind: Kind, row: Any) -> dict[str, Any]:
         UnusableError: The row cannot be asked.
     """
     if isinstance(row, RowError):
-        raise UnusableError(f"cannot be read: {row}")
+        raise UnusableError("cannot be read", f": {row}")
     if not isinstance(row, Mapping):
         raise UnusableError("is no object with columns")
     for column in columns_of(asked):
         if column not in row:
             raise UnusableError(f"has no column {column!r}")
+    if isinstance(row[asked.question], list | dict):
+        raise UnusableError(f"has no text in {asked.question}, but a list or an object")
     question, answer = str(row[asked.question] or "").strip(), row[asked.answer]
     if not question or answer is None or answer == "":
         raise UnusableError(f"has no {asked.answer if question else asked.question}")
@@ -189,7 +211,7 @@ def _gold(kind: Kind, answer: Any, choices: Sequence[str]) -> Any:
     else:
         found = behind.strip() if marked else boxed(text) or text.strip("$").strip()
     if not found:
-        raise UnusableError(f"has no {kind.value} in its answer {text[:60]!r}")
+        raise UnusableError(f"has no {kind.value} in its answer", f" {text[:60]!r}")
     return found
 
 
@@ -199,14 +221,18 @@ def _letter(answer: Any, choices: Sequence[str]) -> str:
     if isinstance(answer, int | float) and not isinstance(answer, bool):
         if answer in range(len(letters)):
             return letters[int(answer)]
-        raise UnusableError(f"has the answer {answer}, and places go from 0 to {len(letters) - 1}")
+        raise UnusableError(
+            "has an answer that is no place", f": {answer} of 0 to {len(letters) - 1}"
+        )
     text = str(answer).strip()
     letter = text.strip("(). ").upper()
     if text in choices:
         return letters[choices.index(text)]
     if len(letter) == 1 and letter in letters:
         return letter
-    raise UnusableError(f"has the answer {text[:60]!r}, which names none of {', '.join(letters)}")
+    raise UnusableError(
+        "has an answer that names no choice", f": {text[:60]!r} of {', '.join(letters)}"
+    )
 
 
 def _pattern(text: str) -> str:
@@ -214,7 +240,7 @@ def _pattern(text: str) -> str:
         re.compile(text)
     except re.error as error:
         raise UnusableError(
-            f"has the answer {text[:60]!r}, which is no pattern: {error}"
+            "has an answer that is no pattern", f", {text[:60]!r}: {error}"
         ) from error
     return text
 
@@ -225,7 +251,7 @@ def _schema(answer: Any) -> str:
     try:
         schema = json.loads(text)
     except ValueError as error:
-        raise UnusableError(f"has an answer that is no JSON: {error}") from error
+        raise UnusableError("has an answer that is no JSON", f": {error}") from error
     if not isinstance(schema, dict | bool):
-        raise UnusableError(f"has an answer that is no schema: {text[:60]!r}")
+        raise UnusableError("has an answer that is no schema", f": {text[:60]!r}")
     return text

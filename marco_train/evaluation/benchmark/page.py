@@ -29,6 +29,7 @@ def page(found: dict[str, Any], details: dict[str, Any], *, with_published: bool
         for name, more in details.items()
         if more["verifier_errors"]
     ]
+    said += [f"{name}: {more['left_out']}" for name, more in details.items() if more["left_out"]]
     parts = []
     for section, names in reported(found["rows"]).items():
         rows = {name: found["rows"][name] for name in names if name in found["rows"]}

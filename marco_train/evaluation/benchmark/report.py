@@ -101,6 +101,7 @@ class BenchmarkReport:
             "in_language": self._share_in_language(asked),
             "questions_too_long": sum(a.finish == TOO_LONG for a in answers) // task.num_responses,
             "rows_left_out": task.items.num_faulty,
+            "left_out": task.items.left_out,
             "verifier_errors": len(scored.errors),
             "first_verifier_errors": scored.errors[:MOST_ERRORS],
             "seconds": round(asked.seconds, 1),
@@ -223,6 +224,11 @@ def as_markdown(found: dict[str, Any], details: dict[str, Any], *, with_publishe
         scores = ", ".join(f"{code} {score:.1f}" for code, score in row["languages"].items())
         lines.append(_line([name, scores]))
     signatures = {s for each in details.values() for s in each.get("signatures", [])}
+    left_out = [
+        f"- {name}: {more['left_out']}" for name, more in details.items() if more["left_out"]
+    ]
+    if left_out:
+        lines += ["", "Rows that were not asked:", "", *left_out]
     errors = {name: more["first_verifier_errors"] for name, more in details.items()}
     if any(errors.values()):
         lines += ["", "Verifiers failed on some answers, which count as wrong:", ""]

@@ -177,6 +177,8 @@ class Items(list[dict[str, Any]]):
 
     num_faulty: int = 0
     """Rows left out as their key points nowhere."""
+    left_out: str = ""
+    """How many those are of how many rows, and why; empty where there are none."""
 
     @property
     def features(self) -> dict[str, None]:
@@ -188,7 +190,7 @@ class Items(list[dict[str, Any]]):
         if count is None or count >= len(self):
             return self
         found = Items(_chosen(self, count))
-        found.num_faulty = self.num_faulty
+        found.num_faulty, found.left_out = self.num_faulty, self.left_out
         return found
 
 
@@ -201,6 +203,7 @@ def load(
     share: float | None = None,
     max_items: int | None = None,
     is_partial: bool = False,
+    data_dir_is: str | None = None,
     **_: Any,
 ) -> dict[str, Items]:
     """Load the items of a task, under `test`; lm-eval calls it with the metadata of its YAML.
@@ -213,24 +216,32 @@ def load(
         share: Of the items, the same in each subset, chosen by their ids. None: all.
         max_items: Most items, chosen by their ids. None: all.
         is_partial: Whether subsets may be missing, as in the fixtures.
+        data_dir_is: What a user calls `data_dir`. None: a field of the stage.
 
     Raises:
         InputError: Rows are not there, or are not what the set should hold; says how to get them.
     """
     task_set = TaskSet.of(set)
-    rows = SetRows.of(task_set, data_dir, data_dirs or {})
-    items = Items()
+    rows = SetRows.of(task_set, data_dir, data_dirs or {}, data_dir_is)
+    items, num_items = Items(), 0
     for language, patterns in task_set.subsets.items():
         if languages is not None and language not in languages:
             continue
         for subset in subsets_of(rows, patterns, is_partial=is_partial):
             found = list(_items_of(task_set, rows, language, subset, items))
+            num_items += len(found)
             items += found if share is None else _share_of(found, share)
     wanted = f" in the languages {', '.join(languages)}" if languages is not None else ""
     require(
         bool(items),
         f"{task_set.row} has no items{wanted}: its languages are {', '.join(task_set.subsets)}",
     )
+    if items.num_faulty:
+        num_rows = num_items + items.num_faulty
+        items.left_out = (
+            f"{items.num_faulty:,} of {num_rows:,} rows left out: their key points to no choice, "
+            "or is no answer"
+        )
     return {"test": items.first(max_items)}
 
 
@@ -470,19 +481,31 @@ def check_access(tasks: Sequence[str], where: Mapping[str, Any]) -> None:
     for task in tasks:
         task_set = TaskSet.of(task_set_of(task))
         try:
-            SetRows.of(task_set, where.get("data_dir"), where.get("data_dirs") or {})
+            SetRows.of(
+                task_set,
+                where.get("data_dir"),
+                where.get("data_dirs") or {},
+                where.get("data_dir_is"),
+            )
         except InputError as error:
             refused.append(str(error))
     require(not refused, "\n       ".join(refused))
 
 
-def questions_of(suite: str, data_dir: str | None = None) -> Iterator[tuple[str, str]]:
+def questions_of(
+    suite: str, data_dir: str | None = None, data_dir_is: str | None = None
+) -> Iterator[tuple[str, str]]:
     """Questions and sentences of a suite, each with the name of its row.
+
+    Args:
+        suite: Of the card.
+        data_dir: Directory with a folder for each set that has local files.
+        data_dir_is: What a user calls it. None: a field of the stage.
 
     Raises:
         InputError: The rows of a task cannot be read.
     """
-    where = where_of(suite, data_dir)
+    where = where_of(suite, data_dir) | {"data_dir_is": data_dir_is}
     check_access(tasks_of(suite), where)
     for task in tasks_of(suite):
         task_set = task_set_of(task)
