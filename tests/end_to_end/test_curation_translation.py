@@ -165,7 +165,7 @@ def test_a_plan_says_what_it_takes_and_writes_nothing(
         (["languages=[de,xx]"], "languages names 'xx', which is unknown; known are en zh"),
         (["languages=de"], "languages=de: languages takes a list: write languages=[de]"),
         (["languages=de,fr"], "write a list in brackets, as languages=[de,fr]"),
-        (["llm.max_tries=x"], "llm.max_tries=x: Value 'x' of type 'str' could not be converted"),
+        (["llm.max_tries=x"], "llm.max_tries=x: takes a whole number"),
         (["languages=[en]"], "languages names en, which is the other side of every pair"),
         (["languages=[de,de]"], "languages names one twice"),
         (["input=nowhere"], "input: there is no file and no directory 'nowhere'"),
