@@ -141,7 +141,7 @@ def disagree(seconds: float) -> list[str]:
     """The second rank is refused in a check in which the first stays as long."""
     examination.PATIENCE = timedelta(seconds=1)
     checks = Examination()
-    checks.meet(60)
+    checks.meet(timeout_seconds=5)
 
     def check() -> None:
         if rank() == 1:
@@ -156,7 +156,7 @@ def disagree(seconds: float) -> list[str]:
 def test_a_rank_waits_with_its_fault_until_the_others_cannot_come() -> None:
     assert run_on_ranks(2, disagree, 0.2) == [["refused"], ["refused"]]
     with pytest.raises(BaseException, match="error: refused"):
-        run_on_ranks(2, disagree, 5.0)
+        run_on_ranks(2, disagree, 3.0)
 
 
 def test_every_fault_is_said_in_a_sentence_each(world: World, tmp_path: Path) -> None:
