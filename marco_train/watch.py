@@ -155,7 +155,8 @@ class Watch:
         if is_first:
             print(f"error: {said}", file=sys.stderr, flush=True)
         self._on_hang(said, is_first)
-        time.sleep(SILENT_LOOKS * self._between)  # a launcher ends all ranks when one has ended
+        # A launcher ends all ranks when one has ended, and the store may hold others up meanwhile.
+        time.sleep(STORE_SECONDS + SILENT_LOOKS * self._between)
         os._exit(HUNG)
 
 
