@@ -106,6 +106,7 @@ def single_process_weights(clone: Path, out: Path) -> list[bytes]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_the_main_job_runs_in_a_fresh_clone(clone: Path) -> None:
     out = clone / "outputs" / "trial"
     command, tests = commands_of_the_readme()

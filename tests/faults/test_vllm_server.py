@@ -30,7 +30,7 @@ from tests.helpers.rollouts import rollouts
 from tests.helpers.teachers import hf_teacher, teacher_config, wanted_of
 from tests.helpers.world import World
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.long]
 
 SERVE = REPOSITORY / "recipes" / "serve_teacher.sh"
 FLOAT32 = same_answer(DType.float32, num_layers=2)

@@ -55,6 +55,7 @@ def sampled_both_ways(cfg: TrainConfig, opd: TrainConfig) -> tuple[list[Rollout]
     return answers, distilled
 
 
+@pytest.mark.long
 def test_answers_are_the_responses_of_distillation(
     wide_world: World, tmp_path: Path, rank: Rank
 ) -> None:

@@ -73,7 +73,10 @@ def ended() -> Rollout:
     return replace(first, response_ids=[*first.response_ids[:-1], 2])
 
 
-@pytest.mark.parametrize(("name", "stop_id"), [("dense", 0), ("mixture", None)])
+@pytest.mark.parametrize(
+    ("name", "stop_id"),
+    [("dense", 0), pytest.param("mixture", None, marks=pytest.mark.long)],
+)
 def test_the_scores_are_those_of_transformers(
     name: str, stop_id: int | None, teachers: Path, rank: Rank
 ) -> None:
