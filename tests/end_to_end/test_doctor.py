@@ -332,6 +332,7 @@ def test_a_source_that_is_lost_is_found_beside_others(world: World, tmp_path: Pa
             assert "(9 data/dropped_no_loss)" in found[0]
 
 
+@pytest.mark.long
 def test_a_few_rows_at_fault_are_named_and_do_no_harm(world: World, tmp_path: Path) -> None:
     rows: list[Any] = [chat(f"Is {n} even?") for n in range(20)]
     rows[3] = {"messages": None}
@@ -342,6 +343,7 @@ def test_a_few_rows_at_fault_are_named_and_do_no_harm(world: World, tmp_path: Pa
     assert "data/dropped_malformed" in done.stdout
 
 
+@pytest.mark.long
 def test_a_phase_that_converged_before_it_taught_is_passed_over(
     world: World, tmp_path: Path
 ) -> None:

@@ -219,6 +219,7 @@ def shown(pattern: str) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_commands_on_checkpoints_do_what_is_said(world: World, tmp_path: Path) -> None:
     out = tmp_path / "run"
     given = overrides("sft", world, out, 1)
@@ -236,6 +237,7 @@ def test_commands_on_checkpoints_do_what_is_said(world: World, tmp_path: Path) -
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_commands_on_rows_and_reports_do_what_is_said(tmp_path: Path) -> None:
     (tmp_path / "scripts").symlink_to(REPOSITORY / "scripts")
     shutil.copy(REPOSITORY / ROWS, tmp_path / "rows.jsonl")

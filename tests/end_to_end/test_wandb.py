@@ -98,6 +98,7 @@ def curve(steps: range) -> Recorded:
     return [(n, {"step": n, "loss/cross_entropy": float(n)}) for n in steps]
 
 
+@pytest.mark.long
 def test_a_run_resumed_offline_goes_on_with_its_steps_under_one_id(tmp_path: Path) -> None:
     launch_offline(tmp_path, 0, 5)
     time.sleep(1.1)  # W&B names directories by the second

@@ -40,7 +40,8 @@ def status(out: Path) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at_fault", [1, pytest.param(0, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("at_fault", [1, 0])
 def test_a_rank_that_hangs_is_named_with_its_stack(
     at_fault: int, world: World, tmp_path: Path
 ) -> None:

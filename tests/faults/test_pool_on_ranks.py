@@ -56,6 +56,7 @@ def waited_for(seconds: list[list[float]], give_up_after: float) -> tuple[list[f
         asked.close()
 
 
+@pytest.mark.long
 def test_a_rank_without_requests_outwaits_answers_that_trickle_to_another() -> None:
     trickle = [0.5 * number for number in range(1, 11)]
     assert run_on_ranks(2, waited_for, [[], trickle], 60.0) == [([], 0), (trickle, 0)]

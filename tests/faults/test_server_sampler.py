@@ -602,13 +602,8 @@ def sockets(servers: Sequence[FakeSampler]) -> list[int]:
 AHEAD = "stage.rollout.max_staleness=1"
 
 
-@pytest.mark.parametrize(
-    "more",
-    [
-        pytest.param([], id="on-policy"),
-        pytest.param([AHEAD], id="one step ahead", marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("more", [[], [AHEAD]], ids=["on-policy", "one step ahead"])
 def test_a_run_whose_servers_end_and_come_back_learns_the_same(
     more: list[str], world: World, servers: list[FakeSampler], tmp_path: Path
 ) -> None:

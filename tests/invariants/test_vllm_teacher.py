@@ -75,8 +75,9 @@ def ended() -> Rollout:
 
 @pytest.mark.parametrize(
     ("name", "stop_id"),
-    [("dense", 0), pytest.param("mixture", None, marks=pytest.mark.long)],
+    [("dense", 0), ("mixture", None)],
 )
+@pytest.mark.long
 def test_the_scores_are_those_of_transformers(
     name: str, stop_id: int | None, teachers: Path, rank: Rank
 ) -> None:
@@ -214,6 +215,7 @@ def largest_rounding(path: str) -> float:
     return float((eighths - eighths.round()).abs().max())
 
 
+@pytest.mark.long
 def test_logits_of_a_bfloat16_model_are_not_rounded(
     world: World, tmp_path: Path, rank: Rank
 ) -> None:
