@@ -53,10 +53,13 @@ def examine(words: Sequence[str]) -> list[str]:
     from marco_train import distributed
     from marco_train.commands import stage_checks
     from marco_train.commands.machine import check_machine
+    from marco_train.losses.chains import compile_chains
 
     distributed.start(cfg.parallel.timeout_seconds, deterministic=cfg.deterministic)
     checks.meet(cfg.parallel.timeout_seconds)
     checks.can_resume = not checks.faults
+    if cfg.compile_losses:
+        checks.make("compiler of losses", compile_chains, cfg.compile_losses)
     check_machine(cfg, checks)
     match cfg.stage.kind:
         case StageKind.sft:

@@ -9,12 +9,17 @@ rounding. A chain may overwrite the tiles that it is given, and does nothing els
 Legend: N tokens with loss, B entries of the vocabulary in a tile.
 """
 
+import os
 from collections.abc import Callable
 from functools import cache, wraps
+from importlib.util import find_spec
+from shutil import which
 from typing import ClassVar, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+from marco_train.errors import require
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -27,7 +32,23 @@ class Chains:
 
 
 def compile_chains(asked: bool) -> None:
-    """Choose for this process; a chain is compiled when it is first computed."""
+    """Choose for this process; a chain is compiled when it is first computed.
+
+    Raises:
+        InputError: What compiles is not installed.
+    """
+    if asked and torch.cuda.is_available():
+        require(
+            find_spec("triton") is not None,
+            "compile_losses needs triton on a GPU: install it, or leave compile_losses out",
+        )
+    elif asked:
+        compiler = os.environ.get("CXX", "g++")
+        require(
+            which(compiler) is not None,
+            f"compile_losses needs a C++ compiler on a CPU, and there is no {compiler!r}: install "
+            "g++, name another in $CXX, or leave compile_losses out",
+        )
     Chains.are_compiled = asked
 
 

@@ -1,5 +1,6 @@
 """Losses whose chains are compiled give the numbers of those whose chains are not."""
 
+import shutil
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +11,11 @@ from marco_train.losses import chains, logprobs
 from marco_train.losses.distillation import full_reverse_kl
 from marco_train.losses.logprobs import gather_logprobs
 
-pytestmark = [pytest.mark.slow, pytest.mark.long]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.long,
+    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU"),
+]
 
 V, D = 2_000, 24
 

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import marco_train.losses.logprobs as logprobs_module
+from marco_train.errors import InputError
+from marco_train.losses.chains import compile_chains
 from marco_train.losses.logprobs import (
     gather_logprobs,
     sequence_logprobs,
@@ -120,3 +122,10 @@ def test_a_tile_is_bounded_and_blocks_cover_the_vocabulary(
     widest = max(b.stop - b.start for b in blocks)
     bound = max(logprobs_module.TILE_ELEMENTS["cpu"], num_tokens * logprobs_module.MIN_BLOCK)
     assert num_tokens * widest <= bound
+
+
+def test_losses_are_not_compiled_where_no_compiler_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(InputError, match=r"needs a C\+\+ compiler .* no 'no-such-compiler'"):
+        compile_chains(True)
+    compile_chains(False)
