@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from copy import copy
 from datetime import timedelta
 from itertools import count
-from typing import TYPE_CHECKING, Any, ClassVar, ParamSpec, Self, TypeVar, cast
+from typing import TYPE_CHECKING, Any, ParamSpec, Self, TypeVar, cast
 
 from marco_train.errors import InputError, ServersUnavailable
 from marco_train.stages.checks import Checks
@@ -51,14 +51,13 @@ class Examination(Checks):
     """
 
     writes_files = False
-    _numbers: ClassVar[Iterator[int]] = count()
-    """Of what ranks tell each other, over all examinations of this process."""
 
     def __init__(self) -> None:
         self.faults: list[str] = []
         self.can_resume = False
         self._leaves_out = False
         self._store: Store | None = None
+        self._numbers = count()  # of what ranks tell each other
 
     def meet(self, timeout_seconds: float) -> None:
         """Share what was found with the other ranks, from now on after each check.
