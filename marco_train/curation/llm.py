@@ -292,11 +292,7 @@ class LLM:
         if status in {408, 409, 425, 429} or status >= 500:
             return True
         said = " ".join(str(error).split())[:300]
-        require(
-            status not in {401, 403},
-            f"{self._cfg.base_url} refuses the key of ${self._cfg.key_variable} ({status}): "
-            "set that variable",
-        )
+        _refuse_key(self._cfg, status)
         require(
             status != 404, f"{self._cfg.base_url} serves no {self.model!r} ({said}): set llm.model"
         )
@@ -365,16 +361,19 @@ def _listed(cfg: LLMConfig, client: Any) -> list[str]:
     try:
         return [model.id for model in client.models.list()]
     except openai.APIStatusError as error:
-        status = error.status_code
-        require(
-            status not in {401, 403},
-            f"{cfg.base_url} refuses the key of ${cfg.key_variable} ({status}): set that variable",
-        )
-        if cfg.model is not None and status < 500:
+        _refuse_key(cfg, error.status_code)
+        if cfg.model is not None and error.status_code < 500:
             return []
         raise ServersUnavailable(f"{cfg.base_url} lists no models: {error}") from error
     except (openai.OpenAIError, ValueError, TypeError, AttributeError) as error:
         raise ServersUnavailable(f"{cfg.base_url} is away: {error}") from error
+
+
+def _refuse_key(cfg: LLMConfig, status: int) -> None:
+    require(
+        status not in {401, 403},
+        f"{cfg.base_url} refuses the key of ${cfg.key_variable} ({status}): set that variable",
+    )
 
 
 def _as_said(completion: Any) -> _Said:
