@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 from marco_train.commands.source import add_source_arguments, escape_unprintable, open_source
 from marco_train.config.curation import DecontaminationConfig, EmbeddingConfig
-from marco_train.curation.decontamination import NearBenchmarks, embedder, texts_against
+from marco_train.curation.decontamination import NearBenchmarks, texts_against
+from marco_train.curation.embedding import embedder
 from marco_train.data.contamination import CHARACTERS, WORDS, Benchmarks, Hit
 from marco_train.data.conversations import BadRow, Source
 from marco_train.errors import InputError, require

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from marco_train.config.curation import CurationConfig, DecontaminationConfig, EmbeddingConfig
 from marco_train.content import look
-from marco_train.curation.embedding import load_model
+from marco_train.curation.embedding import embedder
 from marco_train.curation.frame import (
     Cost,
     Counted,
@@ -97,26 +97,6 @@ class NearBenchmarks:
             for text, near in np.argwhere(cosines >= self.similarity).tolist():
                 found[texts[text][0], int(self._numbers[start + near])] = None
         return [Hit(rows[place].row, self.names[number], NEAR) for place, number in sorted(found)]
-
-
-def embedder(cfg: EmbeddingConfig) -> Callable[[Sequence[str]], NDArray[np.float32]]:
-    """Open an embedding model.
-
-    Raises:
-        InputError: The package or the model cannot be loaded.
-    """
-    model = load_model(cfg)
-
-    def embed(texts: Sequence[str]) -> NDArray[np.float32]:
-        vectors: NDArray[np.float32] = model.encode(
-            list(texts),
-            batch_size=cfg.batch_size,
-            normalize_embeddings=True,
-            show_progress_bar=False,
-        )
-        return vectors
-
-    return embed
 
 
 class Decontaminated:

@@ -1,11 +1,14 @@
 """How alike the two sides of a pair are to an embedding model."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from marco_train.config.curation import EmbeddingConfig
 from marco_train.curation.frame import Cost, Outcome, Row, Shard, Shards, Transform
@@ -43,8 +46,8 @@ class Similarity:
             InputError: The package or the model cannot be loaded, or the model is of another
                 dimension than that of the rows before.
         """
-        model = load_model(self.cfg)
-        dimension = int(model.encode(["one"], show_progress_bar=False).shape[1])
+        embed = embedder(self.cfg)
+        dimension = int(embed(["one"]).shape[1])
         known = scratch / DIMENSION
         before_it = json.loads(known.read_text()) if known.is_file() else dimension
         require(
@@ -60,17 +63,32 @@ class Similarity:
             pairs = [self.texts(row) for row in shard.rows]
             if not pairs:
                 return
-            vectors = model.encode(
-                [text for pair in pairs for text in pair],
-                batch_size=self.cfg.batch_size,
-                normalize_embeddings=True,
-                show_progress_bar=False,
-            )
+            vectors = embed([text for pair in pairs for text in pair])
             cosines = (vectors[0::2] * vectors[1::2]).sum(axis=1)
             for row, cosine in zip(shard.rows, cosines, strict=True):
                 yield row | {"similarity": round(float(cosine), 6)}
 
         yield transform
+
+
+def embedder(cfg: EmbeddingConfig) -> Callable[[Sequence[str]], NDArray[np.float32]]:
+    """Open an embedding model; it makes vectors of length 1, [N, D], of N texts.
+
+    Raises:
+        InputError: The package or the model cannot be loaded, or it takes no texts together.
+    """
+    model = load_model(cfg)
+
+    def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+        vectors: NDArray[np.float32] = model.encode(
+            list(texts),
+            batch_size=cfg.batch_size,
+            normalize_embeddings=True,
+            show_progress_bar=False,
+        )
+        return vectors
+
+    return embed
 
 
 def load_model(cfg: EmbeddingConfig) -> Any:
