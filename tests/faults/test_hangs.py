@@ -89,10 +89,15 @@ def test_a_rank_whose_peer_is_killed_says_so_in_a_sentence(world: World, tmp_pat
 def test_a_signal_prints_the_stacks_and_the_run_goes_on(world: World, tmp_path: Path) -> None:
     more = given(world, tmp_path, "stage.num_steps=200", "checkpoint.save_every=1000")
     process = launch(more, [], tmp_path / "struck", NUM_RANKS)
-    soon(lambda: num_steps_of(tmp_path) >= 2)
+
+    def wait_for_steps(number: int) -> None:
+        soon(lambda: num_steps_of(tmp_path) >= number)
+
+    wait_for_steps(2)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    for child in map(int, children):
+    for child in map(int, children):  # in turn: what two ranks print at once mixes within a line
         os.kill(child, signal.SIGUSR2)
+        wait_for_steps(num_steps_of(tmp_path) + 2)
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert output.count("Current thread") >= NUM_RANKS and "in run_sft" in output
