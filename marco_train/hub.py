@@ -105,12 +105,16 @@ def with_those_here(composed: DictConfig) -> DictConfig:
 
     Nothing is fetched, and the others keep their names.
     """
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.constants import HF_HUB_CACHE
 
     wanted, found = hub_ids(composed), {}
     for hub_id in {each.hub_id for each in wanted.values()}:
         name, _, revision = hub_id.partition("@")
+        if not Path(HF_HUB_CACHE, f"models--{name.replace('/', '--')}").is_dir():
+            continue
+        from huggingface_hub import snapshot_download  # takes a quarter of a second to import
+        from huggingface_hub.errors import HFValidationError
+
         try:
             found[hub_id] = snapshot_download(
                 name, revision=revision or None, local_files_only=True
