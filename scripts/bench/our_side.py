@@ -26,6 +26,7 @@ from marco_train.config.compose import read_run
 from marco_train.config.lengths import longest_sequence
 from marco_train.data.chat import CHATML, load_tokenizer
 from marco_train.data.loader import PromptLoader
+from marco_train.losses.chains import compile_chains
 from marco_train.losses.distillation import bucketed_kl
 from marco_train.models import save_model
 from marco_train.models.weights import random_model
@@ -119,7 +120,9 @@ def distil(sides: dict[str, list[str]]) -> dict[str, list[Step]]:
     found = {}
     for side, overrides in sides.items():
         with tempfile.TemporaryDirectory() as directory:
-            run_opd(compose_config([*overrides, f"output_dir={directory}"]))
+            cfg = compose_config([*overrides, f"output_dir={directory}"])
+            compile_chains(cfg.compile_losses)
+            run_opd(cfg)
             found[side] = read_log(Path(directory))
     return found
 

@@ -136,7 +136,7 @@ def check(setup: dict[str, Any], prompts: list[str], responses: list[list[int]])
 
 
 def train(setup: dict[str, Any]) -> list[dict[str, float]]:
-    """Job: make a step of every batch of prompts."""
+    """Job: make a step of every batch of prompts; each says the whole process's peak memory."""
     clock = Clock()
     with tempfile.TemporaryDirectory() as directory:
         trainer = build_trainer(setup, directory, clock)
@@ -146,7 +146,7 @@ def train(setup: dict[str, Any]) -> list[dict[str, float]]:
         trainer._generate_single_turn = clock.timed("time/sample", sample, lambda *_: True)
         trainer._get_last_hidden_state = clock.timed("time/score", run, lambda m, *_: m is teacher)
         trainer.train()
-    return clock.steps()
+    return [step | {"memory/peak_gib": linux_bytes("VmHWM") / 2**30} for step in clock.steps()]
 
 
 def fine_tune(setup: dict[str, Any]) -> dict[str, Any]:
