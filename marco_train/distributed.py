@@ -11,9 +11,11 @@ import random
 import resource
 import socket
 import struct
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -26,6 +28,8 @@ from marco_train.encoding import from_bytes, to_bytes
 from marco_train.errors import InputError, RunError, require
 
 T = TypeVar("T")
+
+STATUS = Path("/proc/self/status")  # of this process, where the system is Linux
 
 # Read once, when a process makes its first matrix product: for torch's deterministic algorithms a
 # cuBLAS workspace of a fixed size, and the two values with which no product is split over its inner
@@ -211,7 +215,14 @@ def peak_bytes() -> int:
     """Most memory that this rank has held since its start: on its GPU, or in all without one."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if STATUS.is_file():
+        (peak_kib,) = (
+            line.split()[1] for line in STATUS.read_text().splitlines() if line.startswith("VmHWM:")
+        )
+        return int(peak_kib) * 1024
+    # On Linux it would be at least what the parent held when it began this process.
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def barrier() -> None:

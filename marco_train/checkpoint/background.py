@@ -1,4 +1,7 @@
-"""A checkpoint that is written while training goes on; training stops for a copy to the host only.
+"""A checkpoint that is copied to the host and written while training goes on.
+
+The next update, which changes what is copied, waits for the copy; what comes before it in a step,
+samples, scores and gradients, does not.
 
 Threads that write take part in no collective: whether all have written, and what failed, ranks ask
 each other between steps, in the thread that trains. Then the main rank publishes, in a thread too.
@@ -14,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from marco_train.checkpoint.shards import TrainingState, write_shard
-from marco_train.checkpoint.snapshot import Snapshot
+from marco_train.checkpoint.snapshot import Snapshot, stream_beside_training
 from marco_train.checkpoint.store import (
     Retention,
     begin_checkpoint,
@@ -57,7 +60,7 @@ class BackgroundSaves:
         state: dict[str, Any],
         retention: Retention,
     ) -> None:
-        """Copy what is to be saved, and begin to write it; the last one was published before.
+        """Begin to copy what is to be saved, and to write it; the last one was published before.
 
         Raises:
             CheckpointError: On all ranks, where there is no place to write to.
@@ -66,17 +69,26 @@ class BackgroundSaves:
         partial = partial_path(self._directory, step)
         with removing_what_failed(self._directory, step):
             begin_checkpoint(self._directory, step)
-        if self._snapshot is None:
-            self._snapshot = Snapshot(training)
-        else:
-            self._snapshot.take(training)
-        snapshot = self._snapshot.state
+        training.lock.acquire()  # before the next update can
 
         def write() -> dict[str, Any]:
+            try:
+                copied = self._copy(training)
+            finally:
+                training.lock.release()
             with said_if_slow(partial):
-                return write_shard(partial, rank(), snapshot, generators)
+                return write_shard(partial, rank(), copied, generators)
 
         self._pending = Pending(step, state, retention, _beside(write))
+
+    def _copy(self, training: TrainingState) -> TrainingState:
+        """Copy into memory that is kept for the next one: its pages need not be made anew."""
+        with stream_beside_training():
+            if self._snapshot is None:
+                self._snapshot = Snapshot(training)
+            else:
+                self._snapshot.take(training)
+        return self._snapshot.state
 
     def publish(self, wait: bool) -> int | None:
         """Let the checkpoint appear that is being written, once all ranks have written it.

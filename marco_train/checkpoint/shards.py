@@ -10,8 +10,9 @@ Weights are not stored: they are the masters, rounded to their type.
 
 import json
 import math
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -55,6 +56,8 @@ class TrainingState:
 
     pieces: list[Piece]
     optimizer_steps: int
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    """Held by an update, and by whoever reads the tensors beside training."""
 
 
 class StateSource(Protocol):

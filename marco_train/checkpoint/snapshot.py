@@ -1,5 +1,7 @@
 """A training state in the host's memory, apart from the optimizer that goes on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -7,6 +9,7 @@ import torch
 from torch import Tensor
 
 from marco_train.checkpoint.shards import Piece, TrainingState
+from marco_train.distributed import device
 
 
 class Snapshot:
@@ -30,7 +33,7 @@ class Snapshot:
             }
             pieces.append(replace(piece, tensors=copies))
         if torch.cuda.is_available():
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()
         self.state = TrainingState(pieces, state.optimizer_steps)
         self._by_parameter = {piece.parameter: piece for piece in pieces}
 
@@ -46,6 +49,18 @@ class Snapshot:
         assert (copied.start, copied.stop) == (piece.start, piece.stop), piece.parameter
         for kind, target in piece.tensors.items():
             target.copy_(copied.tensors[kind])
+
+
+@contextmanager
+def stream_beside_training() -> Iterator[None]:
+    """Let a thread's copies wait for what this rank's GPU was asked for before, and for no more."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    stream = torch.cuda.Stream(device())  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.default_stream(device()))
+    with torch.cuda.stream(stream):  # of this rank's GPU: a new thread begins on the first one
+        yield
 
 
 def host_memory(num_elements: int) -> Tensor:

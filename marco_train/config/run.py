@@ -100,9 +100,9 @@ class CheckpointConfig:
     keep_last: int = 1
     """Complete checkpoints kept; older ones are deleted after a new one is complete."""
     asynchronous: bool = False
-    """Whether training stops for a copy to the host's memory only, of 12 bytes for each parameter
-    that this rank updates, and the copy is written meanwhile. A checkpoint appears after the first
-    step by whose end all ranks have written."""
+    """Whether training goes on while a checkpoint is copied to the host's memory, 12 bytes for each
+    parameter that this rank updates, and written. Only the next update waits for the copy. A
+    checkpoint appears after the first step by whose end all ranks have written."""
     keep_every: int | None = None
     """Steps. Checkpoints of a multiple of so many updates are kept for good. None: none is."""
     keep_phase_ends: bool = True

@@ -5,6 +5,7 @@ moments    of the masters
 gradients  a buffer that only stage 1 in bfloat16 keeps from update to update, zero between them
 """
 
+import threading
 import time
 from typing import Any
 
@@ -28,6 +29,8 @@ class OptimizerState:
             optimizer: DeepSpeed's, before its first update.
             offload: Whether it stays on the device only for an update; else it never leaves.
         """
+        self.lock = threading.Lock()
+        """Held by an update, and by whoever reads what is here beside training."""
         self._optimizer = optimizer
         self._moments = optimizer.optimizer.state
         # DeepSpeed has a class of its own for bfloat16 weights in stage 1.
@@ -72,7 +75,7 @@ class OptimizerState:
             start = first + mapping.lp_fragment_address.start
             pieces.append(Piece(name, dtype, shape, start, tensors))
         (steps,) = {int(moments["step"]) for moments in self._moments.values()}
-        return TrainingState(pieces, steps)
+        return TrainingState(pieces, steps, self.lock)
 
     @torch.no_grad()
     def load(self, model: Qwen3Moe, source: StateSource) -> None:

@@ -136,8 +136,9 @@ class Policy(Student):
         """
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate
-        self._state.reload()
-        self._engine.step()  # where the norm is not finite, it makes none and asks nobody
+        with self._state.lock:  # a checkpoint may still be copied
+            self._state.reload()
+            self._engine.step()  # where the norm is not finite, it makes none and asks nobody
         grad_norm = self.guard.judge_gradient()
         self.skipped = self.guard.end(self.num_updates)
         self.num_updates += 1

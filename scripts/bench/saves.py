@@ -8,8 +8,8 @@ take turns, round by round; figures are medians and ranges over the rounds.
 
 import argparse
 import json
-import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -94,14 +94,22 @@ def digest(state: TrainingState) -> str:
 
 
 class Training:
-    """Products of matrices, in place of updates."""
+    """Products of matrices in place of gradients, and updates that change nothing."""
 
-    def __init__(self) -> None:
-        self._matrix: Tensor = torch.randn(512, 512)
+    def __init__(self, lock: threading.Lock) -> None:
+        self._matrix: Tensor = torch.randn(1024, 1024)
+        self._lock = lock
 
     def step(self) -> float:
-        """Seconds of some products."""
-        return seconds(lambda: [self._matrix @ self._matrix for _ in range(20)])
+        """Seconds that the update waits, after those of the gradients."""
+        for _ in range(20):
+            self._matrix @ self._matrix
+
+        def update() -> None:
+            with self._lock:
+                pass
+
+        return seconds(update)
 
 
 ONE = Retention(keep_last=1)
@@ -112,20 +120,22 @@ def stall(
 ) -> tuple[float, float]:
     """Seconds that training waits for a save beside it, from its start to its appearance.
 
-    The second number is what a core works of them: others may use it too.
+    The second number is how much longer training takes until then: both share cores and memory.
     """
-    before = time.thread_time()
+    calm = seconds(training.step)
+    started = time.perf_counter()
     waited = seconds(lambda: saves.start(step, state, {}, {}, ONE))
-    worked = time.thread_time() - before
     published: list[int | None] = [None]
 
     def ask() -> None:
         published[0] = saves.publish(wait=False)
 
+    num_steps = 0
     while published[0] is None:
-        training.step()
+        waited += training.step()
+        num_steps += 1
         waited += seconds(ask)
-    return waited, worked
+    return waited, time.perf_counter() - started - num_steps * calm
 
 
 def main() -> None:
@@ -136,7 +146,9 @@ def main() -> None:
     parser.add_argument("--directory", type=Path, help="On the disk to write to.")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    state, training = make_state(args.gigabytes), Training()
+    state = make_state(args.gigabytes)
+    training, copies = Training(state.lock), list[Snapshot]()
+    copied = peak_bytes(lambda: copies.append(Snapshot(state)), CPU)
     largest = state.pieces[0].tensors[KINDS[0]].nbytes
     with tempfile.TemporaryDirectory(dir=args.directory) as name:
         directory = Path(name)
@@ -153,7 +165,8 @@ def main() -> None:
                 save_checkpoint(directory / "blocking", number, state, {}, {}, ONE)  # noqa: B023
 
             blocking = seconds(save)
-            waited, worked = stall(saves, number, state, training)
+            waited, slowed = stall(saves, number, state, training)
+            copying = seconds(lambda: copies[0].take(state))
             before = time.thread_time()
             digest(state)
             digesting = time.thread_time() - before
@@ -162,20 +175,19 @@ def main() -> None:
                 continue  # memory is new, and files are read from the disk
             take("blocking save, s", blocking)
             take("stall of a save beside training, s", waited)
-            take("of it work of a core, s", worked)
             take("stall / blocking save", waited / blocking)
+            take("training is longer by, s", slowed)
+            take("a step of it, s", seconds(training.step))
+            take("copying alone, s", copying)
+            take("copying alone / blocking save", copying / blocking)
             take("digesting, s of a core", digesting)
             take("load by one rank of one rank's, s", plain)
             take("load by one rank of four ranks' / of one's", elastic / plain)
             take("peak of a blocking save / largest tensor", peak_bytes(save, CPU) / largest)
-        del saves
-        snapshot = peak_bytes(lambda: take("snapshot", Snapshot(state).optimizer_steps), CPU)
-        shutil.rmtree(directory / "beside")
-    found.pop("snapshot")
     print(f"{args.gigabytes:g} GB in {NUM_PARAMETERS} parameters; largest {largest / MIB:.0f} MiB")
     for what, values in found.items():
         print(f"{what}: {median(values):.3g} ({min(values):.3g}-{max(values):.3g})")
-    print(f"a snapshot / the state: {snapshot / (args.gigabytes * 1e9):.3g}")
+    print(f"a snapshot / the state: {copied / (args.gigabytes * 1e9):.3g}")
 
 
 if __name__ == "__main__":

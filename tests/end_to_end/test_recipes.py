@@ -356,6 +356,7 @@ def test_a_server_is_printed_without_being_started(tmp_path: Path) -> None:
         "--served-model-name teacher --host 127.0.0.1 --port 8000 "
         "--max-model-len 10242 --max-num-batched-tokens 32768 "
     )
+    assert " --generation-config vllm " in done.stdout  # a model's own settings do not count
     assert not (tmp_path / "started").exists()
     started = run(tmp_path, *given, PATH=path)
     assert started.returncode == 0, started.stderr

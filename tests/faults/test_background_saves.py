@@ -1,6 +1,8 @@
 """A checkpoint that is written beside training: when it appears, and who hears of a fault."""
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,8 @@ def test_it_appears_once_it_is_written_and_holds_what_was_there_when_it_was_aske
     saves = BackgroundSaves(tmp_path)
     live = state_of(5.0)
     saves.start(3, live, {}, {"num_updates": 3}, ONE)
-    live.pieces[0].tensors["exp_avg"].fill_(-1.0)  # training goes on
+    with live.lock:
+        live.pieces[0].tensors["exp_avg"].fill_(-1.0)  # training goes on
     assert saves.publish(wait=False) is None
     assert names(tmp_path) == [".partial_000003"]
     disk.may_write.set()
@@ -71,6 +74,34 @@ def test_it_appears_once_it_is_written_and_holds_what_was_there_when_it_was_aske
     saves.start(4, live, {}, {"num_updates": 4}, ONE)
     assert saves.publish(wait=True) == 4
     assert names(tmp_path) == ["step_000004"]
+
+
+def test_nothing_is_changed_before_it_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    may_copy = threading.Event()
+
+    @contextmanager
+    def slowly() -> Iterator[None]:
+        assert may_copy.wait(60)
+        yield
+
+    monkeypatch.setattr(background_module, "stream_beside_training", slowly)
+    saves = BackgroundSaves(tmp_path)
+    live = state_of(5.0)
+    for step in (3, 4):
+        may_copy.clear()
+        saves.start(step, live, {}, {}, ONE)
+        assert not live.lock.acquire(blocking=False)
+        may_copy.set()
+        assert live.lock.acquire(timeout=60)
+        live.lock.release()
+        assert saves.publish(wait=True) == step
+    live.pieces[0].tensors["master"].resize_(3)  # no more of the copy's size
+    saves.start(5, live, {}, {}, ONE)
+    with pytest.raises(RuntimeError, match="size"):
+        saves.publish(wait=True)
+    assert live.lock.acquire(blocking=False)
 
 
 def fail_on_the_second_rank(directory: Path) -> tuple[str, list[str]]:

@@ -39,6 +39,7 @@ from marco_train.config.resumption import (
 from marco_train.distributed import barrier, rank, world_size
 from marco_train.errors import CheckpointError, InputError
 from tests.helpers.configs import compose_config
+from tests.helpers.processes import soon
 from tests.helpers.ranks import run_on_ranks
 
 
@@ -398,6 +399,28 @@ def settled_on(out: Path) -> list[str]:
     found = settled(cfg)
     assert found is not None
     return [found.name, *names(checkpoints_of(cfg))]
+
+
+def save_with_a_slow_rank(directory: Path) -> list[str]:
+    """What another rank sees when all that it writes itself is written."""
+    plain: Callable[..., Any] = getattr(store, "write_shard")  # noqa: B009
+    seen: list[str] = []
+
+    def slowly(partial: Path, *args: Any) -> Any:
+        soon((partial / "rank_000.safetensors").is_file)
+        time.sleep(0.3)
+        seen.extend(names(directory))
+        return plain(partial, *args)
+
+    if rank() == 1:
+        setattr(store, "write_shard", slowly)  # noqa: B010
+    save(directory, 1)
+    return seen
+
+
+def test_nothing_appears_before_the_slowest_rank_has_written(tmp_path: Path) -> None:
+    assert run_on_ranks(2, save_with_a_slow_rank, tmp_path) == [[], [".partial_000001"]]
+    assert verify(tmp_path / "step_000001") is None
 
 
 @pytest.mark.parametrize("damaged", ["rank_000.safetensors", "rank_001.safetensors", "state.json"])

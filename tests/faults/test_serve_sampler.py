@@ -144,6 +144,7 @@ def test_the_command_of_a_server_is_printed(script: Path) -> None:
     assert printed.startswith(
         "python -m vllm.entrypoints.openai.api_server --model /models/student"
     )
+    assert " --generation-config vllm " in printed  # a model's own settings do not count
     assert printed.endswith("--dtype float32 --port 8100 \n")
     assert not started(script)
 

@@ -1,13 +1,18 @@
 """Nothing that comes from outside is run: no pickles, no code in files, configs or servers."""
 
 import ast
+import base64
+import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from marco_train.config.compose import compose
 from marco_train.errors import InputError
+from marco_train.inference.protocol import read_array
 from tests.helpers.processes import REPOSITORY, launch
 
 # What runs what it is given, or loads what may.
@@ -110,3 +115,25 @@ def test_no_file_of_own_configs_names_code(tmp_path: Path) -> None:
     assert str(refused.value) == (
         "experiment/mine.yaml: no config names code to run; leave _target_ out"
     )
+
+
+class Planted:
+    """What makes a file where its pickle is loaded."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._file,)
+
+
+def test_an_array_of_a_server_that_would_run_something_runs_nothing(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    content = io.BytesIO()
+    np.save(content, np.array([Planted(run)], dtype=object), allow_pickle=True)
+    with pytest.raises(ValueError, match="allow_pickle=False"):
+        read_array({"scores": base64.b64encode(content.getvalue()).decode()}, "scores")
+    assert not run.exists()
+    content.seek(0)
+    np.load(content, allow_pickle=True)
+    assert run.exists()

@@ -1,6 +1,7 @@
 """An optimizer's state that leaves the device between updates learns the same, bit for bit."""
 
 import gc
+import threading
 
 import pytest
 import torch
@@ -127,3 +128,32 @@ def test_between_updates_nothing_of_it_is_kept_but_the_copy(world: World) -> Non
         assert memory["kept"] == pytest.approx(12 * size, rel=0.02)  # the copy itself, on a CPU
         # Masters and two moments; stage 1 has a buffer of gradients besides.
         assert memory["freed"] == pytest.approx((16 if stage == 1 else 12) * size, rel=0.02)
+
+
+def update_while_a_checkpoint_is_copied(cfg: TrainConfig) -> list[tuple[bool, bool, bool]]:
+    found = []
+    for offload in (False, True):
+        policy = build(cfg, offload)
+        before = copied(policy)
+        lent = policy.state()
+        lent.lock.acquire()
+        training = threading.Thread(target=learn, args=(policy, cfg, 0, 1))
+        training.start()
+        training.join(1)
+        waited = training.is_alive()
+        kept = all(
+            torch.equal(tensor, before[f"{kind}.{piece.parameter}"])
+            for piece in lent.pieces
+            for kind, tensor in piece.tensors.items()
+        )
+        lent.lock.release()
+        training.join(60)
+        learnt = any(not torch.equal(t, before[name]) for name, t in copied(policy).items())
+        found.append((waited, kept, learnt))
+    return found
+
+
+def test_an_update_changes_nothing_while_a_checkpoint_is_copied(world: World) -> None:
+    cfg = config(world, "bfloat16", 2, 1)
+    (found,) = run_on_ranks(1, update_while_a_checkpoint_is_copied, cfg)
+    assert found == [(True, True, True)] * 2

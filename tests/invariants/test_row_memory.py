@@ -11,19 +11,18 @@ import pytest
 pytestmark = pytest.mark.slow
 
 OPENS = """\
-import resource, sys
+import sys
 from marco_train.config.data import SourceConfig
 from marco_train.data.sources import open_rows
+from marco_train.distributed import peak_bytes
 import marco_train.data.sources, numpy
-def peak():
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 cfg = SourceConfig(path=sys.argv[1], category="c", weight=1.0)
-before = peak()
+before = peak_bytes()
 rows = open_rows("fixture", cfg)
 rows.digest
 for row in range(0, len(rows), 10):
     rows[row]
-print(len(rows), peak() - before)
+print(len(rows), peak_bytes() - before)
 """
 
 

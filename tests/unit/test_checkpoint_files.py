@@ -363,6 +363,34 @@ def test_student_and_teachers_read_one_model_or_refuse_it(
         assert all(torch.equal(theirs[name], weight) for name, weight in expected.items())
 
 
+class Planted:
+    """What makes a file where its pickle is loaded."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self._file,)
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth"])
+def test_a_pickle_that_would_run_something_runs_nothing(
+    name: str, model_dir: Path, world: World, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    (model_dir / WEIGHTS).unlink()
+    torch.save({"model.norm.weight": Planted(run)}, model_dir / name)
+    with pytest.raises(InputError):
+        load_model(model_dir, torch.float32)
+    for backend in TeacherBackend:
+        if backend is not TeacherBackend.vllm_server:  # which reads no files here
+            with pytest.raises(InputError):
+                check_with(backend, model_dir, world)
+    assert not run.exists()
+    torch.load(model_dir / name, weights_only=False)
+    assert run.exists()
+
+
 @pytest.mark.parametrize("shape", [(8, 31, 32), (0, 32, 32)])
 def test_experts_that_cannot_be_cut_apart_are_named(
     shape: tuple[int, ...], world: World, tmp_path: Path

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from marco_train import run as run_module
-from marco_train.checkpoint import TrainingState
+from marco_train.checkpoint import TrainingState, background
 from marco_train.errors import CheckpointError, RunInterrupted
 from marco_train.run import Run
 from tests.helpers.configs import compose_config
@@ -174,6 +174,24 @@ def test_a_run_ends_with_the_first_failure_where_that_is_asked(
     disk.is_full = True
     with pytest.raises(CheckpointError, match=r"step 1 .*checkpoint.on_error=stop ends the run"):
         run.save_if_due(0)
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_a_save_that_failed_beside_training_is_told_at_the_next_step_and_at_the_end(
+    ends: bool, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(background, "write_shard", full)
+    more = ["checkpoint.asynchronous=true", "checkpoint.on_error=stop", "checkpoint.save_every=2"]
+    run = run_saving_every_step(world, tmp_path, *more)
+    run.save_if_due(1)
+    assert run._background is not None and run._background._pending is not None
+    assert run._background._pending.shard.exception(timeout=60) is not None
+    with pytest.raises(CheckpointError, match=r"step 2 was not saved .*No space left on device"):
+        run.finish() if ends else run.save_if_due(2)  # which saves nothing itself
+    assert not (tmp_path / "finished.json").exists()
 
 
 def test_a_run_that_is_told_to_end_and_cannot_be_saved_says_so(
