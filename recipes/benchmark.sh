@@ -9,4 +9,6 @@
 # launched again. Fields of the stage may be written without `stage.`.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
+# What is refused is refused in half a second, before torchrun imports torch.
+[ "${DRY_RUN:-0}" = 1 ] || python -m marco_train.commands.benchmark --check "$@" || exit 2
 launch_module marco_train.commands.benchmark "$@"

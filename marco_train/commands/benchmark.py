@@ -2,6 +2,7 @@
 
     marco-train benchmark model.path=PATH suite=card [output_dir=D] [key=value ...]
     marco-train benchmark model.path=PATH benchmark=own own.path=my.jsonl own.verifier=number
+    marco-train benchmark pin [--again]   # writes the newest revisions of the sets into the tasks
     recipes/benchmark.sh model.path=PATH suite=card ...   # on all GPUs
 
 Keys of the stage need no `stage.`: suite, plan, data_dir, languages, responses_per_prompt, greedy.
@@ -22,6 +23,11 @@ QUOTED = {"suite", "own.prompt"}
 def main(words: Sequence[str] | None = None) -> None:
     """Run the benchmark that a command line asks for, as a stage of its own."""
     words = list(sys.argv[1:] if words is None else words)
+    if words[:1] == ["pin"]:
+        from marco_train.commands import pin_benchmarks  # reads tasks, which others need not wait for
+
+        pin_benchmarks.main(words[1:])
+        return
     if {"--help", "-h"} & set(words):
         print(__doc__.strip())
         return

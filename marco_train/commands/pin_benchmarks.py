@@ -1,6 +1,6 @@
 """Write the newest revision of each benchmark's set at the hub into its task, where none stands.
 
-python scripts/pin_benchmarks.py [--again]
+marco-train benchmark pin [--again]
 """
 
 import argparse
@@ -18,7 +18,7 @@ NAMED = "    revision: "
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line and pin what is to be pinned."""
-    parser = argparse.ArgumentParser(prog="pin_benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(prog="marco-train benchmark pin", description=__doc__)
     parser.add_argument("--again", action="store_true", help="also where a revision stands")
     args = parser.parse_args(arguments)
     try:

@@ -12,11 +12,11 @@ from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.opd import OPDConfig
 from marco_train.data.loader import PromptLoader, Question, SFTLoader
 from marco_train.data.packing import pack_rollouts
-from marco_train.distributed import is_main, rank
+from marco_train.distributed import is_main, world_size
 from marco_train.engine.student import Student, load_student
 from marco_train.errors import InputError, WeightSyncError, require
-from marco_train.evaluation.answers import AnswerSampler, accuracy_of
-from marco_train.evaluation.benchmark.harness import BenchmarkTask, prompt_of
+from marco_train.evaluation.answers import AnswerSampler
+from marco_train.evaluation.benchmark.harness import BenchmarkTask, held_out_task, prompt_of
 from marco_train.evaluation.measured import Measured
 from marco_train.evaluation.reverse_kl import mean_reverse_kl
 from marco_train.losses.cross_entropy import cross_entropy
@@ -183,10 +183,10 @@ def measure(
     """
     model = measured.load(cfg)
     try:
-        answers = sampler.answers(model, questions[rank() : rank() + 1])
+        task = held_out_task(questions[: world_size()], cfg.stage.responses_per_prompt)
+        _, rollouts = sampler.ask(model, task)
     except WeightSyncError as error:
         raise InputError(str(error)) from error
-    accuracy_of(answers)
     if measured.kind == "models":
         for teacher in teachers:
-            mean_reverse_kl(cfg, model, [answer.rollout for answer in answers], teacher)
+            mean_reverse_kl(cfg, model, rollouts, teacher)

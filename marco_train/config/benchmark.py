@@ -22,6 +22,8 @@ FIXTURE = "fixture"
 CARD, CARD_LITE = "card", "card_lite"
 OWN = "own"
 """The suite and the task of one's own rows."""
+HELD_OUT = "held_out"
+"""The task of a run's held-out rows, which stage=evaluate asks."""
 LITE_SHARE = 0.05
 """Of each subset's items, in `card_lite`."""
 
@@ -38,7 +40,7 @@ class CardRow:
     """Per cent or BLEU, by model."""
 
 
-OWN_ROW = CardRow("own", OWN, OWN, "Acc", published={})
+OWN_ROW, HELD_OUT_ROW = (CardRow(name, name, name, "Acc", published={}) for name in (OWN, HELD_OUT))
 
 
 @cache
@@ -60,8 +62,8 @@ def card_rows() -> dict[str, CardRow]:
 
 
 def row_of(task: str) -> CardRow:
-    """The row that a task measures: of the card, or that of one's own rows."""
-    return OWN_ROW if task == OWN else card_rows()[task]
+    """The row that a task measures: of the card, of one's own rows, or of held-out ones."""
+    return {OWN: OWN_ROW, HELD_OUT: HELD_OUT_ROW}.get(task) or card_rows()[task]
 
 
 def sections() -> dict[str, list[str]]:

@@ -1,8 +1,7 @@
-"""Held-out questions, and what a model answers to them."""
+"""Held-out questions, and the sampler of one model after another."""
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from marco_train.config import TrainConfig
 from marco_train.config.architecture import ArchitectureConfig, read_architecture
@@ -12,9 +11,9 @@ from marco_train.data.chat import Tokenizer
 from marco_train.data.loader import Question, held_out_questions, held_out_stream
 from marco_train.distributed import is_main
 from marco_train.errors import InputError, require
-from marco_train.evaluation.accuracy import accuracy_by_category
+from marco_train.evaluation.benchmark.harness import Asked, BenchmarkTask, SampledLM, ask
 from marco_train.evaluation.measured import Measured
-from marco_train.evaluation.verifiers import check_verifier, verify
+from marco_train.evaluation.verifiers import check_verifier
 from marco_train.models import Qwen3Moe
 from marco_train.models.hf_io import stop_token_ids
 from marco_train.rollout.base import Sampler, in_order
@@ -23,21 +22,6 @@ from marco_train.rollout.native import NativeSampler
 from marco_train.rollout.sync import canary_of, sync_weights
 from marco_train.tracking import log_line
 from marco_train.types import Rollout
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One response to a question."""
-
-    question: Question
-    rollout: Rollout
-    text: str
-    """Without the stop token."""
-
-    @property
-    def accepted(self) -> bool:
-        """Whether the question's verifier takes it."""
-        return verify(self.text, self.question.reference, self.question.verifier)
 
 
 def checked_questions(cfg: TrainConfig, tokenizer: Tokenizer) -> list[Question]:
@@ -94,28 +78,23 @@ class AnswerSampler:
         self._engine: Sampler | None = None
         self._shape: ArchitectureConfig | None = None
 
-    def answers(self, model: Qwen3Moe, questions: Sequence[Question]) -> list[Answer]:
-        """Sample every response to this rank's questions, by question and sample.
+    def ask(self, model: Qwen3Moe, task: BenchmarkTask) -> tuple[Asked, list[Rollout]]:
+        """Ask a model a task.
 
         The engine is left asleep: teachers in this process have its memory.
+
+        Returns:
+            The task as it was answered and graded, and what this rank sampled of it, by prompt.
 
         Raises:
             WeightSyncError: The model's weights did not arrive in it.
         """
-        stage: EvaluateConfig = self._cfg.stage
-        sampler = self.sampler_of(model)
-        prompts = [question.prompt for question in questions]
-        rollouts = in_order(sampler.sample(prompts, stage.responses_per_prompt))
+        sampler, rollouts = self.sampler_of(model), list[Rollout]()
+        limit = self._cfg.stage.max_prompt_length
+        lm = SampledLM(sampler, self._tokenizer, None, limit, greedy=False, rollouts=rollouts)
+        asked = ask(lm, task)
         sampler.sleep()
-        by_index = {question.prompt.index: question for question in questions}
-        return [
-            Answer(
-                by_index[rollout.prompt.index],
-                rollout,
-                self._tokenizer.decode(rollout.response_ids, skip_special_tokens=True),
-            )
-            for rollout in rollouts
-        ]
+        return asked, in_order(rollouts)
 
     def close(self) -> None:
         """Free the engine's memory."""
@@ -152,8 +131,3 @@ class AnswerSampler:
         canary = canary_of(stage, shape, cfg.model.dtype)
         sync_weights(Student(model, model), self._engine, 0, canary)
         return self._engine
-
-
-def accuracy_of(answers: Sequence[Answer]) -> dict[str, float]:
-    """Per cent of accepted answers by category; all ranks take part."""
-    return accuracy_by_category([(a.question.prompt.category, a.accepted) for a in answers])

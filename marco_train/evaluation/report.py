@@ -9,7 +9,9 @@ from typing import Any
 
 from marco_train.config.evaluate import EvaluateConfig
 from marco_train.distributed import is_main
-from marco_train.evaluation.answers import Answer, accuracy_of
+from marco_train.evaluation.benchmark.grading import Graded
+from marco_train.evaluation.benchmark.harness import Asked
+from marco_train.evaluation.benchmark.held_out import ALL, scores_by_category
 from marco_train.evaluation.measured import Measured
 from marco_train.tracking import format_seconds, log_line
 
@@ -17,7 +19,8 @@ from marco_train.tracking import format_seconds, log_line
 class Report:
     """Collects what is measured of each model, and says it; all ranks take part in every call.
 
-    evaluation.json: per cent of accepted answers by category (`avg_at_n`), reverse KL to each
+    evaluation.json: per cent of accepted answers by category (`avg_at_n`), its standard deviation
+    over the n runs (`std`) and 95 % interval over resampled questions (`ci95`), reverse KL to each
     teacher in nats a token, and some answers to read. signatures.json, where any are measured:
     which experts each language used.
     """
@@ -34,10 +37,16 @@ class Report:
         self._signatures: dict[str, Any] = {}
         self._logged = time.perf_counter()
 
-    def add_answers(self, measured: Measured, answers: Sequence[Answer]) -> None:
+    def add_answers(self, measured: Measured, asked: Asked) -> None:
         """Take what a model answered."""
-        self._found[measured.kind][measured.name] = {"avg_at_n": accuracy_of(answers)}
-        shown = shown_answers(answers, self._stage.num_examples_shown) if is_main() else []
+        graded = [each for each in asked.graded if isinstance(each, Graded)]
+        scores = scores_by_category(graded)
+        self._found[measured.kind][measured.name] = {
+            "avg_at_n": {name: scored.score for name, scored in scores.items()},
+            "std": {name: scored.std for name, scored in scores.items()},
+            "ci95": {name: scored.ci95 for name, scored in scores.items()},
+        }
+        shown = shown_answers(asked, graded, self._stage.num_examples_shown)
         self._found["answers"][measured.name] = shown
 
     def add_reverse_kl(self, measured: Measured, reverse_kl: dict[str, float]) -> None:
@@ -52,10 +61,11 @@ class Report:
         """Say how a model did, and how long it took since the last one was said."""
         start, self._logged = self._logged, time.perf_counter()
         if is_main():
-            accuracy = self._found[measured.kind][measured.name]["avg_at_n"]["all"]
-            count = self._stage.responses_per_prompt
+            found = self._found[measured.kind][measured.name]
+            low, high = found["ci95"][ALL]
+            said = f"avg@{self._stage.responses_per_prompt} {found['avg_at_n'][ALL]:.1f} %"
             spent = format_seconds(self._logged - start)
-            log_line(f"{measured.name}: avg@{count} {accuracy:.1f} %, {spent}")
+            log_line(f"{measured.name}: {said} ({low:.1f}-{high:.1f}), {spent}")
 
     def write(self, directory: Path) -> None:
         """Write evaluation.json, and signatures.json where there are any; the main rank does."""
@@ -67,23 +77,24 @@ class Report:
             (directory / "signatures.json").write_text(json.dumps(self._signatures))
 
 
-def shown_answers(answers: Sequence[Answer], count: int) -> list[dict[str, Any]]:
+def shown_answers(asked: Asked, graded: Sequence[Graded], count: int) -> list[dict[str, Any]]:
     """Answers to read: one question of each category, then a second one, until there are enough."""
     turn_of_category: Counter[str] = Counter()
-    turns: list[tuple[int, Answer]] = []
-    for answer in answers:
-        if answer.rollout.sample_index == 0:
-            category = answer.question.prompt.category
-            turns.append((turn_of_category[category], answer))
-            turn_of_category[category] += 1
-    return [
-        {
-            "category": answer.question.prompt.category,
-            "language": answer.question.prompt.language,
-            "prompt": answer.question.text,
-            "reference": answer.question.reference,
-            "answer": answer.text,
-            "accepted": answer.accepted,
-        }
-        for _, answer in sorted(turns, key=lambda turn: turn[0])[:count]
-    ]
+    turns: list[tuple[int, int]] = []
+    for number, item in enumerate(asked.task.items):
+        turns.append((turn_of_category[item["group"]], number))
+        turn_of_category[item["group"]] += 1
+    found = []
+    for _, number in sorted(turns)[:count]:
+        item = asked.task.items[number]
+        found.append(
+            {
+                "category": item["group"],
+                "language": item["language"],
+                "prompt": item["question"],
+                "reference": item["gold"],
+                "answer": asked.answers[item["id"]][0].text,
+                "accepted": graded[number].right[0],
+            }
+        )
+    return found

@@ -12,8 +12,9 @@ from marco_train.config.rollout import SamplerBackend
 from marco_train.config.teacher import TeacherBackend
 from marco_train.data.chat import Tokenizer, load_tokenizer
 from marco_train.data.loader import Question
-from marco_train.distributed import barrier, device, is_main, rank, world_size
+from marco_train.distributed import barrier, device, is_main
 from marco_train.evaluation.answers import AnswerSampler, check_samplers, checked_questions
+from marco_train.evaluation.benchmark.harness import held_out_task, require_lm_eval
 from marco_train.evaluation.measured import (
     Measured,
     check_measured,
@@ -36,13 +37,12 @@ def run_evaluate(cfg: TrainConfig) -> None:
     """
     stage: EvaluateConfig = cfg.stage
     with open_evaluate(cfg) as (prepared, teachers, sampler, report):
-        mine = prepared.questions[rank() :: world_size()]
+        task = held_out_task(prepared.questions, stage.responses_per_prompt)
         for measured in prepared.measured:
             model = measured.load(cfg)
-            answers = sampler.answers(model, mine)
-            report.add_answers(measured, answers)
+            asked, rollouts = sampler.ask(model, task)
+            report.add_answers(measured, asked)
             if measured.kind == "models":
-                rollouts = [answer.rollout for answer in answers]
                 scored = [r for r in rollouts if r.sample_index < stage.num_kl_responses]
                 reverse_kl = {
                     name: mean_reverse_kl(cfg, model, scored, teacher)
@@ -104,6 +104,7 @@ def prepare_evaluate(cfg: TrainConfig, checks: Checks) -> Prepared:
     teachers = stage.teachers.items()
     engines += [f"stage.teachers.{n}" for n, t in teachers if t.backend is TeacherBackend.vllm]
     checks.make("engines of vLLM", require_one_engine, engines, device())
+    checks.make("lm-eval", require_lm_eval)
     tokenizer = checks.make("tokenizer and template", load_tokenizer, cfg.model)
     named = checks.make("models", measured_models, cfg)
     vocab_size = checks.make("vocabulary", shared_vocabulary, named)

@@ -3,16 +3,19 @@
     python scripts/bench/benchmark.py --model DIR --json benchmark.json
 
 Sides: `alone`, our own sampler on prompts that are token ids already; `asked`, the same responses
-as the stage takes them: rendered, sampled, written down, read, judged and scored. Items are made
-up, of GSM8K's columns, so that most responses of a model without sense reach the slowest judge.
+as the stage takes them: rendered, sampled, written down, read, judged and scored; `kept`, all of
+that with the answers on disk already; `loaded`, the files and rows of tasks, once a run. Items are
+made up, of GSM8K's columns, so that most responses without sense reach the slowest judge.
 DIR is a Hugging Face directory with a tokenizer and a chat template, as the quickstart's export.
 """
 
 import json
 import tempfile
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from random import Random
+from statistics import fmean
 
 import torch
 from harness import Bench, compared, parser_of
@@ -24,14 +27,20 @@ from marco_train.config.run import register_schemas
 from marco_train.data.chat import load_tokenizer
 from marco_train.evaluation.answers import AnswerSampler
 from marco_train.evaluation.benchmark.aggregate import row_score
-from marco_train.evaluation.benchmark.harness import SampledLM, ask, load_tasks, prompt_of
+from marco_train.evaluation.benchmark.harness import (
+    BenchmarkTask,
+    SampledLM,
+    ask,
+    load_tasks,
+    prompt_of,
+)
 from marco_train.evaluation.benchmark.store import AnswerStore
 from marco_train.models import load_model
 from marco_train.models.weights import torch_dtype
 from marco_train.stages.benchmark import fit_lengths
 from marco_train.types import Message
 
-# Items, and tokens of a response.
+# Items, and most tokens of a response.
 SHAPES = {"short": (100, 32), "long": (50, 128)}
 
 
@@ -73,22 +82,27 @@ class Case:
         self._directory = directory
         self._tokenizer = load_tokenizer(cfg.model)
         self._sampler = AnswerSampler(self._cfg, self._tokenizer).sampler_of(model)
-        (task,) = load_tasks(cfg.stage.suite, cfg.stage)
-        self._num_responses = task.num_responses
+        self._task = self.loaded()
+        self._num_responses = self._task.num_responses
         self._prompts = []
-        for item in task.items:
+        for item in self._task.items:
             turns = [Message("user", item["prompt"])]
             text = self._tokenizer.render(turns, open_answer=True).text
             ids, _ = self._tokenizer.encoder.encode(text)
-            self._prompts.append(prompt_of(task, item["id"], ids))
+            self._prompts.append(prompt_of(self._task, item["id"], ids))
 
-    def alone(self) -> None:
-        """Sample the responses to token ids."""
-        for _ in self._sampler.sample(self._prompts, self._num_responses):
-            pass
+    def loaded(self) -> BenchmarkTask:
+        """Load the task as a run does at its start."""
+        (task,) = load_tasks(self._cfg.stage.suite, self._cfg.stage)
+        return task
+
+    def alone(self) -> list[int]:
+        """Sample the responses to token ids; gives their lengths."""
+        sampled = self._sampler.sample(self._prompts, self._num_responses)
+        return [len(rollout.response_ids) for rollout in sampled]
 
     def asked(self) -> None:
-        """Do what the stage does with a task, from its rows to its score."""
+        """Do what the stage does with a task, from its items to its score."""
         self._ask(self._directory / "asked", anew=True)
 
     def kept(self) -> None:
@@ -98,9 +112,8 @@ class Case:
     def _ask(self, directory: Path, *, anew: bool) -> None:
         limit = self._cfg.stage.max_prompt_length
         with closing(AnswerStore(directory, {}, anew=anew)) as store:
-            (task,) = load_tasks(self._cfg.stage.suite, self._cfg.stage)
             lm = SampledLM(self._sampler, self._tokenizer, store, limit, greedy=False)
-            row_score(ask(lm, task).graded)
+            row_score(ask(lm, self._task).graded)
 
 
 def sides(bench: Bench) -> None:
@@ -110,10 +123,16 @@ def sides(bench: Bench) -> None:
         with tempfile.TemporaryDirectory() as directory:
             made_up(Path(directory), count)
             case = Case(bench.args.model, Path(directory), length)
-            calls = {"alone": case.alone, "asked": case.asked, "kept": case.kept}
+            calls: dict[str, Callable[[], object]] = {
+                "alone": case.alone,
+                "asked": case.asked,
+                "kept": case.kept,
+                "loaded": case.loaded,
+            }
             times = bench.in_turn(calls)
+            tokens = fmean(case.alone())
         for side in times:
-            cells = {"shape": name, "side": side, "responses": 8 * count, "tokens": length}
+            cells = {"shape": name, "side": side, "responses": 8 * count, "mean tokens": tokens}
             bench.add("sides", cells | compared(times, side, base="alone"), times[side])
 
 

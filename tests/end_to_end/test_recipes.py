@@ -306,6 +306,17 @@ def test_the_recipe_of_benchmarks_launches_their_verb() -> None:
     )
 
 
+def test_the_recipe_of_benchmarks_refuses_a_wrong_task_before_torch_is_imported(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is imported')")
+    paths = f"{tmp_path}:{REPOSITORY}"
+    words = ["model.path=m", "suite=gsm8kk"]
+    done = run(REPOSITORY, "recipes/benchmark.sh", *words, PYTHONPATH=paths)
+    assert done.returncode == 2
+    assert "did you mean gsm8k?" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("visible", "cores", "launched", "threads"),
     [

@@ -10,6 +10,7 @@ import pytest
 from marco_train.config import TrainConfig
 from marco_train.data.chat import load_tokenizer
 from marco_train.evaluation.answers import AnswerSampler, checked_questions
+from marco_train.evaluation.benchmark.harness import held_out_task
 from marco_train.models import load_model
 from marco_train.models.hf_io import stop_token_ids
 from marco_train.models.weights import torch_dtype
@@ -42,15 +43,16 @@ def sampled_both_ways(cfg: TrainConfig, opd: TrainConfig) -> tuple[list[Rollout]
     tokenizer = load_tokenizer(cfg.model)
     answering = AnswerSampler(cfg, tokenizer)
     questions = checked_questions(cfg, tokenizer)[:4]
-    answers = [answer.rollout for answer in answering.answers(model, questions)]
+    count = cfg.stage.responses_per_prompt
+    _, answers = answering.ask(model, held_out_task(questions, count))
     answering.close()
     stop_ids = stop_token_ids(opd.model.tokenizer)
     sampler = build_sampler(opd.stage, model.architecture, opd.model.dtype, stop_ids, opd.seed)
     sync_weights(
         Fixed(model), sampler, 0, canary_of(opd.stage, model.architecture, opd.model.dtype)
     )
-    count = cfg.stage.responses_per_prompt
-    distilled = in_order(sampler.sample([question.prompt for question in questions], count))
+    prompts = [answer.prompt for answer in answers[::count]]
+    distilled = in_order(sampler.sample(prompts, count))
     sampler.close()
     return answers, distilled
 

@@ -64,15 +64,18 @@ def test_an_engine_serves_the_models_of_a_shape_and_there_is_one_at_a_time(
     monkeypatch.setattr(answers, "sync_weights", synced)
     monkeypatch.setattr(answers, "canary_of", lambda *_: None)
     monkeypatch.setattr(answers, "stop_token_ids", lambda _: [0])
+    monkeypatch.setattr(answers, "SampledLM", lambda sampler, *_, **__: sampler)
+    monkeypatch.setattr(answers, "ask", lambda sampler, task: [*sampler.sample([], 1)])
     cfg: Any = SimpleNamespace(
-        stage=SimpleNamespace(rollout="vllm", responses_per_prompt=1),
+        stage=SimpleNamespace(rollout="vllm", max_prompt_length=1),
         model=SimpleNamespace(tokenizer="", dtype="float32"),
         seed=0,
     )
     sampler = AnswerSampler(cfg, tokenizer=None)  # type: ignore[arg-type]
     for name, shape in (("sft", "wide"), ("opd", "wide"), ("teacher", "deep")):
         model: Any = SimpleNamespace(name=name, architecture=shape)
-        assert sampler.answers(model, []) == []
+        asked: Any = sampler.ask(model, task=None)  # type: ignore[arg-type]
+        assert asked == ([], [])
     sampler.close()
     assert events == [
         *("wide is built", "wide gets sft", "wide samples", "wide sleeps"),

@@ -8,7 +8,8 @@ import torch
 
 from marco_train.config.opd import Objective
 from marco_train.data.packing import pack_rollouts
-from marco_train.evaluation.accuracy import accuracy_by_category
+from marco_train.evaluation.benchmark.grading import Graded
+from marco_train.evaluation.benchmark.held_out import scores_by_category
 from marco_train.metrics import MetricSums, check_names
 from marco_train.rollout.base import summarize
 from marco_train.teachers.base import Teacher
@@ -127,9 +128,25 @@ def test_a_teacher_of_a_category_with_a_slash_gets_its_rollouts() -> None:
     assert values == [[5.0] * 3, [3.0] * 3]
 
 
+def graded(category: str, language: str, *right: bool) -> Graded:
+    return Graded("id", language, category, right, ("x",) * len(right))
+
+
 def test_a_category_called_all_is_not_counted_twice() -> None:
-    assert accuracy_by_category([("all", True), ("math", False), ("math", False)]) == {
-        "all": pytest.approx(100 / 3),
-        "all (category)": 100,
-        "math": 0,
+    items = [graded("all", "de", True), graded("math", "de", False), graded("math", "de", False)]
+    scores = {name: scored.score for name, scored in scores_by_category(items).items()}
+    assert scores == {"all": pytest.approx(100 / 3), "all (category)": 100, "math": 0}
+
+
+def test_every_answer_weighs_alike_in_whatever_language() -> None:
+    german = [graded("math", "de", True, False), graded("math", "de", True, True)]
+    items = [*german, graded("math", "ar", False, False), graded("talk", "de", False, True)]
+    scores = scores_by_category(items)
+    assert {name: scored.score for name, scored in scores.items()} == {
+        "all": 50,
+        "math": 50,  # 3 of 6; the mean of the languages' means is 37.5
+        "talk": 50,
     }
+    assert scores["math"].runs == pytest.approx([200 / 3, 100 / 3])
+    assert scores["talk"].std == pytest.approx(5000**0.5)  # of 0 and 100
+    assert (scores["math"].num_items, scores["math"].num_samples) == (3, 6)

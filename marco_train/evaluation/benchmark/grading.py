@@ -96,7 +96,7 @@ def grade(doc: Mapping[str, Any], responses: Sequence[str]) -> Graded:
         answer = answer_of(kind, response, doc["choices"])
         answers.append(answer)
         try:
-            right.append(answer is not None and is_right(kind, gold, answer, doc.get("function")))
+            right.append(answer is not None and is_right(kind, gold, answer, doc.get("verifier")))
         except VerifierError as error:
             right.append(False)
             errors.append(str(error))
@@ -130,14 +130,14 @@ def answer_of(kind: Kind, response: str, choices: Sequence[str]) -> str | None:
     return text or None
 
 
-def is_right(kind: Kind, gold: Any, answer: str, function: str | None = None) -> bool:
+def is_right(kind: Kind, gold: Any, answer: str, verifier: Any = None) -> bool:
     """Whether an answer is the reference, or fits it.
 
     Args:
         kind: Of the item.
         gold: Its reference: a text, but for `python`, which takes any value.
         answer: As it was read.
-        function: `module.function` of `python`.
+        verifier: Of `python`, as `module.function`; of `row`, the mapping that the row carries.
 
     Raises:
         VerifierError: The verifier could not tell.
@@ -145,13 +145,12 @@ def is_right(kind: Kind, gold: Any, answer: str, function: str | None = None) ->
     match kind:
         case Kind.choice:
             return bool(answer == gold)
-        case Kind.exact:
-            return verify(answer, gold, {"name": "exact"})
+        case Kind.exact | Kind.row:
+            return verify(answer, gold, verifier or {"name": "exact"})
         case Kind.regex | Kind.json_schema:
             return judge().is_right(kind.value, gold, answer)
         case Kind.python:
-            assert function is not None
-            return says(function_of(function), answer, gold)
+            return says(function_of(verifier), answer, gold)
     if answer == gold:
         return True
     same = same_number(gold, answer)

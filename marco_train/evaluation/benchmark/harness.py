@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from marco_train.config.benchmark import (
     BENCHMARK_DIR,
     CARD_LITE,
+    HELD_OUT,
     LITE_SHARE,
     OWN,
     PREFIX,
@@ -27,9 +28,11 @@ from marco_train.config.benchmark import (
     tasks_of,
 )
 from marco_train.data.chat import Tokenizer
+from marco_train.data.loader import Question
 from marco_train.distributed import barrier, gather_objects, is_main, rank, world_size
 from marco_train.errors import require
 from marco_train.evaluation.benchmark.grading import Graded, Translated
+from marco_train.evaluation.benchmark.held_out import items_of
 from marco_train.evaluation.benchmark.store import TOO_LONG, Answer, AnswerStore, digest_of
 from marco_train.evaluation.benchmark.tasks import Items, check_access, where_of
 from marco_train.rollout.base import Sampler
@@ -89,8 +92,6 @@ def load_tasks(suite: str, asked: SuiteConfig) -> list[BenchmarkTask]:
         InputError: Those of a task are not there, or are not what they should be.
     """
     require_lm_eval()
-    from lm_eval.tasks import TaskManager
-
     if suite == OWN:
         where: dict[str, Any] = {"own": asdict(asked.own)}
     else:
@@ -102,11 +103,26 @@ def load_tasks(suite: str, asked: SuiteConfig) -> list[BenchmarkTask]:
         "max_items": asked.max_items,
     }
     num_responses = 1 if asked.greedy else asked.responses_per_prompt
+    return _tasks(tasks_of(suite), metadata, num_responses)
+
+
+def held_out_task(questions: Sequence[Question], num_responses: int) -> BenchmarkTask:
+    """Make the task of questions from a run's own held-out rows."""
+    require_lm_eval()
+    (task,) = _tasks([HELD_OUT], {"items": items_of(questions)}, num_responses)
+    return task
+
+
+def _tasks(
+    names: Sequence[str], metadata: Mapping[str, Any], num_responses: int | None
+) -> list[BenchmarkTask]:
+    from lm_eval.tasks import TaskManager
+
     with _quiet():
         manager = TaskManager(
             include_path=str(BENCHMARK_DIR / "tasks"), include_defaults=False, metadata=metadata
         )
-        return [_load(manager, name, num_responses) for name in tasks_of(suite)]
+        return [_load(manager, name, num_responses) for name in names]
 
 
 def _load(manager: Any, name: str, num_responses: int | None) -> BenchmarkTask:
@@ -163,6 +179,7 @@ class SampledLM:
         max_prompt_length: int,
         *,
         greedy: bool,
+        rollouts: list[Rollout] | None = None,
     ) -> None:
         """Answer with a sampler.
 
@@ -172,7 +189,9 @@ class SampledLM:
             store: Of answers that are known, and where others are kept. None: all are asked for.
             max_prompt_length: Tokens, over which a question is not asked.
             greedy: Whether each token of an answer is the likeliest one.
+            rollouts: Where to put what this rank samples, for who scores its tokens. None: nowhere.
         """
+        self._rollouts = rollouts
         self._greedy = greedy
         self._sampler = sampler
         self._tokenizer = tokenizer
@@ -216,8 +235,8 @@ class SampledLM:
         Returns:
             The texts, in the order of the requests; the same on every rank.
         """
-        prompts = {request.doc["id"]: request.args[0] for request in requests}
-        digests = {item: digest_of(prompt) for item, prompt in prompts.items()}
+        prompts = {request.doc["id"]: self._asked(request) for request in requests}
+        digests = {item: digest_of(text) for item, (text, _) in prompts.items()}
         k = task.num_responses
         known = {} if self._store is None else self._store.read(task.name)
         barrier()  # before another rank writes
@@ -236,10 +255,15 @@ class SampledLM:
         }
         return [answer.text for answers in self.answers.values() for answer in answers]
 
+    def _asked(self, request: Any) -> tuple[str, list[int] | None]:
+        """The text of a request, and its tokens where its item has them."""
+        ids = request.doc.get("prompt_ids")
+        return (request.args[0] if ids is None else self._tokenizer.decode(ids)), ids
+
     def _sample(
         self,
         task: BenchmarkTask,
-        prompts: Mapping[str, str],
+        prompts: Mapping[str, tuple[str, list[int] | None]],
         kept: Mapping[str, Sequence[Answer | None]],
     ) -> list[Answer]:
         """Sample what is missing of this rank's items, and write each answer down as it ends."""
@@ -253,8 +277,8 @@ class SampledLM:
                     self._store.append(task.name, answer)
                 made.append(answer)
 
-        for item, text in prompts.items():
-            ids, _ = self._tokenizer.encoder.encode(text)
+        for item, (text, known) in prompts.items():
+            ids = self._tokenizer.encoder.encode(text)[0] if known is None else known
             if len(ids) > self._max_prompt_length:
                 for number in range(task.num_responses):
                     keep(Answer(item, number, digest_of(text), "", 0, TOO_LONG))
@@ -265,7 +289,9 @@ class SampledLM:
         progress = Progress(task, len(asked) * task.num_responses)
         for rollout in self._sampler.sample(asked, task.num_responses, greedy=self._greedy):
             item = item_of[rollout.prompt.index]
-            keep(self._answer(item, digest_of(prompts[item]), rollout))
+            keep(self._answer(item, digest_of(prompts[item][0]), rollout))
+            if self._rollouts is not None:
+                self._rollouts.append(rollout)
             progress.count()
         return made
 

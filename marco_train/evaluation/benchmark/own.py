@@ -80,7 +80,7 @@ def load(
         language = item["language"]
         if languages is None or language in languages:
             head = {"id": f"{language}/own/{number}", "group": "own", "weight": 1.0}
-            items.append({**head, **item, "function": function})
+            items.append({**head, **item, "verifier": function})
     items.num_faulty = len(faults)
     total = len(items) + len(faults)
     require(

@@ -7,7 +7,7 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TextIO
@@ -100,7 +100,7 @@ class AnswerStore:
             self._files[task] = file.open("a", encoding="utf-8")
             if is_torn:
                 self._files[task].write("\n")
-        self._files[task].write(json.dumps(asdict(answer), ensure_ascii=False) + "\n")
+        self._files[task].write(json.dumps(vars(answer), ensure_ascii=False) + "\n")
         self._files[task].flush()
 
     def close(self) -> None:

@@ -74,6 +74,8 @@ class Kind(Enum):
     regex = "regex"
     json_schema = "json_schema"
     python = "python"
+    # Of held-out rows: as the row's own verifier says.
+    row = "row"
 
 
 class AnswerForm(Enum):
