@@ -192,7 +192,7 @@ def inspect(
     report.rows = len(source)
     found = judge_structure(source, cfg)
     report.shape = found.shapes.most_common(1)[0][0] if found.shapes else None
-    report.ignored_columns = sorted(found.ignored)
+    report.ignored_columns = found.ignored_names
     report.quarantined = dict(found.kinds)
     report.kept = report.rows - len(found.bad)
     rows = judged_rows(source, cfg)

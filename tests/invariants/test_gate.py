@@ -416,6 +416,15 @@ def test_a_source_without_a_fault_is_said_in_a_line() -> None:
     assert describe("s", found, LostRows(), "") == ["source 's': 1,234 rows, shape alpaca"]
 
 
+def test_columns_that_are_not_read_are_named_up_to_a_number() -> None:
+    found = Structure(2, 2, shapes=Counter({"alpaca": 2}))
+    found.ignored.update({f"c{n:02}": 2 for n in range(20)} | {"rare": 1, "seldom": 1})
+    names = ", ".join(f"c{n:02} (2)" for n in range(20))
+    assert describe("s", found, LostRows(), "")[1] == (
+        f"source 's': columns that hold something and are not read: {names}, and 2 more"
+    )
+
+
 def tokens(counts: list[int]) -> Callable[[UsableRow], Example | str]:
     def render(row: UsableRow) -> Example | str:
         counts.append(row.row)
