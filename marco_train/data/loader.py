@@ -19,7 +19,7 @@ from marco_train.data.chat import (
     marked_text,
     with_thinking,
 )
-from marco_train.data.drops import DROPS, MALFORMED, TRUNCATED, Dropped, Tally
+from marco_train.data.drops import DROPS, MALFORMED, TRUNCATED, Dropped, Tally, over
 from marco_train.data.gate import add_to_quarantine
 from marco_train.data.packing import pack_examples
 from marco_train.data.render import ExampleRenderer, PromptRenderer
@@ -373,6 +373,7 @@ class SFTLoader(_Loader):
             held_out_stream(self._data),
             self._stage.num_eval_examples,
             lambda _, row: self._render(row),
+            self._render.limit,
         )
         return pack_examples(examples, self._data.max_tokens_per_microbatch)
 
@@ -480,7 +481,7 @@ class PromptLoader(_Loader):
             found = self._prompts(row)
             return found if isinstance(found, str) else make_prompt(index, row, found)
 
-        return held_out_share(held_out_stream(self._data), count, render)
+        return held_out_share(held_out_stream(self._data), count, render, self._prompts.limit)
 
 
 def held_out_stream(data: DataConfig) -> ConversationStream:
@@ -497,14 +498,23 @@ def held_out_stream(data: DataConfig) -> ConversationStream:
 
 
 def held_out_share(
-    stream: ConversationStream, count: int, render: Callable[[int, UsableRow], T | str]
+    stream: ConversationStream,
+    count: int,
+    render: Callable[[int, UsableRow], T | str],
+    limit: str,
 ) -> list[T]:
     """Render this rank's share of the first held-out samples; of a share of the rows, each once.
+
+    Args:
+        stream: The rows that are held out.
+        count: Samples of all ranks.
+        render: Makes of a sample what is measured on, or names the metric that counts it.
+        limit: On the length of a row, as stage.max_length=256.
 
     Raises:
         InputError: None of them can be used.
     """
-    dropped = Tally()
+    dropped = Tally(limit)
     count = min(count, stream.num_rows) if stream.is_held_out else count
     kept = []
     for index in range(rank(), count, world_size()):
@@ -518,7 +528,9 @@ def held_out_share(
     if num_kept == 0:
         raise dropped.gathered_refusal(f"none of {count} held-out rows")
     if sum(drops) > 0 and is_main():
-        said = ", ".join(f"{n:.0f} {name}" for n, name in zip(drops, DROPS, strict=True) if n)
+        said = ", ".join(
+            f"{n:.0f} {name}{over(name, limit)}" for n, name in zip(drops, DROPS, strict=True) if n
+        )
         log_line(f"held-out: dropped {sum(drops):.0f} of {count} rows ({said})")
     return kept
 
@@ -559,7 +571,7 @@ def held_out_questions(
         return Question(prompt, row.asked[-1].content, answer.content, row.verifier)
 
     check_template_kwargs([tokenizer.chat_template], tokenizer.template_kwargs)
-    shares = gather_objects(held_out_share(stream, count, render))
+    shares = gather_objects(held_out_share(stream, count, render, prompts.limit))
     return sorted(chain.from_iterable(shares), key=lambda question: question.prompt.index)
 
 
