@@ -243,7 +243,7 @@ class _Loader:
         self._log_sources(self._positions[self._step].cursor, f"made in {self._step}")
         dropped = self._dropped.gathered().said()
         if dropped and is_main():
-            log_line(f"dropped or cut since the start: {'; '.join(dropped)}")
+            log_line(f"dropped or cut in this launch: {'; '.join(dropped)}")
 
     def _log_sources(self, num_samples: int, when: str) -> None:
         if is_main():

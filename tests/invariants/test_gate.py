@@ -406,8 +406,22 @@ def test_what_was_lost_is_said_by_source_at_the_start_and_at_the_end(
     capsys.readouterr()
     loader.log_end()
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "dropped or cut since the start: 1 data/dropped_empty in 'text'; "
+        "dropped or cut in this launch: 1 data/dropped_empty in 'text'; "
         "1 data/dropped_malformed in 'text'; 1 data/dropped_no_loss in 'text'"
+    )
+
+
+def test_a_row_that_is_dropped_again_and_again_counts_as_one_row(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [*GOOD[:2], json.dumps({"prompt": "c"}), "{}"]
+    loader = loader_of("sft", world, write(tmp_path, *lines), "stage.global_batch_size=4")
+    for _ in range(5):
+        next(loader)
+    loader.log_end()
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "dropped or cut in this launch: 1 data/dropped_malformed in 'text', drawn 5 times; "
+        "1 data/dropped_no_loss in 'text', drawn 5 times"
     )
 
 
