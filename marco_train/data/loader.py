@@ -12,7 +12,7 @@ from marco_train.config.opd import OPDConfig
 from marco_train.config.resume import ResumeChange
 from marco_train.config.resumption import field_difference
 from marco_train.config.sft import LossTokens, SFTConfig
-from marco_train.config.stage import samples_of, steps_of
+from marco_train.config.stage import samples_of
 from marco_train.data.chat import (
     Tokenizer,
     check_marks,
@@ -86,8 +86,7 @@ class _Loader:
         self._batch_size = batch_size
         self._tokenizer = tokenizer
         self._render = render
-        share = None if data.held_out is None else data.held_out.share
-        self._stream = ConversationStream(data.sources, data.num_rows, seed, share)
+        self._stream = trained_stream(data, seed)
         self.epoch_rows = self._stream.num_rows
         self._identity = self._stream.identity() | tokenizer.digests()
         self._check_template()
@@ -346,9 +345,7 @@ class SFTLoader(_Loader):
         super().__init__(data, stage.global_batch_size, tokenizer, render, seed, quarantine)
         if stage.num_epochs is not None:
             self._num_samples = samples_of(stage.num_epochs, self.epoch_rows)
-        self.num_steps = stage.capped(
-            steps_of(stage.num_steps, stage.num_epochs, stage.global_batch_size, self.epoch_rows)
-        )
+        self.num_steps = stage.total_steps(self.epoch_rows)
 
     def __iter__(self) -> Iterator[list[Microbatch]]:
         return self
@@ -482,6 +479,20 @@ class PromptLoader(_Loader):
             return found if isinstance(found, str) else make_prompt(index, row, found)
 
         return held_out_share(held_out_stream(self._data), count, render, self._prompts.limit)
+
+
+def trained_stream(data: DataConfig, seed: int) -> ConversationStream:
+    """Open the rows that are trained on; an epoch is as many samples as there are.
+
+    Args:
+        data: Names them, and those that are held out of them.
+        seed: Of the order of samples.
+
+    Raises:
+        InputError: A source cannot be opened, or there are no rows.
+    """
+    share = None if data.held_out is None else data.held_out.share
+    return ConversationStream(data.sources, data.num_rows, seed, share)
 
 
 def held_out_stream(data: DataConfig) -> ConversationStream:
