@@ -37,8 +37,9 @@ A run of your own:
   marco-train experiment=opd model.path=... teacher.path=... data=own data.path=prompts.jsonl
   marco-train --config-dir DIR experiment=mine     # DIR/experiment/mine.yaml
   marco-train experiment=sft --cfg job             # prints a run
-On several GPUs, in a checkout (elsewhere: torchrun --nproc_per_node 8 -m marco_train.train ...):
-  recipes/run.sh <experiment> [--config-dir DIR] [key=value ...]"""
+On several GPUs, in a checkout, and elsewhere (torchrun, whose report of a refusal is kept back):
+  recipes/run.sh <experiment> [--config-dir DIR] [key=value ...]
+  python -m marco_train.commands.launch --nproc_per_node 8 -m marco_train.train [key=value ...]"""
 
 
 def main(words: Sequence[str] | None = None) -> None:
