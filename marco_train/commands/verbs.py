@@ -16,6 +16,7 @@ VERBS = {
     "inspect": ("marco_train.commands.inspect_data", "look at a data set as a run would"),
     "decontaminate": ("marco_train.commands.decontaminate", "look for benchmarks in rows"),
     "curate": ("marco_train.commands.curate", "build translation, culture or science data"),
+    "chat": ("marco_train.commands.chat", "talk to a model in the terminal"),
     "upcycle": ("marco_train.commands.upcycle", "make an MoE model from a dense one"),
     "benchmark": ("marco_train.commands.benchmark", "ask a model the card's benchmarks"),
     "signatures": ("marco_train.commands.signatures", "see which experts each language uses"),
