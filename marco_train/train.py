@@ -15,7 +15,7 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import NoReturn
 
@@ -143,6 +143,7 @@ def print_config(words: Sequence[str]) -> None:
 
 def refuse(error: Exception) -> NoReturn:
     """End with what is the same on every rank; one says it, before the launcher ends the others."""
+    tell_torchrun(str(error))
     if not is_first_rank():
         time.sleep(SECONDS_TO_SAY_IT)
     sys.exit(f"error: {redacted(str(error))}" if is_first_rank() else 1)
@@ -167,6 +168,8 @@ def note_exit(
         speaks: Whether this rank tells of the run. None: the first does.
     """
     tell_recipe(code)
+    if code:
+        tell_torchrun(reason)
     if (is_first_rank() if speaks is None else speaks) and Path(cfg.output_dir).is_dir():
         status = {
             "code": code,
@@ -183,6 +186,16 @@ def tell_recipe(code: int) -> None:
     told = os.environ.get("MARCO_TRAIN_EXIT_STATUS")  # a file of the recipe on this node
     if told and os.environ.get("LOCAL_RANK", "0") == "0":
         Path(told).write_text(str(code))
+
+
+def tell_torchrun(reason: str) -> None:
+    """Leave a sentence with which torchrun's own report of this rank ends."""
+    told = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if told:
+        facts = {"timestamp": str(int(time.time()))}
+        said = {"message": f"error: {redacted(reason)}", "extraInfo": facts}
+        with suppress(OSError):
+            Path(told).write_text(json.dumps({"message": said}))
 
 
 def said_of_lost_ranks(error: BaseException) -> str | None:

@@ -19,7 +19,7 @@ from marco_train.config.resumption import check_resume, continuation, is_finishe
 from marco_train.config.stage import StageKind
 from marco_train.errors import InputError, require
 from marco_train.hub import read_settled
-from marco_train.train import is_first_rank
+from marco_train.train import is_first_rank, tell_torchrun
 
 USAGE = """usage: marco-train doctor experiment=<name> [key=value ...] [--config-dir DIR]
 
@@ -36,6 +36,7 @@ def main(words: Sequence[str] | None = None) -> None:
         return
     faults = examine(words)
     if faults:
+        tell_torchrun("; ".join(faults))
         sys.exit("\n".join(f"error: {fault}" for fault in faults) if is_first_rank() else 1)
     if is_first_rank():
         print(f"all is well, {time.perf_counter() - start:.0f} s")

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import random
 import re
 import sys
 import tempfile
@@ -9,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from marco_train.data.chat import (
 )
 from marco_train.data.conversations import Source
 from marco_train.data.drops import Dropped, over
+from marco_train.data.duplicates import digest_of_text
 from marco_train.data.gate import (
     Structure,
     check_bad_rows,
@@ -44,6 +47,8 @@ from marco_train.types import Conversation
 NUM_BARS = 8  # of the histogram
 BAR = 40  # characters of the longest
 MOST_SHOWN = 2000  # characters of a sample
+MOST_TRIED = 10  # rows that are drawn for each sample, as some of them cannot be used
+SEED = 0  # of the rows that are shown
 NO_LIMIT = 2**31 - 1
 LOST = {
     "data/dropped_too_long": "too long",
@@ -63,6 +68,10 @@ class Report:
     kept: int = 0
     quarantined: dict[str, int] = field(default_factory=dict)
     """Rows that a run would not use, by reason."""
+    duplicates: int = 0
+    """Rows, of those that were judged, that say the same as an earlier one in all columns."""
+    repeated_roles: int = 0
+    """Chats, of those that were judged, with two turns in a row of one role other than tool."""
     ignored_columns: list[str] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
 
@@ -177,18 +186,20 @@ def inspect(
     Raises:
         InputError: A run would not start with it.
     """
+    require(args.samples >= 0, f"--samples is {args.samples}, and must be 0 or more")
     cfg = DataConfig()
     source = open_source(args)
     report.rows = len(source)
     found = judge_structure(source, cfg)
     report.shape = found.shapes.most_common(1)[0][0] if found.shapes else None
-    report.ignored_columns = sorted(found.ignored)
+    report.ignored_columns = found.ignored_names
     report.quarantined = dict(found.kinds)
     report.kept = report.rows - len(found.bad)
+    rows = judged_rows(source, cfg)
+    report.duplicates, report.repeated_roles = _repetitions(source, rows)
     check_bad_rows(source.name, found, cfg)
 
     render = _renderer(args, tokenizer, limit, cfg)
-    rows = judged_rows(source, cfg)
     if args.stage == "sft":
         said = check_marks(tokenizer, _first_conversations(source, rows))
         if said:
@@ -248,6 +259,21 @@ def _renderer(
     return PromptRenderer(tokenizer, limit, cfg.thinking, cfg.overlong)
 
 
+def _repetitions(source: Source, rows: Sequence[int]) -> tuple[int, int]:
+    """Count rows that repeat another one, and chats in which a role has two turns in a row."""
+    seen: set[bytes] = set()
+    num_repeated = num_of_one_role = 0
+    for index in rows:
+        row, _, held = source.read(index)
+        said = digest_of_text(repr(held))
+        num_repeated += said in seen
+        seen.add(said)
+        if isinstance(row, Conversation):
+            roles = [turn.role for turn in row.messages]
+            num_of_one_role += any(a == b != "tool" for a, b in pairwise(roles))
+    return num_repeated, num_of_one_role
+
+
 def _first_conversations(source: Source, rows: Sequence[int]) -> list[Conversation]:
     found = (source[index] for index in rows[:64])
     return [row for row in found if isinstance(row, Conversation)]
@@ -261,14 +287,14 @@ def _show_samples(
     rows: Sequence[int],
     count: int,
 ) -> None:
-    """Render rows from all over the data set, as many as are wanted and can be used."""
+    """Render rows that are drawn at random, as many as are wanted and can be used."""
     tokenizer = render.tokenizer
-    places = dict.fromkeys(int(i * len(rows) / max(count, 1)) for i in range(count))
-    for index in [*(rows[place] for place in places), *rows[: 10 * count]]:
+    drawn = random.Random(SEED).sample(rows, min(len(rows), MOST_TRIED * count))
+    for index in drawn:
         if len(report.samples) == count:
             return
         found = render_row(source, index, render)
-        if isinstance(found, Dropped) or found[0].row in [s["row"] for s in report.samples]:
+        if isinstance(found, Dropped):
             continue
         row, example = found
         learnt = [tokenizer.decode(ids) for ids in stretches(example)]
@@ -294,6 +320,10 @@ def _as_text(
         for kind, row in {row["kind"]: row for row in reversed(found.bad)}.items():
             reason = as_options(row["reason"], str(row["source"]))
             yield f"at fault {kind}, as row {row['row']} (from 0): {reason}"
+    if report.duplicates:
+        yield f"repeated {report.duplicates:,} rows say what an earlier one says, in all columns"
+    if report.repeated_roles:
+        yield f"turns    {report.repeated_roles:,} chats have two turns of one role in a row"
     if report.ignored_columns:
         yield f"not read {', '.join(report.ignored_columns)}: columns that hold something"
     yield from _histogram(lengths, unit)

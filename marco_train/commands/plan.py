@@ -20,6 +20,8 @@ from omegaconf import OmegaConf, open_dict
 
 from marco_train.config import TrainConfig, to_run
 from marco_train.config.compose import compose
+from marco_train.config.opd import OPDConfig
+from marco_train.config.sft import SFTConfig
 from marco_train.errors import InputError, require
 from marco_train.hub import with_those_here
 
@@ -67,9 +69,15 @@ def answer(words: list[str]) -> tuple[bool, str]:
     assumed = Assumptions(**values)
     several = hardware is not None
     require(not several or file is None, "--json writes one plan, and hardware names several")
+    epoch_rows, absent = rows_of_an_epoch(cfg)
     plans = [
         make_plan(
-            cfg, whole_number(count, "gpus"), card_of(name), assumed, None if several else advise
+            cfg,
+            whole_number(count, "gpus"),
+            card_of(name),
+            assumed,
+            None if several else advise,
+            epoch_rows=epoch_rows,
         )
         for count, _, name in (
             part.partition("x") for part in (hardware or f"{gpus}x{gpu}").split(",")
@@ -77,7 +85,7 @@ def answer(words: list[str]) -> tuple[bool, str]:
     ]
     if file is not None:
         file.write_text(json.dumps(plans[0].as_json(), indent=1) + "\n")
-    said = side_by_side(plans) if several else in_words(plans[0])
+    said = side_by_side(plans) if several else in_words(plans[0], absent)
     return all(plan.fits for plan in plans), said
 
 
@@ -146,6 +154,27 @@ def composed_without_weights(overrides: list[str]) -> TrainConfig:
     return to_run(found)
 
 
+def rows_of_an_epoch(cfg: TrainConfig) -> tuple[int | None, str | None]:
+    """Count the rows of an epoch as the run does, where its length is given in epochs.
+
+    Returns:
+        Their number, or None where nobody asks for it or they are not here; and the first source
+        that is not.
+
+    Raises:
+        InputError: They are here, and cannot be read.
+    """
+    if not isinstance(cfg.stage, SFTConfig | OPDConfig) or not cfg.stage.counts_epochs:
+        return None, None
+    from marco_train.data.loader import trained_stream
+    from marco_train.data.sources import lies_here
+
+    for name, source in cfg.data.sources.items():
+        if not lies_here(source):
+            return None, f"data.sources.{name} ({source.path})"
+    return trained_stream(cfg.data, cfg.seed).num_rows, None
+
+
 FIELDS = {
     *DEFAULTS,
     "hardware",
@@ -164,8 +193,13 @@ FIELDS = {
 """Of this command, beside the run's: the cards, and the factors of `planning/seconds.py`."""
 
 
-def in_words(plan: Any) -> str:
-    """Lay a plan out for a reader, as Markdown."""
+def in_words(plan: Any, absent: str | None) -> str:
+    """Lay a plan out for a reader, as Markdown.
+
+    Args:
+        plan: What `make_plan` gave.
+        absent: The source of which the rows could not be counted.
+    """
     phases = list(plan.phases)
     used = [
         name
@@ -191,12 +225,20 @@ def in_words(plan: Any) -> str:
         lines.append(f"it would end at its start: {plan.lack_of_keys}")
     if plan.run_hours is not None:
         lines.append(
-            f"{plan.step_seconds:.1f} s a step, {plan.run_hours:.0f} hours, "
-            f"{plan.gpu_hours:.0f} GPU-hours"
+            f"{plan.step_seconds:.1f} s a step, {hours(plan.run_hours)}, "
+            f"{plan.gpu_hours:.{1 if plan.gpu_hours < 10 else 0}f} GPU-hours"
         )
     else:
-        lines.append(f"{plan.step_seconds:.1f} s a step; the rows of an epoch were not counted")
+        lines.append(
+            f"{plan.step_seconds:.1f} s a step; the rows of an epoch were not counted, as those of "
+            f"{absent} are no files of this machine"
+        )
     return "\n".join([*lines, plan.basis, *plan.advice])
+
+
+def hours(count: float) -> str:
+    """Write a time in hours, or in minutes where it is less than two."""
+    return f"{count:.0f} hours" if count >= 2 else f"{60 * count:.0f} minutes"
 
 
 def side_by_side(plans: Sequence[Any]) -> str:

@@ -16,6 +16,7 @@ VERBS = {
     "inspect": ("marco_train.commands.inspect_data", "look at a data set as a run would"),
     "decontaminate": ("marco_train.commands.decontaminate", "look for benchmarks in rows"),
     "curate": ("marco_train.commands.curate", "build translation, culture or science data"),
+    "chat": ("marco_train.commands.chat", "talk to a model in the terminal"),
     "upcycle": ("marco_train.commands.upcycle", "make an MoE model from a dense one"),
     "benchmark": ("marco_train.commands.benchmark", "ask a model the card's benchmarks"),
     "signatures": ("marco_train.commands.signatures", "see which experts each language uses"),
@@ -37,8 +38,9 @@ A run of your own:
   marco-train experiment=opd model.path=... teacher.path=... data=own data.path=prompts.jsonl
   marco-train --config-dir DIR experiment=mine     # DIR/experiment/mine.yaml
   marco-train experiment=sft --cfg job             # prints a run
-On several GPUs, in a checkout (elsewhere: torchrun --nproc_per_node 8 -m marco_train.train ...):
-  recipes/run.sh <experiment> [--config-dir DIR] [key=value ...]"""
+On several GPUs, in a checkout, and elsewhere (torchrun, whose report of a refusal is kept back):
+  recipes/run.sh <experiment> [--config-dir DIR] [key=value ...]
+  python -m marco_train.commands.launch --nproc_per_node 8 -m marco_train.train [key=value ...]"""
 
 
 def main(words: Sequence[str] | None = None) -> None:

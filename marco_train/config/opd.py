@@ -184,6 +184,15 @@ class OPDConfig(TrainedStageConfig):
         return self.capped(steps_of(phase.num_steps, phase.num_epochs, size, epoch_rows))
 
     @property
+    def counts_epochs(self) -> bool:
+        """Whether the length of a phase depends on the rows of an epoch."""
+        return any(phase.num_steps is None for phase in self.cascade.values())
+
+    def total_steps(self, epoch_rows: int | None) -> int:
+        """Steps of all phases, unless one converges before; argument as in `phase_steps`."""
+        return sum(self.phase_steps(name, epoch_rows) for name in self.cascade)
+
+    @property
     def loss_metric(self) -> str:
         """What is measured on held-out prompts."""
         return "eval/reverse_kl"

@@ -6,6 +6,7 @@ from enum import Enum
 from omegaconf import MISSING
 
 from marco_train.config.rollout import NativeRolloutConfig, RolloutConfig
+from marco_train.config.stage import steps_of
 from marco_train.config.trained import AnsweredStage, TrainedStageConfig
 from marco_train.errors import require, require_positive
 
@@ -56,6 +57,20 @@ class SFTConfig(TrainedStageConfig):
             f"stage.num_steps is {self.num_steps} and stage.num_epochs is {self.num_epochs}: give "
             "one of them, and null for the other",
         )
+
+    @property
+    def counts_epochs(self) -> bool:
+        """Whether the length of the run depends on the rows of an epoch."""
+        return self.num_steps is None
+
+    def total_steps(self, epoch_rows: int | None) -> int:
+        """Updates of the run.
+
+        Args:
+            epoch_rows: Conversations of an epoch; not needed where `num_steps` says it.
+        """
+        size = self.global_batch_size
+        return self.capped(steps_of(self.num_steps, self.num_epochs, size, epoch_rows))
 
     @property
     def loss_metric(self) -> str:

@@ -52,7 +52,10 @@ def over(metric: str, limit: str) -> str:
 
 
 class Tally:
-    """Counts the rows that are dropped or cut, by reason, source and language."""
+    """Counts the rows that are dropped or cut, by reason, source and language.
+
+    A row counts once, and each of its draws beside that.
+    """
 
     def __init__(self, limit: str = "") -> None:
         """Begin without any.
@@ -61,46 +64,62 @@ class Tally:
             limit: On their length, as stage.max_length=256. Nothing: it is not said.
         """
         self._limit = limit
-        self._counts: Counter[tuple[str, str, str]] = Counter()  # metric, source, language
+        # By metric, source and language: how often each row was drawn, by its place.
+        self._draws: dict[tuple[str, str, str], Counter[int]] = {}
         self._first: dict[str, str] = {}  # source -> what is wrong with its first row at fault
 
     def add(self, drop: Dropped) -> None:
         """Count a row."""
-        self._counts[drop.metric, drop.source, drop.language] += 1
+        self._count(drop.metric, drop.source, drop.language, drop.row)
         if drop.metric == MALFORMED:
             self._first.setdefault(drop.source, f"{drop.place}: {drop.reason}")
 
     def add_truncated(self, row: Row) -> None:
         """Count a row that is used, but for a part of it."""
-        self._counts[TRUNCATED, row.source, row.language] += 1
+        self._count(TRUNCATED, row.source, row.language, row.row)
+
+    def _count(self, metric: str, source: str, language: str, row: int) -> None:
+        self._draws.setdefault((metric, source, language), Counter())[row] += 1
 
     def count(self, metric: str) -> int:
-        """How many rows a metric counts."""
-        return sum(count for (name, *_), count in self._counts.items() if name == metric)
+        """How many draws of rows a metric counts."""
+        return sum(rows.total() for (name, *_), rows in self._draws.items() if name == metric)
 
     def update(self, other: "Tally") -> None:
         """Add what another one counted."""
-        self._counts.update(other._counts)
-        self._first = other._first | self._first
+        self._add(other._draws, other._first)
+
+    def _add(
+        self, draws: Mapping[tuple[str, str, str], Counter[int]], first: Mapping[str, str]
+    ) -> None:
+        for key, rows in draws.items():
+            self._draws.setdefault(key, Counter()).update(rows)
+        self._first = {**first, **self._first}
 
     def gathered(self) -> "Tally":
         """Add up the counts of all ranks; all of them take part."""
         total = Tally(self._limit)
-        for counts, first in gather_objects((self._counts, self._first)):
-            total._counts.update(counts)
-            total._first = first | total._first
+        for draws, first in gather_objects((self._draws, self._first)):
+            total._add(draws, first)
         return total
 
     def said(self) -> list[str]:
-        """Say how many rows were dropped or cut, by reason, source and language."""
-        found: dict[tuple[str, str], Counter[str]] = {}
-        for (metric, source, language), n in sorted(self._counts.items()):
-            found.setdefault((metric, source), Counter())[language] = n
-        return [
-            f"{languages.total()} {metric} in {source!r}{by_language(languages)}"
-            f"{over(metric, self._limit)}"
-            for (metric, source), languages in found.items()
-        ]
+        """Say how many rows were dropped or cut, by reason, source and language.
+
+        Where some were drawn several times, how many draws that are stands beside it.
+        """
+        found: dict[tuple[str, str], dict[str, Counter[int]]] = {}
+        for (metric, source, language), rows in sorted(self._draws.items()):
+            found.setdefault((metric, source), {})[language] = rows
+        lines = []
+        for (metric, source), languages in found.items():
+            num_rows = sum(map(len, languages.values()))
+            num_draws = sum(rows.total() for rows in languages.values())
+            by = by_language({language: len(rows) for language, rows in languages.items()})
+            drawn = f", drawn {num_draws:,} times" if num_draws > num_rows else ""
+            said = f"{num_rows:,} {metric} in {source!r}{by}{over(metric, self._limit)}{drawn}"
+            lines.append(said)
+        return lines
 
     def gathered_refusal(self, what: str) -> InputError:
         """Say why no row can be used; all ranks take part."""

@@ -37,7 +37,7 @@ def distinct_rows(rows: Rows, form: Format, near: float | None) -> Sequence[int]
             kept.append(row)
             continue
         # Most repetitions are of whole rows, which need not be read to be known.
-        whole = _digest(repr(found))
+        whole = digest_of_text(repr(found))
         if whole in seen:
             continue
         try:
@@ -45,7 +45,7 @@ def distinct_rows(rows: Rows, form: Format, near: float | None) -> Sequence[int]
         except RowError:
             kept.append(row)
             continue
-        prompt = _digest(asked)
+        prompt = digest_of_text(asked)
         if prompt not in seen and (is_new is None or is_new.add(row, asked)):
             kept.append(row)
         seen |= {whole, prompt}
@@ -71,7 +71,7 @@ def share_of_prompts(rows: Rows, form: Format, share: float) -> Sequence[int]:
         if isinstance(found, RowError):
             continue
         try:
-            by_prompt.setdefault(_digest(_asked(form.read(found))), []).append(row)
+            by_prompt.setdefault(digest_of_text(_asked(form.read(found))), []).append(row)
         except RowError:
             continue
     count = min(max(1, round(share * len(by_prompt))), len(by_prompt) - 1)
@@ -93,7 +93,8 @@ def _asked(reading: Reading) -> str:
     return "\n\n".join([*turns, *map(repr, reading.tools)])
 
 
-def _digest(text: str) -> bytes:
+def digest_of_text(text: str) -> bytes:
+    """Digest a text, which may hold halves of surrogate pairs."""
     return blake2b(text.encode("utf-8", "surrogatepass"), digest_size=16).digest()
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from marco_train.data.turns import (
+    MOST_SHOWN,
     RowError,
     parsed_turns,
     read_tools,
@@ -36,8 +37,10 @@ CONTENT_COLUMNS = {
     "responses_create_params",
 }
 
-
-STANDARD_COLUMNS = CONTENT_COLUMNS | {"language", "verifier", "attention_mask"}
+MOST_NESTED = 3  # lists and objects in which text of a column is looked for
+# Read beside the content.
+NO_CONTENT = {"language", "verifier", "attention_mask"}
+STANDARD_COLUMNS = CONTENT_COLUMNS | NO_CONTENT
 """Names that `SourceConfig.columns` gives to columns of other names."""
 
 
@@ -126,8 +129,27 @@ class Format:
 
 
 def ignored_columns(row: Mapping[str, Any], used: frozenset[str]) -> set[str]:
-    """Columns of a row that look like content and were not used."""
-    return {name for name in CONTENT_COLUMNS - used if _holds(row, name)}
+    """Columns of a row that look like content, by their name or their text, and were not used."""
+    return {
+        _printable(name)
+        for name in row.keys() - used - NO_CONTENT
+        if (name in CONTENT_COLUMNS and _holds(row, name)) or _is_prose(row[name])
+    }
+
+
+def _printable(name: str) -> str:
+    """A name as it can be shown in a line, whatever a row calls its columns."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in name[:MOST_SHOWN])
+
+
+def _is_prose(value: Any, depth: int = MOST_NESTED) -> bool:
+    """Whether a value, or one of a list's or an object's, is text of several words."""
+    if isinstance(value, str):
+        # Some scripts put no spaces between words.
+        return len(value.split(None, 3)) > 3 or (len(value) > 12 and not value.isascii())
+    if isinstance(value, Mapping):
+        value = [*value.values()]
+    return isinstance(value, list) and depth > 0 and any(_is_prose(v, depth - 1) for v in value)
 
 
 def _holds(row: Mapping[str, Any], name: str) -> bool:

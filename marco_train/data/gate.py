@@ -30,6 +30,8 @@ NUM_SAMPLED = 10_000
 NUM_FORGIVEN = 10
 # Kinds of fault that a refusal names.
 NUM_NAMED = 5
+# Columns that are not read of which the names are said.
+NUM_COLUMNS_NAMED = 20
 # Kinds of fault that other names of columns or roles may mend.
 READ_OTHERWISE = {"unknown columns", "unknown role", "two shapes", "no list of turns"}
 # What helps beside mending the rows, by the metric that counts them.
@@ -64,6 +66,11 @@ class Structure:
     def kinds(self) -> Counter[str]:
         """How many rows are at fault, by the kind of fault."""
         return Counter(row["kind"] for row in self.bad)
+
+    @property
+    def ignored_names(self) -> list[str]:
+        """The columns of `ignored` that are named, those of most rows; in alphabetic order."""
+        return sorted(name for name, _ in self.ignored.most_common(NUM_COLUMNS_NAMED))
 
     def add(self, other: "Structure") -> None:
         """Add what another rank found."""
@@ -250,7 +257,7 @@ def check_lost_rows(
     if lost.reasons:
         said += f"; the first of those at fault: {lost.reasons[min(lost.reasons)]}"
     if found.ignored:
-        said += f"; columns that are not read: {', '.join(sorted(found.ignored))}"
+        said += f"; columns that are not read: {', '.join(found.ignored_names)}"
     fixes = "".join(fix for metric, fix in FIXES.items() if lost.counts[metric])
     raise InputError(
         f"source {name!r}: this stage can use {num_judged - num_lost} of {num_judged} rows, and "
@@ -283,8 +290,12 @@ def describe(name: str, found: Structure, lost: LostRows, limit: str) -> list[st
         + (f"; {cut.total():,} {TRUNCATED}{languages(TRUNCATED)}" if cut else "")
     ]
     if found.ignored:
-        named = ", ".join(f"{column} ({n:,})" for column, n in sorted(found.ignored.items()))
-        lines.append(f"source {name!r}: columns that hold something and are not read: {named}")
+        counts = [f"{column} ({found.ignored[column]:,})" for column in found.ignored_names]
+        more = len(found.ignored) - len(counts)
+        lines.append(
+            f"source {name!r}: columns that hold something and are not read: {', '.join(counts)}"
+            + (f", and {more:,} more" if more else "")
+        )
     return lines
 
 

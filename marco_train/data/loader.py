@@ -12,14 +12,14 @@ from marco_train.config.opd import OPDConfig
 from marco_train.config.resume import ResumeChange
 from marco_train.config.resumption import field_difference
 from marco_train.config.sft import LossTokens, SFTConfig
-from marco_train.config.stage import samples_of, steps_of
+from marco_train.config.stage import samples_of
 from marco_train.data.chat import (
     Tokenizer,
     check_marks,
     marked_text,
     with_thinking,
 )
-from marco_train.data.drops import DROPS, MALFORMED, TRUNCATED, Dropped, Tally
+from marco_train.data.drops import DROPS, MALFORMED, TRUNCATED, Dropped, Tally, over
 from marco_train.data.gate import add_to_quarantine
 from marco_train.data.packing import pack_examples
 from marco_train.data.render import ExampleRenderer, PromptRenderer
@@ -86,8 +86,7 @@ class _Loader:
         self._batch_size = batch_size
         self._tokenizer = tokenizer
         self._render = render
-        share = None if data.held_out is None else data.held_out.share
-        self._stream = ConversationStream(data.sources, data.num_rows, seed, share)
+        self._stream = trained_stream(data, seed)
         self.epoch_rows = self._stream.num_rows
         self._identity = self._stream.identity() | tokenizer.digests()
         self._check_template()
@@ -243,7 +242,7 @@ class _Loader:
         self._log_sources(self._positions[self._step].cursor, f"made in {self._step}")
         dropped = self._dropped.gathered().said()
         if dropped and is_main():
-            log_line(f"dropped or cut since the start: {'; '.join(dropped)}")
+            log_line(f"dropped or cut in this launch: {'; '.join(dropped)}")
 
     def _log_sources(self, num_samples: int, when: str) -> None:
         if is_main():
@@ -346,9 +345,7 @@ class SFTLoader(_Loader):
         super().__init__(data, stage.global_batch_size, tokenizer, render, seed, quarantine)
         if stage.num_epochs is not None:
             self._num_samples = samples_of(stage.num_epochs, self.epoch_rows)
-        self.num_steps = stage.capped(
-            steps_of(stage.num_steps, stage.num_epochs, stage.global_batch_size, self.epoch_rows)
-        )
+        self.num_steps = stage.total_steps(self.epoch_rows)
 
     def __iter__(self) -> Iterator[list[Microbatch]]:
         return self
@@ -373,6 +370,7 @@ class SFTLoader(_Loader):
             held_out_stream(self._data),
             self._stage.num_eval_examples,
             lambda _, row: self._render(row),
+            self._render.limit,
         )
         return pack_examples(examples, self._data.max_tokens_per_microbatch)
 
@@ -480,7 +478,21 @@ class PromptLoader(_Loader):
             found = self._prompts(row)
             return found if isinstance(found, str) else make_prompt(index, row, found)
 
-        return held_out_share(held_out_stream(self._data), count, render)
+        return held_out_share(held_out_stream(self._data), count, render, self._prompts.limit)
+
+
+def trained_stream(data: DataConfig, seed: int) -> ConversationStream:
+    """Open the rows that are trained on; an epoch is as many samples as there are.
+
+    Args:
+        data: Names them, and those that are held out of them.
+        seed: Of the order of samples.
+
+    Raises:
+        InputError: A source cannot be opened, or there are no rows.
+    """
+    share = None if data.held_out is None else data.held_out.share
+    return ConversationStream(data.sources, data.num_rows, seed, share)
 
 
 def held_out_stream(data: DataConfig) -> ConversationStream:
@@ -497,14 +509,23 @@ def held_out_stream(data: DataConfig) -> ConversationStream:
 
 
 def held_out_share(
-    stream: ConversationStream, count: int, render: Callable[[int, UsableRow], T | str]
+    stream: ConversationStream,
+    count: int,
+    render: Callable[[int, UsableRow], T | str],
+    limit: str,
 ) -> list[T]:
     """Render this rank's share of the first held-out samples; of a share of the rows, each once.
+
+    Args:
+        stream: The rows that are held out.
+        count: Samples of all ranks.
+        render: Makes of a sample what is measured on, or names the metric that counts it.
+        limit: On the length of a row, as stage.max_length=256.
 
     Raises:
         InputError: None of them can be used.
     """
-    dropped = Tally()
+    dropped = Tally(limit)
     count = min(count, stream.num_rows) if stream.is_held_out else count
     kept = []
     for index in range(rank(), count, world_size()):
@@ -518,7 +539,9 @@ def held_out_share(
     if num_kept == 0:
         raise dropped.gathered_refusal(f"none of {count} held-out rows")
     if sum(drops) > 0 and is_main():
-        said = ", ".join(f"{n:.0f} {name}" for n, name in zip(drops, DROPS, strict=True) if n)
+        said = ", ".join(
+            f"{n:.0f} {name}{over(name, limit)}" for n, name in zip(drops, DROPS, strict=True) if n
+        )
         log_line(f"held-out: dropped {sum(drops):.0f} of {count} rows ({said})")
     return kept
 
@@ -559,7 +582,7 @@ def held_out_questions(
         return Question(prompt, row.asked[-1].content, answer.content, row.verifier)
 
     check_template_kwargs([tokenizer.chat_template], tokenizer.template_kwargs)
-    shares = gather_objects(held_out_share(stream, count, render))
+    shares = gather_objects(held_out_share(stream, count, render, prompts.limit))
     return sorted(chain.from_iterable(shares), key=lambda question: question.prompt.index)
 
 

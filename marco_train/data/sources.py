@@ -84,6 +84,11 @@ def open_rows(name: str, cfg: SourceConfig) -> Rows:
         raise InputError(f"source {name!r}: {cfg.path!r} cannot be read: {error}") from error
 
 
+def lies_here(cfg: SourceConfig) -> bool:
+    """Whether the rows of a source are files of this machine, and nothing has to be fetched."""
+    return cfg.kind is not SourceKind.hub and bool(_files(cfg.path, cfg.split))
+
+
 def _open_rows(name: str, cfg: SourceConfig) -> Rows:
     if cfg.kind is SourceKind.hub:
         return _open_hub(name, cfg)

@@ -82,7 +82,7 @@ DATA: tuple[Chart, ...] = (
     ("Epochs", "of the source repeated most", {"data/epoch": ""}),
     (
         "Rows dropped or cut",
-        "a step",
+        "draws a step",
         {
             f"data/{name}": name.removeprefix("dropped_").replace("_", " ")
             for name in (

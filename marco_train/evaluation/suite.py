@@ -58,6 +58,8 @@ class Suite:
         """
         tasks = [] if cfg.suite is None else load_tasks(cfg.suite, cfg)
         for task in tasks:
+            if task.items.left_out and is_main():
+                log_line(f"{task.card.name} of stage.eval: {task.items.left_out}")
             lengths = prompt_lengths(tokenizer, task.items)
             num_long = sum(length > max_prompt_length for length in lengths)
             said = (

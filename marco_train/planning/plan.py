@@ -71,6 +71,7 @@ def make_plan(
     assumed: Assumptions | None = None,
     advise: Callable[[TrainConfig, int, Card, Assumptions], list[str]] | None = None,
     architecture: ArchitectureConfig | None = None,
+    epoch_rows: int | None = None,
 ) -> Plan:
     """Plan a run.
 
@@ -81,6 +82,8 @@ def make_plan(
         assumed: Factors. None: the defaults.
         advise: Says what would make a run fit that does not; see `planning/advice.py`.
         architecture: The student's. None: as the config or its files say.
+        epoch_rows: Rows of an epoch, where the run's length is given in epochs. None: they were not
+            counted, and nor are the run's hours.
 
     Raises:
         InputError: The run cannot be planned: it trains nothing, has no known shape, or its ranks
@@ -111,7 +114,7 @@ def make_plan(
     lack_of_keys = memory.lack_of_keys
     fits = peak <= card.capacity_gib and lack_of_keys is None
     fits = fits and (not card.is_gpu or host <= assumed.host_gib_per_node)
-    num_steps = time.num_steps()
+    num_steps = time.num_steps(epoch_rows)
     hours = None if num_steps is None else num_steps * time.step() / 3600
     said = asdict(assumed)
     said |= {"mean_tokens": round(time.mean_length), "wire_gib_per_step": time.wire_gib()}
@@ -129,17 +132,21 @@ def make_plan(
         round(host, 1),
         round(memory.disk() / GIB, 1),
         round(time.step(), 2),
-        None if hours is None else round(hours, 1),
-        None if hours is None else round(hours * gpus, 1),
-        basis_of(cfg, assumed, num_steps),
+        None if hours is None else round(hours, 3),
+        None if hours is None else round(hours * gpus, 3),
+        basis_of(cfg, assumed, num_steps, epoch_rows),
         said,
         advice,
     )
 
 
-def basis_of(cfg: TrainConfig, assumed: Assumptions, num_steps: int | None) -> str:
+def basis_of(
+    cfg: TrainConfig, assumed: Assumptions, num_steps: int | None, epoch_rows: int | None = None
+) -> str:
     """Say in a line what a plan's hours and seconds are of, and what they are reckoned with."""
     said = [] if num_steps is None else [f"{num_steps} steps"]
+    if epoch_rows is not None:
+        said.append(f"an epoch has {epoch_rows:,} rows")
     if cfg.checkpoint.save_every is not None:
         said.append(f"checkpoint seconds are per save, every {cfg.checkpoint.save_every} steps")
     assume = f"assumed: {assumed.training_efficiency:.0%} of a card's peak in training"

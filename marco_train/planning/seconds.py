@@ -220,15 +220,17 @@ class Time:
         saved = phases.pop("checkpoint") / every if every else 0.0
         return sum(phases.values()) + saved
 
-    def num_steps(self) -> int | None:
-        """Of the run. None: an epoch's rows have to be counted first."""
+    def num_steps(self, epoch_rows: int | None) -> int | None:
+        """Of the run. None: an epoch's rows have to be counted first.
+
+        Args:
+            epoch_rows: Rows of an epoch. None: they were not counted.
+        """
         stage = self._cfg.stage
-        if isinstance(stage, OPDConfig):
-            numbers = [phase.num_steps for phase in stage.cascade.values()]
-            known = [stage.capped(number) for number in numbers if number is not None]
-            return sum(known) if len(known) == len(numbers) else None
-        assert isinstance(stage, SFTConfig)
-        return None if stage.num_steps is None else stage.capped(stage.num_steps)
+        assert isinstance(stage, SFTConfig | OPDConfig)
+        if epoch_rows is None and stage.counts_epochs:
+            return None
+        return stage.total_steps(epoch_rows)
 
     def wire_gib(self) -> dict[str, float]:
         """What a rank sends in a step, over each wire."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from marco_train.config.rollout import NativeRolloutConfig
+from marco_train.config.rollout import TEMPERATURE, NativeRolloutConfig
 from marco_train.distributed import device
 from marco_train.losses.logprobs import sequence_logprobs
 from marco_train.models.attention import KVCache
@@ -33,10 +33,12 @@ class NativeSampler(Sampler):
         num_topk: int,
         seed: int,
         weight_version: int | None = None,
+        temperature: float = TEMPERATURE,
     ) -> None:
         """Sample from `model`; its weights count as loaded if they have a version.
 
-        Rollouts name the `num_topk` likeliest tokens in each place.
+        Rollouts name the `num_topk` likeliest tokens in each place. Another temperature is for what
+        is only read: log-probabilities are of what was drawn from.
         """
         self._model = model.eval()
         self._batch_size = cfg.batch_size
@@ -46,6 +48,7 @@ class NativeSampler(Sampler):
         self._num_topk = num_topk
         self._seed = seed
         self._weight_version = weight_version
+        self._temperature = temperature
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]], version: int) -> None:
         """Take a complete stream of named weights.
@@ -104,7 +107,8 @@ class NativeSampler(Sampler):
             if greedy:
                 tokens, token_lps = likeliest_tokens(logits)
             else:
-                tokens, token_lps = draw_tokens(logits, uniforms[active, place])
+                cooled = logits if self._temperature == 1 else logits / self._temperature
+                tokens, token_lps = draw_tokens(cooled, uniforms[active, place])
             likeliest = logits.topk(self._num_topk, dim=-1).indices.tolist()
             last = place + 1 == self._max_response_length
             running = []

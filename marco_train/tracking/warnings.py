@@ -5,17 +5,16 @@ from typing import Any
 
 from marco_train.metrics import Metrics
 
+DROPPED = " were dropped in this launch"
 # By metric: whether its values add up over the steps, and what is said above 0, or above a bound.
 WATCHED: Mapping[str, tuple[bool, str]] = {
     "moe/dead_experts": (False, "{count:,.0f} experts, over all layers, got no token of a step"),
-    "data/dropped_too_long": (True, "{count:,.0f} rows over {limit} were dropped so far"),
-    "data/dropped_no_loss": (
-        True,
-        "{count:,.0f} rows without a token to learn were dropped so far",
-    ),
-    "data/dropped_special": (True, "{count:,.0f} rows with control tokens were dropped so far"),
-    "data/dropped_empty": (True, "{count:,.0f} rows with an empty answer were dropped so far"),
-    "data/dropped_malformed": (True, "{count:,.0f} rows at fault were dropped so far"),
+    # A row is dropped again each time it is drawn, and which one it is no metric says.
+    "data/dropped_too_long": (True, "{count:,.0f} draws of rows over {limit}" + DROPPED),
+    "data/dropped_no_loss": (True, "{count:,.0f} draws of rows without a token to learn" + DROPPED),
+    "data/dropped_special": (True, "{count:,.0f} draws of rows with control tokens" + DROPPED),
+    "data/dropped_empty": (True, "{count:,.0f} draws of rows with an empty answer" + DROPPED),
+    "data/dropped_malformed": (True, "{count:,.0f} draws of rows at fault" + DROPPED),
     "teacher/rejected": (True, "{count:,.0f} rollouts without a usable score were left out so far"),
     "teacher/cache_corrupt": (
         True,

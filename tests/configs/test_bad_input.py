@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from marco_train.config.data import SourceConfig, SourceKind
 from marco_train.config.model import DType
@@ -29,6 +30,7 @@ from marco_train.stages.evaluate import prepare_evaluate
 from marco_train.stages.opd import engine_owners, prepare_opd, run_opd
 from marco_train.stages.sft import prepare_sft
 from marco_train.teachers.vocab import check_student_vocabulary
+from marco_train.train import main
 from tests.helpers.checkpoints import leave_checkpoint
 from tests.helpers.configs import compose_config
 from tests.helpers.models import DENSE, architecture
@@ -577,3 +579,15 @@ def test_questions_that_cannot_be_checked_are_left_out_and_named(
     file.write_text(json.dumps(rows[1]) + "\n")
     with pytest.raises(InputError, match=r"no held-out question can be checked \(.*names None"):
         checked_questions(cfg, tokenizer)
+
+
+def test_the_report_of_a_torchrun_ends_with_the_refusal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "error.json"
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(file))
+    with pytest.raises(SystemExit) as ended:
+        main(["experiment=quickstart_sft", "optim.learnin_rate=1"])
+    assert str(ended.value).startswith("error: there is no optim.learnin_rate")
+    report = str(ChildFailedError("run", {0: ProcessFailure(0, 1, 1, str(file))}))
+    assert report.rstrip("=\n").endswith(f"traceback : {ended.value}")

@@ -43,10 +43,12 @@ def test_a_report_is_one_line_of_json(tmp_path: Path) -> None:
         "rows": 7,
         "kept": 5,
         "quarantined": {"content that is not text": 1, "empty answer": 1},
+        "duplicates": 4,
+        "repeated_roles": 0,
         "ignored_columns": ["answer"],
         "samples": [
             {
-                "row": 0,
+                "row": 3,  # drawn, of the five that can be shown
                 "text": "<|im_start|>user\none?<|im_end|>\n<|im_start|>assistant\nyes<|im_end|>\n",
                 "learnt": ["yes<|im_end|>"],
             }
@@ -111,6 +113,7 @@ def test_a_tokenizer_of_ones_own_counts_its_tokens(
         (["nowhere.jsonl"], "there is no file 'nowhere.jsonl'"),
         (["{file}", "--tokenizer", "nowhere"], "no tokenizer.json in 'nowhere'"),
         (["{file}", "--columns", "messages"], "is no list like name=value"),
+        (["{file}", "--samples", "-1"], "--samples is -1, and must be 0 or more"),
         (["{file}", "--roles", "env=robot"], "must map it to one of system, user, assistant"),
     ],
 )
@@ -186,3 +189,29 @@ def test_a_file_of_csv_is_named_as_what_it_is(name: str, tmp_path: Path) -> None
     (tmp_path / name).write_text("prompt,response\none?,yes\n")
     with pytest.raises(SystemExit, match="CSV is not read: convert it to JSON lines or Parquet"):
         main([str(tmp_path / name)])
+
+
+def test_rows_shown_are_of_every_kind_of_a_periodic_file_and_the_same_at_every_launch(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = write(tmp_path, *[{"prompt": f"{n}?", "completion": f"of {n % 2}"} for n in range(100)])
+    main([file, "--samples", "10"])
+    said = capsys.readouterr().out
+    assert "»of 0<|im_end|>«" in said and "»of 1<|im_end|>«" in said
+    main([file, "--samples", "10"])
+    assert capsys.readouterr().out == said
+    main([file, "--samples", "200"])
+    assert capsys.readouterr().out.count("--- row ") == 100
+
+
+def test_repeated_rows_and_two_turns_of_one_role_in_a_row_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    called = {"role": "tool", "content": "3"}
+    twice = {"messages": [ASKED, ASKED, ANSWERED]}
+    tools = {"messages": [ASKED, ANSWERED, called, called, ANSWERED]}
+    file = write(tmp_path, GOOD, twice, tools, GOOD, twice, GOOD)
+    main([file])
+    said = capsys.readouterr().out
+    assert "repeated 3 rows say what an earlier one says, in all columns\n" in said
+    assert "turns    2 chats have two turns of one role in a row\n" in said

@@ -84,6 +84,39 @@ def test_what_cannot_be_planned_ends_with_2_and_a_sentence(words: list[str], say
     assert "Traceback" not in done.stderr
 
 
+OWN = ["model=marco_mini", "data=own", "data.held_out.share=0.1", "parallel.zero_stage=2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "num_steps"),
+    [
+        (["experiment=sft", "stage.num_epochs=2"], 6),  # 180 samples of 90 rows, 32 a step
+        (["experiment=opd", "teacher.path=Qwen3-4B"], 3),
+    ],
+)
+def test_the_rows_of_an_epoch_are_counted_where_they_lie(
+    words: list[str], num_steps: int, tmp_path: Path
+) -> None:
+    file, plan = tmp_path / "rows.jsonl", tmp_path / "plan.json"
+    file.write_text("".join(json.dumps({"prompt": f"{n}?"}) + "\n" for n in range(100)))
+    _, said = answer([*OWN, *words, f"data.path={file}", "--json", str(plan)])
+    found = json.loads(plan.read_text())
+    assert found["basis"].startswith(f"{num_steps} steps; an epoch has ")
+    assert found["run_hours"] == pytest.approx(
+        num_steps * found["step_seconds"] / 3600, rel=0.01, abs=0.002
+    )
+    assert f" minutes, {found['gpu_hours']:.1f} GPU-hours\n" in said
+
+
+def test_rows_that_are_not_here_are_named_and_not_fetched() -> None:
+    _, said = answer([*OWN, "experiment=sft", "data.path=org/name"])
+    assert (
+        "the rows of an epoch were not counted, as those of data.sources.own (org/name) are no "
+        "files of this machine"
+    ) in said
+
+
 def test_every_assumption_is_a_field_of_the_command() -> None:
     assert set(NAMES) < FIELDS
 

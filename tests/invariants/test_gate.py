@@ -406,14 +406,37 @@ def test_what_was_lost_is_said_by_source_at_the_start_and_at_the_end(
     capsys.readouterr()
     loader.log_end()
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "dropped or cut since the start: 1 data/dropped_empty in 'text'; "
+        "dropped or cut in this launch: 1 data/dropped_empty in 'text'; "
         "1 data/dropped_malformed in 'text'; 1 data/dropped_no_loss in 'text'"
+    )
+
+
+def test_a_row_that_is_dropped_again_and_again_counts_as_one_row(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [*GOOD[:2], json.dumps({"prompt": "c"}), "{}"]
+    loader = loader_of("sft", world, write(tmp_path, *lines), "stage.global_batch_size=4")
+    for _ in range(5):
+        next(loader)
+    loader.log_end()
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "dropped or cut in this launch: 1 data/dropped_malformed in 'text', drawn 5 times; "
+        "1 data/dropped_no_loss in 'text', drawn 5 times"
     )
 
 
 def test_a_source_without_a_fault_is_said_in_a_line() -> None:
     found = Structure(1234, 1234, shapes=Counter({"alpaca": 1234}))
     assert describe("s", found, LostRows(), "") == ["source 's': 1,234 rows, shape alpaca"]
+
+
+def test_columns_that_are_not_read_are_named_up_to_a_number() -> None:
+    found = Structure(2, 2, shapes=Counter({"alpaca": 2}))
+    found.ignored.update({f"c{n:02}": 2 for n in range(20)} | {"rare": 1, "seldom": 1})
+    names = ", ".join(f"c{n:02} (2)" for n in range(20))
+    assert describe("s", found, LostRows(), "")[1] == (
+        f"source 's': columns that hold something and are not read: {names}, and 2 more"
+    )
 
 
 def tokens(counts: list[int]) -> Callable[[UsableRow], Example | str]:

@@ -184,8 +184,9 @@ def test_data_of_which_nothing_can_be_used_are_refused_with_the_counts(
     said = str(refusal.value)
     # In 1,000 samples each of the eight rows has come 125 times.
     assert said.startswith("none of 1000 samples in a row can be used (")
-    assert "250 data/dropped_malformed in 'text'" in said
-    assert "750 data/dropped_too_long in 'text'" in said
+    assert "2 data/dropped_malformed in 'text', drawn 250 times" in said
+    limit = "max_length=96" if stage == "sft" else "max_prompt_length=72"
+    assert f"6 data/dropped_too_long in 'text' over stage.{limit}, drawn 750 times" in said
     assert "source 'text', row " in said
 
     both = run_on_ranks(2, refusal_of_rank, stage, world, file)

@@ -252,6 +252,22 @@ def test_held_out_rows_at_fault_are_dropped_and_none_left_is_refused(
         held_out_of(stage, world, train, rows)
 
 
+@pytest.mark.parametrize(
+    ("stage", "limit"), [("sft", "stage.max_length=96"), ("opd", "stage.max_prompt_length=72")]
+)
+def test_held_out_rows_that_are_too_long_are_said_with_the_limit(
+    stage: str, limit: str, world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "held").mkdir()
+    train = write(tmp_path, *GOOD)
+    rows = write(tmp_path / "held", *GOOD[:2], json.dumps(chat("question " * 500)))
+    assert held_out_of(stage, world, train, rows) == 2
+    assert (
+        f"held-out: dropped 1 of 3 rows (1 data/dropped_too_long over {limit})\n"
+        in capsys.readouterr().out
+    )
+
+
 def test_questions_at_fault_are_dropped_and_none_left_is_refused(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -337,6 +337,30 @@ IGNORED: dict[str, tuple[dict[str, Any], set[str]]] = {
     "thoughts": ({"question": "two?", "answer": "2", "reasoning": "1 + 1"}, {"reasoning"}),
     "empty ones": ({"messages": OPENAI, "system": "", "tools": [], "response": None}, set()),
     "another question": ({"messages": OPENAI, "prompt": "x"}, {"prompt"}),
+    "a passage": (
+        {"question": "two?", "answer": "2", "passage": "One and one is two."},
+        {"passage"},
+    ),
+    "a passage without spaces": (
+        {"question": "two?", "answer": "2", "passage": "一加一等于二，二加二等于四。"},
+        {"passage"},
+    ),
+    "passages": (
+        {"question": "two?", "answer": "2", "notes": [{"text": "One and one is two."}]},
+        {"notes"},
+    ),
+    "labels of rows": (
+        {"messages": OPENAI, "topics": ["Machine Learning"], "license": {"name": "Apache 2.0"}},
+        set(),
+    ),
+    "what a verifier needs": (
+        {"messages": OPENAI, "verifier": {"kind": "a verifier of four words"}},
+        set(),
+    ),
+    "a name that no terminal takes": (
+        {"messages": OPENAI, "a\x1b\ud800": "text of some more words"},
+        {"a\ufffd\ufffd"},
+    ),
     "tools": ({"messages": OPENAI, "tools": [{"name": "f"}]}, set()),
     "of NeMo-Gym": (
         {"responses_create_params": {"input": "two?"}, "question": "two?", "answer": "2"},
@@ -350,6 +374,13 @@ def test_columns_that_look_like_content_and_are_not_read_are_named(
     row: dict[str, Any], names: set[str]
 ) -> None:
     assert ignored_columns(row, read(row).used) == names
+
+
+def test_a_column_that_is_nested_deep_is_no_content() -> None:
+    nested: Any = "text of some more words"
+    for _ in range(900):
+        nested = [nested]
+    assert ignored_columns({"messages": OPENAI, "tree": nested}, frozenset({"messages"})) == set()
 
 
 def test_columns_of_a_question_and_its_answer_are_named_in_the_refusal() -> None:

@@ -120,7 +120,7 @@ def test_rows_that_are_dropped_or_cut_are_counted_by_language(
     assert metrics["data/num_sequences"] == 7
     loader.log_end()
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "dropped or cut since the start: 2 data/dropped_too_long in 'text' (none 1, ne 1) over "
+        "dropped or cut in this launch: 2 data/dropped_too_long in 'text' (none 1, ne 1) over "
         f"stage.{'max_length=96' if stage == 'sft' else 'max_prompt_length=72'}; "
         "3 data/truncated in 'text' (none 1, de 1, ne 1)"
     )

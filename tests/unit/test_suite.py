@@ -1,6 +1,7 @@
 """A suite that a run asks its own model: what is refused, and what is measured of the answers."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +33,14 @@ class Says(Sampler):
                 yield Rollout(prompt, number, ids, [-1.0] * len(ids), [[]] * len(ids), done, 0)
 
 
-def suite_of(world: World, tmp_path: Path, limit: int, **more: Any) -> tuple[Any, Suite]:
+def suite_of(
+    world: World, tmp_path: Path, limit: int, without: Sequence[str] = (), **more: Any
+) -> tuple[Any, Suite]:
     file = tmp_path / "own.jsonl"
-    rows = [{"question": f"test math {n}?", "answer": n} for n in ("one", "two", "three", "vier")]
+    rows = [
+        {"question": f"test math {n}?", "answer": None if n in without else n}
+        for n in ("one", "two", "three", "vier")
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     own = OwnRowsConfig(path=str(file), verifier="exact")
     tokenizer = load_tokenizer(compose_config("quickstart_sft", f"root={world.root}").model)
@@ -53,6 +59,17 @@ def test_answers_are_scored_described_and_shown(world: World, tmp_path: Path) ->
     assert all(sample.is_answer and sample.mean_kl is None for sample in samples)
     again = suite.ask(Says(tokenizer, ["one", "two", "three", "vier"]), step=8)
     assert again[0]["eval/score"] == 100  # nothing is kept of the first time
+
+
+def test_rows_that_are_not_asked_are_said_with_the_reason(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    suite_of(world, tmp_path, 64)
+    assert "left out" not in capsys.readouterr().out
+    suite_of(world, tmp_path, 64, without=["two"])
+    assert "own of stage.eval: 1 of 4 rows left out: 1 as row 1 has no answer\n" in (
+        capsys.readouterr().out
+    )
 
 
 def test_a_suite_may_be_sampled_n_times(world: World, tmp_path: Path) -> None:

@@ -79,7 +79,9 @@ def test_a_warning_of_rows_that_are_too_long_names_their_limit(
     stage: dict[str, int], limit: str
 ) -> None:
     said = Watch({"stage": stage}).sentences({"data/dropped_too_long": 3.0})
-    assert said == [f"3 rows over {limit} were dropped so far (data/dropped_too_long)"]
+    assert said == [
+        f"3 draws of rows over {limit} were dropped in this launch (data/dropped_too_long)"
+    ]
 
 
 def test_lines_past_the_resumed_step_are_dropped(tmp_path: Path) -> None:
@@ -253,7 +255,7 @@ def test_a_warning_is_said_again_where_there_is_twice_as_much_of_it(
     tracker.close()
     found = [json.loads(line) for line in (tmp_path / "warnings.jsonl").read_text().splitlines()]
     experts = "{} experts, over all layers, got no token of a step (moe/dead_experts)"
-    rows = "{} rows with an empty answer were dropped so far (data/dropped_empty)"
+    rows = "{} draws of rows with an empty answer were dropped in this launch (data/dropped_empty)"
     assert [(line["step"], line["text"]) for line in found] == [
         (1, rows.format(1)),
         (2, experts.format(3)),
