@@ -18,6 +18,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import FrameType
 from typing import ClassVar
 
@@ -149,8 +150,7 @@ class Watch:
         """Say who is at fault, and end this process."""
         silent = self.silent()
         said = name_fault(self._rank, mine, self._others, silent)
-        print(f"rank {self._rank} stands here:", file=sys.stderr, flush=True)
-        faulthandler.dump_traceback(sys.__stderr__ or 2, all_threads=True)
+        print(f"rank {self._rank} stands here:\n{_stacks()}", file=sys.stderr, flush=True)
         is_first = self._rank == min({*range(self._num_ranks)} - {*silent})
         if is_first:
             print(f"error: {said}", file=sys.stderr, flush=True)
@@ -214,6 +214,17 @@ def _said(frame: FrameType | None) -> str:
     if own is not frame:
         lines.append(f"by {_line(own)}")
     return ", ".join(lines)
+
+
+def _stacks() -> str:
+    """Where every thread of this process stands, in one piece: ranks print theirs at once."""
+    try:
+        with TemporaryFile("w+") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+            file.seek(0)
+            return file.read()
+    except OSError as error:  # the run ends all the same
+        return f"(no file for its stack: {error})"
 
 
 def _line(frame: FrameType) -> str:
