@@ -273,19 +273,24 @@ def trl_case(bench: Bench, shape: str, inputs: list[str]) -> None:
     common |= {"texts": first["texts"], "optim": plain_config(cfg)["optim"]}
     theirs = partial(run_job, THEIR_SCRIPT, python=bench.args.trl_python)
     given = {name: first[name] for name in ("prompts", "responses")}
-    setups = {side: {"setup": common | settings} for side, settings in THEIR_SIDES.items()}
+    setups = {
+        side: {"setup": common | settings}
+        for side, settings in THEIR_SIDES.items()
+        if side in bench.args.sides
+    }
+    our_sides = {side: chosen for side, chosen in OUR_SIDES.items() if side in bench.args.sides}
     checks = {side: theirs("check", setup | given) for side, setup in setups.items()}
 
     def make_runs() -> dict[str, list[Step]]:
         trained = {side: theirs("train", setup) for side, setup in setups.items()}
-        for side, chosen in OUR_SIDES.items():
+        for side, chosen in our_sides.items():
             trained |= our_runs(inputs, {side: chosen})  # in a process each, for its peak
         return trained
 
     rounds = in_rounds(make_runs, bench.repeats)
-    for step in chain.from_iterable(chain.from_iterable(rounds[side] for side in OUR_SIDES)):
+    for step in chain.from_iterable(chain.from_iterable(rounds[side] for side in our_sides)):
         step["data/num_tokens"] += num_responses  # their last tokens are no inputs of ours
-    for side in OUR_SIDES:
+    for side in our_sides:
         step = rounds[side][0][0]
         checks[side] = {"kl": step["kl/reverse"], "|grad|": step["optim/grad_norm"]}
     speeds = {side: rates(found, "data/num_tokens", "time/step") for side, found in rounds.items()}
@@ -326,6 +331,12 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument(
         "--overrides", type=str.split, default=[], help="Of the runs beside TRL's, key=value."
+    )
+    parser.add_argument(
+        "--sides",
+        type=lambda text: {OURS, *text.split(";")},
+        default={*OUR_SIDES, *THEIR_SIDES},
+        help=f"Beside ours, some of {'; '.join([*OUR_SIDES, *THEIR_SIDES][1:])}.",
     )
     parser.add_argument("--run", type=Path, help="Read the teacher's share from this run.")
     parser.add_argument("--trl-python", type=Path, help="Run TRL in this interpreter.")

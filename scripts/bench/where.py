@@ -130,6 +130,7 @@ def bench_case(bench: Bench, case: str) -> None:
             make_rows(Path(directory) / "prompts.jsonl")
             run = Path(directory) / "run"
             inputs += [f"output_dir={run}", f"parallel.expert_parallel_size={ranks}"]
+            inputs += bench.args.overrides
             if case == "sft":
                 inputs = [each for each in inputs if not each.startswith("stage.")]
             run_job(__file__, "train", {"case": case, "overrides": inputs}, ranks=ranks)
@@ -168,6 +169,9 @@ def parse_arguments() -> argparse.Namespace:
     parser = parser_of(__doc__ or "", PARTS, SHAPES, usual_shapes=["quickstart", "vocabulary"])
     parser.add_argument(
         "--ranks", type=int, nargs="+", default=[1, 2], help="Launch so many; 1 and 2 if absent."
+    )
+    parser.add_argument(
+        "--overrides", type=str.split, default=[], help="Of the runs, as key=value key=value."
     )
     parser.add_argument("--run", type=Path, help="Read this run, for --only run.")
     args = parser.parse_args()
