@@ -34,7 +34,12 @@ from marco_train.errors import require
 from marco_train.evaluation.benchmark.grading import Graded, Translated
 from marco_train.evaluation.benchmark.held_out import items_of
 from marco_train.evaluation.benchmark.store import TOO_LONG, Answer, AnswerStore, digest_of
-from marco_train.evaluation.benchmark.tasks import Items, check_access, where_of
+from marco_train.evaluation.benchmark.tasks import (
+    Items,
+    check_access,
+    check_languages,
+    where_of,
+)
 from marco_train.rollout.base import Sampler
 from marco_train.tracking import format_eta, log_line
 from marco_train.types import Message, Prompt, Rollout
@@ -95,6 +100,7 @@ def load_tasks(suite: str, asked: SuiteConfig) -> list[BenchmarkTask]:
     if suite == OWN:
         where: dict[str, Any] = {"own": asdict(asked.own)}
     else:
+        check_languages(tasks_of(suite), asked.languages)
         where = where_of(suite, asked.data_dir, asked.data_dirs)
         check_access(tasks_of(suite), where)
     metadata = where | {
