@@ -74,8 +74,8 @@ def test_an_engine_serves_the_models_of_a_shape_and_there_is_one_at_a_time(
     sampler = AnswerSampler(cfg, tokenizer=None)  # type: ignore[arg-type]
     for name, shape in (("sft", "wide"), ("opd", "wide"), ("teacher", "deep")):
         model: Any = SimpleNamespace(name=name, architecture=shape)
-        asked: Any = sampler.ask(model, task=None)  # type: ignore[arg-type]
-        assert asked == ([], [])
+        asked: Any = sampler.ask(model, None, None)  # type: ignore[arg-type]
+        assert asked == []
     sampler.close()
     assert events == [
         *("wide is built", "wide gets sft", "wide samples", "wide sleeps"),

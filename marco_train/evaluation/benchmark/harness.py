@@ -42,7 +42,7 @@ from marco_train.evaluation.benchmark.tasks import (
 )
 from marco_train.rollout.base import Sampler
 from marco_train.tracking import format_eta, log_line
-from marco_train.types import Message, Prompt, Rollout
+from marco_train.types import FinishReason, Message, Prompt, Rollout
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -185,7 +185,7 @@ class SampledLM:
         max_prompt_length: int,
         *,
         greedy: bool,
-        rollouts: list[Rollout] | None = None,
+        keeps_ids: bool = False,
     ) -> None:
         """Answer with a sampler.
 
@@ -195,9 +195,9 @@ class SampledLM:
             store: Of answers that are known, and where others are kept. None: all are asked for.
             max_prompt_length: Tokens, over which a question is not asked.
             greedy: Whether each token of an answer is the likeliest one.
-            rollouts: Where to put what this rank samples, for who scores its tokens. None: nowhere.
+            keeps_ids: Whether answers have their tokens, for `rollouts_of`.
         """
-        self._rollouts = rollouts
+        self._keeps_ids = keeps_ids
         self._greedy = greedy
         self._sampler = sampler
         self._tokenizer = tokenizer
@@ -296,8 +296,6 @@ class SampledLM:
         for rollout in self._sampler.sample(asked, task.num_responses, greedy=self._greedy):
             item = item_of[rollout.prompt.index]
             keep(self._answer(item, digest_of(prompts[item][0]), rollout))
-            if self._rollouts is not None:
-                self._rollouts.append(rollout)
             progress.count()
         return made
 
@@ -305,8 +303,34 @@ class SampledLM:
         ids = rollout.response_ids
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
         return Answer(
-            item, rollout.sample_index, digest, text, len(ids), rollout.finish_reason.value
+            item,
+            rollout.sample_index,
+            digest,
+            text,
+            len(ids),
+            rollout.finish_reason.value,
+            ids if self._keeps_ids else [],
         )
+
+
+def rollouts_of(asked: Asked) -> list[Rollout]:
+    """The answers to this rank's share of held-out rows, for a teacher to score.
+
+    What the sampler made of their probabilities is not kept, and stands as 0.
+    """
+    return [
+        Rollout(
+            prompt=prompt_of(asked.task, item["id"], item["prompt_ids"]),
+            sample_index=answer.response,
+            response_ids=answer.ids,
+            sampler_logprobs=[0.0] * len(answer.ids),
+            topk_ids=[[]] * len(answer.ids),
+            finish_reason=FinishReason(answer.finish),
+            weight_version=0,
+        )
+        for item in asked.task.items[rank() :: world_size()]
+        for answer in asked.answers[item["id"]]
+    ]
 
 
 def prompt_of(task: BenchmarkTask, item: str, ids: list[int]) -> Prompt:
