@@ -86,7 +86,7 @@ def require_lm_eval() -> None:
     for package in ("lm_eval", "math_verify", "sacrebleu", "jsonschema"):
         require(
             importlib.util.find_spec(package) is not None,
-            f"a benchmark needs the package {package}: pip install 'marco-train[benchmark]'",
+            f"questions are asked with the package {package}: pip install 'marco-train[benchmark]'",
         )
 
 
