@@ -10,5 +10,5 @@
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/launch.sh"
 # What is refused is refused in half a second, before torchrun imports torch.
-[ "${DRY_RUN:-0}" = 1 ] || python -m marco_train.commands.benchmark --check "$@" || exit 2
+[ "${DRY_RUN:-0}" = 1 ] || python -m marco_train.commands.benchmark --check "$@" >/dev/null || exit 2
 launch_module marco_train.commands.benchmark "$@"

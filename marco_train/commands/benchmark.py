@@ -24,7 +24,8 @@ def main(words: Sequence[str] | None = None) -> None:
     """Run the benchmark that a command line asks for, as a stage of its own."""
     words = list(sys.argv[1:] if words is None else words)
     if words[:1] == ["pin"]:
-        from marco_train.commands import pin_benchmarks  # reads tasks, which others need not wait for
+        # Others need not wait for its import.
+        from marco_train.commands import pin_benchmarks
 
         pin_benchmarks.main(words[1:])
         return

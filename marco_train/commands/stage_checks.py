@@ -16,7 +16,12 @@ from marco_train.distributed import is_main, world_size
 from marco_train.engine.student import Student, load_student
 from marco_train.errors import InputError, WeightSyncError, require
 from marco_train.evaluation.answers import AnswerSampler
-from marco_train.evaluation.benchmark.harness import BenchmarkTask, held_out_task, prompt_of
+from marco_train.evaluation.benchmark.harness import (
+    BenchmarkTask,
+    held_out_task,
+    prompt_of,
+    rollouts_of,
+)
 from marco_train.evaluation.measured import Measured
 from marco_train.evaluation.reverse_kl import mean_reverse_kl
 from marco_train.losses.cross_entropy import cross_entropy
@@ -184,9 +189,9 @@ def measure(
     model = measured.load(cfg)
     try:
         task = held_out_task(questions[: world_size()], cfg.stage.responses_per_prompt)
-        _, rollouts = sampler.ask(model, task)
+        asked = sampler.ask(model, task, None)
     except WeightSyncError as error:
         raise InputError(str(error)) from error
     if measured.kind == "models":
         for teacher in teachers:
-            mean_reverse_kl(cfg, model, rollouts, teacher)
+            mean_reverse_kl(cfg, model, rollouts_of(asked), teacher)

@@ -12,16 +12,16 @@ from marco_train.data.loader import Question, held_out_questions, held_out_strea
 from marco_train.distributed import is_main
 from marco_train.errors import InputError, require
 from marco_train.evaluation.benchmark.harness import Asked, BenchmarkTask, SampledLM, ask
+from marco_train.evaluation.benchmark.store import AnswerStore
 from marco_train.evaluation.measured import Measured
 from marco_train.evaluation.verifiers import check_verifier
 from marco_train.models import Qwen3Moe
 from marco_train.models.hf_io import stop_token_ids
-from marco_train.rollout.base import Sampler, in_order
+from marco_train.rollout.base import Sampler
 from marco_train.rollout.build import build_sampler, check_sampler
 from marco_train.rollout.native import NativeSampler
 from marco_train.rollout.sync import canary_of, sync_weights
 from marco_train.tracking import log_line
-from marco_train.types import Rollout
 
 
 def checked_questions(cfg: TrainConfig, tokenizer: Tokenizer) -> list[Question]:
@@ -78,23 +78,19 @@ class AnswerSampler:
         self._engine: Sampler | None = None
         self._shape: ArchitectureConfig | None = None
 
-    def ask(self, model: Qwen3Moe, task: BenchmarkTask) -> tuple[Asked, list[Rollout]]:
-        """Ask a model a task.
+    def ask(self, model: Qwen3Moe, task: BenchmarkTask, store: AnswerStore | None) -> Asked:
+        """Ask a model a task, but for the answers that a store has.
 
         The engine is left asleep: teachers in this process have its memory.
-
-        Returns:
-            The task as it was answered and graded, and what this rank sampled of it, by prompt.
 
         Raises:
             WeightSyncError: The model's weights did not arrive in it.
         """
-        sampler, rollouts = self.sampler_of(model), list[Rollout]()
-        limit = self._cfg.stage.max_prompt_length
-        lm = SampledLM(sampler, self._tokenizer, None, limit, greedy=False, rollouts=rollouts)
+        sampler, limit = self.sampler_of(model), self._cfg.stage.max_prompt_length
+        lm = SampledLM(sampler, self._tokenizer, store, limit, greedy=False, keeps_ids=True)
         asked = ask(lm, task)
         sampler.sleep()
-        return asked, in_order(rollouts)
+        return asked
 
     def close(self) -> None:
         """Free the engine's memory."""

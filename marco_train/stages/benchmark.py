@@ -10,7 +10,6 @@ from marco_train.config.architecture import ArchitectureConfig, read_architectur
 from marco_train.config.benchmark import BenchmarkConfig
 from marco_train.config.resumption import observed
 from marco_train.config.rollout import SamplerBackend
-from marco_train.content import look
 from marco_train.data.chat import Tokenizer, load_tokenizer
 from marco_train.distributed import barrier, device, is_main
 from marco_train.errors import InputError
@@ -23,7 +22,7 @@ from marco_train.evaluation.benchmark.harness import (
     mean_prompt_tokens,
 )
 from marco_train.evaluation.benchmark.report import BenchmarkReport
-from marco_train.evaluation.benchmark.store import AnswerStore
+from marco_train.evaluation.benchmark.store import AnswerStore, made_by
 from marco_train.inference.engine import require_one_engine
 from marco_train.models import load_model
 from marco_train.models.hf_io import stored_weights
@@ -146,14 +145,8 @@ def open_benchmark(
     content = observed(asked, digests={})  # before the model is read
     if is_main():
         begin(asked, content)
-    made_by = {
-        "model": look(str(cfg.model.path)),
-        "tokenizer": tokenizer.digests(),
-        "seed": cfg.seed,
-        "dtype": cfg.model.dtype.value,
-        "max_response_length": cfg.stage.max_response_length,
-    } | ({"greedy": True} if cfg.stage.greedy else {})
-    store = AnswerStore(Path(cfg.output_dir), made_by, anew=cfg.resume == "never")
+    made = made_by(cfg, tokenizer, path_of(cfg)) | ({"greedy": True} if cfg.stage.greedy else {})
+    store = AnswerStore(Path(cfg.output_dir), made, anew=cfg.resume == "never")
     model = load_model(str(cfg.model.path), torch_dtype(cfg.model.dtype))
     report = BenchmarkReport(asked, tokenizer)
     with closing(AnswerSampler(cfg, tokenizer)) as sampler, closing(store):

@@ -14,7 +14,12 @@ from marco_train.data.chat import Tokenizer, load_tokenizer
 from marco_train.data.loader import Question
 from marco_train.distributed import barrier, device, is_main
 from marco_train.evaluation.answers import AnswerSampler, check_samplers, checked_questions
-from marco_train.evaluation.benchmark.harness import held_out_task, require_lm_eval
+from marco_train.evaluation.benchmark.harness import (
+    held_out_task,
+    require_lm_eval,
+    rollouts_of,
+)
+from marco_train.evaluation.benchmark.store import AnswerStore, made_by
 from marco_train.evaluation.measured import (
     Measured,
     check_measured,
@@ -33,17 +38,19 @@ from marco_train.teachers.base import Teacher
 def run_evaluate(cfg: TrainConfig) -> None:
     """Sample answers of every model at temperature 1, check them, and let the teachers score them.
 
-    What is written stands in `Report`.
+    What is written stands in `Report`, beside the answers of each model in a directory of its name,
+    by which an evaluation that was killed goes on with the next one.
     """
     stage: EvaluateConfig = cfg.stage
     with open_evaluate(cfg) as (prepared, teachers, sampler, report):
         task = held_out_task(prepared.questions, stage.responses_per_prompt)
         for measured in prepared.measured:
             model = measured.load(cfg)
-            asked, rollouts = sampler.ask(model, task)
+            with closing(store_of(cfg, prepared.tokenizer, measured)) as store:
+                asked = sampler.ask(model, task, store)
             report.add_answers(measured, asked)
             if measured.kind == "models":
-                scored = [r for r in rollouts if r.sample_index < stage.num_kl_responses]
+                scored = [r for r in rollouts_of(asked) if r.sample_index < stage.num_kl_responses]
                 reverse_kl = {
                     name: mean_reverse_kl(cfg, model, scored, teacher)
                     for name, teacher in teachers.items()
@@ -52,6 +59,16 @@ def run_evaluate(cfg: TrainConfig) -> None:
                 if stage.signatures and model.architecture.is_moe:
                     report.add_signatures(measured, signatures_of(cfg, model, scored))
             report.log(measured)
+
+
+def store_of(cfg: TrainConfig, tokenizer: Tokenizer, measured: Measured) -> AnswerStore:
+    """Open the answers of a model; all ranks take part.
+
+    Raises:
+        InputError: They are of something else.
+    """
+    made = made_by(cfg, tokenizer, measured.path)
+    return AnswerStore(Path(cfg.output_dir, measured.name), made, anew=cfg.resume == "never")
 
 
 @contextmanager

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from marco_train.commands import benchmark, pin_benchmarks
 from marco_train.commands.pin_benchmarks import pin
 from marco_train.config.benchmark import (
     BENCHMARK_DIR,
@@ -23,6 +24,8 @@ from marco_train.evaluation.benchmark.tasks import (
     LANGUAGES,
     Kind,
     TaskSet,
+    check_access,
+    check_languages,
     load,
     prompt_text,
     questions_of,
@@ -210,6 +213,32 @@ def test_a_share_of_a_subset_does_not_depend_on_others(tmp_path: Path) -> None:
     assert [item["id"] for item in load(**where)["test"]] == before
 
 
+@pytest.mark.parametrize(
+    ("tasks", "languages", "said"),
+    [
+        (
+            ["gsm8k", "mgsm", "cmmlu"],
+            ["de", "ja"],
+            "is de, ja, and gsm8k, cmmlu have no items in them: choose suite=mgsm",
+        ),
+        (["gsm8k"], ["fr"], "is fr, and gsm8k has no items in them: choose another suite"),
+        (["mgsm"], ["de", "zhh"], "'zhh', which is none of the card's: did you mean zh. Known"),
+    ],
+)
+def test_languages_that_tasks_have_not_are_refused_before_rows_are_read(
+    tasks: list[str], languages: list[str], said: str
+) -> None:
+    with pytest.raises(InputError, match=said):
+        check_languages(tasks, languages)
+    check_languages(["mgsm", "polymath"], ["de", "ko"])  # each has one of them
+
+
+def test_a_directory_of_sets_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    absent = str(tmp_path / "none")
+    with pytest.raises(InputError, match=r"stage\.data_dir: there is no directory '.*none'"):
+        check_access(["gsm8k"], where_of("gsm8k", absent))
+
+
 def test_languages_are_chosen_by_their_codes() -> None:
     chosen = load(set=task_set_of("mgsm"), languages=["bn"], **FIXTURE)["test"]
     assert [item["language"] for item in chosen] == ["bn"]
@@ -317,3 +346,11 @@ def test_revisions_are_written_where_none_stands(tmp_path: Path) -> None:
     expected = before.replace("    revision: null\n", "    revision: of-juletxara/mgsm\n")
     assert (tmp_path / "mgsm.yaml").read_text() == expected
     assert list(pin(tmp_path, lambda path: "new", again=True)) == ["gsm8k", "mgsm"]
+
+
+def test_a_benchmark_is_pinned_by_a_word_of_its_verb(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(pin_benchmarks, "pin", lambda *_, again: {"mgsm": f"again={again}"})
+    benchmark.main(["pin", "--again"])
+    assert capsys.readouterr().out == "mgsm: again=True\n"

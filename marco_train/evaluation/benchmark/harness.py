@@ -34,10 +34,15 @@ from marco_train.errors import require
 from marco_train.evaluation.benchmark.grading import Graded, Translated
 from marco_train.evaluation.benchmark.held_out import items_of
 from marco_train.evaluation.benchmark.store import TOO_LONG, Answer, AnswerStore, digest_of
-from marco_train.evaluation.benchmark.tasks import Items, check_access, where_of
+from marco_train.evaluation.benchmark.tasks import (
+    Items,
+    check_access,
+    check_languages,
+    where_of,
+)
 from marco_train.rollout.base import Sampler
 from marco_train.tracking import format_eta, log_line
-from marco_train.types import Message, Prompt, Rollout
+from marco_train.types import FinishReason, Message, Prompt, Rollout
 
 if TYPE_CHECKING:
     from lm_eval.api.model import LM
@@ -81,7 +86,7 @@ def require_lm_eval() -> None:
     for package in ("lm_eval", "math_verify", "sacrebleu", "jsonschema"):
         require(
             importlib.util.find_spec(package) is not None,
-            f"a benchmark needs the package {package}: pip install 'marco-train[benchmark]'",
+            f"questions are asked with the package {package}: pip install 'marco-train[benchmark]'",
         )
 
 
@@ -95,6 +100,7 @@ def load_tasks(suite: str, asked: SuiteConfig) -> list[BenchmarkTask]:
     if suite == OWN:
         where: dict[str, Any] = {"own": asdict(asked.own)}
     else:
+        check_languages(tasks_of(suite), asked.languages)
         where = where_of(suite, asked.data_dir, asked.data_dirs)
         check_access(tasks_of(suite), where)
     metadata = where | {
@@ -179,7 +185,7 @@ class SampledLM:
         max_prompt_length: int,
         *,
         greedy: bool,
-        rollouts: list[Rollout] | None = None,
+        keeps_ids: bool = False,
     ) -> None:
         """Answer with a sampler.
 
@@ -189,9 +195,9 @@ class SampledLM:
             store: Of answers that are known, and where others are kept. None: all are asked for.
             max_prompt_length: Tokens, over which a question is not asked.
             greedy: Whether each token of an answer is the likeliest one.
-            rollouts: Where to put what this rank samples, for who scores its tokens. None: nowhere.
+            keeps_ids: Whether answers have their tokens, for `rollouts_of`.
         """
-        self._rollouts = rollouts
+        self._keeps_ids = keeps_ids
         self._greedy = greedy
         self._sampler = sampler
         self._tokenizer = tokenizer
@@ -290,8 +296,6 @@ class SampledLM:
         for rollout in self._sampler.sample(asked, task.num_responses, greedy=self._greedy):
             item = item_of[rollout.prompt.index]
             keep(self._answer(item, digest_of(prompts[item][0]), rollout))
-            if self._rollouts is not None:
-                self._rollouts.append(rollout)
             progress.count()
         return made
 
@@ -299,8 +303,34 @@ class SampledLM:
         ids = rollout.response_ids
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
         return Answer(
-            item, rollout.sample_index, digest, text, len(ids), rollout.finish_reason.value
+            item,
+            rollout.sample_index,
+            digest,
+            text,
+            len(ids),
+            rollout.finish_reason.value,
+            ids if self._keeps_ids else [],
         )
+
+
+def rollouts_of(asked: Asked) -> list[Rollout]:
+    """The answers to this rank's share of held-out rows, for a teacher to score.
+
+    What the sampler made of their probabilities is not kept, and stands as 0.
+    """
+    return [
+        Rollout(
+            prompt=prompt_of(asked.task, item["id"], item["prompt_ids"]),
+            sample_index=answer.response,
+            response_ids=answer.ids,
+            sampler_logprobs=[0.0] * len(answer.ids),
+            topk_ids=[[]] * len(answer.ids),
+            finish_reason=FinishReason(answer.finish),
+            weight_version=0,
+        )
+        for item in asked.task.items[rank() :: world_size()]
+        for answer in asked.answers[item["id"]]
+    ]
 
 
 def prompt_of(task: BenchmarkTask, item: str, ids: list[int]) -> Prompt:

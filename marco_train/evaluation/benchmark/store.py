@@ -7,12 +7,15 @@
 import json
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any, TextIO
 
+from marco_train.config import TrainConfig
 from marco_train.config.resumption import field_difference
+from marco_train.content import look
+from marco_train.data.chat import Tokenizer
 from marco_train.distributed import barrier, is_main, rank
 from marco_train.errors import InputError
 from marco_train.files import replaces
@@ -35,11 +38,24 @@ class Answer:
     num_tokens: int
     finish: str
     """`stop`, `length`, or TOO_LONG."""
+    ids: list[int] = field(default_factory=list)
+    """Its tokens, where a teacher is to score them."""
 
 
 def digest_of(prompt: str) -> str:
     """Digest of a prompt as the model gets it."""
     return blake2b(prompt.encode(), digest_size=12).hexdigest()
+
+
+def made_by(cfg: TrainConfig, tokenizer: Tokenizer, path: str) -> dict[str, Any]:
+    """What decides the answers of the model in a directory, as JSON."""
+    return {
+        "model": look(path),
+        "tokenizer": tokenizer.digests(),
+        "seed": cfg.seed,
+        "dtype": cfg.model.dtype.value,
+        "max_response_length": cfg.stage.max_response_length,
+    }
 
 
 class AnswerStore:

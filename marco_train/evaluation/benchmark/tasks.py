@@ -11,9 +11,11 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from enum import Enum
 from functools import cache
 from hashlib import blake2b
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -479,19 +481,50 @@ def check_access(tasks: Sequence[str], where: Mapping[str, Any]) -> None:
     Raises:
         InputError: Names them all, and how their rows are got.
     """
+    data_dir = where.get("data_dir")
+    require(
+        data_dir is None or Path(data_dir).is_dir(),
+        f"{where.get('data_dir_is') or 'stage.data_dir'}: there is no directory {data_dir!r}",
+    )
     refused = []
     for task in tasks:
         task_set = TaskSet.of(task_set_of(task))
         try:
             SetRows.of(
                 task_set,
-                where.get("data_dir"),
+                data_dir,
                 where.get("data_dirs") or {},
                 where.get("data_dir_is"),
             )
         except InputError as error:
             refused.append(str(error))
     require(not refused, "\n       ".join(refused))
+
+
+def check_languages(tasks: Sequence[str], languages: Sequence[str] | None) -> None:
+    """Refuse languages that tasks have no items in, before any is read.
+
+    Raises:
+        InputError: Names the tasks that have them, or the codes that are known.
+    """
+    if languages is None:
+        return
+    for code in languages:
+        near = get_close_matches(code, LANGUAGES, n=1)
+        meant = f"did you mean {near[0]}? " if near else ""
+        require(
+            code in LANGUAGES,
+            f"stage.languages names {code!r}, which is none of the card's: {meant}Known are "
+            f"{', '.join(LANGUAGES)}",
+        )
+    with_them = [task for task in tasks if set(languages) & set(task_set_of(task)["subsets"])]
+    without = [task for task in tasks if task not in with_them]
+    ask = f"suite={','.join(with_them)}" if with_them else "another suite"
+    require(
+        not without,
+        f"stage.languages is {', '.join(languages)}, and {', '.join(without)} "
+        f"{'has' if len(without) == 1 else 'have'} no items in them: choose {ask}",
+    )
 
 
 def questions_of(
