@@ -53,6 +53,7 @@ OTHERS_SAY = {
 }
 # A word that is no key=value as there are spaces in it, or as the shell parted it there.
 SPACED = re.compile(r"^[^=~]*$|^=|^[^={\['\"]*\s=|^[^=]*=\s")
+KEY = re.compile(r"[+~]{0,2}[\w.@/-]+")
 # What a value that OmegaConf cannot convert has to be.
 TAKES = {"Float": "a number", "Integer": "a whole number", "bool": "true or false"}
 SHAPE = "model.architecture"
@@ -155,8 +156,24 @@ def read_words(words: Sequence[str]) -> tuple[list[str], Path | None]:
                 f"there is no option {word!r} here; a run is told by key=value, and by "
                 "--config-dir DIR",
             )
-            overrides.append(word)
+            overrides.append(_quoted(word))
     return overrides, directory
+
+
+def _quoted(word: str) -> str:
+    """Quote a value that Hydra cannot read bare, as a path with spaces or letters of other scripts.
+
+    Values that are quoted, or lists or objects, are left as they are.
+    """
+    key, _, value = word.partition("=")
+    if not KEY.fullmatch(key) or not value or value != value.strip() or value[0] in "'\"[{":
+        return word
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (found[2] and "\\'"), value)
+        return f"{key}='{escaped}'"
+    return word
 
 
 def _own_directory(path: Path) -> Path | None:

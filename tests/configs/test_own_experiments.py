@@ -110,6 +110,23 @@ def test_sources_are_added_by_their_fields_alone() -> None:
     assert data.held_out.sources["dev"].path == "dev.jsonl"
 
 
+PATHS = [
+    "with spaces.jsonl",
+    "ä/中.jsonl",
+    "quote's.jsonl",
+    "a=b,c.jsonl",
+    "a(1).jsonl",
+    "x\\'y",
+    "z\\",
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_of_any_characters_needs_no_quotes_of_hydra(path: str) -> None:
+    words = ["experiment=sft", "model.path=weights", "data=own", f"data.path={path}"]
+    assert read_run([*words, "data.sources.more.path=ä b"]).data.path == path
+
+
 NO_SHAPE = (
     "model.architecture is null, as the model's files tell its shape; for a new model choose "
     "model=<group>, or give its shape in a file of --config-dir"
