@@ -421,6 +421,12 @@ def test_a_source_that_cannot_be_opened_is_named(
     for kind, path, says in (
         ("parquet", str(broken), f"source 'math': {broken} cannot be read: "),
         ("hub", "nobody/nothing-at-all", "source 'math': 'nobody/nothing-at-all' cannot be opened"),
+        (
+            "auto",
+            "nothing-at-all",
+            "source 'math': 'nothing-at-all' is no file here, and as a set of the hub cannot be "
+            "opened: ",
+        ),
         ("jsonl", str(absent), f"source 'math': there is no file '{absent}'"),
     ):
         cfg = compose_config(
