@@ -111,7 +111,10 @@ def test_a_tokenizer_of_ones_own_counts_its_tokens(
     ("arguments", "says"),
     [
         (["nowhere.jsonl"], "there is no file 'nowhere.jsonl'"),
-        (["{file}", "--tokenizer", "nowhere"], "no tokenizer.json in 'nowhere', which is no directory; one of"),
+        (
+            ["{file}", "--tokenizer", "nowhere"],
+            "no tokenizer.json in 'nowhere', which is no directory; one of",
+        ),
         (["{file}", "--columns", "messages"], "is no list like name=value"),
         (["{file}", "--samples", "-1"], "--samples is -1, and must be 0 or more"),
         (["{file}", "--roles", "env=robot"], "must map it to one of system, user, assistant"),
