@@ -7,6 +7,7 @@ begins anew.
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 
 from marco_train.commands.source import escape_unprintable
@@ -24,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Read the command line, and answer what is asked; ends with 1 where a question cannot be."""
     args = _parser().parse_args(arguments)
     escape_unprintable()
+    if isinstance(sys.stdin, TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     try:
         chat = Chat(args)
         for question in _questions() if args.prompt is None else [args.prompt]:
@@ -35,6 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         said = str(error).replace("model.chat_template=", "--chat-template ")
         print(f"error: {said}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 
@@ -69,7 +74,7 @@ def _questions() -> Iterator[str]:
     while True:
         try:
             yield input(shown)
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
 
 
@@ -88,6 +93,9 @@ class Chat:
         require(
             0 <= args.temperature < float("inf"),
             f"--temperature is {args.temperature}, and must be 0 or more",
+        )
+        require(
+            args.prompt is None or args.prompt.strip() != "", "--prompt is empty: ask something"
         )
         path = str(fetch(args.path)) if is_hub_id(args.path) else args.path
         require(Path(path).is_dir(), f"there is no directory {path!r}: name a model, as an export/")
@@ -113,7 +121,7 @@ class Chat:
         """
         from marco_train.rollout.native import NativeSampler
 
-        # Half of a surrogate pair is what a terminal of another encoding makes of a character.
+        # Half of a surrogate pair is what Python makes of an argument in another encoding.
         asked = Message("user", question.encode("utf-8", "replace").decode())
         text = self._tokenizer.render([*self.turns, asked], open_answer=True).text
         ids = self._tokenizer.encoder.encode(text)[0]

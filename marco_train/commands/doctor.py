@@ -6,18 +6,18 @@ run's first prompts and what every teacher says of them. Under torchrun they are
 would be spread, and what one rank finds is said for all.
 """
 
-import os
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryFile
 
 from marco_train.commands.examination import Examination
 from marco_train.config import TrainConfig
 from marco_train.config.compose import compose, read_words
 from marco_train.config.resumption import check_resume, continuation, is_finished
 from marco_train.config.stage import StageKind
-from marco_train.errors import InputError, require
+from marco_train.errors import InputError
 from marco_train.hub import read_settled
 from marco_train.train import is_first_rank, tell_torchrun
 
@@ -104,11 +104,14 @@ def check_output(cfg: TrainConfig) -> None:
     directory = Path(cfg.output_dir).absolute()
     while not directory.exists():
         directory = directory.parent
-    require(
-        directory.is_dir() and os.access(directory, os.W_OK),
-        f"output_dir is {cfg.output_dir!r}, and {directory} is no directory that can be written: "
-        "choose another output_dir or root",
-    )
+    try:
+        # Tried, as rights alone do not tell: root has them all, also where nothing can be written.
+        TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise InputError(
+            f"output_dir is {cfg.output_dir!r}, and {directory} is no directory that can be "
+            f"written ({error.strerror}): choose another output_dir or root"
+        ) from error
     check_resume(cfg)
     if not is_finished(cfg):
         continuation(cfg)

@@ -9,6 +9,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -27,6 +28,7 @@ from marco_train.errors import InputError, require
 register_schemas()
 
 OPTIONS = ("--config-dir", "-cd")
+SELF = "_self_"
 # What somebody types of another stage, or of another program, and what it is here.
 MEANT = {
     ("OPDConfig", "num_steps"): "each phase of the cascade has its own: give "
@@ -51,6 +53,7 @@ OTHERS_SAY = {
 }
 # A word that is no key=value as there are spaces in it, or as the shell parted it there.
 SPACED = re.compile(r"^[^=~]*$|^=|^[^={\['\"]*\s=|^[^=]*=\s")
+KEY = re.compile(r"[+~]{0,2}[\w.@/-]+")
 # What a value that OmegaConf cannot convert has to be.
 TAKES = {"Float": "a number", "Integer": "a whole number", "bool": "true or false"}
 SHAPE = "model.architecture"
@@ -116,7 +119,12 @@ def compose(words: Sequence[str]) -> DictConfig:
     """
     overrides, directory = read_words(words)
     try:
-        return _compose(overrides, directory)
+        found = _compose(overrides, directory)
+        if directory is not None:
+            _refuse_undone(found, overrides, directory)
+        return found
+    except InputError:
+        raise
     except yaml.YAMLError as error:
         raise InputError(f"this is not YAML: {_in_one_line(error)}") from error
     except MissingConfigException as error:
@@ -148,8 +156,24 @@ def read_words(words: Sequence[str]) -> tuple[list[str], Path | None]:
                 f"there is no option {word!r} here; a run is told by key=value, and by "
                 "--config-dir DIR",
             )
-            overrides.append(word)
+            overrides.append(_quoted(word))
     return overrides, directory
+
+
+def _quoted(word: str) -> str:
+    """Quote a value that Hydra cannot read bare, as a path with spaces or letters of other scripts.
+
+    Values that are quoted, or lists or objects, are left as they are.
+    """
+    key, _, value = word.partition("=")
+    if not KEY.fullmatch(key) or not value or value != value.strip() or value[0] in "'\"[{":
+        return word
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException:
+        escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (found[2] and "\\'"), value)
+        return f"{key}='{escaped}'"
+    return word
 
 
 def _own_directory(path: Path) -> Path | None:
@@ -175,11 +199,11 @@ def _refuse_code(where: str, text: str) -> None:
     require("_target_" not in text, f"{where}: no config names code to run; leave _target_ out")
 
 
-def _compose(overrides: Sequence[str], directory: Path | None) -> DictConfig:
-    places = []
-    if directory is not None:
-        url = str(directory).replace("\\", "\\\\").replace("'", "\\'")
-        places = [f"hydra.searchpath=['file://{url}']"]
+def _compose(overrides: Sequence[str], *directories: Path | None) -> DictConfig:
+    """Compose a run; of two directories that have one file, the first one's is taken."""
+    paths = [str(path).replace("\\", "\\\\").replace("'", "\\'") for path in directories if path]
+    urls = ",".join(f"'file://{path}'" for path in paths)
+    places = [f"hydra.searchpath=[{urls}]"] if paths else []
     with initialize_config_dir(version_base="1.3", config_dir=str(CONFIG_DIR)):
         new = {place for place in map(_source_of, overrides) if place}
         if new:
@@ -188,6 +212,47 @@ def _compose(overrides: Sequence[str], directory: Path | None) -> DictConfig:
             new = {place for place in new if OmegaConf.select(known, place) is None}
         added = [f"+source@{place}=files" for place in sorted(new)]
         return hydra_compose("train", overrides=[*places, *added, *overrides])
+
+
+def _refuse_undone(whole: DictConfig, overrides: Sequence[str], directory: Path) -> None:
+    """Refuse an experiment of one's own that says what the one that it builds on says otherwise.
+
+    It does where `_self_` stands before that one in its defaults.
+    """
+    chosen = [word.partition("=")[2] for word in overrides if word.startswith("experiment=")]
+    name = Path("experiment") / f"{chosen[-1] if chosen else None}.yaml"
+    if not (directory / name).is_file():
+        return
+    own = OmegaConf.load(directory / name)
+    order = list(own.get("defaults") or []) if isinstance(own, DictConfig) else []
+    behind = order[order.index(SELF) + 1 :] if SELF in order else []
+    others = [each for each in behind if isinstance(each, str)]
+    if not others:
+        return
+    own.defaults = [*(each for each in order if each != SELF), SELF]
+    with TemporaryDirectory() as mended:
+        file = Path(mended) / name
+        file.parent.mkdir(parents=True)
+        file.write_text(f"# @package _global_\n{OmegaConf.to_yaml(own)}")
+        says, runs = _values(_compose(overrides, Path(mended), directory)), _values(whole)
+    undone = [f"{key}={value}" for key, value in says.items() if runs.get(key) != value]
+    require(
+        not undone,
+        f"{name}: {', '.join(others)} stands behind {SELF} in its defaults, and undoes "
+        f"{', '.join(undone)}: put the line `- {SELF}` last",
+    )
+
+
+def _values(node: Any, key: str = "") -> dict[str, Any]:
+    """The values of a config by their keys, as they are written."""
+    if isinstance(node, DictConfig):
+        node = OmegaConf.to_container(node, resolve=False, enum_to_str=True)
+    if not isinstance(node, dict):
+        return {key: node}
+    found: dict[str, Any] = {}
+    for name, value in node.items():
+        found |= _values(value, f"{key}.{name}".lstrip("."))
+    return found
 
 
 def _source_of(word: str) -> str | None:

@@ -122,7 +122,10 @@ def load_tokenizer(cfg: ModelConfig) -> Tokenizer:
     """
     path = cfg.tokenizer
     if not (Path(path) / "tokenizer.json").is_file():
-        raise InputError(f"model.tokenizer: no tokenizer.json in {path!r}")
+        absent = (
+            "" if Path(path).is_dir() else ", which is no directory; one of the hub is org/name"
+        )
+        raise InputError(f"model.tokenizer: no tokenizer.json in {path!r}{absent}")
     tokenizer = load_fast_tokenizer(path, "model.tokenizer")
     if cfg.chat_template is ChatTemplate.chatml:
         tokenizer.chat_template = CHATML.read_text()

@@ -7,6 +7,7 @@ digest. Of a large source a sample is judged, and the rest where it is drawn.
 """
 
 import json
+import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from marco_train.files import replaces
 
 # Rows of a source that are judged first where it has more than `data.judge_rows`.
 NUM_SAMPLED = 10_000
+SEED = 0  # of the sample
 # Rows at fault of a source that may be there whatever their share.
 NUM_FORGIVEN = 10
 # Kinds of fault that a refusal names.
@@ -96,11 +98,14 @@ class Structure:
 
 
 def judged_rows(source: Source, cfg: DataConfig) -> Sequence[int]:
-    """The rows of a source that are judged before the first step: all, or a sample of many."""
+    """The rows of a source that are judged before the first step: all, or a sample of many.
+
+    It is drawn, as rows of several kinds may come by turns, and the same at every launch.
+    """
     if len(source) <= cfg.judge_rows:
         return range(len(source))
-    step = len(source) / min(NUM_SAMPLED, cfg.judge_rows)
-    return [int(place * step) for place in range(min(NUM_SAMPLED, cfg.judge_rows))]
+    count = min(NUM_SAMPLED, cfg.judge_rows)
+    return sorted(random.Random(SEED).sample(range(len(source)), count))
 
 
 def judge_structure(source: Source, cfg: DataConfig) -> Structure:

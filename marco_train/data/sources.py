@@ -157,9 +157,12 @@ def _split_of(below: Path) -> str:
 
 def _open_file(name: str, file: Path, kind: SourceKind) -> Rows:
     """Open a file by what it holds, whatever it is called."""
-    if file.name.lower().removesuffix(".gz").endswith((".csv", ".tsv")):
+    ending = Path(file.name.lower().removesuffix(".gz")).suffix
+    if ending in (".csv", ".tsv"):
+        parted = ", sep='\\t'" if ending == ".tsv" else ""
         raise InputError(
-            f"source {name!r}: {str(file)!r}: CSV is not read: convert it to JSON lines or Parquet"
+            f"source {name!r}: {str(file)!r}: CSV is not read: make JSON lines of it, with "
+            f"datasets.Dataset.from_csv({str(file)!r}{parted}).to_json('rows.jsonl') in Python"
         )
     with file.open("rb") as content:
         begins = content.read(8)
@@ -200,7 +203,8 @@ def _open_hub(name: str, cfg: SourceConfig) -> Rows:
         said = _why(error)
         if "script" in said:
             said += ": it is a program that makes rows, which is not run; fetch its files"
-        raise InputError(f"source {name!r}: {cfg.path!r} cannot be opened: {said}") from error
+        here = "" if cfg.kind is SourceKind.hub else "is no file here, and as a set of the hub "
+        raise InputError(f"source {name!r}: {cfg.path!r} {here}cannot be opened: {said}") from error
     return _Table(found, "")
 
 
@@ -354,8 +358,20 @@ class _JsonLines:
             kind, why = "not UTF-8", f"{error.reason}, byte {byte:#04x}; save the file as UTF-8"
         except (ValueError, RecursionError) as error:
             kind, why = "not JSON", str(error)
+            if row == 0 and self._begins_with_an_object:
+                why = "an object over several lines: write each row in one, or all as an array"
         begins = line[:MOST_SHOWN].decode("utf-8", "replace")
         raise RowError(kind, f"{self._file}, line {self._numbers[row]}: {kind} ({why})", begins)
+
+    @cached_property
+    def _begins_with_an_object(self) -> bool:
+        """Whether the first lines together are an object, as where a file is indented."""
+        begins = self._bytes[:CHUNK].decode("utf-8-sig", "replace").lstrip()
+        try:
+            found, end = json.JSONDecoder().raw_decode(begins)
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(found, dict) and "\n" in begins[:end]
 
     def walk(self, columns: Collection[str]) -> Iterator[Any]:
         """All rows in order, whole."""

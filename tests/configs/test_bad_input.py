@@ -424,6 +424,12 @@ def test_a_source_that_cannot_be_opened_is_named(
     for kind, path, says in (
         ("parquet", str(broken), f"source 'math': {broken} cannot be read: "),
         ("hub", "nobody/nothing-at-all", "source 'math': 'nobody/nothing-at-all' cannot be opened"),
+        (
+            "auto",
+            "nothing-at-all",
+            "source 'math': 'nothing-at-all' is no file here, and as a set of the hub cannot be "
+            "opened: ",
+        ),
         ("jsonl", str(absent), f"source 'math': there is no file '{absent}'"),
     ):
         cfg = compose_config(
@@ -485,7 +491,11 @@ def test_a_held_out_row_that_cannot_be_checked_is_refused(world: World, tmp_path
         held_out_questions(opened(), 3, 64, tokenizer)
     turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]
     file.write_text(json.dumps({"messages": turns}) + "\n")
-    with pytest.raises(InputError, match=r"none of 3 .* \(3 data/dropped_too_long in 'rows'\)"):
+    with pytest.raises(
+        InputError,
+        match=r"none of 3 .* \(1 data/dropped_too_long in 'rows' over "
+        r"stage.max_prompt_length=2, drawn 3 times\)",
+    ):
         held_out_questions(opened(), 3, 2, tokenizer)
     (question, *_) = held_out_questions(opened(), 3, 64, tokenizer)
     with pytest.raises(InputError, match="column `verifier` names None; known are exact"):

@@ -71,6 +71,28 @@ def test_a_run_without_a_length_takes_the_positions_of_its_model(world: World) -
     assert (stage.max_prompt_length, stage.max_response_length) == (56, 200)
 
 
+def own_experiment(directory: Path, *defaults: str) -> list[str]:
+    """An experiment of one's own that builds on `sft`, and the words that choose it."""
+    (directory / "experiment").mkdir(parents=True, exist_ok=True)
+    lines = ["# @package _global_", "defaults:", *(f"  - {each}" for each in defaults)]
+    lines += ["name: chats", "stage: {num_epochs: 2, eval_every: 50}", "data: {path: rows.jsonl}"]
+    (directory / "experiment" / "chats.yaml").write_text("\n".join([*lines, ""]))
+    return ["--config-dir", str(directory), "experiment=chats", "model.path=weights"]
+
+
+def test_an_experiment_that_the_one_below_it_would_undo_is_refused(tmp_path: Path) -> None:
+    own = "override /data: own"
+    for order in (["sft", own, "_self_"], ["sft", "_self_", own], ["sft", own]):
+        assert read_run(own_experiment(tmp_path, *order)).stage.num_epochs == 2
+    words = own_experiment(tmp_path, "_self_", "sft", own)
+    assert refusal(*words) == (
+        "experiment/chats.yaml: sft stands behind _self_ in its defaults, and undoes name=chats, "
+        "stage.num_epochs=2.0: put the line `- _self_` last"
+    )
+    # What the command line says counts all the same.
+    assert read_run([*words, "name=mine", "stage.num_epochs=3"]).stage.num_epochs == 3
+
+
 def test_sources_are_added_by_their_fields_alone() -> None:
     words = [
         *SFT,
@@ -86,6 +108,23 @@ def test_sources_are_added_by_their_fields_alone() -> None:
     assert data.sources["mine"].columns == {"messages": "chat"}
     assert data.held_out is not None
     assert data.held_out.sources["dev"].path == "dev.jsonl"
+
+
+PATHS = [
+    "with spaces.jsonl",
+    "ä/中.jsonl",
+    "quote's.jsonl",
+    "a=b,c.jsonl",
+    "a(1).jsonl",
+    "x\\'y",
+    "z\\",
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_path_of_any_characters_needs_no_quotes_of_hydra(path: str) -> None:
+    words = ["experiment=sft", "model.path=weights", "data=own", f"data.path={path}"]
+    assert read_run([*words, "data.sources.more.path=ä b"]).data.path == path
 
 
 NO_SHAPE = (

@@ -38,13 +38,15 @@ def test_lines_are_one_chat_until_an_empty_one_begins_anew(
     world: World, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def answers(lines: str, *more: str) -> list[str]:
-        monkeypatch.setattr("sys.stdin", io.StringIO(lines))
+        typed = io.TextIOWrapper(io.BytesIO(lines.encode("latin-1")), "utf-8")
+        monkeypatch.setattr("sys.stdin", typed)
         words = ["--max-tokens", "1", "--dtype", "float32", *more]
         assert main([world.path("sft", "export"), *words]) == 0
         return capsys.readouterr().out.splitlines()
 
     first, second, third = answers("one\none\n\none\n")
     assert first == third
+    assert len(answers("é\n")) == 1  # which is not UTF-8 here
     assert answers("one\none\n\none\n") == [first, second, third]  # the same by the seed
     drawn = [answers("one\none\n", "--seed", str(seed)) for seed in range(4)]
     assert len({tuple(each) for each in drawn}) > 1
@@ -64,6 +66,7 @@ def test_what_cannot_be_asked_is_a_sentence(
     assert refusal("nowhere") == (
         "error: there is no directory 'nowhere': name a model, as an export/\n"
     )
+    assert "--prompt is empty" in refusal(path, "--prompt", " ")
     assert "--max-tokens is 0, and must be greater" in refusal(path, "--max-tokens", "0")
     assert "--temperature is -1.0, and must be 0" in refusal(path, "--temperature", "-1")
     assert "ask in fewer words, or begin anew" in refusal(path, "--prompt", "one " * 5000)

@@ -4,7 +4,7 @@ import json
 import re
 import resource
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from io import StringIO
 from pathlib import Path
@@ -277,18 +277,28 @@ def test_of_many_rows_a_sample_from_all_over_is_judged(tmp_path: Path) -> None:
     file = write(tmp_path, *GOOD)
     found = source_at(file)
     assert list(judged_rows(found, DataConfig(judge_rows=20))) == list(range(20))
-    assert list(judged_rows(found, DataConfig(judge_rows=5))) == [0, 4, 8, 12, 16]
+    five = judged_rows(found, DataConfig(judge_rows=5))
+    assert len(set(five)) == 5 and set(five) < set(range(20))
+    assert five == judged_rows(found, DataConfig(judge_rows=5)) == sorted(five)
     many = source(tmp_path, *({"prompt": ""} for _ in range(25_000)))
     sample = judged_rows(many, DataConfig(judge_rows=20_000))
     assert len(sample) == len(set(sample)) == 10_000
-    assert (sample[0], sample[-1]) == (0, 24_997)
+    assert sample[0] < 25 and sample[-1] > 24_975
+    by_turns = Counter(row % 5 for row in sample)
+    assert all(1900 < by_turns[turn] < 2100 for turn in range(5))
+
+
+def judged_of(lines: Sequence[str], judge_rows: int, tmp_path: Path) -> Sequence[int]:
+    """The rows of so many lines that are judged before the first step."""
+    return judged_rows(source_at(write(tmp_path, *lines)), DataConfig(judge_rows=judge_rows))
 
 
 def test_rows_beyond_the_sample_are_dropped_and_counted_where_they_are_drawn(
     world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lines = list(GOOD)
-    lines[3] = "{}"
+    lines, judged = list(GOOD), judged_of(GOOD, 5, tmp_path)
+    beyond = min(set(range(20)) - set(judged))
+    lines[beyond] = "{}"
     file = write(tmp_path, *lines)
     given = ["data.judge_rows=5", "stage.global_batch_size=20"]
     loader = loader_of("sft", world, file, *given)
@@ -298,8 +308,9 @@ def test_rows_beyond_the_sample_are_dropped_and_counted_where_they_are_drawn(
     next(loader)
     assert loader.metrics()["data/dropped_malformed"] == 1
     assert loader.metrics()["data/num_sequences"] == 19
-    assert "dropped source 'text', row 3 (from 0)" in capsys.readouterr().out
-    lines[0] = lines[4] = lines[8] = "{}"
+    assert f"dropped source 'text', row {beyond} (from 0)" in capsys.readouterr().out
+    for row in judged[:3]:
+        lines[row] = "{}"
     with pytest.raises(InputError, match="3 of 5 rows are at fault"):
         loader_of("sft", world, write(tmp_path, *lines), *given)
 
@@ -462,7 +473,7 @@ def test_rows_are_rendered_once_and_their_tokens_kept(tmp_path: Path) -> None:
     # Of many rows a sample is rendered, and the rest where it is drawn.
     sampled, lost = judge_tokens(found, DataConfig(judge_rows=2), tokens(calls), ["a template"])
     assert sampled is None
-    assert (calls[8:], lost.counts) == ([0, 2], {})
+    assert (calls[8:], lost.counts) == ([1, 3], {"data/dropped_too_long": 1})
 
 
 def test_a_run_starts_without_a_cache(
@@ -494,7 +505,8 @@ def test_rows_that_are_at_fault_beyond_the_sample_are_written_down_when_drawn(
     world: World, tmp_path: Path
 ) -> None:
     lines = [json.dumps(chat(f"{n}")) for n in range(40)]
-    lines[7] = "not JSON"  # of 40 rows every fourth is judged
+    beyond = min(set(range(40)) - set(judged_of(lines, 10, tmp_path)))
+    lines[beyond] = "not JSON"
     quarantine = tmp_path / "run" / "quarantine.jsonl"
     quarantine.parent.mkdir()
     loader = loader_of(
@@ -508,7 +520,7 @@ def test_rows_that_are_at_fault_beyond_the_sample_are_written_down_when_drawn(
     assert not quarantine.exists()
     next(loader)
     (kept,) = map(json.loads, quarantine.read_text().splitlines())
-    assert (kept["source"], kept["row"], kept["begins"].strip()) == ("text", 7, "not JSON")
+    assert (kept["source"], kept["row"], kept["begins"].strip()) == ("text", beyond, "not JSON")
 
 
 def steps_until_refused(world: World, file: Path, *more: str) -> tuple[int, str]:
@@ -526,9 +538,9 @@ def steps_until_refused(world: World, file: Path, *more: str) -> tuple[int, str]
 def test_a_run_ends_where_too_many_rows_beyond_the_sample_are_at_fault(
     world: World, tmp_path: Path
 ) -> None:
-    # Of 200 rows every fourth is judged; of all, 20 are at fault, and none of the sample.
+    # Of 200 rows 50 are judged; of all, 20 are at fault, and none of the sample.
     lines = [json.dumps(chat(f"{n}")) for n in range(200)]
-    for n in range(1, 200, 10):
+    for n in sorted(set(range(200)) - set(judged_of(lines, 50, tmp_path)))[1::7][:20]:
         lines[n] = "{}"
     file = write(tmp_path, *lines)
     step, says = steps_until_refused(world, file)

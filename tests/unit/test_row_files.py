@@ -116,6 +116,23 @@ def test_a_row_at_fault_names_file_line_and_byte(tmp_path: Path) -> None:
     assert cut.reason.startswith(f"{file}, line 5: not JSON (")
 
 
+@pytest.mark.parametrize("content", ['{\n "data": [\n  1]\n}\n', '{\n "a": 1\n}\n{\n "a": 2\n}\n'])
+def test_an_object_over_several_lines_is_told_from_a_line_that_is_broken(
+    content: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "rows.json"
+    file.write_text(content)
+    first = source_at(file)[0]
+    assert isinstance(first, BadRow)
+    assert first.reason == (
+        f"{file}, line 1: not JSON (an object over several lines: write each row in one, or all as "
+        "an array)"
+    )
+    file.write_text('{"a": 1} {"a": 2}\n')
+    twice = source_at(file)[0]
+    assert isinstance(twice, BadRow) and "Extra data" in twice.reason
+
+
 def all_of(rows: Any) -> list[Any]:
     return [row if isinstance(row, dict) else type(row).__name__ for row in rows]
 
