@@ -98,7 +98,8 @@ def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_from_it(
 
 @pytest.mark.slow
 def test_a_signal_and_a_file_save_and_another_file_ends(world: World, tmp_path: Path) -> None:
-    process = launch(world, tmp_path, "stage.num_steps=100000", "checkpoint.keep_last=5")
+    given = ["stage.num_steps=100000", "checkpoint.save_every=100000", "checkpoint.keep_last=5"]
+    process = launch(world, tmp_path, *given)
     soon(lambda: num_steps_of(tmp_path) >= 2)
     os.killpg(process.pid, signal.SIGUSR1)  # as scancel does
     soon(lambda: len(saved_steps(tmp_path)) == 1)

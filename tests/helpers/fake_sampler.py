@@ -152,8 +152,9 @@ class FakeSampler(FakeServer):
                 ids, content = ids[:-1], content[:-1]
             case "fewer candidates":
                 content[-1]["top_logprobs"].pop()
-            case "stale":
-                version = "default"
+            case "stale":  # well-formed, and of what other weights draw
+                version, ids[0] = "default", (ids[0] + 1) % 320
+                content[0]["token_id"] = ids[0]
         spans = [{"version": version, "start": 0, "end": len(ids)}]
         choice = {"token_ids": ids, "logprobs": {"content": content}, "weight_versions": spans}
         if self.names_experts:
