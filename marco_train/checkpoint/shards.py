@@ -14,6 +14,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -28,6 +29,8 @@ INDEX = "index.json"
 KINDS = ("master", "exp_avg", "exp_avg_sq")
 """Of a parameter's elements, what its optimizer keeps of each."""
 GENERATORS = "generator."
+NUM_NAMED = 10
+"""Tensors that differ from those of a checkpoint and are named."""
 
 
 @dataclass(frozen=True)
@@ -205,14 +208,20 @@ def refuse_other_shapes(path: Path, stored: StoredState, state: TrainingState) -
     """Refuse a checkpoint of another model than the one in training.
 
     Raises:
-        InputError: Names the first tensor of this rank that differs.
+        InputError: Names the first tensors of this rank that differ, and how many do.
     """
     there = stored.shapes
-    for piece in state.pieces:
-        found = there.get(piece.parameter)
-        if found != piece.shape:
-            raise InputError(
-                f"{path} is of another model: {piece.parameter} is "
-                f"{'absent' if found is None else list(found)} there and {list(piece.shape)} here; "
-                "bring back its model.path, or start with resume=never"
-            )
+    shapes = {piece.parameter: piece.shape for piece in state.pieces}
+    others = {name: shape for name, shape in shapes.items() if there.get(name) != shape}
+    if not others:
+        return
+    differ = [
+        f"{name} is {list(there[name]) if name in there else 'absent'} there and {list(shape)} here"
+        for name, shape in islice(others.items(), NUM_NAMED)
+    ]
+    unnamed = len(others) - len(differ)
+    more = f"; and {unnamed} more differ" if unnamed else ""
+    raise InputError(
+        f"{path} is of another model: {'; '.join(differ)}{more}; bring back its model.path, or "
+        "start with resume=never"
+    )

@@ -1,6 +1,7 @@
 """How the tensors of a checkpoint are written by ranks, and found again by ranges."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,12 @@ def test_a_checkpoint_of_another_model_is_refused(stored: StoredState, tmp_path:
     other = Piece("v", "bfloat16", SHAPE, 0, empty(0, 3).tensors)
     with pytest.raises(InputError, match=r"v is absent there and \[3, 4\] here"):
         refuse_other_shapes(path, stored, TrainingState([other], 0))
+    many = [replace(other, parameter=f"v{number}") for number in range(12)]
+    with pytest.raises(InputError) as refused:
+        refuse_other_shapes(path, stored, TrainingState(many, 0))
+    said = str(refused.value)
+    assert [f"v{number} is absent" in said for number in range(12)] == [True] * 10 + [False] * 2
+    assert "; and 2 more differ; bring back" in said
 
 
 def test_a_rank_has_its_generators_and_a_new_one_none(stored: StoredState) -> None:
