@@ -189,9 +189,9 @@ def tell_recipe(code: int) -> None:
 
 
 def tell_torchrun(reason: str) -> None:
-    """Leave a sentence with which torchrun's own report of this rank ends."""
+    """Leave the sentence of the first rank, with which torchrun's own report ends."""
     told = os.environ.get("TORCHELASTIC_ERROR_FILE")
-    if told:
+    if told and is_first_rank():
         facts = {"timestamp": str(int(time.time()))}
         said = {"message": f"error: {redacted(reason)}", "extraInfo": facts}
         with suppress(OSError):

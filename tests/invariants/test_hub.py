@@ -168,4 +168,7 @@ def test_a_model_that_is_nowhere_is_said_once(cache: Path, tmp_path: Path) -> No
     words = ["experiment=sft", "model.path=org/none", "data=own", "data.path=rows.jsonl"]
     done = launched(*words, num_ranks=2)
     assert done.returncode == 1
-    assert done.stderr.count("error: there is no directory 'org/none'") == 1
+    refusal = "error: there is no directory 'org/none'"
+    said, _, report = done.stderr.partition("\n====")
+    assert said.count(refusal) == 1
+    assert report.count(refusal) == 1 and refusal in report.rstrip("=\n").splitlines()[-1]
