@@ -76,7 +76,7 @@ def test_a_server_that_is_slow_cut_wrong_or_away_is_asked_again(
 ) -> None:
     server.script = ["500", "dies mid-answer", "no JSON", "no choices", "429", "hangs"]
     questions = [ask(f"question {n}") for n in range(8)]
-    answers = asked(server, tmp_path, *questions)
+    answers = asked(server, tmp_path, *questions, max_tries=7)  # all six may meet one question
     assert [answer.text for answer in answers] == [f"question {n}" for n in range(8)]
     assert len(server.bodies) == 14
 
