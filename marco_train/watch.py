@@ -93,8 +93,9 @@ class Watch:
                 silent, and those that wait for it say that it is gone.
         """
         self._ended.set()
-        self._thread.join()
-        if is_well and self._store is not None:
+        # Behind a cut wire the store answers after a quarter of an hour, when TCP gives it up.
+        self._thread.join(STORE_SECONDS)
+        if is_well and self._store is not None and not self._thread.is_alive():
             with suppress(RuntimeError):
                 self._store.set(f"watch/{self._rank}", "left")
 
@@ -143,7 +144,10 @@ class Watch:
         self._is_failing = True
         if self._store is None:
             return []
+        before = self._look
         time.sleep((SILENT_LOOKS + 2) * self._between)
+        if self._look <= before + 1:  # the store does not answer, which the first rank's node holds
+            return [0]
         return self.silent()
 
     def _end(self, mine: Seen) -> None:

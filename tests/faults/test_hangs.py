@@ -3,12 +3,15 @@
 import json
 import os
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from marco_train.watch import Seen, name_fault
+from marco_train import watch as watch_module
+from marco_train.watch import Seen, Watch, name_fault
 from tests.helpers.faults import Fault, launch
 from tests.helpers.processes import soon
 from tests.helpers.runs import num_steps_of, overrides
@@ -102,6 +105,31 @@ def test_a_signal_prints_the_stacks_and_the_run_goes_on(world: World, tmp_path: 
     assert process.returncode == 0, output
     assert output.count("Current thread") >= NUM_RANKS and "in run_sft" in output
     assert num_steps_of(tmp_path) == 200
+
+
+def test_a_store_behind_a_cut_wire_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = threading.Event()
+
+    class CutOff:
+        def set_timeout(self, _: object) -> None:
+            pass
+
+        def set(self, *_: str) -> None:
+            answers.wait(60)
+
+        def check(self, _: object) -> bool:
+            return False
+
+    settings = {"STORE_SECONDS": 0.1, "SECONDS_BETWEEN_LOOKS": 0.01}
+    doubles = {"shared_store": CutOff, "rank": lambda: 1, "world_size": lambda: 2}
+    for name, value in (settings | doubles).items():
+        monkeypatch.setattr(watch_module, name, value)
+    watch = Watch(60, lambda *_: None)
+    assert watch.gone() == [0]
+    began = time.monotonic()
+    watch.stop()
+    assert time.monotonic() - began < 30  # and not the minute after which the store answers
+    answers.set()
 
 
 def seen(progress: int = 5, seconds: float = 10.0, waits: bool = True) -> Seen:
