@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 
+from marco_train.commands.model import add_model_arguments
 from marco_train.commands.source import escape_unprintable
 from marco_train.config.lengths import positions_of
 from marco_train.config.model import ChatTemplate, DType, ModelConfig
@@ -54,18 +55,7 @@ def _parser() -> argparse.ArgumentParser:
         "--temperature", type=float, default=1.0, help="0 takes the likeliest tokens (1, as a run)"
     )
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (0)")
-    parser.add_argument(
-        "--dtype",
-        choices=[kind.value for kind in DType],
-        default=DType.bfloat16.value,
-        help="of the weights (bfloat16)",
-    )
-    parser.add_argument(
-        "--chat-template",
-        choices=[template.value for template in ChatTemplate],
-        default=ChatTemplate.tokenizer.value,
-        help="the tokenizer's own (default), or ours",
-    )
+    add_model_arguments(parser)
     return parser
 
 

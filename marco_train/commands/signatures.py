@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from marco_train.commands.model import add_model_arguments
 from marco_train.commands.source import add_source_arguments, open_source
 from marco_train.config.architecture import read_architecture
 from marco_train.config.data import DataConfig, Overlong
@@ -63,18 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--max-length", type=int, default=2048, help="first tokens of a row that are read (2048)"
     )
-    parser.add_argument(
-        "--dtype",
-        choices=[kind.value for kind in DType],
-        default=DType.bfloat16.value,
-        help="of the weights (bfloat16)",
-    )
-    parser.add_argument(
-        "--chat-template",
-        choices=[template.value for template in ChatTemplate],
-        default=ChatTemplate.tokenizer.value,
-        help="the tokenizer's own (default), or ours",
-    )
+    add_model_arguments(parser)
     return parser
 
 
