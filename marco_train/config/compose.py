@@ -168,12 +168,18 @@ def _quoted(word: str) -> str:
     key, _, value = word.partition("=")
     if not KEY.fullmatch(key) or not value or value != value.strip() or value[0] in "'\"[{":
         return word
+    escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (found[2] and "\\'"), value)
+    quoted = f"{key}='{escaped}'"
+    return quoted if not _can_be_read(word) and _can_be_read(quoted) else word
+
+
+def _can_be_read(word: str) -> bool:
+    """Whether Hydra can read an override."""
     try:
         OverridesParser.create().parse_override(word)
     except HydraException:
-        escaped = re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + (found[2] and "\\'"), value)
-        return f"{key}='{escaped}'"
-    return word
+        return False
+    return True
 
 
 def _own_directory(path: Path) -> Path | None:

@@ -1,5 +1,6 @@
 """What an evaluation measures."""
 
+import re
 from dataclasses import dataclass, field
 
 from omegaconf import II, MISSING
@@ -8,6 +9,8 @@ from marco_train.config.rollout import TEMPERATURE, RolloutConfig, SamplerBacken
 from marco_train.config.stage import UntrainedStageConfig
 from marco_train.config.teacher import TeacherConfig
 from marco_train.errors import require, require_positive
+
+NAME = re.compile(r"[\w-]+")
 
 
 @dataclass(kw_only=True)
@@ -68,6 +71,12 @@ class EvaluateConfig(UntrainedStageConfig):
             "stage.rollout.expert_parallel is true, and in an evaluation each rank samples alone: "
             "set it to false",
         )
+        for name in (*self.models, *self.teachers):
+            require(
+                NAME.fullmatch(name) is not None,
+                f"stage.models or stage.teachers names {name!r}, and its answers are kept in a "
+                "directory of that name: take letters, digits, - and _",
+            )
         both = sorted(self.models.keys() & self.teachers.keys())
         require(
             not both,

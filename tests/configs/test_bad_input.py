@@ -131,6 +131,8 @@ REFUSED = [
     ("quickstart_evaluate", "stage.num_kl_responses=9", "num_kl_responses is 9"),
     ("quickstart_evaluate", "stage.temperature=0.5", "temperature is 0.5"),
     ("quickstart_evaluate", "+stage.models.first=outputs/other", "both name first"),
+    ("quickstart_evaluate", "+stage.models={up/first: other}", "names 'up/first', and its answers"),
+    ("quickstart_evaluate", "+stage.models.up/first=other", "'+stage.models.up/first=other' is no"),
     ("quickstart_base", "stage.max_length=300", "sequences of 300 tokens, and the model has 256"),
     ("quickstart_opd", "experiment=quickstart_dpo", "quickstart_dpo"),
 ]
