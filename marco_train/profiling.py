@@ -39,7 +39,7 @@ class StepProfiler:
             yield
             return
         if self._recorded is None:  # a resumed run may begin in the middle
-            self._recorded = profile(activities=_activities(), record_shapes=True, with_flops=True)
+            self._recorded = profile(activities=_activities())
             self._recorded.start()
         is_last = True  # also where the run leaves its steps
         try:
