@@ -1,12 +1,12 @@
 """What is computed of a tile of logits between two products, element by element.
 
-    logits [N, B] -> chain -> sums [N], or gradients [N, B]
+    logits [n, B] -> chain -> sums [n], or gradients [n, B]
 
 Each operation of a chain reads and writes the tile once, which on a GPU takes longer than the
 products. `compile_chains` has torch make one pass of each chain: its numbers are the same up to
 rounding. A chain may overwrite the tiles that it is given, and does nothing else but to return.
 
-Legend: N tokens with loss, B entries of the vocabulary in a tile.
+Legend: n tokens with loss and B entries of the vocabulary in a tile.
 """
 
 import os
@@ -68,39 +68,39 @@ def chain(eager: Callable[P, T]) -> Callable[P, T]:
 
 
 @chain
-def block_softmax(logits_NB: Tensor, *values_NB: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+def block_softmax(logits_nB: Tensor, *values_nB: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Sum up a block under its own softmax.
 
     Returns:
         The largest logit, the sum of exp(logit - largest), and of each of the values its sum with
-        these weights, [N] each.
+        these weights, [n] each.
     """
-    top = logits_NB.amax(1, keepdim=True)
-    p_NB = (logits_NB - top).exp_()
-    return top[:, 0], p_NB.sum(1), [(p_NB * value_NB).sum(1) for value_NB in values_NB]
+    top = logits_nB.amax(1, keepdim=True)
+    p_nB = (logits_nB - top).exp_()
+    return top[:, 0], p_nB.sum(1), [(p_nB * value_nB).sum(1) for value_nB in values_nB]
 
 
 @chain
-def softmax_gradient(logits_NB: Tensor, logsumexp: Tensor, weight: Tensor) -> Tensor:
-    """Give p times a weight [N, 1], in place of the logits."""
-    return logits_NB.sub_(logsumexp[:, None]).exp_().mul_(weight)
+def softmax_gradient(logits_nB: Tensor, logsumexp: Tensor, weight: Tensor) -> Tensor:
+    """Give p times a weight [n, 1], in place of the logits."""
+    return logits_nB.sub_(logsumexp[:, None]).exp_().mul_(weight)
 
 
 @chain
 def kl_gradient(
-    policy_NB: Tensor, teacher_NB: Tensor, logsumexp: Tensor, gap: Tensor, grad: Tensor
+    policy_nB: Tensor, teacher_nB: Tensor, logsumexp: Tensor, gap: Tensor, grad: Tensor
 ) -> Tensor:
     """Give that of the reverse KL for the policy's logits.
 
     d KL / d logits = p (log p - log q - KL), in which both logsumexps cancel.
 
     Args:
-        policy_NB: Overwritten.
-        teacher_NB: Logits.
-        logsumexp: [N], the policy's.
-        gap: [N], mean of policy - teacher under the policy's softmax.
-        grad: [N], that of the KL.
+        policy_nB: Overwritten.
+        teacher_nB: Logits.
+        logsumexp: [n], the policy's.
+        gap: [n], mean of policy - teacher under the policy's softmax.
+        grad: [n], that of the KL.
     """
-    gap_NB = (policy_NB - teacher_NB).sub_(gap[:, None])
-    p_NB = policy_NB.sub_(logsumexp[:, None]).exp_()
-    return gap_NB.mul_(p_NB).mul_(grad[:, None])
+    gap_nB = (policy_nB - teacher_nB).sub_(gap[:, None])
+    p_nB = policy_nB.sub_(logsumexp[:, None]).exp_()
+    return gap_nB.mul_(p_nB).mul_(grad[:, None])

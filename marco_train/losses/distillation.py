@@ -25,7 +25,7 @@ and needs the teacher's hidden states and head.
 All hold the prefix fixed: the gradient does not run through how the prefix was sampled, as
 in the token-level estimate of the paper's framework (no discount, Marco-MoE section 4.2).
 
-Legend: N tokens with loss, V vocabulary, B of its entries in a tile, D width.
+Legend: N tokens with loss, n of them in a tile, V vocabulary, B of its entries in a tile, D width.
 """
 
 from dataclasses import dataclass
@@ -43,8 +43,8 @@ from marco_train.losses.logprobs import (
     float32_logits,
     gather_logprobs,
     pick,
+    tiles,
     token_logprobs,
-    vocabulary_blocks,
 )
 from marco_train.types import (
     FullMicrobatch,
@@ -159,13 +159,13 @@ class _FullReverseKL(torch.autograd.Function):
         policy = RunningSoftmax(len(hidden), 2, hidden.device)
         teacher = RunningSoftmax(len(hidden), 2, hidden.device)
         target_logits = torch.empty(len(hidden), 1, device=hidden.device)
-        for block in vocabulary_blocks(len(hidden), len(head), hidden.device):
-            policy_NB = float32_logits(hidden, head[block])
-            teacher_NB = float32_logits(teacher_hidden, teacher_head[block])
-            gap_NB = policy_NB - teacher_NB
-            policy.add(policy_NB, policy_NB, gap_NB)
-            teacher.add(teacher_NB, teacher_NB, gap_NB)
-            pick(policy_NB, targets[:, None], block, into=target_logits)
+        for rows, block in tiles(hidden, head):
+            policy_nB = float32_logits(hidden[rows], head[block])
+            teacher_nB = float32_logits(teacher_hidden[rows], teacher_head[block])
+            gap_nB = policy_nB - teacher_nB
+            policy.add(rows, policy_nB, policy_nB, gap_nB)
+            teacher.add(rows, teacher_nB, teacher_nB, gap_nB)
+            pick(policy_nB, targets[rows, None], block, into=target_logits[rows])
         mean_logit, gap = policy.means
         kl = gap - policy.logsumexp + teacher.logsumexp
         ctx.save_for_backward(hidden, head, teacher_hidden, teacher_head, policy.logsumexp, gap)
@@ -185,10 +185,11 @@ class _FullReverseKL(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, None, None, None]:
         hidden, head, teacher_hidden, teacher_head, logsumexp, gap = ctx.saved_tensors  # type: ignore[attr-defined]
         carried = HeadGradient(hidden, head)
-        for block in vocabulary_blocks(len(hidden), len(head), hidden.device):
-            policy_NB = float32_logits(hidden, head[block])
-            teacher_NB = float32_logits(teacher_hidden, teacher_head[block])
-            carried.add(kl_gradient(policy_NB, teacher_NB, logsumexp, gap, grad), block)
+        for rows, block in tiles(hidden, head):
+            policy_nB = float32_logits(hidden[rows], head[block])
+            teacher_nB = float32_logits(teacher_hidden[rows], teacher_head[block])
+            grad_nB = kl_gradient(policy_nB, teacher_nB, logsumexp[rows], gap[rows], grad[rows])
+            carried.add(grad_nB, rows, block)
         return (*carried.gradients(), None, None, None)
 
 

@@ -1,11 +1,10 @@
-"""Log-probabilities from hidden states, block by block of the vocabulary: [N, V] never exists.
+"""Log-probabilities from hidden states, tile by tile of the logits: [N, V] never exists.
 
-A tile of logits has all N tokens and as many entries of the vocabulary as fit a fixed number of
-elements, so that memory depends on neither. Backward computes each tile again; all tokens being in
-it, the head's gradient of a block is one matrix product, summed in float32.
+A tile has n of the tokens and a block of the vocabulary, a fixed number of elements at most, so
+that memory depends on neither N nor V. Backward computes each tile again.
 
-Legend: N tokens with loss, M tokens asked for in each place, V vocabulary, B of its entries in a
-tile, D width.
+Legend: N tokens with loss, n of them in a tile, M tokens asked for in each place, V vocabulary, B
+of its entries in a tile, D width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -17,21 +16,38 @@ from torch import Tensor
 from marco_train.losses.chains import block_softmax, softmax_gradient
 from marco_train.types import Microbatch, PolicyOutput
 
-# Logits that exist at once: on a CPU a tile should stay in the cache (16 MiB in float32), on a GPU
+# Logits that exist at once: on a CPU a tile should stay in the cache (4 MiB in float32), on a GPU
 # it should keep the matrix units busy (256 MiB).
-TILE_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
+# Tokens of a tile at most. A CPU multiplies few of them by many entries faster; a GPU takes all.
+TILE_ROWS = {"cpu": 256}
 MIN_BLOCK = 256
 
 
 def vocabulary_blocks(num_tokens: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
-    """Cut the vocabulary so that a tile [N, B] has a bounded number of elements."""
+    """Cut the vocabulary so that a tile of that many tokens has a bounded number of elements."""
     width = max(MIN_BLOCK, TILE_ELEMENTS[device.type] // max(1, num_tokens))
     for start in range(0, vocab_size, width):
         yield slice(start, min(start + width, vocab_size))
 
 
+def tiles(hidden: Tensor, head: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Cut the logits of hidden states [N, D] and head [V, D].
+
+    Yields:
+        Tokens and entries of the vocabulary of a tile: for each block of the vocabulary, all tokens
+        from the first to the last. In half precision a tile has all of them: its sums over tokens
+        would be rounded between two products.
+    """
+    N = len(hidden)
+    n = min(N, TILE_ROWS.get(hidden.device.type, N)) if head.dtype == torch.float32 else N
+    for block in vocabulary_blocks(n, len(head), hidden.device):
+        for start in range(0, max(1, N), max(1, n)):
+            yield slice(start, min(start + n, N)), block
+
+
 def float32_logits(hidden: Tensor, head: Tensor) -> Tensor:
-    """Multiply hidden states [N, D] and rows of the head [B, D] to logits [N, B] float32.
+    """Multiply hidden states [n, D] and rows of the head [B, D] to logits [n, B] float32.
 
     A product sums in float32. A GPU gives the sums as they are, and no gradient: torch has none for
     such a product. A CPU rounds them to the type of the weights.
@@ -42,34 +58,35 @@ def float32_logits(hidden: Tensor, head: Tensor) -> Tensor:
 
 
 class RunningSoftmax:
-    """Logsumexp of logits that come block by block, and means under their softmax."""
+    """Logsumexp of logits that come tile by tile, and means under their softmax."""
 
     def __init__(self, num_tokens: int, num_means: int, device: torch.device) -> None:
         self.logsumexp = torch.full((num_tokens,), -torch.inf, device=device)  # [N] float32
         self.means = torch.zeros(num_means, num_tokens, device=device)  # float32
 
-    def add(self, logits_NB: Tensor, *values_NB: Tensor) -> None:
-        """Take a block of logits and, for each mean, the values to average; all float32."""
-        top, mass, sums = block_softmax(logits_NB, *values_NB)
+    def add(self, rows: slice, logits_nB: Tensor, *values_nB: Tensor) -> None:
+        """Take a tile of logits and, for each mean, the values to average; all float32."""
+        top, mass, sums = block_softmax(logits_nB, *values_nB)
         block = top + mass.log()
-        joint = torch.logaddexp(self.logsumexp, block)
-        self.means *= (self.logsumexp - joint).exp_()
+        logsumexp, means = self.logsumexp[rows], self.means[:, rows]
+        joint = torch.logaddexp(logsumexp, block)
+        means *= (logsumexp - joint).exp_()
         share = (block - joint).exp_() / mass
         for number, of_values in enumerate(sums):
-            self.means[number] += of_values * share
-        self.logsumexp = joint
+            means[number] += of_values * share
+        logsumexp.copy_(joint)
 
 
-def pick(logits_NB: Tensor, ids: Tensor, block: slice, into: Tensor) -> None:
-    """Copy the logits of those ids [N, M] that lie in the block."""
+def pick(logits_nB: Tensor, ids: Tensor, block: slice, into: Tensor) -> None:
+    """Copy the logits of those ids [n, M] that lie in the block."""
     local = ids - block.start
-    inside = (local >= 0) & (local < logits_NB.shape[1])
-    found = logits_NB.gather(1, local.clamp(0, logits_NB.shape[1] - 1))
+    inside = (local >= 0) & (local < logits_nB.shape[1])
+    found = logits_nB.gather(1, local.clamp(0, logits_nB.shape[1] - 1))
     torch.where(inside, found, into, out=into)
 
 
 class HeadGradient:
-    """Carries gradients of logits, block by block, to the hidden states and the head."""
+    """Carries gradients of logits, tile by tile, to the hidden states and the head."""
 
     def __init__(self, hidden: Tensor, head: Tensor) -> None:
         self._hidden = hidden
@@ -77,14 +94,17 @@ class HeadGradient:
         self._grad_hidden = torch.zeros_like(hidden, dtype=torch.float32)
         self._grad_head = torch.empty_like(head)
 
-    def add(self, grad_NB: Tensor, block: slice) -> None:
-        """Take the gradient of a block's logits, float32."""
-        grad_NB = grad_NB.to(self._head.dtype)
-        torch.mm(grad_NB.T, self._hidden, out=self._grad_head[block])
-        if self._head.dtype == torch.float32:
-            self._grad_hidden.addmm_(grad_NB, self._head[block])
+    def add(self, grad_nB: Tensor, rows: slice, block: slice) -> None:
+        """Take the gradient of a tile's logits, float32, in the order of `tiles`."""
+        grad_nB = grad_nB.to(self._head.dtype)
+        if rows.start == 0:
+            torch.mm(grad_nB.T, self._hidden[rows], out=self._grad_head[block])
         else:
-            self._grad_hidden += grad_NB @ self._head[block]
+            self._grad_head[block].addmm_(grad_nB.T, self._hidden[rows])
+        if self._head.dtype == torch.float32:
+            self._grad_hidden[rows].addmm_(grad_nB, self._head[block])
+        else:
+            self._grad_hidden[rows] += grad_nB @ self._head[block]
 
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Return those of hidden [N, D] and head [V, D], in their types."""
@@ -100,10 +120,10 @@ class _GatherLogprobs(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         running = RunningSoftmax(len(hidden), 1, hidden.device)
         logits = torch.empty(ids.shape, device=hidden.device)
-        for block in vocabulary_blocks(len(hidden), len(head), hidden.device):
-            logits_NB = float32_logits(hidden, head[block])
-            running.add(logits_NB, logits_NB)
-            pick(logits_NB, ids, block, into=logits)
+        for rows, block in tiles(hidden, head):
+            logits_nB = float32_logits(hidden[rows], head[block])
+            running.add(rows, logits_nB, logits_nB)
+            pick(logits_nB, ids[rows], block, into=logits[rows])
         ctx.save_for_backward(hidden, head, ids, running.logsumexp)
         entropy = running.logsumexp - running.means[0]
         ctx.mark_non_differentiable(entropy)
@@ -116,15 +136,15 @@ class _GatherLogprobs(torch.autograd.Function):
         hidden, head, ids, logsumexp = ctx.saved_tensors  # type: ignore[attr-defined]
         carried = HeadGradient(hidden, head)
         total = grad.sum(1, keepdim=True)
-        for block in vocabulary_blocks(len(hidden), len(head), hidden.device):
-            logits_NB = float32_logits(hidden, head[block])
+        for rows, block in tiles(hidden, head):
+            logits_nB = float32_logits(hidden[rows], head[block])
             # d sum_m g_m log p[id_m] / d logits = sum_m g_m onehot(id_m) - p sum_m g_m
-            grad_NB = softmax_gradient(logits_NB, logsumexp, -total)
-            local = ids - block.start
-            inside = (local >= 0) & (local < grad_NB.shape[1])
-            local = local.clamp(0, grad_NB.shape[1] - 1)
-            grad_NB.scatter_add_(1, local, torch.where(inside, grad, 0.0))
-            carried.add(grad_NB, block)
+            grad_nB = softmax_gradient(logits_nB, logsumexp[rows], -total[rows])
+            local = ids[rows] - block.start
+            inside = (local >= 0) & (local < grad_nB.shape[1])
+            local = local.clamp(0, grad_nB.shape[1] - 1)
+            grad_nB.scatter_add_(1, local, torch.where(inside, grad[rows], 0.0))
+            carried.add(grad_nB, rows, block)
         return (*carried.gradients(), None)
 
 
@@ -192,15 +212,13 @@ def topk_logprobs(hidden: Tensor, head: Tensor, k: int) -> tuple[Tensor, Tensor]
         logprobs [N, k] float32 in nats, ids [N, k] int64.
     """
     running = RunningSoftmax(len(hidden), 0, hidden.device)
-    logits = torch.empty(len(hidden), 0, device=hidden.device)
-    ids = torch.empty(len(hidden), 0, dtype=torch.int64, device=hidden.device)
-    for block in vocabulary_blocks(len(hidden), len(head), hidden.device):
-        logits_NB = float32_logits(hidden, head[block])
-        running.add(logits_NB)
-        found = logits_NB.topk(min(k, logits_NB.shape[1]), dim=1)
-        candidates = torch.cat([ids, found.indices + block.start], 1)
-        logits, places = torch.cat([logits, found.values], 1).topk(
-            min(k, candidates.shape[1]), dim=1
-        )
-        ids = candidates.gather(1, places)
+    logits = torch.full((len(hidden), k), -torch.inf, device=hidden.device)
+    ids = torch.zeros(len(hidden), k, dtype=torch.int64, device=hidden.device)
+    for rows, block in tiles(hidden, head):
+        logits_nB = float32_logits(hidden[rows], head[block])
+        running.add(rows, logits_nB)
+        found = logits_nB.topk(min(k, logits_nB.shape[1]), dim=1)
+        candidates = torch.cat([ids[rows], found.indices + block.start], 1)
+        logits[rows], places = torch.cat([logits[rows], found.values], 1).topk(k, dim=1)
+        ids[rows] = candidates.gather(1, places)
     return logits - running.logsumexp[:, None], ids

@@ -26,11 +26,11 @@ from marco_train.config.architecture import ArchitectureConfig
 from marco_train.config.model import DType
 from marco_train.config.opd import Objective
 from marco_train.config.parallel import Dispatch, Recompute
-from marco_train.losses import distillation, logprobs
+from marco_train.losses import logprobs
 from marco_train.losses.balance import balance_loss, router_z_loss
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.losses.distillation import FullReverseKL, SampledReverseKL, TopKReverseKL
-from marco_train.losses.logprobs import TILE_ELEMENTS, token_logprobs
+from marco_train.losses.logprobs import TILE_ELEMENTS, TILE_ROWS, token_logprobs
 from marco_train.models.attention import PACKED_DEVICES, PackedSequences
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.routing import Routing
@@ -250,27 +250,28 @@ def kernels_of(is_gpu: bool, ledger: "_Ledger") -> Iterator[None]:
         PackedSequences.attend_packed = attend_packed  # type: ignore[method-assign,assignment]
     F.grouped_mm = grouped_mm  # type: ignore[assignment]
     TILE_ELEMENTS["meta"] = TILE_ELEMENTS["cuda" if is_gpu else "cpu"]
-    every_tile = logprobs.vocabulary_blocks
+    if not is_gpu:
+        TILE_ROWS["meta"] = TILE_ROWS["cpu"]
+    every_block = logprobs.vocabulary_blocks
 
-    def some_tiles(num_tokens: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
-        tiles = list(every_tile(num_tokens, vocab_size, device))
-        # All but the last are of one size, and two at most are held at once.
-        chosen = [*tiles[:2], tiles[-1]] if len(tiles) > 3 else tiles
-        ledger.columns = vocab_size / sum(tile.stop - tile.start for tile in chosen)
+    def some_blocks(num_tokens: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
+        blocks = list(every_block(num_tokens, vocab_size, device))
+        # All but the last are of one size, and tiles of two at most are held at once.
+        chosen = [*blocks[:2], blocks[-1]] if len(blocks) > 3 else blocks
+        ledger.columns = vocab_size / sum(block.stop - block.start for block in chosen)
         yield from chosen
         ledger.columns = 1.0
 
-    for module in (logprobs, distillation):
-        module.vocabulary_blocks = some_tiles  # type: ignore[attr-defined]
+    logprobs.vocabulary_blocks = some_blocks
     try:
         yield
     finally:
-        for module in (logprobs, distillation):
-            module.vocabulary_blocks = every_tile  # type: ignore[attr-defined]
+        logprobs.vocabulary_blocks = every_block
         F.scaled_dot_product_attention, F.rms_norm, F.grouped_mm = theirs
         PackedSequences.attend_packed = packed  # type: ignore[method-assign]
         PACKED_DEVICES.discard("meta")
         del TILE_ELEMENTS["meta"]
+        TILE_ROWS.pop("meta", None)
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]

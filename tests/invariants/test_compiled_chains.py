@@ -22,7 +22,9 @@ V, D = 2_000, 24
 
 @pytest.fixture(autouse=True)
 def eager_again(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(logprobs, "TILE_ELEMENTS", {"cpu": 5_000})  # several blocks, one shorter
+    # Several tiles both ways, the last ones shorter.
+    monkeypatch.setattr(logprobs, "TILE_ELEMENTS", {"cpu": 5_000})
+    monkeypatch.setattr(logprobs, "TILE_ROWS", {"cpu": 40})
     yield
     chains.compile_chains(False)
 

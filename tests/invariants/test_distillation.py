@@ -42,11 +42,12 @@ def setting(dtype: torch.dtype) -> dict[str, Tensor]:
     }
 
 
-@pytest.mark.parametrize("block", [1, 4, 64])
+@pytest.mark.parametrize(("rows", "block"), [(64, 1), (64, 4), (3, 4), (1, 64), (64, 64)])
 def test_full_reverse_kl_equals_the_plain_sum_with_its_gradients(
-    block: int, monkeypatch: pytest.MonkeyPatch
+    rows: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logprobs_module, "TILE_ELEMENTS", {"cpu": block * TOKENS})
+    monkeypatch.setattr(logprobs_module, "TILE_ROWS", {"cpu": rows})
+    monkeypatch.setattr(logprobs_module, "TILE_ELEMENTS", {"cpu": block * min(rows, TOKENS)})
     monkeypatch.setattr(logprobs_module, "MIN_BLOCK", 1)
     ours, plain = setting(torch.float32), setting(torch.float64)
     weights = torch.arange(1.0, TOKENS + 1)

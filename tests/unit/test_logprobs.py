@@ -1,4 +1,6 @@
-"""Log-probabilities block by block, against the whole distribution in float64."""
+"""Log-probabilities tile by tile, against the whole distribution in float64."""
+
+from itertools import pairwise
 
 import pytest
 import torch
@@ -11,17 +13,22 @@ from marco_train.losses.chains import compile_chains
 from marco_train.losses.logprobs import (
     gather_logprobs,
     sequence_logprobs,
+    tiles,
     token_logprobs,
     topk_logprobs,
-    vocabulary_blocks,
 )
 
 TOKENS, WIDTH, VOCAB, ASKED = 11, 6, 23, 4
 
 
-@pytest.fixture(params=[1, 4, 64], ids=lambda block: f"blocks of {block}")
-def _block(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logprobs_module, "TILE_ELEMENTS", {"cpu": request.param * TOKENS})
+@pytest.fixture(
+    params=[(11, 1), (11, 4), (4, 4), (1, 23), (64, 64)],
+    ids=lambda sizes: "tiles of {} x {}".format(*sizes),
+)
+def _tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, block = request.param
+    monkeypatch.setattr(logprobs_module, "TILE_ROWS", {"cpu": rows})
+    monkeypatch.setattr(logprobs_module, "TILE_ELEMENTS", {"cpu": rows * block})
     monkeypatch.setattr(logprobs_module, "MIN_BLOCK", 1)
 
 
@@ -34,7 +41,7 @@ def draw(dtype: torch.dtype, scale: float = 1.0) -> tuple[Tensor, Tensor, Tensor
 
 
 # A large scale makes logits of +-100, whose exponentials overflow unless the largest is taken off.
-@pytest.mark.usefixtures("_block")
+@pytest.mark.usefixtures("_tile")
 @pytest.mark.parametrize("scale", [1.0, 30.0])
 def test_given_tokens_and_entropy_equal_the_whole_distribution(scale: float) -> None:
     hidden, head, ids = draw(torch.float32, scale)
@@ -54,7 +61,7 @@ def test_given_tokens_and_entropy_equal_the_whole_distribution(scale: float) -> 
         torch.testing.assert_close(ours.grad.double(), wanted.grad, rtol=1e-4, atol=bound)
 
 
-@pytest.mark.usefixtures("_block")
+@pytest.mark.usefixtures("_tile")
 def test_the_target_is_the_given_token() -> None:
     hidden, head, ids = draw(torch.float32)
     logprobs, entropy = token_logprobs(hidden, head, ids[:, 2])
@@ -62,7 +69,7 @@ def test_the_target_is_the_given_token() -> None:
     assert torch.equal(logprobs, several[:, 2]) and torch.equal(entropy, same)
 
 
-@pytest.mark.usefixtures("_block")
+@pytest.mark.usefixtures("_tile")
 @pytest.mark.parametrize("k", [1, 5, VOCAB])
 def test_the_likeliest_tokens_come_in_order(k: int) -> None:
     hidden, head, _ = draw(torch.float32)
@@ -113,15 +120,23 @@ def test_no_token_gives_no_value_and_a_zero_gradient() -> None:
 
 @pytest.mark.parametrize("num_tokens", [1, 500, 8192, 100_000])
 @pytest.mark.parametrize("vocab_size", [300, 151_936])
-def test_a_tile_is_bounded_and_blocks_cover_the_vocabulary(
-    num_tokens: int, vocab_size: int
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_tiles_are_bounded_and_cover_every_logit_once(
+    num_tokens: int, vocab_size: int, dtype: torch.dtype
 ) -> None:
-    blocks = list(vocabulary_blocks(num_tokens, vocab_size, torch.device("cpu")))
-    assert [i for b in blocks for i in (b.start, b.stop)][1:-1:2] == [b.start for b in blocks[1:]]
-    assert (blocks[0].start, blocks[-1].stop) == (0, vocab_size)
-    widest = max(b.stop - b.start for b in blocks)
-    bound = max(logprobs_module.TILE_ELEMENTS["cpu"], num_tokens * logprobs_module.MIN_BLOCK)
-    assert num_tokens * widest <= bound
+    hidden, head = torch.empty(num_tokens, 1, dtype=dtype), torch.empty(vocab_size, 1, dtype=dtype)
+    found = list(tiles(hidden, head))
+    blocks = list(dict.fromkeys((block.start, block.stop) for _, block in found))
+    rows = list(dict.fromkeys((rows.start, rows.stop) for rows, _ in found))
+    assert found == [(slice(*r), slice(*block)) for block in blocks for r in rows]
+    for cuts, size in ((blocks, vocab_size), (rows, num_tokens)):
+        assert (cuts[0][0], cuts[-1][1]) == (0, size)
+        assert all(one[1] == other[0] for one, other in pairwise(cuts))
+    if dtype is torch.bfloat16:
+        assert len(rows) == 1
+    most = max(stop - start for start, stop in rows)
+    bound = max(logprobs_module.TILE_ELEMENTS["cpu"], most * logprobs_module.MIN_BLOCK)
+    assert most * max(stop - start for start, stop in blocks) <= bound
 
 
 def test_losses_are_not_compiled_where_no_compiler_is(monkeypatch: pytest.MonkeyPatch) -> None:
