@@ -4,9 +4,11 @@
 source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
 prepare
-stage base quickstart_base "$@"
-stage teacher_first quickstart_teacher_first "$@"
-stage teacher_second quickstart_teacher_second "$@"
+# One process each: so small a dense model takes as long with two, which wait for each other.
+NPROC=1 beside teacher_second quickstart_teacher_second "$@"
+NPROC=1 stage base quickstart_base "$@"
+NPROC=1 stage teacher_first quickstart_teacher_first "$@"
+joined
 upcycle
 stage sft quickstart_sft "$@"
 stage opd quickstart_opd "$@"

@@ -3,6 +3,6 @@
 source "$(dirname "${BASH_SOURCE[0]}")/stages.sh"
 
 prepare
-stage base quickstart_base "$@"
+NPROC=1 stage base quickstart_base "$@"
 upcycle
 stage sft quickstart_sft "$@"

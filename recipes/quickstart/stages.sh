@@ -34,6 +34,29 @@ stage() {
   timed "$name" launch "$experiment" "${overrides[@]}"
 }
 
+# beside <name> <experiment> [overrides]: a stage in the background, until `joined`; it prints to
+# $root/<name>.log.
+beside() {
+  if [ "${DRY_RUN:-0}" = 1 ]; then stage "$@"; return; fi
+  mkdir -p "$root"
+  beside_log=$root/$1.log
+  echo "$1 is trained beside what follows, and prints to $beside_log"
+  stage "$@" >"$beside_log" 2>&1 </dev/null &
+  beside_pid=$!
+  # However this script ends, the stage saves a checkpoint and ends too.
+  trap 'kill -TERM "$beside_pid" 2>/dev/null && wait "$beside_pid" || true' EXIT
+}
+
+# joined: waits for the stage in the background, and fails as it did.
+joined() {
+  local status=0
+  [ "${DRY_RUN:-0}" != 1 ] || return 0
+  wait "$beside_pid" || status=$?
+  trap - EXIT
+  if [ "$status" -eq 0 ]; then tail -n 2 "$beside_log"; else tail -n 20 "$beside_log" >&2; fi
+  return "$status"
+}
+
 # timed <name> <command>: seconds go to $root/seconds/<name>, unless there was nothing to do.
 timed() {
   local name=$1 start=$EPOCHREALTIME before after file=$root/seconds/$1; shift

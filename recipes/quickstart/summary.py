@@ -25,6 +25,7 @@ TITLES = {
     "second": "second teacher",
 }
 MAIN_JOB = ["data", "base", "teacher_first", "teacher_second", "student", "sft", "opd", "evaluate"]
+BESIDE, MEANWHILE = "teacher_second", ["base", "teacher_first"]  # at the same time
 CONTROLS = ["control_sft", "control_first", "control_second", "evaluate_controls"]
 
 
@@ -60,7 +61,8 @@ def read_json(path: Path) -> dict[str, Any]:
 def summarize(root: Path, models: dict[str, Any], teachers: dict[str, Any]) -> dict[str, Any]:
     """Put together summary.json: accuracies in per cent, KL in nats a token, times in seconds.
 
-    A time is of the launch that finished a stage, start-up included; the total is the main job's.
+    A time is of the launch that finished a stage, start-up included; the total is the main job's,
+    in which what ran at the same time counts once.
     """
     seconds = {
         name: float((root / "seconds" / name).read_text())
@@ -68,6 +70,7 @@ def summarize(root: Path, models: dict[str, Any], teachers: dict[str, Any]) -> d
         if (root / "seconds" / name).is_file()
     }
     total = sum(spent for name, spent in seconds.items() if name in MAIN_JOB)
+    total -= min(seconds.get(BESIDE, 0), sum(seconds.get(name, 0) for name in MEANWHILE))
     config = read_json(root / "opd" / "finished.json")["config"]
     return {
         "seed": config["seed"],

@@ -28,6 +28,8 @@ MISSIONS = {
 }
 """Recipes that chain all parts, with the number of experts and their width."""
 LAUNCH = "python -m marco_train.commands.launch"
+ALONE = ("quickstart_base", "quickstart_teacher_first", "quickstart_teacher_second")
+"""Stages of the quickstart on one process each."""
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +177,40 @@ def test_the_main_job_runs_in_a_fresh_clone(clone: Path) -> None:
     assert "passed" in own.stdout
 
 
+# Behind the stages of the quickstart: what a stage does here, and a script of the shape of `run.sh`.
+STAND_IN = """
+source recipes/quickstart/stages.sh
+stage() {{ echo "$1 begins"; trap 'echo "$1 saves"; exit 143' TERM; {beside}; echo "$1 ends"; }}
+beside one experiment "$@"
+{follows}
+joined
+echo all done
+"""
+
+
+@pytest.mark.parametrize(
+    ("beside", "follows", "status", "says", "log"),
+    [
+        ("true", "true", 0, "all done", "one begins\none ends\n"),
+        ("exit 2", "true", 2, "one begins", "one begins\n"),
+        # Whatever ends the script, the stage beside it is told, and waited for.
+        ("sleep 30 & wait $!", "sleep 1; exit 3", 3, "", "one begins\none saves\n"),
+        ("sleep 30 & wait $!", "sleep 1; kill -INT $$", -2, "", "one begins\none saves\n"),
+        ("sleep 30 & wait $!", "sleep 1; kill -TERM $$", -15, "", "one begins\none saves\n"),
+    ],
+    ids=["both end well", "it fails", "the script fails", "interrupted", "told to end"],
+)
+def test_a_stage_beside_others_ends_with_them(
+    beside: str, follows: str, status: int, says: str, log: str, tmp_path: Path
+) -> None:
+    script = STAND_IN.format(beside=beside, follows=follows)
+    done = run(REPOSITORY, "bash", "-c", script, "quickstart", f"root={tmp_path}")
+    assert done.returncode == status, done.stdout + done.stderr
+    assert says in done.stdout + done.stderr
+    assert ("all done" in done.stdout) == (status == 0)
+    assert (tmp_path / "one.log").read_text() == log
+
+
 def check_export(path: Path) -> None:
     """The export is what transformers and we agree on."""
     tokenizer = AutoTokenizer.from_pretrained(path)
@@ -197,7 +233,10 @@ def test_every_recipe_prints_its_launches_without_a_gpu(recipe: Path) -> None:
     lines = [line.strip() for line in done.stdout.splitlines()]
     assert lines
     for line in lines:
-        assert line.startswith(f"{LAUNCH} --standalone --nproc_per_node 2 -m marco_train.train ")
+        ranks = 1 if any(name in line for name in ALONE) else 2
+        assert line.startswith(
+            f"{LAUNCH} --standalone --nproc_per_node {ranks} -m marco_train.train "
+        )
         assert line.endswith("seed=5")
 
 
