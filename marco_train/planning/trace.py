@@ -35,6 +35,7 @@ from marco_train.models.attention import PACKED_DEVICES, PackedSequences
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.routing import Routing
 from marco_train.models.weights import meta_model, torch_dtype
+from marco_train.planning.compiler import compiler_left_out
 from marco_train.types import (
     FullMicrobatch,
     LossFn,
@@ -432,6 +433,7 @@ class _Counts:
         )
 
 
+@compiler_left_out()
 def _trace_layers(shapes: Shapes, num_layers: int) -> _Counts:
     """Trace a model of so many layers."""
     group = PlannedGroup(shapes) if shapes.expert_parallel_size > 1 else None
@@ -489,6 +491,7 @@ def _score_layers(
     return _Counts(ledger.peaks, Held(), work, work, sent)
 
 
+@compiler_left_out()
 def measure(is_gpu: bool, make: Callable[[], object]) -> int:
     """Bytes that a call on the meta device holds at most, beside what was there before."""
     ledger = _Ledger(None)

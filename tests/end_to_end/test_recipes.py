@@ -177,7 +177,7 @@ def test_the_main_job_runs_in_a_fresh_clone(clone: Path) -> None:
     assert "passed" in own.stdout
 
 
-# Behind the stages of the quickstart: what a stage does here, and a script of the shape of `run.sh`.
+# Behind the stages of the quickstart: what a stage does here, and a script shaped like `run.sh`.
 STAND_IN = """
 source recipes/quickstart/stages.sh
 stage() {{ echo "$1 begins"; trap 'echo "$1 saves"; exit 143' TERM; {beside}; echo "$1 ends"; }}
