@@ -82,6 +82,10 @@ COMMUNICATOR = int(0.4 * GIB)
 # CUDA graphs and workspaces of an engine of vLLM, awake and asleep:
 ENGINE_AWAKE, ENGINE_ASLEEP = int(2.6 * GIB), int(1.0 * GIB)
 
+# Gradients that DeepSpeed lays flat before it adds them up over ranks, where it keeps those of all
+# parameters in float32: its MEMORY_OPT_ALLREDUCE_SIZE, whatever `reduce_bucket_size` says.
+ALLREDUCE_ELEMENTS = 500_000_000
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -289,14 +293,17 @@ class Memory:
         return 4 * bucket
 
     def _step_gradients(self) -> int:
-        """Bytes of gradients while the optimizer steps."""
+        """Bytes of gradients after backward: as they are added up over ranks, and in the step."""
+        apart = self.expert_parallel_size > 1  # what is laid flat: experts, and all others
+        if self._keeps_gradients:
+            flat = max(self.sizes.dense, self.sizes.experts) if apart else self.sizes.total
+            return self.gradient_buffer + 4 * min(flat, ALLREDUCE_ELEMENTS + self.sizes.largest)
         if self._bfloat16:
             return self.gradient_buffer
         # Each group's are laid flat beside those of all groups.
         experts = self.sizes.experts * self.expert_parallel_size // self.gpus
         dense = self.sizes.dense // self.gpus
-        flat = max(dense, experts) if self.expert_parallel_size > 1 else dense + experts
-        return 4 * (self.partition + flat)
+        return 4 * (self.partition + (max(dense, experts) if apart else dense + experts))
 
     # Teachers.
 

@@ -7,6 +7,7 @@ import gc
 
 import pytest
 import torch
+from deepspeed.runtime.engine import MEMORY_OPT_ALLREDUCE_SIZE
 
 from marco_train.config import TrainConfig
 from marco_train.config.compose import read_run
@@ -16,7 +17,7 @@ from marco_train.engine.policy import Policy
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.models.weights import random_model, torch_dtype
 from marco_train.planning.check import CPU
-from marco_train.planning.memory import Memory
+from marco_train.planning.memory import ALLREDUCE_ELEMENTS, Memory
 from marco_train.planning.trace import _Ledger
 from marco_train.types import Microbatch, no_experts
 from tests.helpers.models import architecture
@@ -102,6 +103,10 @@ def test_an_update_of_one_rank_holds_what_is_planned(dtype: str, recompute: str)
     cfg = config(f"model.dtype={dtype}", f"parallel.recompute={recompute}")
     (found,) = run_on_ranks(1, allocated, cfg)
     assert planned(cfg, 1) == pytest.approx(found, rel=0.02)
+
+
+def test_gradients_are_laid_flat_in_as_large_pieces_as_planned() -> None:
+    assert ALLREDUCE_ELEMENTS == MEMORY_OPT_ALLREDUCE_SIZE
 
 
 def test_a_rank_that_shares_experts_holds_what_is_planned() -> None:
