@@ -38,10 +38,13 @@ from marco_train.config.opd import Objective, OPDConfig
 from marco_train.losses.chains import kl_gradient
 from marco_train.losses.logprobs import (
     HeadGradient,
+    KeptTiles,
+    LearntAhead,
     RunningSoftmax,
     at_loss_tokens,
     float32_logits,
     gather_logprobs,
+    learns_ahead,
     pick,
     tiles,
     token_logprobs,
@@ -144,6 +147,40 @@ class TopKReverseKL:
         return LossOutput(losses.sum(), values, spreads={})
 
 
+class _Comparison:
+    """Two distributions over the vocabulary in each place, of which tiles of logits come."""
+
+    def __init__(self, num_tokens: int, device: torch.device) -> None:
+        self.policy = RunningSoftmax(num_tokens, 2, device)
+        self.teacher = RunningSoftmax(num_tokens, 2, device)
+        self._target_logits = torch.empty(num_tokens, 1, device=device)
+
+    @property
+    def gap(self) -> Tensor:
+        """Mean of policy - teacher, both logits, under the policy's softmax; [N]."""
+        return self.policy.means[1]
+
+    def add(
+        self, rows: slice, block: slice, policy_nB: Tensor, teacher_nB: Tensor, targets: Tensor
+    ) -> None:
+        """Take a tile of both logits; `targets` [N] are the sampled tokens."""
+        gap_nB = policy_nB - teacher_nB
+        self.policy.add(rows, policy_nB, policy_nB, gap_nB)
+        self.teacher.add(rows, teacher_nB, teacher_nB, gap_nB)
+        pick(policy_nB, targets[rows, None], block, into=self._target_logits[rows])
+
+    def found(self) -> tuple[Tensor, ...]:
+        """What `FullKL` names, in its order, when all tiles have come."""
+        policy, teacher = self.policy, self.teacher
+        return (
+            self.gap - policy.logsumexp + teacher.logsumexp,
+            policy.logsumexp - policy.means[0],
+            self._target_logits[:, 0] - policy.logsumexp,
+            policy.logsumexp - teacher.logsumexp - teacher.means[1],
+            teacher.logsumexp - teacher.means[0],
+        )
+
+
 class _FullReverseKL(torch.autograd.Function):
     """Saves three numbers a token; backward computes both logits of a tile again."""
 
@@ -156,28 +193,16 @@ class _FullReverseKL(torch.autograd.Function):
         teacher_head: Tensor,
         targets: Tensor,
     ) -> tuple[Tensor, ...]:
-        policy = RunningSoftmax(len(hidden), 2, hidden.device)
-        teacher = RunningSoftmax(len(hidden), 2, hidden.device)
-        target_logits = torch.empty(len(hidden), 1, device=hidden.device)
+        both = _Comparison(len(hidden), hidden.device)
         for rows, block in tiles(hidden, head):
             policy_nB = float32_logits(hidden[rows], head[block])
             teacher_nB = float32_logits(teacher_hidden[rows], teacher_head[block])
-            gap_nB = policy_nB - teacher_nB
-            policy.add(rows, policy_nB, policy_nB, gap_nB)
-            teacher.add(rows, teacher_nB, teacher_nB, gap_nB)
-            pick(policy_nB, targets[rows, None], block, into=target_logits[rows])
-        mean_logit, gap = policy.means
-        kl = gap - policy.logsumexp + teacher.logsumexp
-        ctx.save_for_backward(hidden, head, teacher_hidden, teacher_head, policy.logsumexp, gap)
-        forward_kl = policy.logsumexp - teacher.logsumexp - teacher.means[1]
-        seen = (
-            policy.logsumexp - mean_logit,
-            target_logits[:, 0] - policy.logsumexp,
-            forward_kl,
-            teacher.logsumexp - teacher.means[0],
-        )
-        ctx.mark_non_differentiable(*seen)
-        return (kl, *seen)
+            both.add(rows, block, policy_nB, teacher_nB, targets)
+        models = (hidden, head, teacher_hidden, teacher_head)
+        ctx.save_for_backward(*models, both.policy.logsumexp, both.gap)
+        found = both.found()
+        ctx.mark_non_differentiable(*found[1:])
+        return found
 
     @staticmethod
     def backward(
@@ -193,10 +218,39 @@ class _FullReverseKL(torch.autograd.Function):
         return (*carried.gradients(), None, None, None)
 
 
+class _SumFullReverseKL(LearntAhead):
+    @staticmethod
+    def forward(
+        ctx: torch.autograd.function.FunctionCtx,
+        hidden: Tensor,
+        head: Tensor,
+        teacher_hidden: Tensor,
+        teacher_head: Tensor,
+        targets: Tensor,
+    ) -> tuple[Tensor, ...]:
+        both, carried = _Comparison(len(hidden), hidden.device), HeadGradient(hidden, head)
+        policy = KeptTiles(hidden, head, share=2)
+        teacher = KeptTiles(teacher_hidden, teacher_head, share=2)
+        logsumexp, one = both.policy.logsumexp, torch.ones(len(hidden), device=hidden.device)
+        for rows in policy.pieces(len(hidden)):
+            for block in policy.blocks():
+                policy_nB = policy.logits(rows, block, hidden, head)
+                teacher_nB = teacher.logits(rows, block, teacher_hidden, teacher_head)
+                both.add(rows, block, policy_nB, teacher_nB, targets)
+            places = logsumexp[rows], both.gap[rows], one[rows]
+            for block in policy.blocks():
+                grad_nB = kl_gradient(policy.tile(rows, block), teacher.tile(rows, block), *places)
+                carried.add(grad_nB, rows, block)
+        ctx.carried = carried  # type: ignore[attr-defined]
+        found = both.found()
+        ctx.mark_non_differentiable(*found)
+        return (found[0].sum(), *found)
+
+
 class FullKL(NamedTuple):
     """What `full_reverse_kl` finds in each place, [N] float32 each; nats."""
 
-    reverse: Tensor  # policy against teacher, differentiable in the policy
+    reverse: Tensor  # policy against teacher; of `full_reverse_kl` differentiable in the policy
     entropy: Tensor  # of the policy
     logprobs: Tensor  # the policy's, of the targets
     forward: Tensor  # teacher against policy
@@ -224,6 +278,22 @@ def full_reverse_kl(
     )
 
 
+def summed_reverse_kl(
+    hidden: Tensor,
+    head: Tensor,
+    teacher_hidden: Tensor,
+    teacher_head: Tensor,
+    targets: Tensor,
+) -> tuple[Tensor, FullKL]:
+    """Sum `full_reverse_kl` over the places: the sum, which alone is differentiable, and terms."""
+    given = hidden, head, teacher_hidden, teacher_head, targets
+    if learns_ahead(hidden, head) and teacher_head.dtype == torch.float32:
+        total, *found = _SumFullReverseKL.apply(*given)  # type: ignore[no-untyped-call]
+        return total, FullKL(*found)
+    seen = full_reverse_kl(*given)
+    return seen.reverse.sum(), seen._replace(reverse=seen.reverse.detach())
+
+
 @dataclass(frozen=True)
 class FullReverseKL:
     """The exact reverse KL of each place, differentiated directly."""
@@ -233,7 +303,7 @@ class FullReverseKL:
     def __call__(self, output: PolicyOutput, microbatch: FullMicrobatch) -> LossOutput:
         """Sum the reverse KL over the places of the sampled tokens."""
         hidden, head, targets = at_loss_tokens(output, microbatch)
-        found = full_reverse_kl(
+        total, found = summed_reverse_kl(
             hidden,
             head,
             # [0] float32 where no rollout told the width and the type.
@@ -244,13 +314,13 @@ class FullReverseKL:
             targets,
         )
         values = {
-            "loss/objective": found.reverse.detach(),
-            "kl/reverse": found.reverse.detach(),
+            "loss/objective": found.reverse,
+            "kl/reverse": found.reverse,
             "kl/forward": found.forward,
             "kl/teacher_entropy": found.teacher_entropy,
             "loss/entropy": found.entropy,
         } | _sampler_values(found.logprobs - microbatch.sampler_logprobs)
-        return LossOutput(found.reverse.sum(), values, spreads={})
+        return LossOutput(total, values, spreads={})
 
 
 def build_reverse_kl(cfg: OPDConfig, teacher_head: Tensor | None) -> LossFn:

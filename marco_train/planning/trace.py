@@ -30,7 +30,12 @@ from marco_train.losses import logprobs
 from marco_train.losses.balance import balance_loss, router_z_loss
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.losses.distillation import FullReverseKL, SampledReverseKL, TopKReverseKL
-from marco_train.losses.logprobs import TILE_ELEMENTS, TILE_ROWS, token_logprobs
+from marco_train.losses.logprobs import (
+    PIECE_ELEMENTS,
+    TILE_ELEMENTS,
+    TILE_ROWS,
+    token_logprobs,
+)
 from marco_train.models.attention import PACKED_DEVICES, PackedSequences
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.routing import Routing
@@ -253,6 +258,7 @@ def kernels_of(is_gpu: bool, ledger: "_Ledger") -> Iterator[None]:
     TILE_ELEMENTS["meta"] = TILE_ELEMENTS["cuda" if is_gpu else "cpu"]
     if not is_gpu:
         TILE_ROWS["meta"] = TILE_ROWS["cpu"]
+        PIECE_ELEMENTS["meta"] = PIECE_ELEMENTS["cpu"]
     every_block = logprobs.vocabulary_blocks
 
     def some_blocks(num_tokens: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
@@ -273,6 +279,7 @@ def kernels_of(is_gpu: bool, ledger: "_Ledger") -> Iterator[None]:
         PACKED_DEVICES.discard("meta")
         del TILE_ELEMENTS["meta"]
         TILE_ROWS.pop("meta", None)
+        PIECE_ELEMENTS.pop("meta", None)
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -13,6 +13,7 @@ from marco_train.losses.distillation import (
     TopKReverseKL,
     bucketed_kl,
     full_reverse_kl,
+    summed_reverse_kl,
 )
 from marco_train.losses.logprobs import token_logprobs
 from marco_train.types import (
@@ -40,6 +41,40 @@ def setting(dtype: torch.dtype) -> dict[str, Tensor]:
         "teacher_head": draw(VOCAB, TEACHER_WIDTH),
         "targets": torch.randint(0, VOCAB, (TOKENS,), generator=g),
     }
+
+
+@pytest.mark.parametrize(("rows", "block"), [(1, 4), (3, 1), (4, 64), (64, 4), (64, 64)])
+def test_a_full_reverse_kl_that_is_learnt_ahead_equals_one_that_is_not(
+    rows: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = [setting(torch.float32), setting(torch.float32), setting(torch.float64)]
+    sums, terms = [], []
+    for at_once in (False, True):
+        if at_once:
+            monkeypatch.setattr(logprobs_module, "AHEAD_WIDTH", WIDTH)
+            monkeypatch.setattr(logprobs_module, "PIECE_ELEMENTS", {"cpu": 2 * rows * VOCAB})
+            monkeypatch.setattr(logprobs_module, "TILE_ELEMENTS", {"cpu": rows * block})
+            monkeypatch.setattr(logprobs_module, "MIN_BLOCK", 1)
+        total, seen = summed_reverse_kl(**given[at_once])
+        name = "_SumFullReverseKLBackward" if at_once else "SumBackward0"
+        assert total.grad_fn is not None and total.grad_fn.name() == name
+        assert not any(value.requires_grad for value in seen)
+        (total * 0.5).backward()
+        sums.append(total.detach())
+        terms.append(seen)
+    torch.testing.assert_close(*sums)
+    for one, other in zip(*terms, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+    plain = given[2]
+    logp = F.linear(plain["hidden"], plain["head"]).log_softmax(-1)
+    logq = F.linear(plain["teacher_hidden"], plain["teacher_head"]).log_softmax(-1)
+    (0.5 * (logp.exp() * (logp - logq)).sum()).backward()
+    for made in given[:2]:
+        for name in ("hidden", "head"):
+            found, wanted = made[name].grad, plain[name].grad
+            assert found is not None and wanted is not None
+            bound = 1e-5 * float(wanted.abs().max())
+            torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=bound)
 
 
 @pytest.mark.parametrize(("rows", "block"), [(64, 1), (64, 4), (3, 4), (1, 64), (64, 64)])

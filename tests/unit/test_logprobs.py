@@ -13,6 +13,7 @@ from marco_train.losses.chains import compile_chains
 from marco_train.losses.logprobs import (
     gather_logprobs,
     sequence_logprobs,
+    summed_logprobs,
     tiles,
     token_logprobs,
     topk_logprobs,
@@ -59,6 +60,61 @@ def test_given_tokens_and_entropy_equal_the_whole_distribution(scale: float) -> 
         assert ours.grad is not None and wanted.grad is not None
         bound = 1e-5 * float(wanted.grad.abs().max())
         torch.testing.assert_close(ours.grad.double(), wanted.grad, rtol=1e-4, atol=bound)
+
+
+@pytest.fixture(params=[1, 3, 64], ids=lambda rows: f"pieces of {rows}")
+def _ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every sum of so narrow a model is learnt ahead, in pieces of so many tokens."""
+    monkeypatch.setattr(logprobs_module, "AHEAD_WIDTH", WIDTH)
+    monkeypatch.setattr(logprobs_module, "PIECE_ELEMENTS", {"cpu": request.param * VOCAB + 1})
+
+
+@pytest.mark.usefixtures("_tile", "_ahead")
+@pytest.mark.parametrize("scale", [1.0, 30.0])
+def test_a_sum_that_is_learnt_ahead_equals_the_whole_distribution(scale: float) -> None:
+    hidden, head, ids = draw(torch.float32, scale)
+    hidden64, head64 = (x.detach().double().requires_grad_() for x in (hidden, head))
+    total, terms, entropy = summed_logprobs(hidden, head, ids[:, 2])
+    assert total.grad_fn is not None and total.grad_fn.name() == "_SumLogprobsBackward"
+    assert not terms.requires_grad and not entropy.requires_grad
+    logp = F.linear(hidden64, head64).log_softmax(-1)
+    wanted = logp.gather(1, ids[:, 2:3])[:, 0]
+    torch.testing.assert_close(terms.double(), wanted.detach(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(total, terms.sum())
+    torch.testing.assert_close(
+        entropy.double(), -(logp.exp() * logp).sum(1), rtol=1e-5, atol=2e-5 * scale
+    )
+    (total * -0.25).backward()
+    (wanted.sum() * -0.25).backward()
+    for ours, expected in ((hidden, hidden64), (head, head64)):
+        assert ours.grad is not None and expected.grad is not None
+        bound = 1e-5 * float(expected.grad.abs().max())
+        torch.testing.assert_close(ours.grad.double(), expected.grad, rtol=1e-4, atol=bound)
+
+
+@pytest.mark.usefixtures("_ahead")
+def test_a_sum_is_learnt_ahead_in_float32_alone_and_not_where_nothing_is_learnt() -> None:
+    hidden, head, ids = draw(torch.float32)
+    with torch.no_grad():
+        total, *_ = summed_logprobs(hidden, head, ids[:, 0])
+    assert not total.requires_grad
+    total, *_ = summed_logprobs(hidden.detach(), head, ids[:, 0])
+    assert total.grad_fn is not None and total.grad_fn.name() == "SumBackward0"
+    hidden, head, _ = draw(torch.bfloat16)
+    total, *_ = summed_logprobs(hidden, head, ids[:, 0])
+    assert total.grad_fn is not None and total.grad_fn.name() == "SumBackward0"
+
+
+@pytest.mark.usefixtures("_ahead")
+def test_a_sum_over_no_token_is_zero_with_a_zero_gradient_and_gives_it_once() -> None:
+    hidden, head, ids = draw(torch.float32)
+    total, terms, entropy = summed_logprobs(hidden[:0], head, ids[:0, 0])
+    assert float(total.detach()) == 0 and terms.shape == entropy.shape == (0,)
+    total.backward(retain_graph=True)
+    assert head.grad is not None and not head.grad.any()
+    assert hidden.grad is not None and not hidden.grad.any()
+    with pytest.raises(RuntimeError, match="given away once"):
+        total.backward()
 
 
 @pytest.mark.usefixtures("_tile")
