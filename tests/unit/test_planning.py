@@ -1,7 +1,5 @@
 """The plan's counts are the model's, the loss's and the buffers' own."""
 
-import subprocess
-import sys
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -55,38 +53,6 @@ def test_few_layers_tell_what_many_hold(
         recompute=recompute, gradients=gradients, expert_parallel_size=experts_over, is_gpu=True
     )
     assert trace_update(asked) == trace._trace_layers(asked, 5).traced()
-
-
-# In a process of its own, as another test may have imported the compiler. `first` is what the first
-# trace of a process counts.
-FRESH = """
-import sys
-from marco_train.planning import compiler
-from tests.unit.test_planning import Recompute, shapes, trace
-import torch
-assert "torch._dynamo" not in sys.modules
-traced = shapes(recompute=Recompute.attention, is_gpu=True)
-first = trace._trace_layers(traced, 2)
-assert "torch._dynamo" not in sys.modules
-assert first == trace._trace_layers(traced, 2)
-with trace.compiler_left_out():
-    (torch.empty(2, device="meta") / 2).exp()
-    told = [*compiler.StandIn.told]
-    assert told and all("__dynamo_disable" in vars(function) for function in told)
-    import torch._dynamo
-    assert not hasattr(torch._dynamo, "no such thing")
-    assert torch._dynamo.explain  # the real one's
-assert torch.compile(lambda x: x / 2, backend="eager")(torch.ones(1)) == 0.5
-assert not any(vars(function).get("__dynamo_disable") is function for function in told)
-assert first == trace._trace_layers(traced, 2)
-"""
-
-
-def test_the_first_trace_of_a_process_counts_as_the_next_and_imports_no_compiler() -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", FRESH], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
 
 
 def grouped_products(left: Any, right: Any, *_: Any, **__: Any) -> int:
