@@ -19,6 +19,10 @@ from marco_train.models.attention import PackedSequences
 from marco_train.models.moe import SparseMLP
 from marco_train.models.routing import LayerRouting, Routing
 
+# On a CPU, BLAS reads a large head faster for few tokens if the head is the left factor, by 1.5 to
+# 3 times for 2 to 8 tokens (EPYC, 152 k x 256). What comes out is turned while it is in the cache.
+FEW_TOKENS, LARGE_HEAD, TURNED_ROWS = 32, 2**22, 8192
+
 
 class Attend(Protocol):
     """How tokens see each other: packed sequences, or a key-value cache."""
@@ -265,4 +269,12 @@ class Qwen3Moe(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [T, V] float32 of hidden states [T, D], whole: for sampling."""
-        return float32_logits(hidden, self.head)
+        head = self.head
+        is_turned = len(hidden) <= FEW_TOKENS and head.numel() >= LARGE_HEAD
+        if is_turned and head.device.type == "cpu" and head.dtype == torch.float32:
+            logits = hidden.new_empty(len(hidden), len(head))
+            for start in range(0, len(head), TURNED_ROWS):
+                rows = slice(start, start + TURNED_ROWS)
+                logits[:, rows] = torch.mm(head[rows], hidden.T).T
+            return logits
+        return float32_logits(hidden, head)

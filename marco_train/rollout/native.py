@@ -20,6 +20,9 @@ from marco_train.models.weights import named_weights, receive_weights
 from marco_train.rollout.base import NO_WEIGHTS, Sampler, response_seed
 from marco_train.types import FinishReason, Prompt, Rollout, no_experts
 
+# Tokens of a block that is drawn before one of them is.
+BLOCK = 2048
+
 
 class NativeSampler(Sampler):
     """Samples on this rank, alone: every rank holds all experts and its own prompts."""
@@ -197,6 +200,9 @@ class ExpertRecord:
 def draw_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     """Invert the cumulative distribution of each row at its uniform number.
 
+    Of a large vocabulary first a block of tokens is drawn, and then one of the block, so that only
+    sums of blocks and one block a row are added up in float64.
+
     Args:
         logits: [B, V] float32.
         uniforms: [B] float64 in [0, 1).
@@ -204,12 +210,36 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Token ids [B] int64 and their log-probabilities [B] float32.
     """
-    logprobs = logits.log_softmax(-1)
-    cumulative = logprobs.double().exp().cumsum(-1)
-    # Scaled by the total, so that rounding cannot push a draw past the last token.
-    drawn = torch.searchsorted(cumulative, (uniforms * cumulative[:, -1])[:, None], right=True)
-    tokens = drawn.clamp(max=logits.shape[1] - 1)
-    return tokens[:, 0], logprobs.gather(1, tokens)[:, 0]
+    probs = logits.softmax(-1)
+    vocab_size = probs.shape[1]
+    if vocab_size <= BLOCK:
+        tokens, _ = _draw(probs, uniforms)
+    else:
+        whole = vocab_size // BLOCK * BLOCK
+        of_blocks = probs[:, :whole].reshape(len(probs), -1, BLOCK).sum(-1)
+        of_rest = probs[:, whole:].sum(-1, keepdim=True)
+        block, uniforms = _draw(torch.cat([of_blocks, of_rest], 1), uniforms)
+        ids = block[:, None] * BLOCK + torch.arange(BLOCK, device=probs.device)
+        of_ids = probs.gather(1, ids.clamp(max=vocab_size - 1))
+        place, _ = _draw(of_ids.masked_fill_(ids >= vocab_size, 0), uniforms)
+        tokens = (block * BLOCK + place).clamp(max=vocab_size - 1)  # lies beyond if all are NaN
+    return tokens, probs.gather(1, tokens[:, None])[:, 0].log()
+
+
+def _draw(masses: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+    """Draw a column of each row of masses [B, N] by its uniform number [B] float64.
+
+    Returns:
+        Columns [B] int64, of positive mass; and how far in the column's mass each number lies, [B]
+        float64 in [0, 1), which is a uniform number again.
+    """
+    ends = masses.cumsum(-1, dtype=torch.float64)
+    # Scaled by the total, so that rounding cannot push a draw past the last mass.
+    wanted = uniforms[:, None] * ends[:, -1:]
+    column = torch.searchsorted(ends, wanted, right=True).clamp(max=masses.shape[1] - 1)
+    mass = masses.gather(1, column).double()
+    begins = ends.gather(1, column) - mass
+    return column[:, 0], ((wanted - begins) / mass).clamp(min=0)[:, 0]
 
 
 def likeliest_tokens(logits: Tensor) -> tuple[Tensor, Tensor]:

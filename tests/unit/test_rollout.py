@@ -21,6 +21,7 @@ from marco_train.inference.engine import Generation
 from marco_train.losses.logprobs import sequence_logprobs, token_logprobs, topk_logprobs
 from marco_train.models import Qwen3Moe
 from marco_train.models.checksums import CHECKSUM_CHUNK, WORD_BYTES, checksum
+from marco_train.models.qwen3_moe import FEW_TOKENS, LARGE_HEAD, TURNED_ROWS
 from marco_train.models.routing import Router, Routing
 from marco_train.models.weights import (
     ALL_EXPERTS,
@@ -31,7 +32,7 @@ from marco_train.models.weights import (
 )
 from marco_train.rollout import vllm as rollout_vllm
 from marco_train.rollout.base import SamplerSpec, in_order, response_seed, summarize
-from marco_train.rollout.native import NativeSampler, draw_tokens
+from marco_train.rollout.native import BLOCK, NativeSampler, draw_tokens
 from marco_train.rollout.sync import Canary, canary_sequences, sync_weights
 from marco_train.rollout.vllm import VLLMSampler, check_experts, share_for_keys
 from marco_train.types import FinishReason, Prompt, Rollout
@@ -306,6 +307,55 @@ def test_the_ends_of_the_unit_interval_draw_tokens_of_positive_probability() -> 
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf]] * 2)
     tokens, _ = draw_tokens(logits, torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64))
     assert tokens.tolist() == [1, 2]
+
+
+def test_a_large_vocabulary_is_drawn_as_its_whole_distribution() -> None:
+    generator = torch.Generator().manual_seed(0)
+    vocab_size = 3 * BLOCK + 1001
+    logits = 3 * torch.randn(64, vocab_size, generator=generator)
+    logits[:, BLOCK : 2 * BLOCK] = -torch.inf
+    uniforms = torch.rand(64, generator=generator, dtype=torch.float64)
+    tokens, logprobs = draw_tokens(logits, uniforms)
+    p = logits.double().softmax(1)
+    ends = p.cumsum(1).gather(1, tokens[:, None])[:, 0]
+    begins = ends - p.gather(1, tokens[:, None])[:, 0]
+    # Float32 probabilities move the ends of a token's interval by a few parts in 10^7.
+    assert bool(((begins - 1e-6 < uniforms) & (uniforms < ends + 1e-6)).all())
+    assert {int(token) // BLOCK for token in tokens} == {0, 2, 3}
+    wanted = p.log().gather(1, tokens[:, None])[:, 0]
+    torch.testing.assert_close(logprobs.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_the_ends_of_the_unit_interval_draw_from_the_first_and_last_block() -> None:
+    first, last = 1, 2 * BLOCK + 2
+    logits = torch.full((100, 2 * BLOCK + 5), -torch.inf)
+    logits[:, first] = 0
+    logits[:, [last - 1, last]] = torch.linspace(-25, 0, 100)[:, None]
+    for uniform, token in ((0.0, first), (1 - 2**-53, last)):
+        tokens, _ = draw_tokens(logits, torch.full((100,), uniform, dtype=torch.float64))
+        assert tokens.tolist() == [token] * 100
+
+
+@pytest.mark.parametrize("vocab_size", [5, BLOCK + 5])
+def test_logits_without_a_number_draw_a_token_whose_log_probability_is_none(
+    vocab_size: int,
+) -> None:
+    tokens, logprobs = draw_tokens(torch.full((2, vocab_size), torch.nan), torch.tensor([0, 0.5]))
+    assert tokens.tolist() == [vocab_size - 1] * 2
+    assert bool(logprobs.isnan().all())
+
+
+@pytest.mark.parametrize("num_tokens", [1, 3, FEW_TOKENS, FEW_TOKENS + 1])
+@torch.no_grad()
+def test_few_tokens_meet_the_whole_of_a_large_head(num_tokens: int) -> None:
+    vocab_size = 2 * TURNED_ROWS + 16
+    model = random_model(architecture(vocab_size=vocab_size, hidden_size=256), torch.float32, 0)
+    assert model.head.numel() >= LARGE_HEAD
+    hidden = torch.randn(num_tokens, 256, generator=torch.Generator().manual_seed(0))
+    found = model.logits(hidden)
+    assert found.is_contiguous()
+    wanted = hidden.double() @ model.head.double().T
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 class FakePolicy:
