@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from marco_train.config.opd import Objective, OPDConfig
-from marco_train.losses.chains import kl_gradient
+from marco_train.losses.chains import block_comparison, kl_gradient
 from marco_train.losses.logprobs import (
     HeadGradient,
     KeptTiles,
@@ -164,9 +164,9 @@ class _Comparison:
         self, rows: slice, block: slice, policy_nB: Tensor, teacher_nB: Tensor, targets: Tensor
     ) -> None:
         """Take a tile of both logits; `targets` [N] are the sampled tokens."""
-        gap_nB = policy_nB - teacher_nB
-        self.policy.add(rows, policy_nB, policy_nB, gap_nB)
-        self.teacher.add(rows, teacher_nB, teacher_nB, gap_nB)
+        sums = block_comparison(policy_nB, teacher_nB)
+        self.policy.add_sums(rows, *sums[:4])
+        self.teacher.add_sums(rows, *sums[4:])
         pick(policy_nB, targets[rows, None], block, into=self._target_logits[rows])
 
     def found(self) -> tuple[Tensor, ...]:
@@ -213,8 +213,8 @@ class _FullReverseKL(torch.autograd.Function):
         for rows, block in tiles(hidden, head):
             policy_nB = float32_logits(hidden[rows], head[block])
             teacher_nB = float32_logits(teacher_hidden[rows], teacher_head[block])
-            grad_nB = kl_gradient(policy_nB, teacher_nB, logsumexp[rows], gap[rows], grad[rows])
-            carried.add(grad_nB, rows, block)
+            kl_gradient(policy_nB, teacher_nB, logsumexp[rows], gap[rows], grad[rows])
+            carried.add(policy_nB, rows, block)
         return (*carried.gradients(), None, None, None)
 
 
@@ -239,8 +239,9 @@ class _SumFullReverseKL(LearntAhead):
                 both.add(rows, block, policy_nB, teacher_nB, targets)
             places = logsumexp[rows], both.gap[rows], one[rows]
             for block in policy.blocks():
-                grad_nB = kl_gradient(policy.tile(rows, block), teacher.tile(rows, block), *places)
-                carried.add(grad_nB, rows, block)
+                policy_nB = policy.tile(rows, block)
+                kl_gradient(policy_nB, teacher.tile(rows, block), *places)
+                carried.add(policy_nB, rows, block)
         ctx.carried = carried  # type: ignore[attr-defined]
         found = both.found()
         ctx.mark_non_differentiable(*found)

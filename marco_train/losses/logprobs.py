@@ -113,7 +113,10 @@ class RunningSoftmax:
 
     def add(self, rows: slice, logits_nB: Tensor, *values_nB: Tensor) -> None:
         """Take a tile of logits and, for each mean, the values to average; all float32."""
-        top, mass, sums = block_softmax(logits_nB, *values_nB)
+        self.add_sums(rows, *block_softmax(logits_nB, *values_nB))
+
+    def add_sums(self, rows: slice, top: Tensor, mass: Tensor, *sums: Tensor) -> None:
+        """Take what `block_softmax` finds in a tile."""
         block = top + mass.log()
         logsumexp, means = self.logsumexp[rows], self.means[:, rows]
         joint = torch.logaddexp(logsumexp, block)
@@ -172,11 +175,11 @@ def logprob_gradient(
         grad: [n, M].
         block: Of the vocabulary.
     """
-    grad_nB = softmax_gradient(logits_nB, logsumexp, -grad.sum(1, keepdim=True))
+    softmax_gradient(logits_nB, logsumexp, -grad.sum(1, keepdim=True))
     local = ids - block.start
-    inside = (local >= 0) & (local < grad_nB.shape[1])
-    local = local.clamp(0, grad_nB.shape[1] - 1)
-    return grad_nB.scatter_add_(1, local, torch.where(inside, grad, 0.0))
+    inside = (local >= 0) & (local < logits_nB.shape[1])
+    local = local.clamp(0, logits_nB.shape[1] - 1)
+    return logits_nB.scatter_add_(1, local, torch.where(inside, grad, 0.0))
 
 
 class _GatherLogprobs(torch.autograd.Function):

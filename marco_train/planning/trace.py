@@ -28,6 +28,7 @@ from marco_train.config.opd import Objective
 from marco_train.config.parallel import Dispatch, Recompute
 from marco_train.losses import logprobs
 from marco_train.losses.balance import balance_loss, router_z_loss
+from marco_train.losses.chains import SLICE_ELEMENTS
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.losses.distillation import FullReverseKL, SampledReverseKL, TopKReverseKL
 from marco_train.losses.logprobs import (
@@ -259,6 +260,7 @@ def kernels_of(is_gpu: bool, ledger: "_Ledger") -> Iterator[None]:
     if not is_gpu:
         TILE_ROWS["meta"] = TILE_ROWS["cpu"]
         PIECE_ELEMENTS["meta"] = PIECE_ELEMENTS["cpu"]
+        SLICE_ELEMENTS["meta"] = SLICE_ELEMENTS["cpu"]
     every_block = logprobs.vocabulary_blocks
 
     def some_blocks(num_tokens: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
@@ -280,6 +282,7 @@ def kernels_of(is_gpu: bool, ledger: "_Ledger") -> Iterator[None]:
         del TILE_ELEMENTS["meta"]
         TILE_ROWS.pop("meta", None)
         PIECE_ELEMENTS.pop("meta", None)
+        SLICE_ELEMENTS.pop("meta", None)
 
 
 class _Ledger(TorchDispatchMode):  # type: ignore[no-untyped-call]

@@ -71,9 +71,28 @@ def test_compiled_chains_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
         return plain(function, **options)  # type: ignore[call-overload]
 
     monkeypatch.setattr(torch, "compile", compile_and_tell)
-    double = chains.chain(lambda tile_NB: tile_NB * 2)
+    total = chains.chain(lambda tile_NB: (tile_NB.sum(1),))
     tile = torch.ones(3, 4)
-    assert torch.equal(double(tile), tile * 2) and not asked
+    wanted = [4.0] * 3
+    assert total(tile)[0].tolist() == wanted and not asked
     chains.compile_chains(True)
-    assert torch.equal(double(tile), tile * 2) and torch.equal(double(tile), tile * 2)
+    assert total(tile)[0].tolist() == wanted and total(tile)[0].tolist() == wanted
     assert asked == [("<lambda>", {"dynamic": True})]
+
+
+def test_slices_of_a_tile_give_the_numbers_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    policy, teacher = (torch.randn(37, 50, generator=generator) for _ in range(2))
+    of_tokens = [torch.randn(37, generator=generator) for _ in range(3)]
+
+    def numbers() -> list[Tensor]:
+        gradient, of_softmax = policy.clone(), policy.clone()
+        assert chains.kl_gradient(gradient, teacher.clone(), *of_tokens) == ()
+        assert chains.softmax_gradient(of_softmax, of_tokens[0], of_tokens[1][:, None]) == ()
+        return [*chains.block_comparison(policy, teacher), gradient, of_softmax]
+
+    whole = numbers()
+    assert [tuple(sums.shape) for sums in whole[:-2]] == [(37,)] * 8
+    monkeypatch.setitem(chains.SLICE_ELEMENTS, "cpu", 4 * 50)
+    for found, wanted in zip(numbers(), whole, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-6)
