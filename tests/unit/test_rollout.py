@@ -337,7 +337,7 @@ def test_the_ends_of_the_unit_interval_draw_from_the_first_and_last_block() -> N
 
 
 @pytest.mark.parametrize("vocab_size", [5, BLOCK + 5])
-def test_logits_without_a_number_draw_a_token_whose_log_probability_is_none(
+def test_logits_that_are_no_numbers_give_a_log_probability_that_is_none(
     vocab_size: int,
 ) -> None:
     tokens, logprobs = draw_tokens(torch.full((2, vocab_size), torch.nan), torch.tensor([0, 0.5]))
