@@ -103,6 +103,16 @@ def start(timeout_seconds: float = TIMEOUT_SECONDS, *, deterministic: bool = Fal
     Groups.agreements = dist.new_group(backend="gloo", timeout=timeout)
 
 
+def limit_waits() -> None:
+    """Give the groups that a library has formed the timeout of `start`, of which it does not know.
+
+    Left to itself torch lets such a group wait for half an hour over gloo, 10 minutes over NCCL.
+    """
+    if Groups.timeout is not None:
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d._set_pg_timeout(Groups.timeout, group)
+
+
 def compute_deterministically() -> None:
     """Have torch and vLLM repeat their numbers; comes before the first product and vLLM's import.
 

@@ -13,7 +13,7 @@ from marco_train.checkpoint import StateSource, TrainingState
 from marco_train.config.model import ModelConfig
 from marco_train.config.optim import OptimConfig
 from marco_train.config.parallel import ParallelConfig
-from marco_train.distributed import device, reduce_sums, world_size
+from marco_train.distributed import device, limit_waits, reduce_sums, world_size
 from marco_train.engine.expert_groups import mark_experts
 from marco_train.engine.guard import NON_FINITE, SPIKE, Skipped, UpdateGuard
 from marco_train.engine.optim import LearningRate, build_schedule, parameter_groups
@@ -62,6 +62,7 @@ class Policy(Student):
                 optimizer=adamw,
                 config=deepspeed_config(optim, parallel, model_cfg.dtype),
             )
+        limit_waits()
         self._state = OptimizerState(self._optimizer, parallel.offload_while_sampling)
         self.guard = UpdateGuard(optim, adamw, lambda: float(self._optimizer._global_grad_norm))
         self.skipped: Skipped | None = None

@@ -3,19 +3,21 @@
 import sys
 from collections import Counter
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from marco_train import distributed
-from marco_train.distributed import gather_objects
+from marco_train.distributed import Groups, gather_objects, limit_waits
 from marco_train.run import Run
 from tests.helpers.configs import compose_config
 from tests.helpers.ranks import run_on_ranks
-from tests.helpers.runs import STAGES, overrides
+from tests.helpers.runs import STAGES, overrides, run
 from tests.helpers.world import World
 
 pytestmark = pytest.mark.slow
@@ -115,3 +117,48 @@ def told(size: int) -> list[tuple[int, str]]:
 def test_objects_of_any_size_are_gathered_in_the_order_of_ranks(size: int) -> None:
     wanted = [(rank, "x" * size * rank) for rank in range(3)]
     assert run_on_ranks(3, told, size) == [wanted] * 3
+
+
+def timeouts_after_a_run(world: World, out: Path, experts_over: int) -> list[timedelta]:
+    """Of the groups that the run and DeepSpeed have formed, in the order in which they did."""
+    Groups.timeout = timedelta(seconds=33)
+    run(
+        compose_config(
+            "quickstart_sft", *overrides("sft", world, out, experts_over), "stage.max_steps=1"
+        ),
+        "sft",
+        None,
+    )
+    groups = [group for group in dist.distributed_c10d._world.pg_map if group != dist.group.WORLD]
+    return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+
+
+@pytest.mark.parametrize("experts_over", [1, 2])
+def test_a_rank_waits_as_long_as_configured_in_the_groups_that_deepspeed_forms(
+    experts_over: int, world: World, tmp_path: Path
+) -> None:
+    for found in run_on_ranks(2, timeouts_after_a_run, world, tmp_path, experts_over):
+        assert len(found) >= experts_over  # DeepSpeed's of all ranks, and that of the experts
+        assert set(found) == {timedelta(seconds=33)}
+
+
+def waited_in_vain() -> str:
+    group = dist.new_group()
+    Groups.timeout = timedelta(seconds=1)
+    limit_waits()
+    met = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 1:
+        met.wait(["the first has waited"], timedelta(seconds=60))
+        return ""
+    try:
+        dist.all_reduce(torch.ones(1), group=group)
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        met.set("the first has waited", "")
+    return "did not"
+
+
+def test_a_rank_does_not_wait_longer_for_one_that_is_silent() -> None:
+    said, _ = run_on_ranks(2, waited_in_vain)
+    assert "Timed out waiting 1000ms" in said
