@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from itertools import takewhile
 from pathlib import Path
 from tempfile import TemporaryFile
 from types import FrameType
@@ -100,10 +101,12 @@ class Watch:
                 self._store.set(f"watch/{self._rank}", "left")
 
     def _watch(self) -> None:
-        while not self._ended.wait(self._between):
+        while True:  # the first look at once: a rank that ends within a second has told of itself
             mine = self._look_around()
             if mine.seconds >= self._seconds and not self._is_failing:
                 self._end(mine)
+            if self._ended.wait(self._between):
+                return
 
     def _look_around(self) -> Seen:
         frame = sys._current_frames().get(self._main)
@@ -145,7 +148,11 @@ class Watch:
         if self._store is None:
             return []
         before = self._look
-        time.sleep((SILENT_LOOKS + 2) * self._between)
+        # A last word may be heard at the next look, and looks of a busy machine are late.
+        enough = SILENT_LOOKS + 2
+        deadline = time.monotonic() + 1.5 * enough * self._between
+        while self._look < before + enough and time.monotonic() < deadline:
+            time.sleep(self._between / 10)
         if self._look <= before + 1:  # the store does not answer, which the first rank's node holds
             return [0]
         return self.silent()
@@ -201,12 +208,19 @@ def _place(frame: FrameType) -> tuple[str, int]:
 
 
 def _waits() -> bool:
-    """Whether a thread of this process stands in a collective."""
+    """Whether a thread of this process stands in a collective, which this package calls.
+
+    What calls this package may be of torch as well, a launcher that forks its ranks say.
+    """
     return any(
         COLLECTIVES in frame.f_code.co_filename
         for top in sys._current_frames().values()
-        for frame in _stack(top)
+        for frame in takewhile(lambda each: not _is_own(each), _stack(top))
     )
+
+
+def _is_own(frame: FrameType) -> bool:
+    return PACKAGE in Path(frame.f_code.co_filename).parents
 
 
 def _said(frame: FrameType | None) -> str:
@@ -214,7 +228,7 @@ def _said(frame: FrameType | None) -> str:
     if frame is None:
         return "its end"
     lines = [_line(frame)]
-    own = next((f for f in _stack(frame) if PACKAGE in Path(f.f_code.co_filename).parents), frame)
+    own = next(filter(_is_own, _stack(frame)), frame)
     if own is not frame:
         lines.append(f"by {_line(own)}")
     return ", ".join(lines)
