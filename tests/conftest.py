@@ -1,8 +1,10 @@
 """What every test may ask for."""
 
+import gc
 import os
 import shutil
 from collections.abc import Iterator
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
@@ -22,6 +24,30 @@ NEEDS = {
 }
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 torch.set_num_threads(1)
+# What a training run imports as it goes. A test forks its ranks, and each would import it anew.
+LATE = (
+    "deepspeed",
+    "marco_train.stages.opd",
+    "marco_train.stages.sft",
+    "torch._dynamo",
+    "torch.fx.experimental.symbolic_shapes",
+    "transformers.models.auto.modeling_auto",
+    "transformers.models.qwen3.modeling_qwen3",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe",
+    "transformers.tokenization_utils_tokenizers",
+)
+
+
+def pytest_collection_finish() -> None:
+    """Make forks cheap: with all that a run imports, and with nothing to collect again in each."""
+    for module in LATE:
+        import_module(module)
+    gc.freeze()  # DeepSpeed collects garbage ten times as it starts
+
+
+def pytest_unconfigure() -> None:
+    """Let what the interpreter ends with be freed: libraries report what is left."""
+    gc.unfreeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

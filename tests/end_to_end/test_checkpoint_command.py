@@ -2,14 +2,13 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.checkpoints import same_state
 from tests.helpers.configs import compose_config
-from tests.helpers.processes import REPOSITORY
+from tests.helpers.processes import run_script
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import overrides, run
 from tests.helpers.world import World
@@ -18,8 +17,7 @@ pytestmark = pytest.mark.slow
 
 
 def ask(*words: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "checkpoint.py"), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_script("checkpoint.py", *map(str, words))
 
 
 @pytest.fixture(scope="module")

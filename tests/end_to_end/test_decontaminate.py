@@ -2,14 +2,13 @@
 
 import json
 import subprocess
-import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.helpers.processes import REPOSITORY
+from tests.helpers.processes import REPOSITORY, run_script
 
 pytestmark = pytest.mark.slow
 
@@ -18,8 +17,7 @@ RIVER = "Which of these rivers is the longest one in all of Asia?"
 
 
 def looked(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "decontaminate.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_script("decontaminate.py", *arguments)
 
 
 def write(file: Path, *rows: Any) -> str:

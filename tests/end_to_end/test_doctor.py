@@ -4,7 +4,6 @@ import json
 import shutil
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from datetime import timedelta
@@ -35,7 +34,7 @@ from marco_train.stages.opd import prepare_opd, run_opd
 from marco_train.stages.sft import prepare_sft
 from tests.helpers.checkpoints import edit_state
 from tests.helpers.configs import compose_config
-from tests.helpers.processes import REPOSITORY
+from tests.helpers.processes import run_script
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.world import World
 
@@ -48,8 +47,7 @@ ALONE = "parallel.expert_parallel_size=1"
 
 
 def doctor(*overrides: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "doctor.py"), *overrides]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_script("doctor.py", *overrides)
 
 
 def faults(num_ranks: int, *overrides: str) -> list[str]:

@@ -1,17 +1,15 @@
 """What a person runs first with rows of their own."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from marco_train.commands.inspect_data import main
-from tests.helpers.processes import REPOSITORY
+from tests.helpers.processes import run_script
 from tests.helpers.world import World
 
 pytestmark = pytest.mark.slow
@@ -22,9 +20,7 @@ GOOD = {"messages": [ASKED, ANSWERED], "note": "kept", "answer": "a label"}
 
 
 def inspected(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "inspect_data.py"), *arguments]
-    env = os.environ | environment
-    return subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    return run_script("inspect_data.py", *arguments, **environment)
 
 
 def write(tmp_path: Path, *rows: Any) -> str:

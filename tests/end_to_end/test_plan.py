@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,15 +10,14 @@ import pytest
 from marco_train.commands.plan import FIELDS, answer
 from marco_train.planning.memory import COMPONENTS
 from marco_train.planning.seconds import NAMES
-from tests.helpers.processes import REPOSITORY
+from tests.helpers.processes import REPOSITORY, run_script
 
 READMES = sorted(REPOSITORY.glob("recipes/*/README.md"))
 COMMAND = "python scripts/plan.py "
 
 
 def plan(*words: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "plan.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=REPOSITORY)
+    return run_script("plan.py", *words)
 
 
 @pytest.mark.slow

@@ -5,10 +5,13 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch._C._distributed_c10d import HashStore  # torch exports it without a type
 
 from marco_train import watch as watch_module
 from marco_train.watch import Seen, Watch, name_fault
@@ -19,6 +22,7 @@ from tests.helpers.world import World
 
 NUM_RANKS = 2
 HANG_SECONDS = 8
+OWN = str(watch_module.PACKAGE / "own.py").removeprefix("/")
 
 
 def given(world: World, out: Path, *more: str) -> list[str]:
@@ -66,7 +70,8 @@ def test_a_rank_that_hangs_is_named_with_its_stack(
 @pytest.mark.long
 def test_a_rank_that_is_stopped_is_named_by_the_other(world: World, tmp_path: Path) -> None:
     stop = Fault("train_step", "stop", step=2, rank=1)
-    process = launch(given(world, tmp_path), [stop], tmp_path / "struck", NUM_RANKS)
+    more = given(world, tmp_path, "stage.num_steps=1000")  # it is ended, however long it went on
+    process = launch(more, [stop], tmp_path / "struck", NUM_RANKS)
     try:
         soon((tmp_path / "exit_status.json").exists)
     finally:
@@ -90,7 +95,7 @@ def test_a_rank_whose_peer_is_killed_says_so_in_a_sentence(world: World, tmp_pat
 @pytest.mark.slow
 @pytest.mark.long
 def test_a_signal_prints_the_stacks_and_the_run_goes_on(world: World, tmp_path: Path) -> None:
-    more = given(world, tmp_path, "stage.num_steps=200", "checkpoint.save_every=1000")
+    more = given(world, tmp_path, "stage.num_steps=40", "checkpoint.save_every=1000")
     process = launch(more, [], tmp_path / "struck", NUM_RANKS)
 
     def wait_for_steps(number: int) -> None:
@@ -104,7 +109,7 @@ def test_a_signal_prints_the_stacks_and_the_run_goes_on(world: World, tmp_path: 
     output, _ = process.communicate(timeout=240)
     assert process.returncode == 0, output
     assert output.count("Current thread") >= NUM_RANKS and "in run_sft" in output
-    assert num_steps_of(tmp_path) == 200
+    assert num_steps_of(tmp_path) == 40
 
 
 def test_a_store_behind_a_cut_wire_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -130,6 +135,52 @@ def test_a_store_behind_a_cut_wire_holds_nobody_up(monkeypatch: pytest.MonkeyPat
     watch.stop()
     assert time.monotonic() - began < 30  # and not the minute after which the store answers
     answers.set()
+
+
+def test_a_rank_that_falls_silent_before_its_second_look_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store = HashStore()
+    doubles = {"shared_store": lambda: store, "world_size": lambda: 2}
+    for name, value in doubles.items():
+        monkeypatch.setattr(watch_module, name, value)
+    watches = []
+    for number, seconds in ((0, 0.1), (1, 600)):  # between the looks
+        monkeypatch.setattr(watch_module, "rank", lambda number=number: number)
+        monkeypatch.setattr(watch_module, "SECONDS_BETWEEN_LOOKS", seconds)
+        watches.append(Watch(3600, lambda *_: None))
+    stays, goes = watches
+    soon(lambda: store.check(["watch/1"]))
+    goes.stop(is_well=False)
+    assert stays.gone() == [1]
+    stays.stop()
+
+
+@pytest.mark.parametrize(
+    ("callers", "waits"),
+    [(("torch/distributed/run.py", OWN), False), ((OWN, "torch/distributed/c10d.py"), True)],
+)
+def test_a_launcher_of_torch_that_calls_this_package_is_no_collective(
+    callers: tuple[str, str], waits: bool
+) -> None:
+    entered, may_leave = threading.Event(), threading.Event()
+
+    def stand() -> None:
+        entered.set()
+        may_leave.wait()
+
+    call: Callable[[], object] = stand
+    for file in reversed(callers):
+        made: dict[str, Any] = {}
+        exec(compile("def call(inner): inner()", f"/{file}", "exec"), made)  # noqa: S102
+        call = partial(made["call"], call)
+    thread = threading.Thread(target=call)
+    thread.start()
+    entered.wait()
+    found = watch_module._waits()
+    may_leave.set()
+    thread.join()
+    assert found == waits
 
 
 def seen(progress: int = 5, seconds: float = 10.0, waits: bool = True) -> Seen:

@@ -15,17 +15,16 @@ from marco_train.config import TrainConfig
 from marco_train.interruption import Interruption, Signals, Wish, listening
 from marco_train.run import begin
 from tests.helpers.configs import compose_config
-from tests.helpers.processes import REPOSITORY, soon
+from tests.helpers.processes import REPOSITORY, fork, soon
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import num_steps_of, saved_steps
 from tests.helpers.world import World
 
-NUM_STEPS = 250
+NUM_STEPS = 60
 
 
-def launch(world: World, out: Path, *extra: str) -> subprocess.Popen[str]:
-    """A recipe's launch of two ranks, in a process group of its own."""
-    given = [
+def given(world: World, out: Path, *extra: str) -> list[str]:
+    return [
         *(
             f"root={world.root}",
             f"output_dir={out}",
@@ -35,10 +34,14 @@ def launch(world: World, out: Path, *extra: str) -> subprocess.Popen[str]:
         *(f"stage.num_steps={NUM_STEPS}", "stage.global_batch_size=6", "stage.eval_every=null"),
         *("data.max_tokens_per_microbatch=128", "optim.warmup_steps=2", *extra),
     ]
+
+
+def launch(world: World, out: Path, *extra: str) -> subprocess.Popen[str]:
+    """A recipe's launch of two ranks, in a process group of its own."""
     script = 'source recipes/launch.sh; launch quickstart_sft "$@"'
     return subprocess.Popen(
         # Where SIGINT is ignored, as in a script's background, no shell can take it again.
-        ["env", "--default-signal=INT", "bash", "-c", script, "_", *given],
+        ["env", "--default-signal=INT", "bash", "-c", script, "_", *given(world, out, *extra)],
         cwd=REPOSITORY,
         env=os.environ | {"NPROC": "2", "PYTHONPATH": str(REPOSITORY)},
         stdout=subprocess.PIPE,
@@ -46,6 +49,11 @@ def launch(world: World, out: Path, *extra: str) -> subprocess.Popen[str]:
         text=True,
         start_new_session=True,
     )
+
+
+def launch_quickly(world: World, out: Path) -> subprocess.Popen[str]:
+    """The same ranks without the recipe."""
+    return fork(train.main, ["experiment=quickstart_sft", *given(world, out)], num_ranks=2)
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
@@ -62,7 +70,7 @@ def exit_status(out: Path) -> dict[str, Any]:
 def calm(world: World, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """What a run learns that nobody disturbs."""
     out = tmp_path_factory.mktemp("calm")
-    code, output = ended(launch(world, out))
+    code, output = ended(launch_quickly(world, out))
     assert code == 0, output
     assert exit_status(out) == {"code": 0, "reason": "finished", "step": None, "checkpoint": None}
     return (out / "export" / "model.safetensors").read_bytes()
@@ -91,15 +99,15 @@ def test_a_run_that_is_told_to_end_saves_its_step_and_goes_on_from_it(
     assert saved_steps(tmp_path) == [step] and num_steps_of(tmp_path) == step < NUM_STEPS
     assert f"ends after step {step}, as {reason} asks; saved in {path}" in output
 
-    code, output = ended(launch(world, tmp_path))
+    code, output = ended(launch_quickly(world, tmp_path))
     assert code == 0 and f"resumed from {path}" in output, output
     assert (tmp_path / "export" / "model.safetensors").read_bytes() == calm
 
 
 @pytest.mark.slow
 def test_a_signal_and_a_file_save_and_another_file_ends(world: World, tmp_path: Path) -> None:
-    given = ["stage.num_steps=100000", "checkpoint.save_every=100000", "checkpoint.keep_last=5"]
-    process = launch(world, tmp_path, *given)
+    more = ["stage.num_steps=100000", "checkpoint.save_every=100000", "checkpoint.keep_last=5"]
+    process = launch(world, tmp_path, *more)
     soon(lambda: num_steps_of(tmp_path) >= 2)
     os.killpg(process.pid, signal.SIGUSR1)  # as scancel does
     soon(lambda: len(saved_steps(tmp_path)) == 1)

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from safetensors.torch import load_file
 
 from marco_train import run as run_module
+from marco_train import train
 from marco_train.checkpoint import load_checkpoint, store
 from marco_train.checkpoint.lock import LOCK
 from marco_train.checkpoint.shards import write_shard
@@ -21,7 +21,7 @@ from marco_train.config import TrainConfig
 from marco_train.config.resumption import is_finished, lost_since_finished
 from marco_train.distributed import rank
 from tests.helpers.configs import compose_config
-from tests.helpers.processes import REPOSITORY, soon
+from tests.helpers.processes import fork, soon
 from tests.helpers.processes import launch as run_to_its_end
 from tests.helpers.ranks import run_on_ranks
 from tests.helpers.runs import losses, num_steps_of, overrides, run, saved_steps
@@ -42,18 +42,7 @@ def given(world: World, out: Path, *more: str) -> list[str]:
 
 def launch(*overrides: str) -> subprocess.Popen[str]:
     """Two ranks under torchrun."""
-    return subprocess.Popen(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"),
-            *("-m", "marco_train.train", *overrides),
-        ],
-        cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
+    return fork(train.main, overrides, num_ranks=2)
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:

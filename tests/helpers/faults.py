@@ -17,7 +17,6 @@ file named by its place in the list, before it strikes); so the next launch gets
 `again=True` it strikes in each launch. In a process at hand `install(faults, directory)` does it.
 """
 
-import json
 import math
 import os
 import resource
@@ -27,13 +26,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tests.helpers.processes import REPOSITORY
+from marco_train import train
+from tests.helpers.processes import fork
 
 # Where a fault may strike: a module, and what it knows the function by.
 POINTS = {
@@ -46,7 +46,6 @@ POINTS = {
     "score": ("marco_train.teachers.base", "Teacher.collect"),
     "log": ("marco_train.tracking", "Tracker.log"),
 }
-VARIABLE = "MARCO_TRAIN_TEST_FAULTS"
 # Bytes of a file for which a full disk still has room.
 ROOM = 1000
 
@@ -195,39 +194,18 @@ def launch(
         **environment: Beside this process's.
 
     Returns:
-        The process; its output and errors come in one pipe.
+        The process, forked from this one; its output and errors come in one pipe.
     """
-    command = [sys.executable, "-m"]
-    if num_ranks > 1:
-        command += ["torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}", "-m"]
-    told = {"directory": str(directory), "faults": [asdict(fault) for fault in faults]}
-    kept = {k: v for k, v in os.environ.items() if k not in {"RANK", "LOCAL_RANK", "WORLD_SIZE"}}
-    return subprocess.Popen(
-        [*command, "tests.helpers.faults", *overrides],
-        cwd=REPOSITORY,
-        env=kept | {"PYTHONPATH": str(REPOSITORY), VARIABLE: json.dumps(told)} | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
 
+    def main() -> None:
+        plain = train.run_kind
 
-def main() -> None:
-    """Be `python -m marco_train.train`, with the faults that the launch told of."""
-    from marco_train import train
+        def run_kind(*args: Any) -> None:
+            install(faults, directory)
+            plain(*args)
 
-    told = json.loads(os.environ[VARIABLE])
-    plain = train.run_kind
+        # Only now: importing a stage takes longer than refusing what is wrong with a command line.
+        setattr(train, plain.__name__, run_kind)
+        train.main()
 
-    def run_kind(*args: Any) -> None:
-        install([Fault(**fault) for fault in told["faults"]], Path(told["directory"]))
-        plain(*args)
-
-    # Only now: importing a stage takes longer than refusing what is wrong with a command line.
-    setattr(train, plain.__name__, run_kind)
-    train.main()
-
-
-if __name__ == "__main__":
-    main()
+    return fork(main, overrides, num_ranks, environment)
