@@ -26,7 +26,6 @@ from marco_train.curation.entities import Classified, Entities
 from marco_train.curation.frame import Pipeline, run
 
 LANGUAGES = ("de", "fr", "ja")
-NUM_LINES = 20_000
 NUM_LINES_OF_MEMORY = (20_000, 80_000)
 SHARD_ROWS = 2_000
 MIN_ARTICLES = 5
@@ -115,16 +114,16 @@ def bench_lines(bench: Bench) -> None:
         with tempfile.TemporaryDirectory() as directory:
             file = Path(directory, "dump.json")
             with opened(file, "wb") as content:
-                size = write(content, NUM_LINES)
+                size = write(content, bench.args.lines)
             rates, kept = [], 0
             for _ in range(bench.repeats):
                 start = time.process_time()
                 kept = sum(isinstance(each, dict) for each in entities(file).read(0))
-                rates.append(NUM_LINES / (time.process_time() - start))
+                rates.append(bench.args.lines / (time.process_time() - start))
         cells = {
             "packed": pack,
-            "KiB a line": size / NUM_LINES / 1024,
-            "kept": kept / NUM_LINES,
+            "KiB a line": size / bench.args.lines / 1024,
+            "kept": kept / bench.args.lines,
             "lines a second of a core": median(rates),
             "range": span(rates),
         }
@@ -162,8 +161,9 @@ PARTS = {"lines": bench_lines, "memory": bench_memory}
 
 def main() -> None:
     """Run the parts that are asked for."""
-    args = parser_of(__doc__ or "", PARTS, ["lines"], ["lines"]).parse_args()
-    Bench(args, torch.device("cpu")).run(PARTS)
+    parser = parser_of(__doc__ or "", PARTS, ["lines"], ["lines"])
+    parser.add_argument("--lines", type=int, default=20_000, help="Of a dump; 20000 if absent.")
+    Bench(parser.parse_args(), torch.device("cpu")).run(PARTS)
 
 
 if __name__ == "__main__" and not do_job({"peak_of": peak_of}):

@@ -3,19 +3,17 @@
 import gzip
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import REPOSITORY
+from tests.helpers.processes import run_script
 
 pytestmark = pytest.mark.slow
 
 
 def bench(*arguments: str, script: str = "model.py") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPOSITORY / "scripts" / "bench" / script), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    return run_script(f"bench/{script}", *arguments)
 
 
 @pytest.mark.long
@@ -157,7 +155,8 @@ def test_the_cost_of_saves_is_measured(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_entities_are_read_packed_and_not(tmp_path: Path) -> None:
     file = tmp_path / "bench.json"
-    done = bench("--repeats", "1", "--only", "lines", "--json", str(file), script="entities.py")
+    given = ("--repeats", "1", "--lines", "1000", "--only", "lines", "--json", str(file))
+    done = bench(*given, script="entities.py")
     assert done.returncode == 0, done.stderr
     lines = json.loads(file.read_text())["parts"]["lines"]
     assert [(row["packed"], row["kept"]) for row in lines] == [

@@ -26,7 +26,7 @@ from tests.helpers.world import World
 
 pytestmark = pytest.mark.long
 
-LENGTH = 2048
+LENGTH = 1024
 SHAPE = {
     "vocab_size": 50_000,
     "hidden_size": 256,
@@ -46,11 +46,11 @@ SHARED = ["logging=console", "resume=never", "checkpoint=none", "model.dtype=flo
 SHARED += ["optim.learning_rate=1e-4"]
 # Ranks, tokens of a microbatch, and what else is asked for; each peaks at 1 GiB or more.
 SFT = [
-    (1, 4096, ["parallel.recompute=none"]),
-    (1, 8192, ["parallel.recompute=attention", "parallel.zero_stage=2"]),
+    (1, 2048, ["parallel.recompute=none"]),
+    (1, 4096, ["parallel.recompute=attention", "parallel.zero_stage=2"]),
     (1, 8192, ["parallel.recompute=layer"]),
-    (2, 6144, ["parallel.expert_parallel_size=2", "parallel.recompute=attention"]),
-    (2, 4096, ["parallel.expert_parallel_size=2", "parallel.zero_stage=2"]),
+    (2, 3072, ["parallel.expert_parallel_size=2", "parallel.recompute=attention"]),
+    (2, 2048, ["parallel.expert_parallel_size=2", "parallel.zero_stage=2"]),
 ]
 
 
@@ -134,12 +134,12 @@ def test_distillation_beside_a_resident_teacher_holds_what_was_planned(
         *(f"model.architecture.{name}={value}" for name, value in SHAPE.items()),
         "+source@data.sources.asked=files",
         f"data.sources.asked.path={tmp_path / 'rows.jsonl'}",
-        "data.max_tokens_per_microbatch=4096",
+        "data.max_tokens_per_microbatch=1024",
         "stage.objective=sampled",
-        "stage.global_batch_size=16",
+        "stage.global_batch_size=8",
         "stage.responses_per_prompt=2",
         "stage.max_prompt_length=64",
-        "stage.max_response_length=128",
+        "stage.max_response_length=64",
         "+teacher@stage.cascade.only.teacher=native",
         f"stage.cascade.only.teacher.path={tmp_path / 'teacher'}",
         "stage.cascade.only.teacher.dtype=float32",
