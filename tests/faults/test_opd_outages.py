@@ -91,8 +91,8 @@ def test_a_run_that_gave_up_is_saved_and_can_be_resumed(world: World, tmp_path: 
         with pytest.raises(AssertionError, match=r"ServersUnavailable: no answer for \d+ s from"):
             run_on_ranks(1, distil, config(world, parts, server, 1, give_up), server.socket)
         absence.join()
-        (saved,) = saved_steps(parts)
-        assert saved >= 2 and not (parts / "finished.json").exists()
+        # Before that a busy machine may have saved, too.
+        assert max(saved_steps(parts)) >= 2 and not (parts / "finished.json").exists()
 
         server.start()
         server.model = "another"
@@ -164,7 +164,7 @@ def test_a_later_phase_whose_teacher_hangs_is_saved_and_resumed(
         ((_, seconds, num_threads, num_connections),) = run_on_ranks(1, give_up_on, cfg, server)
         assert 4 <= seconds < 60
         assert num_threads == num_connections == 0
-        assert saved_steps(parts) == [2]
+        assert max(saved_steps(parts)) == 2
         server.script = []
         run_on_ranks(1, distil, cfg, server.socket)
         cfg = compose_config("quickstart_opd", *common, *later, f"output_dir={whole}")

@@ -696,8 +696,7 @@ def test_a_run_that_gave_up_on_its_samplers_is_saved_and_resumes(
     ):
         run_on_ranks(1, distil, config(world, parts, server, 1, give_up), *sockets(servers))
     absence.join()
-    (saved,) = saved_steps(parts)
-    assert saved >= 2
+    assert max(saved_steps(parts)) >= 2  # before which a busy machine may have saved, too
     server[0].begin_anew()
     server[0].start()
     run_on_ranks(1, distil, config(world, parts, server, 1), *sockets(servers))
