@@ -325,13 +325,16 @@ def test_an_engine_that_hangs_behind_a_healthy_server_is_away_and_no_prompt_is_l
             server.script = []
         return True
 
-    bounds = {"request_timeout_seconds": 1.0, "save_after_seconds": 1.5}
+    bounds = {
+        "request_timeout_seconds": 1.0,
+        "save_after_seconds": 5.0,
+    }  # longer than a busy machine waits
     sampler = sampler_of(servers, tmp_path, save_early, **bounds)
     sync(policy, sampler)
     for server in servers:
         server.script = ["hangs"] * 1000
     assert in_order(sampler.sample(prompts(), 2)) == expected(policy.model)
-    assert saves  # a busy machine may wait, and save, more than once
+    assert saves == [0]
 
 
 def test_drained_responses_are_of_the_weights_that_they_were_asked_of(
@@ -690,13 +693,17 @@ def test_a_run_that_gave_up_on_its_samplers_is_saved_and_resumes(
 
     absence = threading.Thread(target=end)
     absence.start()
-    give_up = "stage.rollout.servers.give_up_after_seconds=4"
+    give_up = [  # and no early save of a busy machine before
+        "stage.rollout.servers.save_after_seconds=3",
+        "stage.rollout.servers.give_up_after_seconds=5",
+    ]
     with pytest.raises(
         AssertionError, match=r"ServersUnavailable: no answer for \d+ s from the sampler's"
     ):
-        run_on_ranks(1, distil, config(world, parts, server, 1, give_up), *sockets(servers))
+        run_on_ranks(1, distil, config(world, parts, server, 1, *give_up), *sockets(servers))
     absence.join()
-    assert max(saved_steps(parts)) >= 2  # before which a busy machine may have saved, too
+    (saved,) = saved_steps(parts)
+    assert saved >= 2
     server[0].begin_anew()
     server[0].start()
     run_on_ranks(1, distil, config(world, parts, server, 1), *sockets(servers))
