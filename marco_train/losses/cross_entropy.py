@@ -1,6 +1,7 @@
 """The SFT loss."""
 
-from marco_train.losses.logprobs import at_loss_tokens, summed_logprobs
+from marco_train.losses.ahead import summed_logprobs
+from marco_train.losses.logprobs import at_loss_tokens
 from marco_train.types import LossOutput, Microbatch, PolicyOutput
 
 

@@ -35,16 +35,14 @@ import torch
 from torch import Tensor
 
 from marco_train.config.opd import Objective, OPDConfig
+from marco_train.losses.ahead import KeptTiles, LearntAhead, joined, learns_ahead
 from marco_train.losses.chains import block_comparison, kl_gradient
 from marco_train.losses.logprobs import (
     HeadGradient,
-    KeptTiles,
-    LearntAhead,
     RunningSoftmax,
     at_loss_tokens,
     float32_logits,
     gather_logprobs,
-    learns_ahead,
     pick,
     tiles,
     token_logprobs,
@@ -228,24 +226,43 @@ class _SumFullReverseKL(LearntAhead):
         teacher_head: Tensor,
         targets: Tensor,
     ) -> tuple[Tensor, ...]:
-        both, carried = _Comparison(len(hidden), hidden.device), HeadGradient(hidden, head)
-        policy = KeptTiles(hidden, head, share=2)
-        teacher = KeptTiles(teacher_hidden, teacher_head, share=2)
-        logsumexp, one = both.policy.logsumexp, torch.ones(len(hidden), device=hidden.device)
-        for rows in policy.pieces(len(hidden)):
-            for block in policy.blocks():
-                policy_nB = policy.logits(rows, block, hidden, head)
-                teacher_nB = teacher.logits(rows, block, teacher_hidden, teacher_head)
-                both.add(rows, block, policy_nB, teacher_nB, targets)
-            places = logsumexp[rows], both.gap[rows], one[rows]
-            for block in policy.blocks():
-                policy_nB = policy.tile(rows, block)
-                kl_gradient(policy_nB, teacher.tile(rows, block), *places)
-                carried.add(policy_nB, rows, block)
+        carried = HeadGradient(hidden, head)
+        kept = KeptTiles([hidden, teacher_hidden], [head, teacher_head])
+        found: list[tuple[Tensor, ...]] = []
+        target_logits = (hidden * head[targets]).sum(1)
+        for rows in kept.pieces():
+            sums = []
+            for block in kept.blocks():
+                tile = kept.logits(rows, block)
+                exponentials, of_tile = kept.exponentials(tile)
+                sums.append(of_tile)
+                policy_nB, teacher_nB = tile.unbind(1)
+                torch.sub(policy_nB, teacher_nB, out=teacher_nB)
+                policy_nB.copy_(exponentials[:, 0])
+            softmax = joined(sums)
+            policy, teacher = softmax.logsumexp.unbind(1)
+            (own, of_teacher), (of_policy, teachers_own) = (
+                means.unbind(1) for means in softmax.means.unbind(1)
+            )
+            gap = own - of_teacher
+            for block, shares in zip(kept.blocks(), softmax.shares, strict=True):
+                # d KL / d logits = p (log p - log q - KL), in which both logsumexps cancel.
+                grad_nB, gap_nB = kept.tile(rows, block).unbind(1)
+                grad_nB.mul_(gap_nB.sub_(gap[:, None])).mul_(shares[:, :1])
+                carried.add(grad_nB, rows, block)
+            found.append(
+                (
+                    gap - policy + teacher,
+                    policy - own,
+                    target_logits[rows] - policy,
+                    policy - teacher - of_policy + teachers_own,
+                    teacher - teachers_own,
+                )
+            )
         ctx.carried = carried  # type: ignore[attr-defined]
-        found = both.found()
-        ctx.mark_non_differentiable(*found)
-        return (found[0].sum(), *found)
+        terms = tuple(torch.cat(pieces) for pieces in zip(*found, strict=True))
+        ctx.mark_non_differentiable(*terms)
+        return (terms[0].sum(), *terms)
 
 
 class FullKL(NamedTuple):

@@ -1,16 +1,14 @@
 """Log-probabilities from hidden states, tile by tile of the logits: [N, V] never exists.
 
 A tile has n of the tokens and a block of the vocabulary, a fixed number of elements at most, so
-that memory depends on neither N nor V. Backward computes each tile again. Where a sum over the
-tokens is all that is learnt from, its gradient is known beforehand: `learns_ahead` says where it is
-computed of tiles that are still there, a piece of the tokens at a time, which saves a product.
+that memory depends on neither N nor V. Backward computes each tile again; `losses/ahead.py` says
+where it need not.
 
 Legend: N tokens with loss, n of them in a tile, M tokens asked for in each place, V vocabulary, B
 of its entries in a tile, D width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,15 +23,16 @@ TILE_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 # Tokens of a tile at most. A CPU multiplies few of them by many entries faster; a GPU takes all.
 TILE_ROWS = {"cpu": 256}
 MIN_BLOCK = 256
-# Logits of a piece, all of which are kept until their gradient is known (256 MiB).
-PIECE_ELEMENTS = {"cpu": 2**26}
-# Width from which it takes longer to multiply a tile again than to write it and read it.
-AHEAD_WIDTH = 128
 
 
-def vocabulary_blocks(num_tokens: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
-    """Cut the vocabulary so that a tile of that many tokens has a bounded number of elements."""
-    width = max(MIN_BLOCK, TILE_ELEMENTS[device.type] // max(1, num_tokens))
+def block_width(num_tokens: int, most_elements: int) -> int:
+    """Entries of the vocabulary for a tile of that many tokens, whose elements are bounded."""
+    return max(MIN_BLOCK, most_elements // max(1, num_tokens))
+
+
+def vocabulary_blocks(num_tokens: int, vocab_size: int, most_elements: int) -> Iterator[slice]:
+    """Cut the vocabulary in blocks of that width; the last one may be narrower."""
+    width = block_width(num_tokens, most_elements)
     for start in range(0, vocab_size, width):
         yield slice(start, min(start + width, vocab_size))
 
@@ -48,49 +47,9 @@ def tiles(hidden: Tensor, head: Tensor) -> Iterator[tuple[slice, slice]]:
     """
     N = len(hidden)
     n = min(N, TILE_ROWS.get(hidden.device.type, N)) if head.dtype == torch.float32 else N
-    for block in vocabulary_blocks(n, len(head), hidden.device):
+    for block in vocabulary_blocks(n, len(head), TILE_ELEMENTS[hidden.device.type]):
         for start in range(0, max(1, N), max(1, n)):
             yield slice(start, min(start + n, N)), block
-
-
-def learns_ahead(hidden: Tensor, head: Tensor) -> bool:
-    """Whether the forward pass of a sum over tokens computes its gradient, too.
-
-    A piece's share of the head's gradient is added to that of the pieces before: in half precision
-    it would be rounded between two.
-    """
-    learns = torch.is_grad_enabled() and hidden.requires_grad
-    pays = hidden.device.type in PIECE_ELEMENTS and hidden.shape[1] >= AHEAD_WIDTH
-    return learns and pays and head.dtype == torch.float32
-
-
-class KeptTiles:
-    """Room for all tiles of a piece, used for one piece after the other."""
-
-    def __init__(self, hidden: Tensor, head: Tensor, share: int = 1) -> None:
-        """Make room in `1 / share` of what a piece may have."""
-        self._vocab_size = len(head)
-        fitting = PIECE_ELEMENTS[hidden.device.type] // (share * len(head))
-        self._num_rows = min(len(hidden), max(1, fitting))
-        self._room = hidden.new_empty(self._num_rows * len(head))
-
-    def pieces(self, num_tokens: int) -> Iterator[slice]:
-        """Cut the tokens."""
-        for start in range(0, max(1, num_tokens), max(1, self._num_rows)):
-            yield slice(start, min(start + self._num_rows, num_tokens))
-
-    def blocks(self) -> Iterator[slice]:
-        """Cut the vocabulary for a piece's tiles."""
-        return vocabulary_blocks(self._num_rows, self._vocab_size, self._room.device)
-
-    def tile(self, rows: slice, block: slice) -> Tensor:
-        """Room of a tile, [n, B]."""
-        n, B = rows.stop - rows.start, block.stop - block.start
-        return self._room[n * block.start : n * block.stop].view(n, B)
-
-    def logits(self, rows: slice, block: slice, hidden: Tensor, head: Tensor) -> Tensor:
-        """Compute a tile of hidden states [N, D] and head [V, D]."""
-        return torch.mm(hidden[rows], head[block].T, out=self.tile(rows, block))
 
 
 def float32_logits(hidden: Tensor, head: Tensor) -> Tensor:
@@ -156,6 +115,11 @@ class HeadGradient:
         else:
             self._grad_hidden[rows] += grad_nB @ self._head[block]
 
+    def add_targets(self, ids: Tensor) -> None:
+        """Take a gradient of 1 of the logit of one id in each place, [N]; after all tiles."""
+        self._grad_hidden += self._head[ids]
+        self._grad_head.index_add_(0, ids, self._hidden)
+
     def gradients(self) -> tuple[Tensor, Tensor]:
         """Return those of hidden [N, D] and head [V, D], in their types."""
         return self._grad_hidden.to(self._hidden.dtype), self._grad_head
@@ -213,45 +177,6 @@ class _GatherLogprobs(torch.autograd.Function):
         return (*carried.gradients(), None)
 
 
-class LearntAhead(torch.autograd.Function):
-    """A sum whose forward pass leaves its gradients in `ctx.carried`, for any factor of the sum."""
-
-    @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: Tensor) -> Any:
-        """Scale them; once, as they are not copied."""
-        carried = vars(ctx).pop("carried", None)
-        if carried is None:
-            raise RuntimeError("gradients that were computed ahead are given away once")
-        of_hidden, of_head = carried.gradients()
-        others = (None for _ in ctx.needs_input_grad[2:])  # type: ignore[attr-defined]
-        return of_hidden.mul_(grad), of_head.mul_(grad), *others
-
-
-class _SumLogprobs(LearntAhead):
-    @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, head: Tensor, targets: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        running = RunningSoftmax(len(hidden), 1, hidden.device)
-        logits, ids = torch.empty_like(targets[:, None], dtype=torch.float32), targets[:, None]
-        carried, kept = HeadGradient(hidden, head), KeptTiles(hidden, head)
-        one = torch.ones_like(logits)
-        for rows in kept.pieces(len(hidden)):
-            for block in kept.blocks():
-                logits_nB = kept.logits(rows, block, hidden, head)
-                running.add(rows, logits_nB, logits_nB)
-                pick(logits_nB, ids[rows], block, into=logits[rows])
-            for block in kept.blocks():
-                logits_nB, logsumexp = kept.tile(rows, block), running.logsumexp[rows]
-                grad_nB = logprob_gradient(logits_nB, logsumexp, ids[rows], one[rows], block)
-                carried.add(grad_nB, rows, block)
-        ctx.carried = carried  # type: ignore[attr-defined]
-        logprobs = logits[:, 0] - running.logsumexp
-        entropy = running.logsumexp - running.means[0]
-        ctx.mark_non_differentiable(logprobs, entropy)
-        return logprobs.sum(), logprobs, entropy
-
-
 def gather_logprobs(hidden: Tensor, head: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Log-probabilities of given tokens and entropy of each distribution, in nats.
 
@@ -271,16 +196,6 @@ def token_logprobs(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tenso
     """`gather_logprobs` of one token in each place: targets [N] -> logprobs [N], entropy [N]."""
     logprobs, entropy = gather_logprobs(hidden, head, targets[:, None])
     return logprobs[:, 0], entropy
-
-
-def summed_logprobs(hidden: Tensor, head: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Sum `token_logprobs`: the sum, which alone is differentiable, the terms, and entropy [N]."""
-    if learns_ahead(hidden, head):
-        found: tuple[Tensor, Tensor, Tensor]
-        found = _SumLogprobs.apply(hidden, head, targets)  # type: ignore[no-untyped-call]
-        return found
-    logprobs, entropy = token_logprobs(hidden, head, targets)
-    return logprobs.sum(), logprobs.detach(), entropy
 
 
 def at_loss_tokens(output: PolicyOutput, microbatch: Microbatch) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,12 +27,12 @@ from marco_train.config.model import DType
 from marco_train.config.opd import Objective
 from marco_train.config.parallel import Dispatch, Recompute
 from marco_train.losses import logprobs
+from marco_train.losses.ahead import PIECE_ELEMENTS
 from marco_train.losses.balance import balance_loss, router_z_loss
 from marco_train.losses.chains import SLICE_ELEMENTS
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.losses.distillation import FullReverseKL, SampledReverseKL, TopKReverseKL
 from marco_train.losses.logprobs import (
-    PIECE_ELEMENTS,
     TILE_ELEMENTS,
     TILE_ROWS,
     token_logprobs,
@@ -263,8 +263,8 @@ def kernels_of(is_gpu: bool, ledger: "_Ledger") -> Iterator[None]:
         SLICE_ELEMENTS["meta"] = SLICE_ELEMENTS["cpu"]
     every_block = logprobs.vocabulary_blocks
 
-    def some_blocks(num_tokens: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
-        blocks = list(every_block(num_tokens, vocab_size, device))
+    def some_blocks(num_tokens: int, vocab_size: int, most_elements: int) -> Iterator[slice]:
+        blocks = list(every_block(num_tokens, vocab_size, most_elements))
         # All but the last are of one size, and tiles of two at most are held at once.
         chosen = [*blocks[:2], blocks[-1]] if len(blocks) > 3 else blocks
         ledger.columns = vocab_size / sum(block.stop - block.start for block in chosen)

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import marco_train.losses.ahead as ahead_module
 import marco_train.losses.logprobs as logprobs_module
 from marco_train.losses.cross_entropy import cross_entropy
 from marco_train.losses.distillation import (
@@ -51,9 +52,9 @@ def test_a_full_reverse_kl_that_is_learnt_ahead_equals_one_that_is_not(
     sums, terms = [], []
     for at_once in (False, True):
         if at_once:
-            monkeypatch.setattr(logprobs_module, "AHEAD_WIDTH", WIDTH)
-            monkeypatch.setattr(logprobs_module, "PIECE_ELEMENTS", {"cpu": 2 * rows * VOCAB})
-            monkeypatch.setattr(logprobs_module, "TILE_ELEMENTS", {"cpu": rows * block})
+            monkeypatch.setattr(ahead_module, "AHEAD_WIDTH", WIDTH)
+            monkeypatch.setattr(ahead_module, "PIECE_ELEMENTS", {"cpu": 2 * rows * VOCAB})
+            monkeypatch.setattr(ahead_module, "KEPT_TILE_ELEMENTS", rows * block)
             monkeypatch.setattr(logprobs_module, "MIN_BLOCK", 1)
         total, seen = summed_reverse_kl(**given[at_once])
         name = "_SumFullReverseKLBackward" if at_once else "SumBackward0"

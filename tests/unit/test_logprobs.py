@@ -7,13 +7,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import marco_train.losses.ahead as ahead_module
 import marco_train.losses.logprobs as logprobs_module
 from marco_train.errors import InputError
+from marco_train.losses.ahead import summed_logprobs
 from marco_train.losses.chains import compile_chains
 from marco_train.losses.logprobs import (
     gather_logprobs,
     sequence_logprobs,
-    summed_logprobs,
     tiles,
     token_logprobs,
     topk_logprobs,
@@ -30,6 +31,7 @@ def _tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> No
     rows, block = request.param
     monkeypatch.setattr(logprobs_module, "TILE_ROWS", {"cpu": rows})
     monkeypatch.setattr(logprobs_module, "TILE_ELEMENTS", {"cpu": rows * block})
+    monkeypatch.setattr(ahead_module, "KEPT_TILE_ELEMENTS", rows * block)
     monkeypatch.setattr(logprobs_module, "MIN_BLOCK", 1)
 
 
@@ -65,8 +67,8 @@ def test_given_tokens_and_entropy_equal_the_whole_distribution(scale: float) -> 
 @pytest.fixture(params=[1, 3, 64], ids=lambda rows: f"pieces of {rows}")
 def _ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sum of so narrow a model is learnt ahead, in pieces of so many tokens."""
-    monkeypatch.setattr(logprobs_module, "AHEAD_WIDTH", WIDTH)
-    monkeypatch.setattr(logprobs_module, "PIECE_ELEMENTS", {"cpu": request.param * VOCAB + 1})
+    monkeypatch.setattr(ahead_module, "AHEAD_WIDTH", WIDTH)
+    monkeypatch.setattr(ahead_module, "PIECE_ELEMENTS", {"cpu": request.param * VOCAB + 1})
 
 
 @pytest.mark.usefixtures("_tile", "_ahead")
