@@ -98,6 +98,52 @@ def test_rows_taken_one_at_a_time_give_the_same(name: str, monkeypatch: pytest.M
     test_outputs_and_gradients_equal_a_loop_over_experts(name, torch.float32, 1e-6)
 
 
+@pytest.mark.parametrize("name", ROUTES)
+def test_few_rows_that_are_padded_equal_a_loop_over_experts(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grouped_swiglu_module, "MIN_PADDED_ROWS", 0)
+    monkeypatch.setattr(grouped_swiglu_module, "MOST_PADDING", 1000)
+    ids = route(name)
+    values = draw(len(ids), torch.float32)
+    del values["probe"]
+    rows = group_rows(ids, EXPERTS, int((ids != NOWHERE).sum()))
+    with torch.no_grad():
+        found = grouped_swiglu(**values, rows=rows)
+    wanted = loop(**{n: v.double() for n, v in values.items()}, ids=ids)
+    assert found.shape == wanted.shape
+    assert relative_error(found, wanted) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_of_one", "is_padded"),
+    [(6, 0, True), (5, 0, False), (6, 40, False), (192, 0, True), (198, 0, False)],
+    ids=["two rows an expert", "fewer", "one expert has most", "64 an expert", "more"],
+)
+def test_rows_are_padded_where_they_are_few_and_even(
+    num_tokens: int, num_of_one: int, is_padded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    products = []
+    plain = torch.bmm
+
+    def noted(*factors: Tensor) -> Tensor:
+        products.append(factors)
+        return plain(*factors)
+
+    monkeypatch.setattr(torch, "bmm", noted)
+    even = torch.arange(2 * num_tokens).view(-1, 2) % EXPERTS
+    ids = torch.cat([even, torch.zeros(num_of_one, 2, dtype=torch.int64)])
+    ids[num_tokens:, 1] = NOWHERE
+    values = draw(len(ids), torch.float32)
+    del values["probe"]
+    rows = group_rows(ids, EXPERTS, int((ids != NOWHERE).sum()))
+    grouped_swiglu(**values, rows=rows)  # which could be learnt from
+    assert not products
+    with torch.no_grad():
+        grouped_swiglu(**values, rows=rows)
+    assert bool(products) == is_padded
+
+
 def test_a_gradient_with_strides_is_the_same_gradient() -> None:
     ids = route("two each")
     values = draw(len(ids), torch.float32)
