@@ -105,13 +105,14 @@ class NativeSampler(Sampler):
         topk_ids: list[list[list[int]]] = [[] for _ in requests]
         experts = ExpertRecord(len(requests), self._replay_routing)
         logits = self._prefill([prompt.input_ids for prompt, _ in requests], cache, experts)
+        probs = torch.empty_like(logits)  # room, as fresh memory takes longer than what fills it
         active = list(range(len(requests)))
         for place in range(self._max_response_length):
             if greedy:
                 tokens, token_lps = likeliest_tokens(logits)
             else:
                 cooled = logits if self._temperature == 1 else logits / self._temperature
-                tokens, token_lps = draw_tokens(cooled, uniforms[active, place])
+                tokens, token_lps = draw_tokens(cooled, uniforms[active, place], probs)
             likeliest = logits.topk(self._num_topk, dim=-1).indices.tolist()
             last = place + 1 == self._max_response_length
             running = []
@@ -145,7 +146,7 @@ class NativeSampler(Sampler):
             routing = experts.routing()
             hidden = self._model(tokens[None], cache.advance(), cache, routing)
             experts.add(routing, active, lengths=[1] * len(active))
-            logits = self._model.logits(hidden)
+            logits = self._model.logits(hidden, room=logits)
 
     def _prefill(
         self, prompts: Sequence[list[int]], cache: KVCache, experts: "ExpertRecord"
@@ -197,7 +198,9 @@ class ExpertRecord:
         return torch.cat(self._parts[request]) if self._wanted else no_experts()
 
 
-def draw_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
+def draw_tokens(
+    logits: Tensor, uniforms: Tensor, room: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Invert the cumulative distribution of each row at its uniform number.
 
     Of a large vocabulary first a block of tokens is drawn, and then one of the block, so that only
@@ -206,11 +209,12 @@ def draw_tokens(logits: Tensor, uniforms: Tensor) -> tuple[Tensor, Tensor]:
     Args:
         logits: [B, V] float32.
         uniforms: [B] float64 in [0, 1).
+        room: [B or more, V] float32, where the probabilities may be written.
 
     Returns:
         Token ids [B] int64 and their log-probabilities [B] float32.
     """
-    probs = logits.softmax(-1)
+    probs = torch.softmax(logits, -1, out=None if room is None else room[: len(logits)])
     vocab_size = probs.shape[1]
     if vocab_size <= BLOCK:
         tokens, _ = _draw(probs, uniforms)

@@ -21,7 +21,7 @@ from marco_train.inference.engine import Generation
 from marco_train.losses.logprobs import sequence_logprobs, token_logprobs, topk_logprobs
 from marco_train.models import Qwen3Moe
 from marco_train.models.checksums import CHECKSUM_CHUNK, WORD_BYTES, checksum
-from marco_train.models.qwen3_moe import FEW_TOKENS, LARGE_HEAD, TURNED_ROWS
+from marco_train.models.qwen3_moe import FEW_TOKENS, LARGE_HEAD, TURNED_ELEMENTS
 from marco_train.models.routing import Router, Routing
 from marco_train.models.weights import (
     ALL_EXPERTS,
@@ -315,7 +315,9 @@ def test_a_large_vocabulary_is_drawn_as_its_whole_distribution() -> None:
     logits = 3 * torch.randn(64, vocab_size, generator=generator)
     logits[:, BLOCK : 2 * BLOCK] = -torch.inf
     uniforms = torch.rand(64, generator=generator, dtype=torch.float64)
-    tokens, logprobs = draw_tokens(logits, uniforms)
+    tokens, logprobs = draw_tokens(logits, uniforms, torch.full((70, vocab_size), torch.nan))
+    fresh = draw_tokens(logits, uniforms)
+    assert torch.equal(fresh[0], tokens) and torch.equal(fresh[1], logprobs)
     p = logits.double().softmax(1)
     ends = p.cumsum(1).gather(1, tokens[:, None])[:, 0]
     begins = ends - p.gather(1, tokens[:, None])[:, 0]
@@ -345,17 +347,18 @@ def test_logits_that_are_no_numbers_give_a_log_probability_that_is_none(
     assert bool(logprobs.isnan().all())
 
 
-@pytest.mark.parametrize("num_tokens", [1, 3, FEW_TOKENS, FEW_TOKENS + 1])
+@pytest.mark.parametrize("num_tokens", [0, 1, 3, FEW_TOKENS, FEW_TOKENS + 1])
 @torch.no_grad()
 def test_few_tokens_meet_the_whole_of_a_large_head(num_tokens: int) -> None:
-    vocab_size = 2 * TURNED_ROWS + 16
+    vocab_size = LARGE_HEAD // 256 + TURNED_ELEMENTS // 3 + 16  # no whole number of pieces
     model = random_model(architecture(vocab_size=vocab_size, hidden_size=256), torch.float32, 0)
     assert model.head.numel() >= LARGE_HEAD
     hidden = torch.randn(num_tokens, 256, generator=torch.Generator().manual_seed(0))
-    found = model.logits(hidden)
-    assert found.is_contiguous()
     wanted = hidden.double() @ model.head.double().T
-    torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+    for room in (None, torch.full((num_tokens + 2, vocab_size), torch.nan)):
+        found = model.logits(hidden, room)
+        assert found.is_contiguous() and found.shape == wanted.shape
+        torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
 
 
 class FakePolicy:
