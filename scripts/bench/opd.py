@@ -84,6 +84,7 @@ OUR_SCRIPT = our_side.__file__
 THEIR_SCRIPT = Path(__file__).with_name("trl_side.py")
 THEIR_SIDES: dict[str, dict[str, Any]] = {
     "TRL": {"experts": "grouped_mm", "microbatches": 1, "recompute": False},
+    "TRL, in microbatches": {"experts": "grouped_mm", "microbatches": 4, "recompute": False},
     "TRL's defaults in float32": {"experts": None, "microbatches": 8, "recompute": True},
 }
 OUR_SIDES = {
@@ -95,7 +96,7 @@ OUR_SIDES = {
 
 def with_steps(bench: Bench, part: str) -> list[str]:
     """How many steps the runs of a part make."""
-    steps = WARM_UPS + (bench.args.steps or STEPS[part])
+    steps = bench.args.warm_ups + (bench.args.steps or STEPS[part])
     return [f"stage.cascade.first.num_steps={steps}"]
 
 
@@ -114,7 +115,7 @@ def objectives_case(bench: Bench, shape: str, inputs: list[str]) -> None:
     inputs = [*inputs, *with_steps(bench, "objectives"), STILL]
     task = {"overrides": inputs + OBJECTIVES["full"]}
     wanted = run_job(OUR_SCRIPT, "first_step", task)["kl"]
-    rounds = in_rounds(partial(our_runs, inputs, OBJECTIVES), bench.repeats)
+    rounds = in_rounds(partial(our_runs, inputs, OBJECTIVES), bench.repeats, bench.args.warm_ups)
     errors = {
         name: abs(found[0][0]["kl/reverse"] / wanted[name] - 1) for name, found in rounds.items()
     }
@@ -215,7 +216,9 @@ def bench_sampler(bench: Bench) -> None:
         with tempfile.TemporaryDirectory() as directory:
             inputs = make_inputs(Path(directory), shape, bench.args)
             inputs += [*with_steps(bench, "sampler"), *OBJECTIVES["full"], STILL]
-            rounds = in_rounds(partial(our_runs, inputs, SAMPLERS), bench.repeats)
+            rounds = in_rounds(
+                partial(our_runs, inputs, SAMPLERS), bench.repeats, bench.args.warm_ups
+            )
             bounds = {
                 side: run_job(OUR_SCRIPT, "sync_bound", {"overrides": inputs + chosen})
                 for side, chosen in SAMPLERS.items()
@@ -288,7 +291,7 @@ def trl_case(bench: Bench, shape: str, inputs: list[str]) -> None:
             trained |= our_runs(inputs, {side: chosen})  # in a process each, for its peak
         return trained
 
-    rounds = in_rounds(make_runs, bench.repeats)
+    rounds = in_rounds(make_runs, bench.repeats, bench.args.warm_ups)
     for step in chain.from_iterable(chain.from_iterable(rounds[side] for side in our_sides)):
         step["data/num_tokens"] += num_responses  # their last tokens are no inputs of ours
     for side in our_sides:
@@ -328,6 +331,12 @@ def parse_arguments() -> argparse.Namespace:
         "--steps", type=int, help=f"Time so many steps of a run; {usual} if absent."
     )
     parser.add_argument(
+        "--warm-ups",
+        type=int,
+        default=WARM_UPS,
+        help=f"First steps of a run that are not timed; {WARM_UPS} if absent.",
+    )
+    parser.add_argument(
         "--tokens", type=int, default=4096, help="Weigh losses of up to so many; 4096 if absent."
     )
     parser.add_argument(
@@ -347,6 +356,8 @@ def parse_arguments() -> argparse.Namespace:
     args = parser.parse_args()
     needs = {"teacher_share": args.run, "trl": args.trl_python}
     possible = [part for part in PARTS if needs.get(part, True)]
+    if args.warm_ups < 1:
+        parser.error(f"--warm-ups: {args.warm_ups}; the first step is checked and never timed")
     args.only = args.only or possible
     if missing := [part for part in args.only if part not in possible]:
         parser.error(f"--only: {', '.join(missing)} needs --run or --trl-python")

@@ -57,7 +57,7 @@ OBJECTIVES = {
 STEP_PARTS = ("sync", "sample", "score", "train")
 WARM_UPS = 3  # first steps of a run, which open the teacher and take memory; not timed
 Step = dict[str, float]  # what a run logs of one, by the names of its metrics
-Rounds = dict[str, list[list[Step]]]  # the steps of each side's run in each round
+Rounds = dict[str, list[list[Step]]]  # of each side in each round: its first step, and those timed
 
 
 def compose_config(overrides: Sequence[str]) -> TrainConfig:
@@ -176,15 +176,19 @@ def our_runs(inputs: list[str], sides: Mapping[str, list[str]]) -> dict[str, lis
     return found
 
 
-def in_rounds(make_runs: Callable[[], dict[str, list[Step]]], repeats: int) -> Rounds:
+def in_rounds(
+    make_runs: Callable[[], dict[str, list[Step]]], repeats: int, warm_ups: int = WARM_UPS
+) -> Rounds:
     """Make a run of each side in every round."""
     rounds = [make_runs() for _ in range(repeats)]
-    return {side: [found[side] for found in rounds] for side in rounds[0]}
+    return {
+        side: [[found[side][0], *found[side][warm_ups:]] for found in rounds] for side in rounds[0]
+    }
 
 
 def means(rounds: list[list[Step]], name: str) -> list[float]:
     """Mean of a metric over the timed steps of each round."""
-    return [fmean(step[name] for step in steps[WARM_UPS:]) for steps in rounds]
+    return [fmean(step[name] for step in steps[1:]) for steps in rounds]
 
 
 def rates(rounds: list[list[Step]], tokens: str, seconds: str) -> list[float]:
@@ -195,7 +199,7 @@ def rates(rounds: list[list[Step]], tokens: str, seconds: str) -> list[float]:
 
 def timed_steps(rounds: list[list[Step]]) -> list[Step]:
     """All steps but the first of each round."""
-    return [step for steps in rounds for step in steps[WARM_UPS:]]
+    return [step for steps in rounds for step in steps[1:]]
 
 
 def parts_ms(steps: Sequence[Step]) -> dict[str, float]:
