@@ -86,30 +86,27 @@ class KeptTiles:
 
 
 class TileSums(NamedTuple):
-    """What is known of a tile, or by `joined` of a piece."""
+    """What a tile adds to the sums over the vocabulary."""
 
-    top: Tensor
-    """Largest logits [n, M]."""
-    mass: Tensor
-    """Sums of exp(logit - top), [n, M]."""
-    means: Tensor
-    """Sums of these times logits, [n, M, M]: the first model's exponentials, the second's logits"""
+    top: Tensor  # [n, M], its largest logits
+    mass: Tensor  # [n, M], sums of exp(logit - top)
+    weighted: Tensor  # [n, M, M], sums of exp(logit - top) of one model times logits of another
 
 
 class Softmaxes(NamedTuple):
-    """Of all models in the places of a piece."""
+    """What the tiles of a piece say together."""
 
     logsumexp: Tensor  # [n, M]
-    means: Tensor  # [n, M, M], of the second model's logits under the first one's softmax
-    shares: Tensor  # [number of blocks, n, M], softmax over exp(logit - top) of each block
+    means: Tensor  # [n, M, M], of another model's logits under the softmax of one
+    shares: Tensor  # [number of blocks, n, M], softmax over the exp(logit - top) of each block
 
 
 def joined(sums: Sequence[TileSums]) -> Softmaxes:
-    """Join what is known of all tiles of a piece."""
-    top, mass, means = (torch.stack(of_tiles) for of_tiles in zip(*sums, strict=True))
+    """Join the sums of all tiles of a piece, in their order."""
+    top, mass, weighted = (torch.stack(of_tiles) for of_tiles in zip(*sums, strict=True))
     logsumexp = (top + mass.log()).logsumexp(0)
     shares = (top - logsumexp).exp_()
-    return Softmaxes(logsumexp, (means * shares[..., None]).sum(0), shares)
+    return Softmaxes(logsumexp, (weighted * shares[..., None]).sum(0), shares)
 
 
 class LearntAhead(torch.autograd.Function):

@@ -241,9 +241,9 @@ class _SumFullReverseKL(LearntAhead):
                 policy_nB.copy_(exponentials[:, 0])
             softmax = joined(sums)
             policy, teacher = softmax.logsumexp.unbind(1)
-            (own, of_teacher), (of_policy, teachers_own) = (
-                means.unbind(1) for means in softmax.means.unbind(1)
-            )
+            # Mean logits of policy and teacher: where the policy is, and where the teacher is.
+            own, of_teacher = softmax.means[:, 0].unbind(1)
+            of_policy, teachers_own = softmax.means[:, 1].unbind(1)
             gap = own - of_teacher
             for block, shares in zip(kept.blocks(), softmax.shares, strict=True):
                 # d KL / d logits = p (log p - log q - KL), in which both logsumexps cancel.
