@@ -177,9 +177,9 @@ def our_runs(inputs: list[str], sides: Mapping[str, list[str]]) -> dict[str, lis
 
 
 def in_rounds(
-    make_runs: Callable[[], dict[str, list[Step]]], repeats: int, warm_ups: int = WARM_UPS
+    make_runs: Callable[[], dict[str, list[Step]]], repeats: int, warm_ups: int
 ) -> Rounds:
-    """Make a run of each side in every round."""
+    """Make a run of each side in every round, whose first `warm_ups` steps are not timed."""
     rounds = [make_runs() for _ in range(repeats)]
     return {
         side: [[found[side][0], *found[side][warm_ups:]] for found in rounds] for side in rounds[0]
@@ -198,7 +198,7 @@ def rates(rounds: list[list[Step]], tokens: str, seconds: str) -> list[float]:
 
 
 def timed_steps(rounds: list[list[Step]]) -> list[Step]:
-    """All steps but the first of each round."""
+    """The timed steps of all rounds."""
     return [step for steps in rounds for step in steps[1:]]
 
 
