@@ -5,6 +5,7 @@ beat, a touch of the file every few seconds by the launch's first rank. A lock w
 is taken over.
 """
 
+import fcntl
 import json
 import os
 import socket
@@ -16,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 from marco_train.distributed import gather_objects, is_main, rank
@@ -184,32 +185,43 @@ class Lock:
 
     def _create(self) -> bool:
         try:
-            descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
+            _write_new(self.file, self._content)
         except FileExistsError:
             return False
-        with os.fdopen(descriptor, "w") as file:
-            file.write(self._content)
-            file.flush()
-            os.fsync(descriptor)
         return True
 
     def _take_over(self, content: str, why: str) -> bool:
-        """Put a dead launch's lock away, unless another launch was faster."""
-        away = self.file.with_name(f".{LOCK}.{uuid4().hex}")
+        """Put a dead launch's lock away, unless another launch was faster.
+
+        Of launches that found the same lock dead, one at a time goes on from here, and sees whether
+        it still is the one they found. The file is replaced, so that no other launch finds none.
+        """
         try:
-            self.file.rename(away)
+            file = self.file.open("r+")  # a network's file system lends what can be written
         except FileNotFoundError:
             return False
-        found = away.read_text()
-        if found != content:  # the other's
-            with suppress(FileExistsError):
-                os.link(away, self.file)
-        away.unlink()
-        if found != content or not self._create():
-            return False
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+            except OSError:
+                pass  # Not every file system can: of two that replace it, the first ends at a beat.
+            if not self._is_in_place(file) or file.read() != content:
+                return False
+            mine = self.file.with_name(f".{LOCK}.{uuid4().hex}")
+            _write_new(mine, self._content)
+            mine.replace(self.file)
         since, _ = _described(content)
         log_line(f"{self.file} of a launch since {since} is taken over: {why}")
         return True
+
+    def _is_in_place(self, opened: IO[str]) -> bool:
+        try:
+            with self.file.open() as file:
+                return os.path.sameopenfile(file.fileno(), opened.fileno())
+        except FileNotFoundError:
+            return False
 
     def beat(self) -> None:
         """Touch the file from now on, in the background."""
@@ -241,6 +253,13 @@ class Lock:
         with self._touching, suppress(OSError):
             if self.file.read_text() == self._content:
                 self.file.unlink()
+
+
+def _write_new(path: Path, content: str) -> None:
+    with path.open("x") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _described(content: str) -> tuple[str, list[Process]]:

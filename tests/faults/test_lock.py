@@ -1,5 +1,7 @@
 """One launch at a time in a run's directory, and no dead one keeps the next out."""
 
+import errno
+import fcntl
 import json
 import multiprocessing
 import os
@@ -236,6 +238,41 @@ def test_of_many_that_find_a_dead_lock_one_at_a_time_enters(ended: Process, tmp_
         each.join()
     assert [each.exitcode for each in launches] == [0] * 8
     assert entered.value >= 1
+
+
+def test_a_launch_that_comes_late_leaves_the_others_lock_in_place(
+    ended: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = leave_lock(tmp_path, ended)
+    first, late = (lock.Lock(file, [asdict(Process.own())]) for _ in range(2))
+    described, moved = lock._described, []
+
+    def meanwhile(content: str) -> Any:
+        """Of a launch that has read the lock, and is not yet about to take it over."""
+        monkeypatch.setattr(lock, "_described", described)
+        assert first.acquire()
+        moved.append(file.stat().st_ctime_ns)
+        return described(content)
+
+    monkeypatch.setattr(lock, "_described", meanwhile)
+    assert not late.acquire()
+    assert moved == [file.stat().st_ctime_ns]  # not away for a moment, in which a third would enter
+    with pytest.raises(DirectoryInUseError):
+        late.acquire()
+    first.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_is_taken_over_where_files_cannot_be_locked(
+    ended: Process, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", refused)
+    leave_lock(tmp_path, ended)
+    with held(tmp_path):
+        assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_a_directory_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
