@@ -20,9 +20,14 @@ from marco_train.models.rows import RowMap, add_up, gather
 
 # Elements of one tensor that a chain takes at once on a CPU: temporaries then stay in the cache.
 SLICE_ELEMENTS = 2**18
-# Where few rows are padded for one batched product: rows an expert on average and at most, and
-# padded rows to each real one.
-MIN_PADDED_ROWS, MOST_PADDED_ROWS, MOST_PADDING = 2, 64, 4
+# For few rows without a gradient on a CPU. An expert is large from so many weights of its down
+# projection on.
+LARGE_EXPERT = 2**14
+# Where rows are padded for one batched product: rows an expert on average, of small experts and of
+# large ones; rows an expert at most; and padded rows to each real one.
+MIN_PADDED_ROWS, MIN_PADDED_ROWS_OF_LARGE, MOST_PADDED_ROWS, MOST_PADDING = 2, 6, 64, 4
+# Rows a large expert, on average, up to which its matrices are left factors where none are padded.
+MOST_LEFT_ROWS = 32
 
 
 def _activate(gate_up: Tensor, weights: Tensor, out: Tensor) -> None:
@@ -147,13 +152,14 @@ class _GroupedSwiGLU(torch.autograd.Function):
         )
 
 
-def _suits_padding(rows: RowMap, most: int) -> bool:
+def _suits_padding(rows: RowMap, most: int, least: int) -> bool:
     """Whether one batched product of all experts, padded to `most` rows each, beats one of each.
 
-    A product of a few rows takes longer to start than to compute.
+    It does from `least` rows an expert on: a product of a few takes longer to start than to
+    compute.
     """
     num_rows, num_experts = len(rows.token_of_row), len(rows.rows_per_group)
-    enough = num_rows >= MIN_PADDED_ROWS * num_experts
+    enough = num_rows >= least * num_experts
     return enough and most <= MOST_PADDED_ROWS and most * num_experts <= MOST_PADDING * num_rows
 
 
@@ -179,6 +185,27 @@ def _padded_swiglu(
     return add_up(outputs[cells].mul_(row_weights[:, None]), rows)
 
 
+def _left_swiglu(
+    tokens: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, rows: RowMap
+) -> Tensor:
+    """`grouped_swiglu` without a gradient, with the experts' matrices as left factors.
+
+    BLAS reads a matrix for 2 to 32 rows so in half the time, but not for one row: it gets a second.
+    """
+    counts = rows.rows_per_group
+    seconds = (counts == 1).to(torch.int64)
+    offsets = (counts + seconds).cumsum(0).to(torch.int32)
+    shift = torch.repeat_interleave(seconds.cumsum(0) - seconds, counts)
+    cells = torch.arange(len(shift), device=shift.device) + shift
+    spread = tokens.new_zeros(int(offsets[-1]), tokens.shape[1])
+    spread.index_copy_(0, cells, gather(tokens, rows))
+    gate, up = F.grouped_mm(gate_up_proj, spread.T, offs=offsets).chunk(2, dim=0)
+    activations = F.silu(gate).mul_(up).T.contiguous()
+    outputs = F.grouped_mm(down_proj, activations.T, offs=offsets).T[cells]
+    row_weights = weights.flatten()[rows.cell_of_row]
+    return add_up(outputs.mul_(row_weights[:, None]), rows)
+
+
 def grouped_swiglu(
     tokens: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, rows: RowMap
 ) -> Tensor:
@@ -195,10 +222,14 @@ def grouped_swiglu(
         [R, D]; zero for a token without experts here.
     """
     samples = not torch.is_grad_enabled() and tokens.device.type == "cpu"
-    if samples and tokens.dtype == torch.float32 and len(rows.token_of_row) > 0:
-        most = int(rows.rows_per_group.max())
-        if _suits_padding(rows, most):
+    num_rows, num_experts = len(rows.token_of_row), len(down_proj)
+    if samples and tokens.dtype == torch.float32 and num_rows > 0:
+        is_large = down_proj[0].numel() >= LARGE_EXPERT
+        least = MIN_PADDED_ROWS_OF_LARGE if is_large else MIN_PADDED_ROWS
+        if _suits_padding(rows, most := int(rows.rows_per_group.max()), least):
             return _padded_swiglu(tokens, weights, gate_up_proj, down_proj, rows, most)
+        if is_large and num_rows <= MOST_LEFT_ROWS * num_experts:
+            return _left_swiglu(tokens, weights, gate_up_proj, down_proj, rows)
     found: Tensor = _GroupedSwiGLU.apply(  # type: ignore[no-untyped-call]
         tokens, weights, gate_up_proj, down_proj, rows
     )

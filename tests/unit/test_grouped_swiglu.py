@@ -98,12 +98,14 @@ def test_rows_taken_one_at_a_time_give_the_same(name: str, monkeypatch: pytest.M
     test_outputs_and_gradients_equal_a_loop_over_experts(name, torch.float32, 1e-6)
 
 
+@pytest.mark.parametrize("most_padding", [0, 1000], ids=["left factors", "padded"])
 @pytest.mark.parametrize("name", ROUTES)
-def test_few_rows_that_are_padded_equal_a_loop_over_experts(
-    name: str, monkeypatch: pytest.MonkeyPatch
+def test_few_rows_without_a_gradient_equal_a_loop_over_experts(
+    name: str, most_padding: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grouped_swiglu_module, "MIN_PADDED_ROWS", 0)
-    monkeypatch.setattr(grouped_swiglu_module, "MOST_PADDING", 1000)
+    monkeypatch.setattr(grouped_swiglu_module, "LARGE_EXPERT", 0)
+    monkeypatch.setattr(grouped_swiglu_module, "MIN_PADDED_ROWS_OF_LARGE", 0)
+    monkeypatch.setattr(grouped_swiglu_module, "MOST_PADDING", most_padding)
     ids = route(name)
     values = draw(len(ids), torch.float32)
     del values["probe"]
@@ -116,13 +118,29 @@ def test_few_rows_that_are_padded_equal_a_loop_over_experts(
 
 
 @pytest.mark.parametrize(
-    ("num_tokens", "num_of_one", "is_padded"),
-    [(6, 0, True), (5, 0, False), (6, 40, False), (192, 0, True), (198, 0, False)],
-    ids=["two rows an expert", "fewer", "one expert has most", "64 an expert", "more"],
+    ("smallest_large_expert", "num_tokens", "num_of_one", "is_padded"),
+    [
+        (2**14, 6, 0, True),
+        (2**14, 5, 0, False),
+        (0, 18, 0, True),
+        (0, 17, 0, False),
+        (2**14, 6, 40, False),
+        (2**14, 192, 0, True),
+        (2**14, 198, 0, False),
+    ],
+    ids=[
+        *("two rows an expert", "fewer", "six of a large one", "fewer of it"),
+        *("one expert has most", "64 an expert", "more"),
+    ],
 )
 def test_rows_are_padded_where_they_are_few_and_even(
-    num_tokens: int, num_of_one: int, is_padded: bool, monkeypatch: pytest.MonkeyPatch
+    smallest_large_expert: int,
+    num_tokens: int,
+    num_of_one: int,
+    is_padded: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(grouped_swiglu_module, "LARGE_EXPERT", smallest_large_expert)
     products = []
     plain = torch.bmm
 
@@ -142,6 +160,39 @@ def test_rows_are_padded_where_they_are_few_and_even(
     with torch.no_grad():
         grouped_swiglu(**values, rows=rows)
     assert bool(products) == is_padded
+
+
+@pytest.mark.parametrize(
+    ("smallest", "num_tokens", "is_left"),
+    [
+        (WIDTH * EXPERT_WIDTH, 96, True),
+        (WIDTH * EXPERT_WIDTH, 97, False),
+        (WIDTH * EXPERT_WIDTH + 1, 96, False),
+    ],
+    ids=["32 rows an expert", "more", "small experts"],
+)
+def test_large_experts_are_left_factors_where_rows_are_few(
+    smallest: int, num_tokens: int, is_left: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = []
+    plain = F.grouped_mm
+
+    def noted(first: Tensor, second: Tensor, offs: Tensor) -> Tensor:
+        left.append(first.dim() == 3)
+        return plain(first, second, offs=offs)
+
+    monkeypatch.setattr(grouped_swiglu_module, "LARGE_EXPERT", smallest)
+    monkeypatch.setattr(grouped_swiglu_module, "MOST_PADDING", 0)
+    monkeypatch.setattr(F, "grouped_mm", noted)
+    ids = torch.arange(2 * num_tokens).view(-1, 2) % EXPERTS
+    values = draw(len(ids), torch.float32)
+    del values["probe"]
+    rows = group_rows(ids, EXPERTS, ids.numel())
+    grouped_swiglu(**values, rows=rows)  # which could be learnt from
+    assert left == [False] * 2
+    with torch.no_grad():
+        grouped_swiglu(**values, rows=rows)
+    assert any(left[2:]) == is_left
 
 
 def test_a_gradient_with_strides_is_the_same_gradient() -> None:
