@@ -44,7 +44,8 @@ from marco_train.config.teacher import (
 from marco_train.config.trained import AnsweredStage
 from marco_train.errors import InputError
 from marco_train.models.attention import GROWTH
-from marco_train.models.weights import FUSED, meta_model
+from marco_train.models.decoding_head import is_laid_out
+from marco_train.models.weights import FUSED, meta_model, torch_dtype
 from marco_train.planning.cards import Card
 from marco_train.planning.shapes import teacher_architecture
 from marco_train.planning.trace import (
@@ -491,7 +492,7 @@ class Memory:
         )
 
     def _native_sampling(self, rollout: NativeRolloutConfig) -> tuple[int, int, int]:
-        """Keys at their longest, a layer's of them copied as they grow, and the draw of tokens."""
+        """Keys at their longest, a layer copied as they grow; the head, and the draw of tokens."""
         assert self._sampled is not None
         cfg, rows = self.architecture, rollout.batch_size
         if self.cfg.stage.eval.suite is None:  # of which there may be more than of a step's
@@ -504,7 +505,10 @@ class Memory:
             logits = torch.empty(rows, cfg.vocab_size)
             return draw_tokens(logits, torch.empty(rows, dtype=torch.float64))
 
-        return keys, rows * longest * width // 2, measure(self.card.is_gpu, draw)
+        logits, weights = measure(self.card.is_gpu, draw), cfg.vocab_size * cfg.hidden_size
+        if is_laid_out(weights, torch_dtype(self.cfg.model.dtype), on_cpu=not self.card.is_gpu):
+            logits += 4 * weights
+        return keys, rows * longest * width // 2, logits
 
     @property
     def num_responses(self) -> int:

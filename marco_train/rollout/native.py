@@ -14,6 +14,7 @@ from marco_train.distributed import device
 from marco_train.losses.logprobs import sequence_logprobs
 from marco_train.models.attention import KVCache
 from marco_train.models.checksums import checksums_of
+from marco_train.models.decoding_head import DecodingHead
 from marco_train.models.qwen3_moe import Qwen3Moe
 from marco_train.models.routing import Routing
 from marco_train.models.weights import named_weights, receive_weights
@@ -90,13 +91,18 @@ class NativeSampler(Sampler):
     ) -> Iterator[Rollout]:
         # Neighbours of similar length waste little of the cache.
         by_length = sorted(range(len(requests)), key=lambda i: len(requests[i][0].input_ids))
+        head = DecodingHead(self._model.head)
         for start in range(0, len(by_length), self._batch_size):
-            members = by_length[start : start + self._batch_size]
-            yield from self._sample_batch([requests[i] for i in members], weight_version, greedy)
+            batch = [requests[i] for i in by_length[start : start + self._batch_size]]
+            yield from self._sample_batch(batch, head, weight_version, greedy)
 
     @torch.inference_mode()
     def _sample_batch(
-        self, requests: Sequence[tuple[Prompt, int]], weight_version: int, greedy: bool
+        self,
+        requests: Sequence[tuple[Prompt, int]],
+        head: DecodingHead,
+        weight_version: int,
+        greedy: bool,
     ) -> Iterator[Rollout]:
         cache = KVCache(self._model.architecture.num_hidden_layers)
         uniforms = self._uniforms(requests)  # [B, L]
@@ -104,8 +110,10 @@ class NativeSampler(Sampler):
         logprobs: list[list[float]] = [[] for _ in requests]
         topk_ids: list[list[list[int]]] = [[] for _ in requests]
         experts = ExpertRecord(len(requests), self._replay_routing)
-        logits = self._prefill([prompt.input_ids for prompt, _ in requests], cache, experts)
-        probs = torch.empty_like(logits)  # room, as fresh memory takes longer than what fills it
+        hidden = self._prefill([prompt.input_ids for prompt, _ in requests], cache, experts)
+        logits = head.logits(hidden)
+        # Room, as fresh memory takes longer than what fills it.
+        probs = None if greedy else torch.empty_like(logits)
         active = list(range(len(requests)))
         for place in range(self._max_response_length):
             if greedy:
@@ -146,20 +154,20 @@ class NativeSampler(Sampler):
             routing = experts.routing()
             hidden = self._model(tokens[None], cache.advance(), cache, routing)
             experts.add(routing, active, lengths=[1] * len(active))
-            logits = self._model.logits(hidden, room=logits)
+            logits = head.logits(hidden)
 
     def _prefill(
         self, prompts: Sequence[list[int]], cache: KVCache, experts: "ExpertRecord"
     ) -> Tensor:
-        """Run the packed prompts; logits [B, V] of each one's last token."""
+        """Run the packed prompts; hidden states [B, D] of each one's last token."""
         lengths = torch.tensor([len(ids) for ids in prompts])
         input_ids = torch.tensor([[token for ids in prompts for token in ids]], device=device())
         positions = torch.cat([torch.arange(n) for n in lengths.tolist()])[None].to(device())
         cache.start(positions)
         routing = experts.routing()
-        hidden = self._model(input_ids, positions, cache, routing)
+        hidden: Tensor = self._model(input_ids, positions, cache, routing)
         experts.add(routing, range(len(prompts)), lengths.tolist())
-        return self._model.logits(hidden[(lengths.cumsum(0) - 1).to(device())])
+        return hidden[(lengths.cumsum(0) - 1).to(device())]
 
     def _uniforms(self, requests: Sequence[tuple[Prompt, int]]) -> Tensor:
         """One number for each place of each response, [B, L] float64, from its own seed."""

@@ -1,5 +1,6 @@
 """The sampler samples the model's distribution, by seed, and holds the policy's weights."""
 
+import platform
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
@@ -19,9 +20,14 @@ from marco_train.errors import InputError, WeightSyncError
 from marco_train.inference import engine
 from marco_train.inference.engine import Generation
 from marco_train.losses.logprobs import sequence_logprobs, token_logprobs, topk_logprobs
-from marco_train.models import Qwen3Moe
+from marco_train.models import Qwen3Moe, decoding_head
 from marco_train.models.checksums import CHECKSUM_CHUNK, WORD_BYTES, checksum
-from marco_train.models.qwen3_moe import FEW_TOKENS, LARGE_HEAD, TURNED_ELEMENTS
+from marco_train.models.decoding_head import (
+    LARGE_HEAD,
+    MOST_TOKENS,
+    DecodingHead,
+    is_laid_out,
+)
 from marco_train.models.routing import Router, Routing
 from marco_train.models.weights import (
     ALL_EXPERTS,
@@ -347,18 +353,28 @@ def test_logits_that_are_no_numbers_give_a_log_probability_that_is_none(
     assert bool(logprobs.isnan().all())
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 3, FEW_TOKENS, FEW_TOKENS + 1])
-@torch.no_grad()
-def test_few_tokens_meet_the_whole_of_a_large_head(num_tokens: int) -> None:
-    vocab_size = LARGE_HEAD // 256 + TURNED_ELEMENTS // 3 + 16  # no whole number of pieces
-    model = random_model(architecture(vocab_size=vocab_size, hidden_size=256), torch.float32, 0)
-    assert model.head.numel() >= LARGE_HEAD
-    hidden = torch.randn(num_tokens, 256, generator=torch.Generator().manual_seed(0))
-    wanted = hidden.double() @ model.head.double().T
-    for room in (None, torch.full((num_tokens + 2, vocab_size), torch.nan)):
-        found = model.logits(hidden, room)
+@pytest.mark.parametrize("num_tokens", [0, 1, 3, MOST_TOKENS, 2 * MOST_TOKENS + 1])
+@pytest.mark.parametrize("num_elements", [LARGE_HEAD // 2, LARGE_HEAD + 100 * 256])
+def test_few_tokens_meet_the_whole_of_a_head(num_elements: int, num_tokens: int) -> None:
+    draws = torch.Generator().manual_seed(0)
+    weights = torch.randn(num_elements // 256, 256, generator=draws) / 16
+    head = DecodingHead(torch.nn.Parameter(weights))
+    for hidden in torch.randn(2, num_tokens, 256, generator=draws):  # the second in the same room
+        found = head.logits(hidden)
+        wanted = hidden.double() @ weights.double().T
         assert found.is_contiguous() and found.shape == wanted.shape
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_a_large_head_is_copied_where_its_kernels_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    large = LARGE_HEAD, torch.float32, True
+    assert is_laid_out(*large) == torch.backends.mkldnn.is_available()
+    assert not is_laid_out(LARGE_HEAD - 1, torch.float32, True)
+    assert not is_laid_out(LARGE_HEAD, torch.bfloat16, True)
+    assert not is_laid_out(LARGE_HEAD, torch.float32, False)
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert not is_laid_out(*large)
 
 
 class FakePolicy:
@@ -380,15 +396,21 @@ def fresh_sampler() -> NativeSampler:
     return NativeSampler(config(), model, STOP_IDS, LIMIT, TOP_K, seed=7)
 
 
-def test_a_sync_makes_the_sampler_the_policy() -> None:
-    policy, target = FakePolicy(spread_model(seed=4)), fresh_sampler()
-    metrics = sync_weights(policy, target, 5, CANARY)
-    assert metrics["rollout/sync_proved"] == 1
-    found = in_order(target.sample(prompts(), 1))
-    assert [r.response_ids for r in found] == [
-        r.response_ids for r in in_order(sampler(policy.model).sample(prompts(), 1))
-    ]
-    assert all(r.weight_version == 5 for r in found)
+@pytest.mark.parametrize("smallest_large_head", [LARGE_HEAD, 1])
+def test_a_sync_makes_the_sampler_the_policy(
+    smallest_large_head: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target = fresh_sampler()
+    for version, seed in ((5, 4), (6, 5)):
+        policy = FakePolicy(spread_model(seed=seed))
+        wanted = in_order(sampler(policy.model).sample(prompts(), 1))
+        monkeypatch.setattr(decoding_head, "LARGE_HEAD", smallest_large_head)
+        metrics = sync_weights(policy, target, version, CANARY)
+        assert metrics["rollout/sync_proved"] == 1
+        found = in_order(target.sample(prompts(), 1))
+        monkeypatch.undo()
+        assert [r.response_ids for r in found] == [r.response_ids for r in wanted]
+        assert all(r.weight_version == version for r in found)
 
 
 def test_nothing_is_sampled_before_the_first_sync() -> None:
