@@ -16,18 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from marco_train.models.few_rows import few_rows_swiglu
 from marco_train.models.rows import RowMap, add_up, gather
 
 # Elements of one tensor that a chain takes at once on a CPU: temporaries then stay in the cache.
 SLICE_ELEMENTS = 2**18
-# For few rows without a gradient on a CPU. An expert is large from so many weights of its down
-# projection on.
-LARGE_EXPERT = 2**14
-# Where rows are padded for one batched product: rows an expert on average, of small experts and of
-# large ones; rows an expert at most; and padded rows to each real one.
-MIN_PADDED_ROWS, MIN_PADDED_ROWS_OF_LARGE, MOST_PADDED_ROWS, MOST_PADDING = 2, 6, 64, 4
-# Rows a large expert, on average, up to which its matrices are left factors where none are padded.
-MOST_LEFT_ROWS = 32
 
 
 def _activate(gate_up: Tensor, weights: Tensor, out: Tensor) -> None:
@@ -152,60 +145,6 @@ class _GroupedSwiGLU(torch.autograd.Function):
         )
 
 
-def _suits_padding(rows: RowMap, most: int, least: int) -> bool:
-    """Whether one batched product of all experts, padded to `most` rows each, beats one of each.
-
-    It does from `least` rows an expert on: a product of a few takes longer to start than to
-    compute.
-    """
-    num_rows, num_experts = len(rows.token_of_row), len(rows.rows_per_group)
-    enough = num_rows >= least * num_experts
-    return enough and most <= MOST_PADDED_ROWS and most * num_experts <= MOST_PADDING * num_rows
-
-
-def _padded_swiglu(
-    tokens: Tensor,
-    weights: Tensor,
-    gate_up_proj: Tensor,
-    down_proj: Tensor,
-    rows: RowMap,
-    most: int,
-) -> Tensor:
-    """`grouped_swiglu` without a gradient, of at most `most` rows an expert."""
-    counts = rows.rows_per_group
-    first_of_group = counts.cumsum(0) - counts
-    group = torch.repeat_interleave(counts)
-    cells = group * most + torch.arange(len(group), device=group.device) - first_of_group[group]
-    padded = tokens.new_zeros(len(counts) * most, tokens.shape[1])
-    padded.index_copy_(0, cells, gather(tokens, rows))
-    padded = padded.view(len(counts), most, -1)
-    gate, up = torch.bmm(padded, gate_up_proj.transpose(1, 2)).chunk(2, dim=2)
-    outputs = torch.bmm(F.silu(gate).mul_(up), down_proj.transpose(1, 2)).flatten(0, 1)
-    row_weights = weights.flatten()[rows.cell_of_row]
-    return add_up(outputs[cells].mul_(row_weights[:, None]), rows)
-
-
-def _left_swiglu(
-    tokens: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, rows: RowMap
-) -> Tensor:
-    """`grouped_swiglu` without a gradient, with the experts' matrices as left factors.
-
-    BLAS reads a matrix for 2 to 32 rows so in half the time, but not for one row: it gets a second.
-    """
-    counts = rows.rows_per_group
-    seconds = (counts == 1).to(torch.int64)
-    offsets = (counts + seconds).cumsum(0).to(torch.int32)
-    shift = torch.repeat_interleave(seconds.cumsum(0) - seconds, counts)
-    cells = torch.arange(len(shift), device=shift.device) + shift
-    spread = tokens.new_zeros(int(offsets[-1]), tokens.shape[1])
-    spread.index_copy_(0, cells, gather(tokens, rows))
-    gate, up = F.grouped_mm(gate_up_proj, spread.T, offs=offsets).chunk(2, dim=0)
-    activations = F.silu(gate).mul_(up).T.contiguous()
-    outputs = F.grouped_mm(down_proj, activations.T, offs=offsets).T[cells]
-    row_weights = weights.flatten()[rows.cell_of_row]
-    return add_up(outputs.mul_(row_weights[:, None]), rows)
-
-
 def grouped_swiglu(
     tokens: Tensor, weights: Tensor, gate_up_proj: Tensor, down_proj: Tensor, rows: RowMap
 ) -> Tensor:
@@ -221,15 +160,10 @@ def grouped_swiglu(
     Returns:
         [R, D]; zero for a token without experts here.
     """
-    samples = not torch.is_grad_enabled() and tokens.device.type == "cpu"
-    num_rows, num_experts = len(rows.token_of_row), len(down_proj)
-    if samples and tokens.dtype == torch.float32 and num_rows > 0:
-        is_large = down_proj[0].numel() >= LARGE_EXPERT
-        least = MIN_PADDED_ROWS_OF_LARGE if is_large else MIN_PADDED_ROWS
-        if _suits_padding(rows, most := int(rows.rows_per_group.max()), least):
-            return _padded_swiglu(tokens, weights, gate_up_proj, down_proj, rows, most)
-        if is_large and num_rows <= MOST_LEFT_ROWS * num_experts:
-            return _left_swiglu(tokens, weights, gate_up_proj, down_proj, rows)
+    if not torch.is_grad_enabled():
+        of_few = few_rows_swiglu(tokens, weights, gate_up_proj, down_proj, rows)
+        if of_few is not None:
+            return of_few
     found: Tensor = _GroupedSwiGLU.apply(  # type: ignore[no-untyped-call]
         tokens, weights, gate_up_proj, down_proj, rows
     )

@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import marco_train.models.grouped_swiglu as grouped_swiglu_module
+from marco_train.models import few_rows
 from marco_train.models.grouped_swiglu import grouped_swiglu
 from marco_train.models.rows import add_up, gather, group_rows
 
@@ -103,9 +104,9 @@ def test_rows_taken_one_at_a_time_give_the_same(name: str, monkeypatch: pytest.M
 def test_few_rows_without_a_gradient_equal_a_loop_over_experts(
     name: str, most_padding: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(grouped_swiglu_module, "LARGE_EXPERT", 0)
-    monkeypatch.setattr(grouped_swiglu_module, "MIN_PADDED_ROWS_OF_LARGE", 0)
-    monkeypatch.setattr(grouped_swiglu_module, "MOST_PADDING", most_padding)
+    monkeypatch.setattr(few_rows, "LARGE_EXPERT", 0)
+    monkeypatch.setattr(few_rows, "MIN_PADDED_ROWS_OF_LARGE", 0)
+    monkeypatch.setattr(few_rows, "MOST_PADDING", most_padding)
     ids = route(name)
     values = draw(len(ids), torch.float32)
     del values["probe"]
@@ -140,7 +141,7 @@ def test_rows_are_padded_where_they_are_few_and_even(
     is_padded: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(grouped_swiglu_module, "LARGE_EXPERT", smallest_large_expert)
+    monkeypatch.setattr(few_rows, "LARGE_EXPERT", smallest_large_expert)
     products = []
     plain = torch.bmm
 
@@ -181,8 +182,8 @@ def test_large_experts_are_left_factors_where_rows_are_few(
         left.append(first.dim() == 3)
         return plain(first, second, offs=offs)
 
-    monkeypatch.setattr(grouped_swiglu_module, "LARGE_EXPERT", smallest)
-    monkeypatch.setattr(grouped_swiglu_module, "MOST_PADDING", 0)
+    monkeypatch.setattr(few_rows, "LARGE_EXPERT", smallest)
+    monkeypatch.setattr(few_rows, "MOST_PADDING", 0)
     monkeypatch.setattr(F, "grouped_mm", noted)
     ids = torch.arange(2 * num_tokens).view(-1, 2) % EXPERTS
     values = draw(len(ids), torch.float32)
