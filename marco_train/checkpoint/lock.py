@@ -17,11 +17,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from uuid import uuid4
 
 from marco_train.distributed import gather_objects, is_main, rank
 from marco_train.errors import DirectoryInUseError, InputError
+from marco_train.files import replaces
 from marco_train.tracking import log_line
 
 LOCK = "run.lock"
@@ -185,9 +186,13 @@ class Lock:
 
     def _create(self) -> bool:
         try:
-            _write_new(self.file, self._content)
+            descriptor = os.open(self.file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
             return False
+        with os.fdopen(descriptor, "w") as file:
+            file.write(self._content)
+            file.flush()
+            os.fsync(descriptor)
         return True
 
     def _take_over(self, content: str, why: str) -> bool:
@@ -197,31 +202,22 @@ class Lock:
         it still is the one they found. The file is replaced, so that no other launch finds none.
         """
         try:
-            file = self.file.open("r+")  # a network's file system lends what can be written
-        except FileNotFoundError:
+            with self.file.open("r+") as found:  # a network's file system locks what can be written
+                try:
+                    fcntl.flock(found, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    return False
+                except OSError:
+                    pass  # Not all can: of two that replace the file, the first ends at a beat.
+                if self.file.read_text() != content:
+                    return False
+                with replaces(self.file) as mine:
+                    mine.write_text(self._content)
+        except FileNotFoundError:  # released meanwhile
             return False
-        with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            except OSError:
-                pass  # Not every file system can: of two that replace it, the first ends at a beat.
-            if not self._is_in_place(file) or file.read() != content:
-                return False
-            mine = self.file.with_name(f".{LOCK}.{uuid4().hex}")
-            _write_new(mine, self._content)
-            mine.replace(self.file)
         since, _ = _described(content)
         log_line(f"{self.file} of a launch since {since} is taken over: {why}")
         return True
-
-    def _is_in_place(self, opened: IO[str]) -> bool:
-        try:
-            with self.file.open() as file:
-                return os.path.sameopenfile(file.fileno(), opened.fileno())
-        except FileNotFoundError:
-            return False
 
     def beat(self) -> None:
         """Touch the file from now on, in the background."""
@@ -253,13 +249,6 @@ class Lock:
         with self._touching, suppress(OSError):
             if self.file.read_text() == self._content:
                 self.file.unlink()
-
-
-def _write_new(path: Path, content: str) -> None:
-    with path.open("x") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _described(content: str) -> tuple[str, list[Process]]:
